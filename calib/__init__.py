@@ -1,0 +1,1 @@
+"""What the activations are, and whether a bundle still computes them. numpy only."""

@@ -1,0 +1,120 @@
+"""Parity: how close a bundle's features and matches are to the unmodified model's, and the gates."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+TOLERANCES: dict[str, dict[str, float]] = {
+    "float32": {
+        "cosine_mean": 0.999999,
+        "cosine_p01": 0.99999,
+        "cosine_min": 0.9999,
+        "relative_error": 1e-4,
+        "channel_error": 3e-4,
+        "matches_within_1px": 0.98,
+    },
+    "float16": {
+        "cosine_mean": 0.999,
+        "cosine_p01": 0.995,
+        "cosine_min": 0.98,
+        "relative_error": 1e-3,
+        "channel_error": 3e-3,
+        "matches_within_1px": 0.9,
+    },
+}
+"""Gates per precision. Cosines and shares are least values, errors largest. Errors are what rounding
+alone gives a shallow model (another order of summation in float32; 11-bit weights and activations in
+float16); `tolerances` widens them to what was measured on the model at hand."""
+
+MEASURED_MARGIN = 8.0
+"""Limit of an error over its measured value: room for another backend's kernels, not for a mistake."""
+
+_AT_MOST = frozenset({"relative_error", "channel_error", "max_abs_error"})
+
+
+def tolerances(precision: str, measured: Mapping[str, float]) -> dict[str, float]:
+    """Gates for a bundle: its precision's, with errors widened to the margin over what was measured.
+
+    Args:
+        precision: "float32" or "float16".
+        measured: feature parity of the same graph run honestly in that precision at export.
+    """
+    limits = dict(TOLERANCES[precision])
+    for name in _AT_MOST & limits.keys():
+        limits[name] = max(limits[name], MEASURED_MARGIN * measured[name])
+    return limits
+
+
+@dataclass(frozen=True)
+class Gate:
+    """One gated metric; in --json: name, value, limit, ok."""
+
+    name: str
+    value: float
+    limit: float
+
+    @property
+    def ok(self) -> bool:
+        # NaN fails either way.
+        return self.value <= self.limit if self.name in _AT_MOST else self.value >= self.limit
+
+    def to_json(self) -> dict[str, Any]:
+        return {"name": self.name, "value": self.value, "limit": self.limit, "ok": self.ok}
+
+
+def feature_parity(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    """Compare token rows.
+
+    Args:
+        actual, expected: [..., C]; expected is float32 from the unmodified model.
+
+    Returns:
+        cosine_mean, cosine_p01, cosine_min over tokens; relative_error, |a - e| / |e| over all;
+        channel_error, the largest over channels of rms(a - e) in it / rms(e) over all, which one wrong
+        weight moves most; max_abs_error. All NaN or infinite when the actual features are.
+    """
+    a = actual.reshape(-1, actual.shape[-1]).astype(np.float64)
+    e = expected.reshape(-1, expected.shape[-1]).astype(np.float64)
+    with np.errstate(invalid="ignore", divide="ignore", over="ignore"):
+        norms = np.linalg.norm(a, axis=1) * np.linalg.norm(e, axis=1)
+        cosine = np.einsum("nc,nc->n", a, e) / np.maximum(norms, 1e-30)
+        relative = np.linalg.norm(a - e) / max(float(np.linalg.norm(e)), 1e-30)
+        rms = max(float(np.sqrt((e * e).mean())), 1e-30)
+        channel = np.sqrt(((a - e) ** 2).mean(axis=0)).max() / rms
+    return {
+        "cosine_mean": float(cosine.mean()),
+        "cosine_p01": float(np.percentile(cosine, 1)),
+        "cosine_min": float(cosine.min()),
+        "relative_error": float(relative),
+        "channel_error": float(channel),
+        "max_abs_error": float(np.abs(a - e).max()),
+    }
+
+
+def match_parity(actual: np.ndarray, expected: np.ndarray, patch: tuple[float, float]) -> dict[str, float]:
+    """Compare matched points [N, 2], (x, y) px.
+
+    Args:
+        patch: (height, width) in pixels of one cell of the features.
+
+    Returns:
+        Shares of points: matches_same (to the pixel), matches_within_1px, matches_within_patch; and
+        match_displacement, the mean distance in pixels.
+    """
+    offset = np.abs(actual.astype(np.float64) - expected)
+    distance = np.linalg.norm(offset, axis=1)
+    return {
+        "matches_same": float((distance == 0).mean()),
+        "matches_within_1px": float((offset.max(axis=1) <= 1).mean()),
+        "matches_within_patch": float((offset <= (patch[1], patch[0])).all(axis=1).mean()),
+        "match_displacement": float(distance.mean()),
+    }
+
+
+def gates(metrics: Mapping[str, float], limits: Mapping[str, float]) -> list[Gate]:
+    """The gated metrics, in the limits' order; limits on metrics that were not measured are left out."""
+    return [Gate(name, metrics[name], limit) for name, limit in limits.items() if name in metrics]

@@ -1,0 +1,5 @@
+"""`python -m ditf`."""
+
+from ditf.cli import main
+
+main()

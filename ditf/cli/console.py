@@ -1,0 +1,182 @@
+"""What every verb shares: flags of one meaning, progress, and the --json twin."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ditf.runtime.errors import InputError
+
+SCHEMA = 1  # of every --json document
+
+
+class _State:
+    """Verbosity of the running command, for whoever prints."""
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self.verbose = False
+        self.quiet = False
+
+
+state = _State()
+
+
+def _set_verbose(value: bool) -> bool:
+    if value:
+        state.verbose = True
+        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+    return value
+
+
+def _set_quiet(value: bool) -> bool:
+    state.quiet = state.quiet or value
+    return value
+
+
+BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory made by ditf-export.")]
+BackendOption = Annotated[
+    str, typer.Option("--backend", help="auto or onnxruntime; a named one that is missing is an error.")
+]
+FitOption = Annotated[
+    str, typer.Option("--fit", help="How images meet the engine's size: stretch, or pad to keep the aspect.")
+]
+JsonOption = Annotated[
+    Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
+]
+VerboseOption = Annotated[
+    bool, typer.Option("--verbose", "-v", help="Say more; tracebacks of errors.", callback=_set_verbose)
+]
+QuietOption = Annotated[
+    bool, typer.Option("--quiet", "-q", help="Results and errors only.", callback=_set_quiet)
+]
+
+
+def say(line: str) -> None:
+    """A line for people, on stderr, unless --quiet."""
+    if not state.quiet:
+        print(line, file=sys.stderr, flush=True)
+
+
+@contextmanager
+def stages(total: int) -> Iterator[Callable[[str], None]]:
+    """Progress of work in stages: a bar on a terminal, plain lines in a log, nothing with --quiet.
+
+    Yields a function to call with a description when a stage starts.
+    """
+    start = time.monotonic()
+    if state.quiet:
+        yield lambda stage: None
+    elif not sys.stderr.isatty():
+        done = [0]
+
+        def plain(stage: str) -> None:
+            done[0] += 1
+            say(f"[{done[0]}/{total} {time.monotonic() - start:5.1f}s] {stage}")
+
+        yield plain
+    else:
+        from rich.console import Console
+        from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+        columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+        with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+            task = progress.add_task("", total=total, completed=-1)
+            yield lambda stage: progress.update(task, description=stage, advance=1)
+
+
+def check_writable(*paths: Optional[Path]) -> None:
+    """Reject outputs that cannot be written, before the work starts.
+
+    Raises:
+        InputError: a directory, or in a folder that is not there or read-only.
+    """
+    for path in paths:
+        if path is None:
+            continue
+        if path.is_dir():
+            raise InputError(f"{path} is a directory", "name a file")
+        if not path.parent.is_dir():
+            raise InputError(f"{path.parent} is not a directory", "make it first")
+        if not os.access(path.parent, os.W_OK):
+            raise InputError(f"{path.parent} cannot be written", "choose another path")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """A temporary sibling that becomes `path` when the block ends well, and vanishes otherwise."""
+    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+    os.close(handle)
+    temporary = Path(name)
+    try:
+        yield temporary
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def write_json(path: Optional[Path], document: dict[str, Any], ok: bool = True) -> None:
+    """Write a result's JSON twin: `document` with "schema" and "ok"."""
+    if path is not None:
+        text = json.dumps({"schema": SCHEMA, "ok": ok, **document}, indent=2) + "\n"
+        with replacing(path) as temporary:
+            temporary.write_text(text, "utf-8")
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse "HxW" in pixels.
+
+    Raises:
+        InputError: not two positive integers.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.lower())
+    if not match:
+        raise InputError(f"size {text!r} is not HxW", "for example --size 512x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_points(texts: list[str]) -> list[tuple[float, float]]:
+    """Points given as "x,y".
+
+    Raises:
+        InputError: not two numbers.
+    """
+    points = []
+    for text in texts:
+        try:
+            x, y = (float(part) for part in text.split(","))
+        except ValueError:
+            raise InputError(f"point {text!r} is not x,y", "for example --points 120,88") from None
+        points.append((x, y))
+    return points
+
+
+def table(rows: list[tuple[str, ...]]) -> str:
+    """Left-aligned columns of plain text."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (zip(row, widths, strict=True) for row in rows)
+    return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines)
+
+
+def bytes_text(count: int) -> str:
+    """A size for people, "9.8 MB"; powers of ten."""
+    value = float(count)
+    for unit in ("B", "kB", "MB"):
+        if value < 1000:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.1f} {unit}"
+        value /= 1000
+    return f"{value:.2f} GB"

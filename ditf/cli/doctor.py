@@ -1,0 +1,64 @@
+"""`ditf doctor`: what is installed here, and which backends open."""
+
+from __future__ import annotations
+
+import platform
+from dataclasses import asdict
+
+import ditf
+from ditf.cli.console import JsonOption, QuietOption, VerboseOption, check_writable, table, write_json
+from ditf.runtime.backends import BACKENDS, Probe, load_backend
+from ditf.runtime.errors import MissingComponent
+from ditf.runtime.manifest import tool_versions
+
+_PACKAGES = {
+    "numpy": "",
+    "pillow": "",
+    "torch": "export",
+    "diffusers": "export",
+    "transformers": "export",
+    "safetensors": "export",
+    "onnx": "export",
+    "onnxscript": "export",
+    "onnxruntime": "onnxruntime",
+    "onnxruntime-gpu": "onnxruntime-gpu",
+    "tensorrt-rtx": "tensorrt-rtx",
+}
+
+
+def doctor(
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say what is installed and which backends open here, and why not: exit 3 if none does."""
+    check_writable(json_file)
+    versions = tool_versions(*_PACKAGES)
+    rows: list[tuple[str, ...]] = [("ditf", ditf.__version__, "")]
+    rows += [("python", versions["python"], platform.platform())]
+    for package, extra in _PACKAGES.items():
+        fix = f"pip install 'ditf[{extra}]'" if package not in versions else ""
+        rows.append((package, versions.get(package, "not installed"), fix))
+    print(table(rows))
+    probes = {name: load_backend(name).probe() for name in BACKENDS}
+    if "onnxruntime" in versions and "onnxruntime-gpu" in versions:
+        probes["onnxruntime"] = Probe(
+            False,
+            "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
+            "run: pip uninstall onnxruntime onnxruntime-gpu, then install one of them",
+        )
+    print("\nbackends")
+    for name, probe in probes.items():
+        fix = f"; {probe.fix}" if probe.fix else ""
+        print(f"  {name}: {'opens' if probe.available else 'does not open'}, {probe.detail}{fix}")
+    ok = any(probe.available for probe in probes.values())
+    write_json(
+        json_file,
+        {
+            "versions": {"ditf": ditf.__version__, **versions},
+            "backends": {name: asdict(probe) for name, probe in probes.items()},
+        },
+        ok=ok,
+    )
+    if not ok:
+        raise MissingComponent("no backend opens here", "run: pip install 'ditf[onnxruntime]'")

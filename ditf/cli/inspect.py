@@ -1,0 +1,81 @@
+"""`ditf inspect`: what is in a bundle."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from ditf.cli.console import (
+    BundleArgument,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    bytes_text,
+    check_writable,
+    table,
+    write_json,
+)
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.manifest import Manifest
+
+
+def inspect(
+    bundle: BundleArgument,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Show what a bundle computes, where its bytes are and which type they have."""
+    check_writable(json_file)
+    opened = Bundle.open(bundle)
+    manifest = opened.manifest
+    opened.verify(manifest.files)
+    print(table(_summary(manifest)))
+    print("\nfiles (all hashes as in the manifest)")
+    print(table([("  " + name, bytes_text(file["bytes"])) for name, file in manifest.files.items()]))
+    print("\nparameters")
+    rows: list[tuple[str, ...]] = []
+    for part, by_type in manifest.parts.items():
+        for dtype, count in by_type.items():
+            rows.append(("  " + part, dtype, f"{count['parameters']:,}", bytes_text(count["bytes"])))
+    totals = [count for by_type in manifest.parts.values() for count in by_type.values()]
+    total = sum(count["parameters"] for count in totals)
+    rows.append(("  total", "", f"{total:,}", bytes_text(sum(count["bytes"] for count in totals))))
+    print(table(rows))
+    kept = manifest.recipe["float32"]
+    print("\nfloat32 in the graph")
+    print(table([("  " + name, reason) for name, reason in kept.items()]))
+    write_json(json_file, {"bundle": str(bundle), "manifest": asdict(manifest)})
+
+
+def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
+    height, width = manifest.size
+    h, w = manifest.grid
+    discard = ",".join(map(str, manifest.discard["channels"])) or "none"
+    return [
+        ("model", f"{manifest.model['id']} ({manifest.model['family']})"),
+        ("layer", manifest.layer_name),
+        ("input", f"image uint8 [{_batch(manifest)}, {height}, {width}, 3]"),
+        ("output", f"features [{_batch(manifest)}, {manifest.channels}, {h}, {w}]"),
+        ("precision", manifest.precision),
+        (
+            "discarded",
+            f"channels {discard} ({manifest.discard['source']}, {manifest.discard['stage']} the norm)",
+        ),
+        ("AdaLN", "yes" if manifest.adaln else "no: plain hidden states"),
+        ("timestep", str(manifest.timestep)),
+        ("noise", f"{manifest.noise}, ensemble of {manifest.ensemble}, seed {manifest.seed}"),
+        ("condition", _condition(manifest)),
+        ("opset", str(manifest.opset)),
+        ("made by", manifest.command),
+        ("with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
+    ]
+
+
+def _batch(manifest: Manifest) -> str:
+    return "B" if manifest.batch == "dynamic" else str(manifest.batch)
+
+
+def _condition(manifest: Manifest) -> str:
+    if manifest.prompt is not None:
+        return f"prompt {manifest.prompt!r}, constant"
+    return "null class" if manifest.class_label is None else f"class {manifest.class_label}"

@@ -1,0 +1,100 @@
+"""Entry points `ditf` and `ditf-export`: dispatch, and turning failures into one line and an exit code."""
+
+from __future__ import annotations
+
+import signal
+import sys
+import traceback
+from types import FrameType
+from typing import Annotated, NoReturn, Optional
+
+import typer
+
+import ditf
+from ditf.cli import check, doctor, export, features, inspect, match
+from ditf.cli.console import state
+from ditf.runtime.errors import DitfError
+
+app = typer.Typer(
+    name="ditf",
+    help="Deploy DiTF features: export a Diffusion Transformer up to a layer, check it, match with it.",
+    no_args_is_help=True,
+    add_completion=False,
+    rich_markup_mode=None,
+    pretty_exceptions_enable=False,
+)
+app.command("export")(export.export)
+app.command("check")(check.check)
+app.command("match")(match.match)
+app.command("features")(features.features)
+app.command("inspect")(inspect.inspect)
+app.command("doctor")(doctor.doctor)
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"ditf {ditf.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        Optional[bool],
+        typer.Option("--version", help="Print the version.", callback=_print_version, is_eager=True),
+    ] = None,
+) -> None:
+    pass
+
+
+def main() -> NoReturn:
+    """The `ditf` command."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def export_main() -> NoReturn:
+    """The `ditf-export` command: `ditf export`."""
+    arguments = sys.argv[1:]
+    verb = [] if arguments == ["--version"] else ["export"]
+    sys.exit(run([*verb, *arguments]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run a command line; returns its exit code.
+
+    0 done; 1 a gate failed; 2 wrong usage or bad input; 3 a component is missing; 70 a defect of ditf;
+    130 and 143 interrupted.
+    """
+    signal.signal(signal.SIGTERM, _terminate)
+    state.reset()
+    try:
+        code = typer.main.get_command(app).main(arguments, prog_name="ditf", standalone_mode=False)
+        return int(code or 0)
+    except DitfError as error:
+        return _fail(str(error), error.exit_code)
+    except typer.TyperException as error:
+        return _fail(error.format_message(), 2)
+    except (KeyboardInterrupt, typer.Abort):
+        return _fail("interrupted; nothing was left half-written", 130)
+    except BrokenPipeError:
+        sys.stderr.close()  # the reader of our output is gone
+        return 0
+    except OSError as error:
+        where = f"{error.filename}: " if error.filename else ""
+        return _fail(f"{where}{error.strerror or error}; check the path and the disk", 2)
+    except MemoryError:
+        return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
+    except Exception:
+        traceback.print_exc()
+        return _fail("this is a defect of ditf; please report it with the lines above", 70)
+
+
+def _terminate(signum: int, frame: Optional[FrameType]) -> NoReturn:
+    sys.exit(128 + signum)  # unwinds, so that temporary files are removed
+
+
+def _fail(message: str, code: int) -> int:
+    if state.verbose and sys.exc_info()[0] is not None:
+        traceback.print_exc()
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+    return code

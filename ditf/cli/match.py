@@ -1,0 +1,104 @@
+"""`ditf match`: where points of one image are in another."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Annotated, Optional
+
+import numpy as np
+import typer
+
+from ditf.cli.console import (
+    BackendOption,
+    BundleArgument,
+    FitOption,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    check_writable,
+    parse_points,
+    replacing,
+    say,
+    table,
+    write_json,
+)
+from ditf.runtime import load
+from ditf.runtime.errors import InputError
+from ditf.runtime.images import open_image
+from ditf.runtime.matching import check_points
+
+
+def match(
+    bundle: BundleArgument,
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points are in.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Image to find them in.")],
+    more_points: Annotated[
+        Optional[list[str]], typer.Argument(metavar="[X,Y]...", help="More points.")
+    ] = None,
+    points: Annotated[
+        Optional[list[str]],
+        typer.Option("--points", metavar="X,Y", help="Points in source pixels: x,y, once or several times."),
+    ] = None,
+    grid: Annotated[
+        Optional[int], typer.Option(metavar="N", min=1, max=1000, help="An N x N grid of points instead.")
+    ] = None,
+    output: Annotated[
+        Optional[Path],
+        typer.Option("--output", "-o", metavar="PNG", help="Draw both images and the matches."),
+    ] = None,
+    fit: FitOption = "stretch",
+    backend: BackendOption = "auto",
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Match points of SOURCE to TARGET at full resolution."""
+    check_writable(output, json_file)
+    given = parse_points([*(points or []), *(more_points or [])])
+    if bool(given) == (grid is not None):
+        raise InputError("points are needed" if not given else "points and a grid exclude each other",
+                         "give --points x,y or --grid N")  # fmt: skip
+    left, right = open_image(source), open_image(target)
+    queries = check_points(given or _grid(left.size, grid or 0), (left.height, left.width))
+    with load(bundle, backend, fit) as model:
+        say(f"{bundle} on {model.detail} ({model.reason})")
+        start = time.perf_counter()
+        source_map, target_map = model.features(left), model.features(right)
+        extracted = time.perf_counter()
+        found = model.match(source_map, target_map, queries)
+        matched = time.perf_counter()
+    seconds = {"features": extracted - start, "match": matched - extracted}
+    rows: list[tuple[str, ...]] = [("source", "target", "cosine")]
+    for (x, y), (u, v), score in zip(queries, found.points, found.scores, strict=True):
+        rows.append((f"{x:g},{y:g}", f"{u:g},{v:g}", f"{score:.4f}"))
+    print(table(rows))
+    say(
+        f"features of both images {seconds['features'] * 1e3:.0f} ms,"
+        f" {len(queries)} matches {seconds['match'] * 1e3:.1f} ms"
+    )
+    if output is not None:
+        from ditf.runtime.drawing import draw_matches
+
+        picture = draw_matches(left, right, queries, found)
+        with replacing(output) as temporary:
+            picture.save(temporary)
+    write_json(
+        json_file,
+        {
+            "bundle": str(bundle),
+            "backend": model.detail,
+            "source": str(source),
+            "target": str(target),
+            "points": queries.tolist(),
+            "matches": found.points.tolist(),
+            "scores": found.scores.tolist(),
+            "seconds": seconds,
+        },
+    )
+
+
+def _grid(size: tuple[int, int], count: int) -> list[tuple[float, float]]:
+    """Centres of count x count equal cells of an image of (width, height), whole pixels."""
+    xs, ys = (np.floor((np.arange(count) + 0.5) * length / count) for length in size)
+    return [(float(x), float(y)) for y in ys for x in xs]

@@ -1,0 +1,1 @@
+"""Checkpoint -> bundle. The only folder that needs torch, diffusers and onnx."""

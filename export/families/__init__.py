@@ -1,0 +1,26 @@
+"""Model families: one file each, which holds every fact about it."""
+
+from __future__ import annotations
+
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.families.base import Family
+from ditf.export.families.dit import DiT
+from ditf.export.families.pixart import PixArt
+from ditf.runtime.errors import InputError
+
+FAMILIES: tuple[type[Family], ...] = (DiT, PixArt)
+
+
+def family_of(checkpoint: Checkpoint) -> Family:
+    """The family of a checkpoint, by the class of its transformer.
+
+    Raises:
+        InputError: not a supported one; lists those that are.
+    """
+    config = checkpoint.config("transformer")
+    name = config.get("_class_name")
+    for family in FAMILIES:
+        if name == family.transformer_class:
+            return family(config)
+    supported = ", ".join(f"{family.name} ({family.transformer_class})" for family in FAMILIES)
+    raise InputError(f"{checkpoint.id} is a {name}, which is not supported", f"supported: {supported}")

@@ -1,0 +1,1 @@
+"""The modules that are traced: a truncated transformer with its precision written into it."""

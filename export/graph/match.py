@@ -1,0 +1,77 @@
+"""The match graph: two feature maps and points in, target pixels and cosines out.
+
+The same mathematics as `ditf.runtime.matching`, in matrix products, for any number of points and any
+target size; the interpolation matrices are made on the host (`interpolation_inputs`).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ditf.runtime.matching import TIE_TOLERANCE, TINY
+
+INPUTS = ("source", "target", "point_rows", "point_columns", "rows", "columns")
+OUTPUTS = ("points", "scores")
+
+
+class MatchGraph(nn.Module):
+    """Exact argmax of the cosine over the bilinearly upsampled target."""
+
+    def forward(
+        self,
+        source: torch.Tensor,
+        target: torch.Tensor,
+        point_rows: torch.Tensor,
+        point_columns: torch.Tensor,
+        rows: torch.Tensor,
+        columns: torch.Tensor,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Match N points.
+
+        Args:
+            source, target: features [1, C, h, w].
+            point_rows, point_columns: float32 [N, h], [N, w].
+            rows, columns: float32 [H, h], [W, w]; (H, W) is the target image's size.
+
+        Returns:
+            points float32 [N, 2], (x, y) px; scores float32 [N].
+        """
+        _, _, h, w = source.shape
+        source_cells = source[0].to(torch.float32).flatten(1)
+        target_cells = target[0].to(torch.float32)
+        weights = (point_rows[:, :, None] * point_columns[:, None, :]).flatten(1)
+        queries = weights @ source_cells.transpose(0, 1)
+        queries = queries * _inverse_root((queries * queries).sum(dim=1, keepdim=True))
+        inner = (queries @ target_cells.flatten(1)).unflatten(1, (h, w))
+        upsampled = rows @ (inner @ columns.transpose(0, 1))
+        squared = _quadratic(rows) @ _norm_kernel(target_cells) @ _quadratic(columns).transpose(0, 1)
+        scores = (upsampled * _inverse_root(squared)).flatten(1)
+        best = scores.amax(dim=1, keepdim=True)
+        # The first index by a minimum: no two runtimes agree on which of several ArgMax returns.
+        index = torch.arange(scores.shape[1])
+        tied = torch.where(scores >= best - TIE_TOLERANCE, index, scores.shape[1])
+        first = tied.amin(dim=1)
+        width = columns.shape[0]
+        y = torch.div(first, width, rounding_mode="trunc")
+        points = torch.stack([first - y * width, y], dim=1).to(torch.float32)
+        return points, best[:, 0].clamp(-1.0, 1.0)
+
+
+def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
+    return 1.0 / torch.sqrt(torch.clamp(squared, min=TINY))
+
+
+def _quadratic(matrix: torch.Tensor) -> torch.Tensor:
+    following = torch.cat([matrix[:, 1:], torch.zeros_like(matrix[:, :1])], dim=1)
+    return torch.cat([matrix * matrix, matrix * following], dim=1)
+
+
+def _norm_kernel(cells: torch.Tensor) -> torch.Tensor:
+    right = torch.cat([cells[:, :, 1:], cells[:, :, -1:]], dim=2)
+    below = torch.cat([cells[:, 1:], cells[:, -1:]], dim=1)
+    below_right = torch.cat([right[:, 1:], right[:, -1:]], dim=1)
+    diagonals = (cells * below_right).sum(0) + (right * below).sum(0)
+    top = torch.cat([(cells * cells).sum(0), 2.0 * (cells * right).sum(0)], dim=1)
+    bottom = torch.cat([2.0 * (cells * below).sum(0), 2.0 * diagonals], dim=1)
+    return torch.cat([top, bottom], dim=0)

@@ -1,0 +1,54 @@
+"""The noise of x_t, with the checkpoint's own scheduler (design, section 2)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from diffusers import DDPMScheduler
+
+from ditf.runtime.errors import InputError
+
+
+@dataclass(frozen=True)
+class NoiseLevel:
+    """x_t = signal * x_0 + noise * eps."""
+
+    signal: float
+    noise: float
+
+
+def noise_level(scheduler: Mapping[str, Any], timestep: int) -> NoiseLevel:
+    """The level at a timestep.
+
+    Args:
+        scheduler: config of the checkpoint's scheduler. Flow matching is linear in t; a scheduler
+            with betas is DDPM: sqrt(abar_t), sqrt(1 - abar_t).
+        timestep: 0..num_train_timesteps-1.
+
+    Raises:
+        InputError: timestep out of range, or a scheduler of neither kind.
+    """
+    steps = int(scheduler.get("num_train_timesteps", 1000))
+    if not 0 <= timestep < steps:
+        raise InputError(f"timestep {timestep} is out of range", f"choose 0..{steps - 1}")
+    name = str(scheduler.get("_class_name"))
+    if name.startswith("FlowMatch"):
+        return NoiseLevel(1.0 - timestep / steps, timestep / steps)
+    if "beta_schedule" in scheduler:
+        alpha_bar = float(ddpm_scheduler(scheduler).alphas_cumprod[timestep])
+        return NoiseLevel(alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5)
+    raise InputError(f"scheduler {name} is not supported", "supported: flow matching and DDPM-like")
+
+
+def ddpm_scheduler(scheduler: Mapping[str, Any]) -> DDPMScheduler:
+    """The forward process that a DDPM-like sampler (DDIM, DPM-Solver, ...) inverts."""
+    betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
+    return DDPMScheduler(**{key: scheduler[key] for key in betas if key in scheduler})
+
+
+def draw_noise(ensemble: int, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
+    """eps, float32 [ensemble, c, h, w], the same on every machine for a seed."""
+    return torch.randn((ensemble, *shape), generator=torch.Generator().manual_seed(seed))

@@ -1,0 +1,94 @@
+"""Tracing a module to an ONNX file with its weights beside it, and checking what was written."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import onnx
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from ditf.runtime.errors import InputError
+
+DEFAULT_OPSET = 20
+OPSETS = range(18, 26)  # torch's exporter writes an invalid Split at 17 and silently stamps 18 at 26
+
+
+def check_opset(opset: int) -> None:
+    """Reject opsets known to come out wrong.
+
+    Raises:
+        InputError: outside `OPSETS`.
+    """
+    if opset not in OPSETS:
+        raise InputError(
+            f"opset {opset} is not supported", f"choose {OPSETS[0]}..{OPSETS[-1]}, default {DEFAULT_OPSET}"
+        )
+
+
+def write_onnx(
+    module: nn.Module,
+    inputs: Mapping[str, torch.Tensor],
+    outputs: Sequence[str],
+    path: Path,
+    opset: int,
+    dynamic_shapes: dict[str, Any] | None = None,
+) -> None:
+    """Trace `module` and write `path` and, if it has weights, `path`.data.
+
+    Args:
+        inputs: example inputs by name, in the order of the module's forward.
+        dynamic_shapes: {input: {dimension: torch.export.Dim}}, all inputs or None for static shapes.
+    """
+    logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with warnings.catch_warnings(), torch.no_grad():
+        # torch's own deprecations inside torch.export; nothing of ours can mend them.
+        warnings.simplefilter("ignore")
+        program = torch.onnx.export(
+            module.eval(),
+            tuple(inputs.values()),
+            dynamo=True,
+            opset_version=opset,
+            input_names=list(inputs),
+            output_names=list(outputs),
+            dynamic_shapes=dynamic_shapes,
+            verbose=False,
+        )
+        assert program is not None
+        _strip_metadata(program.model)
+        program.save(path, external_data=any(True for _ in module.parameters()))
+    check_onnx(path, opset)
+
+
+def _strip_metadata(model: ir.Model) -> None:
+    """Remove what the exporter notes on every node: stack traces with this machine's paths."""
+    for graph in model.graphs():
+        graph.metadata_props.clear()
+        for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
+            value.metadata_props.clear()
+        for node in graph:
+            node.metadata_props.clear()
+            node.doc_string = None
+            for value in node.outputs:
+                value.metadata_props.clear()
+
+
+def check_onnx(path: Path, opset: int) -> None:
+    """Run onnx's checker, with shape inference, on a written file, and compare its opset.
+
+    Raises:
+        RuntimeError: the exporter wrote something invalid; a defect of ours or of torch's.
+    """
+    try:
+        onnx.checker.check_model(str(path), full_check=True)
+    except onnx.checker.ValidationError as error:
+        raise RuntimeError(f"torch wrote an invalid {path.name}: {error}") from error
+    model = onnx.load(str(path), load_external_data=False)
+    written = {item.domain: item.version for item in model.opset_import}
+    if written != {"": opset}:
+        raise RuntimeError(f"{path.name} has opsets {written} instead of {opset}")

@@ -1,0 +1,175 @@
+"""The reference: the unmodified diffusers transformer, float32, observed through hooks.
+
+Nothing here knows how a block computes its modulation. Block k of the unmodified model is run on the
+averaged, discarded hidden states, and what its attention receives is the feature:
+(1 + scale_k) * Norm_k(z) + shift_k, computed by someone else's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import diffusers
+import numpy as np
+import torch
+from torch import nn
+
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.families.base import Condition, Family
+from ditf.export.latents import LatentSpace, load_model
+from ditf.export.noise import ddpm_scheduler, noise_level
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """The definition of the feature, once the channels are known.
+
+    Attributes:
+        channels: discarded channels, ascending.
+        stage: "before" the norm, or "after" it.
+        adaln: False for plain hidden states.
+    """
+
+    channels: Sequence[int] = ()
+    stage: str = "before"
+    adaln: bool = True
+
+
+class _Stop(Exception):
+    """Leaves a forward pass once a hook has what it wants."""
+
+
+class Reference:
+    """The unmodified model at one layer, timestep, condition and size.
+
+    Args:
+        checkpoint: a diffusers directory.
+        family: of its transformer.
+        layer: k.
+        condition: from `family.encode_condition`.
+        timestep: 0..999.
+        size: (H, W) of the images in pixels.
+        noise: eps, float32 [E, c, h, w].
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        layer: int,
+        condition: Condition,
+        timestep: int,
+        size: tuple[int, int],
+        noise: torch.Tensor,
+    ) -> None:
+        transformer_class = getattr(diffusers, family.transformer_class)
+        self._transformer = load_model(transformer_class, checkpoint.path / "transformer")
+        self._latents = LatentSpace.of(checkpoint)
+        self._vae = self._latents.load_vae() if self._latents.vae else None
+        self._scheduler = checkpoint.config("scheduler")
+        self._block = family.reference_block(self._transformer, layer)
+        self._attention = family.reference_attention(self._block)
+        self._inputs = family.reference_inputs(condition, timestep, size, len(noise))
+        self._timestep = timestep
+        self._noise = noise
+        stride = self._latents.stride * family.patch_size
+        self._grid = (size[0] // stride, size[1] // stride)
+        self._block_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    @torch.no_grad()
+    def hidden_states(self, image: np.ndarray) -> np.ndarray:
+        """x_k averaged over the noise ensemble: float32 [N, C], image tokens in row-major order.
+
+        Args:
+            image: uint8 [H, W, 3] at the export's size.
+        """
+        x_t = self._add_noise(self._encode(image))
+        args, kwargs = _observe(self._block, self._transformer, (x_t,), self._inputs)
+        self._block_call = (args, kwargs)
+        z: np.ndarray = _first(args, kwargs).mean(dim=0).numpy()
+        return z
+
+    @torch.no_grad()
+    def features(self, hidden_states: np.ndarray, settings: FeatureSettings) -> np.ndarray:
+        """The DiTF feature [C, h, w], float32, of hidden states from `hidden_states`."""
+        channels = list(settings.channels)
+        z = torch.from_numpy(hidden_states)[None].clone()
+        if settings.stage == "before":
+            z[:, :, channels] = 0.0
+        if settings.adaln:
+            args, kwargs = _replace_first(*_cut_batch(self._block_call, len(self._noise)), z)
+            z = _first(*_observe(self._attention, self._block, args, kwargs))
+        if settings.stage == "after":
+            z = z.clone()
+            z[:, :, channels] = 0.0
+        feature: np.ndarray = z[0].T.reshape(-1, *self._grid).numpy()
+        return feature
+
+    def _encode(self, image: np.ndarray) -> torch.Tensor:
+        """x_0 [1, c, h', w']."""
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(torch.float32) / 127.5 - 1
+        if self._vae is None:
+            return pixels
+        mean: torch.Tensor = self._vae.encode(pixels).latent_dist.mean
+        return (mean - self._latents.shift) * self._latents.scale
+
+    def _add_noise(self, x_0: torch.Tensor) -> torch.Tensor:
+        """x_t [E, c, h', w']; DDPM through diffusers' own scheduler, flow matching by its formula."""
+        x_0 = x_0.expand(len(self._noise), -1, -1, -1)
+        if "beta_schedule" in self._scheduler:
+            scheduler = ddpm_scheduler(self._scheduler)
+            noisy: torch.Tensor = scheduler.add_noise(
+                x_0, self._noise, torch.full((len(self._noise),), self._timestep)
+            )
+            return noisy
+        level = noise_level(self._scheduler, self._timestep)
+        return level.signal * x_0 + level.noise * self._noise
+
+
+def _observe(
+    target: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Run `model` until `target` is called; returns what `target` was called with."""
+    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen.append((args, kwargs))
+        raise _Stop
+
+    handle = target.register_forward_pre_hook(hook, with_kwargs=True)
+    try:
+        model(*args, **kwargs)
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
+    if not seen:
+        raise RuntimeError(f"{type(target).__name__} was not called by {type(model).__name__}")
+    return seen[0]
+
+
+def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+    tensor: torch.Tensor = args[0] if args else kwargs["hidden_states"]
+    return tensor
+
+
+def _replace_first(
+    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: torch.Tensor
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    if args:
+        return (tensor, *args[1:]), kwargs
+    return args, {**kwargs, "hidden_states": tensor}
+
+
+def _cut_batch(
+    call: tuple[tuple[Any, ...], dict[str, Any]], batch: int
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The same call for a batch of one: every noise of the ensemble has the same condition."""
+
+    def cut(value: Any) -> Any:
+        return value[:1] if isinstance(value, torch.Tensor) and len(value) == batch else value
+
+    args, kwargs = call
+    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}

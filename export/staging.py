@@ -1,0 +1,75 @@
+"""Writing a directory so that it is there whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ditf.runtime.errors import InputError
+from ditf.runtime.manifest import NAME as MANIFEST
+
+
+@contextmanager
+def staged(target: Path) -> Iterator[Path]:
+    """A temporary sibling of `target` that takes its place when the block ends well.
+
+    An existing bundle at `target` is replaced whole, its engines included; whatever goes wrong, it is
+    kept as it was and the temporary directory is removed. What a killed process left is removed by
+    the next one.
+
+    Raises:
+        InputError: `target` exists and is no bundle, or its parent cannot be written.
+    """
+    if target.exists() and not (target / MANIFEST).is_file():
+        raise InputError(f"{target} exists and is not a bundle", "choose another --output, or move it away")
+    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _remove_stale(target)
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(
+            f"{target.parent} cannot be written ({error.strerror})", "choose another --output"
+        ) from error
+    try:
+        yield temporary
+        _replace(temporary, target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _replace(temporary: Path, target: Path) -> None:
+    if not target.exists():
+        temporary.rename(target)
+        return
+    old = target.with_name(f".{target.name}.old-{os.getpid()}")
+    target.rename(old)
+    try:
+        temporary.rename(target)
+    except BaseException:
+        old.rename(target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _remove_stale(target: Path) -> None:
+    """Remove what exports of `target` that were killed left behind."""
+    for kind in ("partial", "old"):
+        prefix = f".{target.name}.{kind}-"
+        for path in target.parent.iterdir():
+            pid = path.name.removeprefix(prefix)
+            if path.name.startswith(prefix) and pid.isdecimal() and not _alive(int(pid)):
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        pass  # somebody else's process
+    return True

@@ -1,0 +1,8 @@
+"""Bundle -> features -> matches, on the device. Standard library, numpy and pillow only."""
+
+from ditf.runtime.errors import DitfError
+from ditf.runtime.features import FeatureMap
+from ditf.runtime.matching import Matches
+from ditf.runtime.model import Model, load
+
+__all__ = ["DitfError", "FeatureMap", "Matches", "Model", "load"]

@@ -1,0 +1,71 @@
+"""ONNX Runtime, on CUDA where its provider really loads, else on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from ditf.runtime.backends import Probe
+from ditf.runtime.errors import BundleError, MissingComponent
+
+_INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for CUDA, never both)"
+_WANTED = ("CUDAExecutionProvider", "CPUExecutionProvider")
+
+
+def probe() -> Probe:
+    """Whether ONNX Runtime imports, and the providers it was built with."""
+    try:
+        import onnxruntime
+    except ImportError as error:
+        return Probe(False, f"onnxruntime does not import ({error})", _INSTALL)
+    providers = [p for p in _WANTED if p in onnxruntime.get_available_providers()]
+    return Probe(True, f"onnxruntime {onnxruntime.__version__}, {', '.join(providers)}")
+
+
+def open_session(path: Path) -> OnnxRuntimeSession:
+    """Open a graph and the weights beside it."""
+    return OnnxRuntimeSession(path)
+
+
+class OnnxRuntimeSession:
+    """One graph in ONNX Runtime; see `ditf.runtime.backends.Session`."""
+
+    def __init__(self, path: Path) -> None:
+        try:
+            import onnxruntime
+        except ImportError as error:
+            raise MissingComponent(f"onnxruntime does not import ({error})", _INSTALL) from error
+        options = onnxruntime.SessionOptions()
+        options.log_severity_level = 3  # errors; what matters is raised
+        available = onnxruntime.get_available_providers()
+        wanted = [provider for provider in _WANTED if provider in available]
+        try:
+            session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+        except Exception as error:  # its exceptions share no base class
+            raise BundleError(
+                f"ONNX Runtime {onnxruntime.__version__} refuses {path} ({_first_line(error)})",
+                "export the bundle again with the installed versions",
+            ) from error
+        used = session.get_providers()
+        # A provider that fails to load is only logged by ONNX Runtime; say it.
+        lost = "".join(f" ({p} did not load)" for p in wanted if p not in used)
+        self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}"
+        self.inputs = tuple(item.name for item in session.get_inputs())
+        self.outputs = tuple(item.name for item in session.get_outputs())
+        self._session = session
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Run the graph; arrays in and out are in host memory."""
+        if self._session is None:
+            raise RuntimeError("the session is closed")
+        return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
+
+    def close(self) -> None:
+        """Drop the session and its memory."""
+        self._session = None
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).split("\n")[0][:200]

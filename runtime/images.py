@@ -1,0 +1,124 @@
+"""Any image a user has -> RGB uint8 at the engine's size."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from ditf.runtime.errors import InputError
+
+ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
+
+FITS = ("stretch", "pad")
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+_PAD_VALUE = 128  # mid-grey: 0 after normalisation to [-1, 1]
+
+
+def open_image(source: ImageLike) -> Image.Image:
+    """Open an image as RGB, 8 bits a channel.
+
+    EXIF rotation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits.
+
+    Args:
+        source: a path, a PIL image, or an RGB uint8 array [H, W, 3].
+
+    Raises:
+        InputError: no such file, not an image, truncated, too large to decode safely, or an array of
+            another shape or dtype.
+    """
+    if isinstance(source, np.ndarray):
+        return _from_array(source)
+    if isinstance(source, Image.Image):
+        return _to_rgb(source, "the image")
+    path = Path(source)
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns between one and two times its limit and raises beyond: let those through.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            with Image.open(path) as image:
+                image.load()
+                return _to_rgb(image, str(path))
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such image") from None
+    except IsADirectoryError:
+        raise InputError(f"{path} is a directory, not an image") from None
+    except Image.DecompressionBombError:
+        limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
+        raise InputError(f"{path} has more than {limit:,} pixels", "scale it down first") from None
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
+        raise InputError(
+            f"{path} is not a readable image ({_one_line(error)})", "re-encode it as PNG or JPEG"
+        ) from error
+
+
+def list_images(folder: Path) -> list[Path]:
+    """The image files of a folder, sorted by name.
+
+    Raises:
+        InputError: not a folder, or no images in it.
+    """
+    if not folder.is_dir():
+        raise InputError(f"{folder} is not a directory of images")
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    if not paths:
+        raise InputError(f"{folder} holds no images", f"it needs one of {', '.join(sorted(SUFFIXES))}")
+    return paths
+
+
+def fit_image(
+    image: Image.Image, size: tuple[int, int], fit: str = "stretch"
+) -> tuple[np.ndarray, tuple[float, float]]:
+    """Resize to the engine's size with Pillow's bicubic filter.
+
+    Args:
+        image: RGB.
+        size: (H, W) in pixels.
+        fit: "stretch" fills the size; "pad" keeps the aspect and pads right and below.
+
+    Returns:
+        The pixels, uint8 [H, W, 3], and the share (rows, columns) of them that the image covers.
+    """
+    height, width = size
+    if fit == "stretch":
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), (1.0, 1.0)
+    if fit != "pad":
+        raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
+    scale = min(height / image.height, width / image.width)
+    rows = min(height, max(1, round(image.height * scale)))
+    columns = min(width, max(1, round(image.width * scale)))
+    pixels = np.full((height, width, 3), _PAD_VALUE, np.uint8)
+    pixels[:rows, :columns] = np.asarray(image.resize((columns, rows), Image.Resampling.BICUBIC))
+    return pixels, (rows / height, columns / width)
+
+
+def _from_array(array: np.ndarray) -> Image.Image:
+    if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
+        raise InputError(f"an image array must be RGB uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")
+    return Image.fromarray(np.ascontiguousarray(array), "RGB")
+
+
+def _to_rgb(image: Image.Image, name: str) -> Image.Image:
+    if 0 in image.size:
+        raise InputError(f"{name} is empty: {image.width}x{image.height} pixels")
+    image = ImageOps.exif_transpose(image)
+    if image.mode.startswith("I"):
+        grey = np.asarray(image).astype(np.int64)
+        if grey.min() < 0 or grey.max() > 65535:
+            raise InputError(f"{name} has values outside 16 bits", "convert it to 8 bits")
+        image = Image.fromarray(np.round(grey / 257).astype(np.uint8), "L")
+    elif image.mode == "F":
+        raise InputError(f"{name} is a float image of unknown range", "convert it to 8 bits")
+    if image.has_transparency_data:
+        rgba = image.convert("RGBA")
+        white = Image.new("RGBA", rgba.size, "white")
+        image = Image.alpha_composite(white, rgba)
+    return image.convert("RGB")
+
+
+def _one_line(error: BaseException) -> str:
+    return str(error).split("\n")[0][:120] or type(error).__name__

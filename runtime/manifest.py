@@ -1,0 +1,152 @@
+"""manifest.json: what a bundle is. The one home of its schema, read with the standard library.
+
+The exporter writes it from the same class and reads it back before a bundle is released.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
+
+from ditf.runtime.errors import BundleError
+
+SCHEMA = 1
+NAME = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """Everything a device needs to know of a bundle.
+
+    Attributes:
+        schema: version of this layout.
+        model: id, revision and family of the checkpoint; `transformer`, its diffusers class.
+        layer: global index k of the block whose input is the feature.
+        layer_name: the same for people, "layer 9 = block.9 of 12".
+        timestep: diffusion timestep, 0..999.
+        prompt, class_label: the condition; None where the family has no such thing.
+        seed, ensemble, noise: the noise of x_t: `ensemble` draws, "baked" or a graph "input".
+        size: (H, W) of the graph's input in pixels.
+        grid: (h, w) of the features in cells.
+        channels: C of the features.
+        batch: static batch size, or "dynamic".
+        adaln: False when the features are the plain hidden states (--no-adaln).
+        discard: "channels" (ascending), "stage" ("before" or "after" the norm), "source".
+        precision: "float16" or "float32"; recipe: which tensors have which type.
+        parts: where the parameters are: {part: {dtype: {"parameters": n, "bytes": n}}}.
+        opset: of the ONNX graphs.
+        conditioning: "bake": prompt and timestep are constants of the graph.
+        tolerances: gates of `ditf check`, {metric: limit}.
+        rehearsal: feature parity of the graph in PyTorch, in its own precision, at export.
+        golden: points and rows in golden.npz, and the images they come from.
+        versions: of the tools that made the bundle; command: the command line that made it.
+        files: {name: {"bytes": n, "sha256": hex}} of every other file outside engines/.
+    """
+
+    schema: int
+    model: dict[str, Optional[str]]
+    layer: int
+    layer_name: str
+    timestep: int
+    prompt: Optional[str]
+    class_label: Optional[int]
+    seed: int
+    ensemble: int
+    noise: Literal["baked", "input"]
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    channels: int
+    batch: Union[int, Literal["dynamic"]]
+    adaln: bool
+    discard: dict[str, Any]
+    precision: Literal["float16", "float32"]
+    recipe: dict[str, Any]
+    parts: dict[str, dict[str, dict[str, int]]]
+    opset: int
+    conditioning: Literal["bake"]
+    tolerances: dict[str, float]
+    rehearsal: dict[str, float]
+    golden: dict[str, Any]
+    versions: dict[str, str]
+    command: str
+    files: dict[str, dict[str, Any]]
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+
+def read_manifest(bundle: Path) -> Manifest:
+    """Read and validate a bundle's manifest.
+
+    Raises:
+        BundleError: no bundle there, not JSON, of a newer schema, or with fields missing or mistyped.
+    """
+    path = bundle / NAME
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(
+            f"{bundle} is not a bundle: it has no {NAME}", "make one with ditf-export"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise BundleError(f"{path} cannot be read ({error})", "export the bundle again") from error
+    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
+        raise BundleError(f"{path} is not a ditf manifest", "export the bundle again")
+    if document["schema"] > SCHEMA:
+        raise BundleError(
+            f"{bundle} has schema {document['schema']}, this ditf reads up to {SCHEMA}",
+            "run: pip install --upgrade ditf",
+        )
+    try:
+        return _parse(document)
+    except (KeyError, TypeError, ValueError) as error:
+        raise BundleError(f"{path} is invalid ({error})", "export the bundle again") from error
+
+
+def _parse(document: dict[str, Any]) -> Manifest:
+    """Build the manifest, checking every field against its annotation. Unknown fields are ignored."""
+    values: dict[str, Any] = {}
+    for name, hint in get_type_hints(Manifest).items():
+        if name not in document:
+            raise KeyError(f"no field {name!r}")
+        value = document[name]
+        if not _conforms(value, hint):
+            raise TypeError(f"{name} is {value!r:.60}")
+        values[name] = tuple(value) if get_origin(hint) is tuple else value
+    return Manifest(**values)
+
+
+def _conforms(value: Any, hint: Any) -> bool:
+    """Whether a JSON value is of an annotated type (a tuple is a JSON list of its length)."""
+    origin, arguments = get_origin(hint), get_args(hint)
+    if hint is Any:
+        return True
+    if origin is Literal:
+        return value in arguments
+    if origin is Union:
+        return any(_conforms(value, argument) for argument in arguments)
+    if origin is tuple:
+        return (
+            isinstance(value, list) and len(value) == len(arguments) and all(map(_conforms, value, arguments))
+        )
+    if origin is dict:
+        return isinstance(value, dict) and all(_conforms(v, arguments[1]) for v in value.values())
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return type(value) is hint
+
+
+def tool_versions(*packages: str) -> dict[str, str]:
+    """Versions of installed packages, and of Python."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    found = {"python": ".".join(map(str, sys.version_info[:3]))}
+    for package in packages:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,202 @@
+"""Exact full-resolution argmax matching without upsampling a feature map.
+
+DiTF's published protocol upsamples the target's features to the image, normalises every pixel and
+takes the pixel of the highest cosine. Bilinear upsampling is linear, so the upsampled features never
+have to exist:  <q, up(F)> = up(<q, F>), and |up(F)|^2 at a pixel is a quadratic form in the inner
+products of the (at most) four cells around it, five small maps (design, section 7).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Union
+
+import numpy as np
+
+from ditf.runtime.errors import InputError
+from ditf.runtime.features import FeatureMap
+from ditf.runtime.interpolation import quadratic_matrix, sample_rows, upsampling_matrix
+
+PointsLike = Union[np.ndarray, Sequence[Sequence[float]]]
+
+TIE_TOLERANCE = 1e-6
+"""Cosines within this of the maximum count as equal, and the first of them in row-major order wins:
+float32 cannot tell them apart, and every backend then answers with the same pixel."""
+
+TINY = 1e-24
+"""Smallest squared norm; a zero vector has cosine 0 with everything."""
+
+_TILE = 1 << 20  # scores held at a time, float32: 4 MiB, so that a tile stays in cache
+
+
+@dataclass(frozen=True)
+class Matches:
+    """Matches of N points.
+
+    Attributes:
+        points: float32 [N, 2], (x, y) in the target image's pixels, centres at integers.
+        scores: float32 [N], cosine similarity in [-1, 1].
+    """
+
+    points: np.ndarray
+    scores: np.ndarray
+
+
+def check_points(points: PointsLike, image_size: tuple[int, int]) -> np.ndarray:
+    """Validate points: float64 [N, 2], (x, y) px, inside an image of size (H, W).
+
+    Raises:
+        InputError: another shape, not numbers, not finite, or outside the image.
+    """
+    try:
+        array = np.asarray(points, dtype=np.float64)
+    except (TypeError, ValueError):
+        raise InputError("points must be numbers [N, 2], (x, y) in pixels") from None
+    if array.size == 0:
+        return array.reshape(0, 2)
+    if array.ndim != 2 or array.shape[1] != 2:
+        raise InputError(f"points must be [N, 2], (x, y) in pixels, got {list(array.shape)}")
+    height, width = image_size
+    inside = ((array >= 0) & (array <= (width - 1, height - 1))).all(axis=1)  # False for NaN
+    if not inside.all():
+        x, y = array[np.flatnonzero(~inside)[0]]
+        raise InputError(
+            f"point {x:g},{y:g} is outside the source image of {width}x{height} pixels",
+            f"x is 0..{width - 1}, y is 0..{height - 1}",
+        )
+    return array
+
+
+def interpolation_inputs(
+    source: FeatureMap, target: FeatureMap, points: np.ndarray
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """What match.onnx takes beside the two maps.
+
+    Args:
+        source, target: the two feature maps.
+        points: [N, 2] checked, (x, y) in the source image's pixels.
+
+    Returns:
+        point_rows [N, h], point_columns [N, w]: weights of the source's cells for each point;
+        rows [H, h'], columns [W, w']: upsampling of the target to its image. All float32.
+    """
+    _, h, w = source.array.shape
+    point_rows = upsampling_matrix(source.image_size[0], h, source.cells[0])
+    point_columns = upsampling_matrix(source.image_size[1], w, source.cells[1])
+    _, h, w = target.array.shape
+    return (
+        sample_rows(point_rows, points[:, 1]),
+        sample_rows(point_columns, points[:, 0]),
+        upsampling_matrix(target.image_size[0], h, target.cells[0]),
+        upsampling_matrix(target.image_size[1], w, target.cells[1]),
+    )
+
+
+def match_points(source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
+    """The target pixel of the highest cosine for each source point.
+
+    A fractional source point samples the upsampled source map bilinearly.
+
+    Args:
+        source, target: maps with the same number of channels.
+        points: [N, 2], (x, y) in the source image's own pixels.
+
+    Returns:
+        Matches in the target image's own pixels; ties go to the first pixel in row-major order.
+
+    Raises:
+        InputError: bad points, or maps of different models.
+    """
+    if len(source.array) != len(target.array):
+        raise InputError(
+            f"the maps have {len(source.array)} and {len(target.array)} channels",
+            "compute both with the same bundle",
+        )
+    checked = check_points(points, source.image_size)
+    point_rows, point_columns, rows, columns = interpolation_inputs(source, target, checked)
+    queries = _sample(source.array, point_rows, point_columns)
+    similarity, inverse_norm = _similarity_maps(queries, target.array, rows, columns)
+    best, scores = _argmax(similarity, inverse_norm, rows)
+    y, x = np.divmod(best, target.image_size[1])
+    return Matches(
+        points=np.stack([x, y], axis=1).astype(np.float32),
+        scores=np.clip(scores, -1.0, 1.0).astype(np.float32),
+    )
+
+
+def _sample(array: np.ndarray, point_rows: np.ndarray, point_columns: np.ndarray) -> np.ndarray:
+    """Unit queries [N, C] at points given as cell weights."""
+    channels, h, w = array.shape
+    weights = (point_rows[:, :, None] * point_columns[:, None, :]).reshape(-1, h * w)
+    queries = weights @ array.reshape(channels, h * w).astype(np.float32).T
+    squared = np.einsum("nc,nc->n", queries, queries)
+    return queries / np.sqrt(np.maximum(squared, TINY))[:, None]
+
+
+def _similarity_maps(
+    queries: np.ndarray, array: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """<q, F> upsampled along x only, [N, h, W], and 1 / |up(F)|, [H, W]."""
+    channels, h, w = array.shape
+    cells = array.reshape(channels, h * w).astype(np.float32)
+    inner = (queries @ cells).reshape(-1, h, w)
+    kernel = _norm_kernel(cells.reshape(channels, h, w))
+    squared = quadratic_matrix(rows) @ kernel @ quadratic_matrix(columns).T
+    return inner @ columns.T, 1.0 / np.sqrt(np.maximum(squared, TINY))
+
+
+def _norm_kernel(cells: np.ndarray) -> np.ndarray:
+    """[2h, 2w]: inner products of neighbouring cells, laid out for `quadratic_matrix`."""
+
+    def inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+        return np.einsum("chw,chw->hw", a, b)
+
+    right = np.concatenate([cells[:, :, 1:], cells[:, :, -1:]], axis=2)
+    below = np.concatenate([cells[:, 1:], cells[:, -1:]], axis=1)
+    below_right = np.concatenate([right[:, 1:], right[:, -1:]], axis=1)
+    diagonals = inner(cells, below_right) + inner(right, below)
+    return np.block(
+        [
+            [inner(cells, cells), 2.0 * inner(cells, right)],
+            [2.0 * inner(cells, below), 2.0 * diagonals],
+        ]
+    )
+
+
+def _argmax(
+    similarity: np.ndarray, inverse_norm: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """First pixel within the tie tolerance of the best cosine, and that best cosine, per query.
+
+    Scores exist for one tile of image rows of one query at a time: memory does not grow with the
+    number of points or the size of the image.
+    """
+    height, width = inverse_norm.shape
+    step = max(1, _TILE // width)
+    tiles = [slice(y, y + step) for y in range(0, height, step)]
+    best = np.zeros(len(similarity), np.int64)
+    top = np.zeros(len(similarity), np.float32)
+    for n, query in enumerate(similarity):
+        maxima, firsts = [], []
+        for tile in tiles:
+            scores = _tile_scores(query, inverse_norm, rows, tile)
+            maxima.append(scores.max())
+            firsts.append(_first_at(scores, maxima[-1]))
+        top[n] = max(maxima)
+        winner = next(i for i, maximum in enumerate(maxima) if maximum >= top[n] - TIE_TOLERANCE)
+        if maxima[winner] < top[n]:  # an earlier tile ties with the best one: judge it by the best
+            scores = _tile_scores(query, inverse_norm, rows, tiles[winner])
+            firsts[winner] = _first_at(scores, top[n])
+        best[n] = tiles[winner].start * width + firsts[winner]
+    return best, top
+
+
+def _tile_scores(query: np.ndarray, inverse_norm: np.ndarray, rows: np.ndarray, tile: slice) -> np.ndarray:
+    scores: np.ndarray = rows[tile] @ query
+    scores *= inverse_norm[tile]
+    return scores
+
+
+def _first_at(scores: np.ndarray, maximum: np.floating) -> int:
+    return int((scores >= maximum - np.float32(TIE_TOLERANCE)).argmax())

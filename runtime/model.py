@@ -1,0 +1,179 @@
+"""Model: an opened bundle. Images -> feature maps -> matches."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Union
+
+import numpy as np
+
+from ditf.runtime import backends
+from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
+from ditf.runtime.errors import InputError
+from ditf.runtime.features import FeatureMap
+from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
+from ditf.runtime.manifest import Manifest
+from ditf.runtime.matching import (
+    Matches,
+    PointsLike,
+    check_points,
+    interpolation_inputs,
+    match_points,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def load(bundle: Union[str, Path], backend: str = "auto", fit: str = "stretch") -> Model:
+    """Open a bundle on this machine.
+
+    Args:
+        bundle: directory written by ditf-export.
+        backend: "auto", or a backend's name; a named one that is missing is an error.
+        fit: how images meet the engine's size: "stretch", or "pad", which keeps the aspect.
+
+    Raises:
+        DitfError: no bundle, an altered one, no backend, an unknown fit.
+    """
+    return Model(Bundle.open(bundle), backend, fit)
+
+
+class Model:
+    """An opened bundle; make one with `load`, or use it as a context manager.
+
+    Attributes:
+        bundle, manifest: what was opened.
+        backend: name of the backend that runs it; `reason` says why that one.
+    """
+
+    def __init__(self, bundle: Bundle, backend: str = "auto", fit: str = "stretch") -> None:
+        if fit not in FITS:
+            raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
+        self.bundle = bundle
+        self.fit = fit
+        self.backend, self._module, self.reason = backends.choose(backend)
+        bundle.verify([FEATURES, FEATURES_DATA])
+        self._features = self._module.open_session(bundle.path / FEATURES)
+        self._match: backends.Session | None = None
+        self._noise: np.ndarray | None = None
+        if self.manifest.noise == "input":
+            self._noise = bundle.read_array(NOISE)
+        logger.info("%s on %s: %s (%s)", bundle.path, self.backend, self.detail, self.reason)
+
+    @property
+    def manifest(self) -> Manifest:
+        return self.bundle.manifest
+
+    @property
+    def detail(self) -> str:
+        """What runs the graph: backend version and device."""
+        return self._features.detail
+
+    def features(self, image: ImageLike, noise: np.ndarray | None = None) -> FeatureMap:
+        """Features of one image.
+
+        Args:
+            image: a path, a PIL image, or an RGB uint8 array [H, W, 3] of any size.
+            noise: float32 [ensemble, c, h, w] for a bundle exported with --noise input; the bundle's
+                own by default.
+
+        Raises:
+            InputError: an unreadable image, or noise the graph does not take.
+        """
+        return self.features_of([image], noise)[0]
+
+    def features_of(self, images: Sequence[ImageLike], noise: np.ndarray | None = None) -> list[FeatureMap]:
+        """Features of several images, in batches of the bundle's size."""
+        pixels, shares, sizes = [], [], []
+        for source in images:
+            image = open_image(source)
+            array, share = fit_image(image, self.manifest.size, self.fit)
+            pixels.append(array)
+            shares.append(share)
+            sizes.append((image.height, image.width))
+        if not pixels:
+            return []
+        maps = self.run(np.stack(pixels), noise)
+        return [_crop(array, share, size) for array, share, size in zip(maps, shares, sizes, strict=True)]
+
+    def run(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+        """The features graph itself.
+
+        Args:
+            pixels: uint8 [n, H, W, 3] at the bundle's size, any n >= 1.
+            noise: see `features`.
+
+        Returns:
+            [n, C, h, w], float16 or float32 as the bundle was exported.
+        """
+        feeds = self._noise_feed(noise)
+        batch = self.manifest.batch
+        if batch == "dynamic":
+            return self._features.run({"image": pixels, **feeds})["features"]
+        assert isinstance(batch, int)
+        chunks = []
+        for start in range(0, len(pixels), batch):
+            chunk = pixels[start : start + batch]
+            short = batch - len(chunk)
+            if short:  # a static batch is filled up by repeating its last image
+                chunk = np.concatenate([chunk, np.repeat(chunk[-1:], short, axis=0)])
+            output = self._features.run({"image": chunk, **feeds})["features"]
+            chunks.append(output[: batch - short])
+        return np.concatenate(chunks)
+
+    def match(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
+        """The target pixel of the highest cosine for each source point; see `match_points`."""
+        return match_points(source, target, points)
+
+    def match_with_graph(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
+        """The same through match.onnx on this backend."""
+        checked = check_points(points, source.image_size)
+        if len(checked) == 0:
+            return Matches(np.zeros((0, 2), np.float32), np.zeros(0, np.float32))
+        if self._match is None:
+            self.bundle.verify([MATCH])
+            self._match = self._module.open_session(self.bundle.path / MATCH)
+        names = ("point_rows", "point_columns", "rows", "columns")
+        feeds = dict(zip(names, interpolation_inputs(source, target, checked), strict=True))
+        output = self._match.run({"source": source.array[None], "target": target.array[None], **feeds})
+        return Matches(output["points"], output["scores"])
+
+    def close(self) -> None:
+        """Free the sessions."""
+        self._features.close()
+        if self._match is not None:
+            self._match.close()
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _noise_feed(self, noise: np.ndarray | None) -> dict[str, np.ndarray]:
+        if self._noise is None:
+            if noise is not None:
+                raise InputError("this bundle's noise is baked in", "export it with --noise input")
+            return {}
+        if noise is None:
+            return {"noise": self._noise}
+        if noise.shape != self._noise.shape or noise.dtype != np.float32:
+            raise InputError(
+                f"noise must be float32 {list(self._noise.shape)}, got {noise.dtype} {list(noise.shape)}"
+            )
+        return {"noise": noise}
+
+
+def _crop(array: np.ndarray, share: tuple[float, float], size: tuple[int, int]) -> FeatureMap:
+    """The part of a map that the image covers."""
+    rows, columns = array.shape[1] * share[0], array.shape[2] * share[1]
+    cropped = np.ascontiguousarray(array[:, : int(np.ceil(rows)), : int(np.ceil(columns))])
+    return FeatureMap(cropped, size, (rows, columns))
