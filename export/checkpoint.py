@@ -141,16 +141,6 @@ def open_checkpoint(model: str) -> Iterator[Checkpoint]:
     yield checkpoint
 
 
-def quieten_libraries() -> None:
-    """Stop the bars and the advice that diffusers and transformers print for their own users."""
-    import diffusers
-    import transformers
-
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
-
-
 def _download(model: str) -> Checkpoint:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError

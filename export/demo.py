@@ -9,8 +9,10 @@ from pathlib import Path
 
 import torch
 from diffusers import DDPMScheduler, DiTTransformer2DModel
+from safetensors import SafetensorError
 
 from ditf.export.families.base import Defaults
+from ditf.runtime.errors import InputError
 
 PLANTED = {5: (60.0, 1), 41: (-40.0, 2)}
 """Massive channels: {channel: (value, period in pixels of the texture that perturbs it)}."""
@@ -53,5 +55,10 @@ def write_demo_checkpoint(folder: Path) -> None:
             filter_size = projection.weight[channel].numel()
             projection.weight[channel] = _PERTURBATION * value * checkerboard / filter_size
             projection.bias[channel] = value
-    model.save_pretrained(folder / "transformer")
-    DDPMScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
+    try:
+        model.save_pretrained(folder / "transformer")
+        DDPMScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
+    except (OSError, SafetensorError) as error:
+        raise InputError(
+            f"the demo model cannot be written to {folder} ({error})", "free some space, or set TMPDIR"
+        ) from error

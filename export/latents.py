@@ -5,10 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
 from diffusers import AutoencoderKL
 
 from ditf.export.checkpoint import Checkpoint
+from ditf.export.pretrained import load_model
 from ditf.runtime.errors import InputError
 
 _SUPPORTED = "AutoencoderKL"
@@ -62,16 +62,5 @@ class LatentSpace:
     def load_vae(self) -> AutoencoderKL:
         """The unmodified VAE in float32."""
         assert self.vae is not None
-        return load_model(AutoencoderKL, self.vae)
-
-
-def load_model(model_class, folder: Path):  # type: ignore[no-untyped-def]
-    """`from_pretrained` in float32 and eval mode, from safetensors only, errors on one line."""
-    try:
-        model = model_class.from_pretrained(folder, use_safetensors=True)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise InputError(
-            f"diffusers cannot load {folder} ({str(error).strip().splitlines()[0][:160]})",
-            "download or save the checkpoint again",
-        ) from error
-    return model.to(torch.float32).eval().requires_grad_(False)
+        vae: AutoencoderKL = load_model(AutoencoderKL, self.vae)
+        return vae

@@ -18,8 +18,9 @@ from torch import nn
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Condition, Family
-from ditf.export.latents import LatentSpace, load_model
+from ditf.export.latents import LatentSpace
 from ditf.export.noise import ddpm_scheduler, noise_level
+from ditf.export.pretrained import load_model
 
 
 @dataclass(frozen=True)

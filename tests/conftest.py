@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
+import signal
 import subprocess
-import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
@@ -59,20 +61,20 @@ def pixart_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -
 
 
 @pytest.fixture
-def ditf(tmp_path: Path) -> Run:
-    """Runs `ditf ARGUMENTS` in an empty directory, in a process of its own."""
+def ditf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Runs `ditf ARGUMENTS` in an empty directory, in this process: importing torch takes seconds."""
+    from ditf.cli.main import run
 
-    def run(*arguments: object, **options: object) -> subprocess.CompletedProcess[str]:
-        return subprocess.run(
-            [sys.executable, "-m", "ditf", *map(str, arguments)],
-            cwd=tmp_path,
-            capture_output=True,
-            text=True,
-            timeout=300,
-            **options,  # type: ignore[call-overload]
-        )
+    def call(*arguments: object) -> subprocess.CompletedProcess[str]:
+        out, err = io.StringIO(), io.StringIO()
+        with redirect_stdout(out), redirect_stderr(err):
+            code = run([str(argument) for argument in arguments])
+        return subprocess.CompletedProcess(arguments, code, out.getvalue(), err.getvalue())
 
-    return run
+    monkeypatch.chdir(tmp_path)
+    handler = signal.getsignal(signal.SIGTERM)
+    yield call
+    signal.signal(signal.SIGTERM, handler)
 
 
 def _export(factory: pytest.TempPathFactory, name: str, **options: object) -> Path:

@@ -22,12 +22,13 @@ SCHEMA = 1  # of every --json document
 
 
 class _State:
-    """Verbosity of the running command, for whoever prints."""
+    """The running command line and its verbosity."""
 
     def __init__(self) -> None:
-        self.reset()
+        self.reset("")
 
-    def reset(self) -> None:
+    def reset(self, command: str) -> None:
+        self.command = command
         self.verbose = False
         self.quiet = False
 

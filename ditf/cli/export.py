@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -85,14 +83,14 @@ def export(
         "opset": opset,
         "calibration_images": calibration_images,
         "output": output,
-        "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+        "command": state.command,
     }
     try:
         from pydantic import ValidationError
 
-        from ditf.export.checkpoint import quieten_libraries
         from ditf.export.exporter import STAGES, export_bundle
         from ditf.export.options import ExportOptions
+        from ditf.export.pretrained import quieten_libraries
     except ImportError as error:
         raise missing_extra(error.name or "a package of the exporter", "export") from error
     try:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import signal
 import sys
 import traceback
@@ -56,17 +57,21 @@ def export_main() -> NoReturn:
     """The `ditf-export` command: `ditf export`."""
     arguments = sys.argv[1:]
     verb = [] if arguments == ["--version"] else ["export"]
-    sys.exit(run([*verb, *arguments]))
+    sys.exit(run([*verb, *arguments], shlex.join(["ditf-export", *arguments])))
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], command: str | None = None) -> int:
     """Run a command line; returns its exit code.
+
+    Args:
+        arguments: after the program's name.
+        command: as the user typed it, for the record; `ditf` and the arguments by default.
 
     0 done; 1 a gate failed; 2 wrong usage or bad input; 3 a component is missing; 70 a defect of ditf;
     130 and 143 interrupted.
     """
     signal.signal(signal.SIGTERM, _terminate)
-    state.reset()
+    state.reset(command or shlex.join(["ditf", *arguments]))
     try:
         code = typer.main.get_command(app).main(arguments, prog_name="ditf", standalone_mode=False)
         return int(code or 0)

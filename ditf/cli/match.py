@@ -8,6 +8,7 @@ from typing import Annotated, Optional
 
 import numpy as np
 import typer
+from PIL import Image
 
 from ditf.cli.console import (
     BackendOption,
@@ -55,6 +56,7 @@ def match(
 ) -> None:
     """Match points of SOURCE to TARGET at full resolution."""
     check_writable(output, json_file)
+    _check_picture(output)
     given = parse_points([*(points or []), *(more_points or [])])
     if bool(given) == (grid is not None):
         raise InputError("points are needed" if not given else "points and a grid exclude each other",
@@ -96,6 +98,13 @@ def match(
             "seconds": seconds,
         },
     )
+
+
+def _check_picture(path: Path | None) -> None:
+    """Reject a file name that no picture format has."""
+    known = Image.registered_extensions()
+    if path is not None and known.get(path.suffix.lower()) not in Image.SAVE:
+        raise InputError(f"{path} does not name a picture format", "for example match.png")
 
 
 def _grid(size: tuple[int, int], count: int) -> list[tuple[float, float]]:

@@ -16,6 +16,7 @@ from ditf.export.graph.blocks import Block, Modulation
 from ditf.export.graph.layers import ModulatedNorm
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Trunk
+from ditf.export.pretrained import load_pipeline
 
 
 class PixArt(Family):
@@ -57,7 +58,7 @@ class PixArt(Family):
     def encode_condition(
         self, checkpoint: Checkpoint, prompt: str | None, class_label: int | None
     ) -> Condition:
-        pipeline = PixArtAlphaPipeline.from_pretrained(checkpoint.path, transformer=None, vae=None)
+        pipeline = load_pipeline(PixArtAlphaPipeline, checkpoint.path, transformer=None, vae=None)
         pipeline.text_encoder.to(torch.float32)
         embeds, mask, _, _ = pipeline.encode_prompt(
             prompt, do_classifier_free_guidance=False, device=torch.device("cpu")

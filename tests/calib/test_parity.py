@@ -1,0 +1,193 @@
+from __future__ import annotations
+
+import copy
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ditf.calib.parity import (
+    MEASURED_MARGIN,
+    TOLERANCES,
+    Gate,
+    feature_parity,
+    gates,
+    match_parity,
+    tolerances,
+)
+
+LEAST = ("cosine_mean", "cosine_p01", "cosine_min", "matches_within_1px")
+MOST = ("relative_error", "channel_error", "max_abs_error")
+FEATURES = ("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error")
+
+
+@pytest.fixture
+def expected() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, 200, 64)).astype(np.float32)
+
+
+def failed(metrics: dict[str, float], precision: str) -> set[str]:
+    return {gate.name for gate in gates(metrics, TOLERANCES[precision]) if not gate.ok}
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_equal_features_pass(expected, precision):
+    metrics = feature_parity(expected.copy(), expected)
+    assert metrics["relative_error"] == metrics["channel_error"] == metrics["max_abs_error"] == 0
+    # Square roots in float64.
+    assert metrics["cosine_min"] == pytest.approx(1.0, abs=1e-12)
+    assert failed(metrics, precision) == set()
+
+
+def test_float16_rounding_passes_float16_and_fails_float32(expected):
+    metrics = feature_parity(expected.astype(np.float16), expected)
+    assert failed(metrics, "float16") == set()
+    assert "relative_error" in failed(metrics, "float32")
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("count", ["one", "all"])
+@pytest.mark.parametrize("dtype", [np.float16, np.float32])
+def test_features_that_are_not_finite_fail_every_gate(expected, bad, count, dtype):
+    actual = expected.astype(dtype)
+    if count == "one":
+        actual[1, 17, 5] = bad
+    else:
+        actual[:] = bad
+    assert failed(feature_parity(actual, expected), "float16") == set(FEATURES)
+
+
+def test_zero_features_fail(expected):
+    metrics = feature_parity(np.zeros_like(expected), expected)
+    assert metrics["cosine_mean"] == 0
+    assert metrics["relative_error"] == pytest.approx(1.0)
+    assert failed(metrics, "float16") == set(FEATURES)
+
+
+def test_zero_reference_is_finite():
+    metrics = feature_parity(np.ones((3, 4)), np.zeros((3, 4), np.float32))
+    assert all(np.isfinite(value) for value in metrics.values())
+    assert failed(metrics, "float16") == set(FEATURES)
+
+
+def test_one_wrong_token_is_found(expected):
+    actual = expected.copy()
+    actual[0, 3] = -actual[0, 3]
+    metrics = feature_parity(actual, expected)
+    assert metrics["cosine_min"] == pytest.approx(-1.0)
+    assert "cosine_min" in failed(metrics, "float16")
+
+
+def test_scale_is_found_where_the_cosine_is_blind(expected):
+    metrics = feature_parity(expected * np.float32(1.01), expected)
+    assert metrics["cosine_min"] == pytest.approx(1.0, abs=1e-6)
+    assert failed(metrics, "float16") == {"relative_error", "channel_error"}
+
+
+@pytest.mark.parametrize(("precision", "change"), [("float32", 5e-4), ("float16", 5e-3)])
+def test_one_changed_channel_is_found_by_channel_error_alone(expected, precision, change):
+    actual = expected.copy()
+    actual[..., 9] += np.float32(change)
+    metrics = feature_parity(actual, expected)
+    # The rms of the reference is 1; over 64 channels the change is an eighth of it.
+    assert metrics["channel_error"] == pytest.approx(change, rel=0.02)
+    assert metrics["relative_error"] == pytest.approx(change / 8, rel=0.02)
+    assert failed(metrics, precision) == {"channel_error"}
+
+
+def test_rows_may_have_any_leading_shape(expected):
+    actual = expected + np.float32(0.01)
+    flat = feature_parity(actual.reshape(-1, 64), expected.reshape(-1, 64))
+    assert feature_parity(actual, expected) == flat
+
+
+@settings(deadline=None, derandomize=True, max_examples=40)
+@given(seed=st.integers(0, 1000), power=st.integers(-8, 1))
+def test_errors_are_those_that_were_added(seed, power):
+    rng = np.random.default_rng(seed)
+    expected = rng.standard_normal((300, 16)).astype(np.float32)
+    noise = rng.standard_normal((300, 16)) * 10.0**power
+    metrics = feature_parity(expected + noise, expected)
+    assert metrics["relative_error"] == pytest.approx(10.0**power, rel=0.1)  # 4,800 samples
+    assert metrics["channel_error"] >= metrics["relative_error"] * (1 - 1e-12)
+    assert metrics["max_abs_error"] == pytest.approx(np.abs(noise).max())
+    assert metrics["cosine_min"] <= metrics["cosine_p01"] <= metrics["cosine_mean"] or power < -6
+
+
+@pytest.mark.parametrize("name", LEAST)
+def test_least_values(name):
+    assert Gate(name, 0.99, 0.98).ok
+    assert Gate(name, 0.98, 0.98).ok
+    assert not Gate(name, 0.97, 0.98).ok
+
+
+@pytest.mark.parametrize("name", MOST)
+def test_largest_values(name):
+    assert Gate(name, 0.01, 0.02).ok
+    assert Gate(name, 0.02, 0.02).ok
+    assert not Gate(name, 0.03, 0.02).ok
+
+
+@pytest.mark.parametrize("name", LEAST + MOST)
+def test_nan_fails(name):
+    assert not Gate(name, float("nan"), 0.5).ok
+    assert not Gate(name, 0.5, float("nan")).ok
+
+
+def test_every_tolerance_has_a_direction():
+    assert all(set(limits) <= {*LEAST, *MOST} for limits in TOLERANCES.values())
+
+
+def test_gates_are_the_limits_that_were_measured():
+    found = gates({"cosine_min": 0.9, "extra": 1.0, "relative_error": 0.0}, TOLERANCES["float16"])
+    assert [gate.name for gate in found] == ["cosine_min", "relative_error"]
+    assert [gate.ok for gate in found] == [False, True]
+    assert json.loads(json.dumps(found[0].to_json())) == {
+        "name": "cosine_min",
+        "value": 0.9,
+        "limit": 0.98,
+        "ok": False,
+    }
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_tolerances_widen_with_measurement(precision):
+    before = copy.deepcopy(TOLERANCES)
+    exact = {"relative_error": 0.0, "channel_error": 0.0, "cosine_min": 1.0}
+    assert tolerances(precision, exact) == TOLERANCES[precision]
+    measured = {"relative_error": 0.01, "channel_error": 1e-6, "cosine_min": 0.5, "max_abs_error": 9.0}
+    limits = tolerances(precision, measured)
+    assert limits == {**TOLERANCES[precision], "relative_error": MEASURED_MARGIN * 0.01}
+    assert before == TOLERANCES
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_bad_measurement_does_not_open_the_gates(bad):
+    limits = tolerances("float16", {"relative_error": bad, "channel_error": bad})
+    assert not any(gate.ok for gate in gates({"relative_error": 1e9, "channel_error": 1e9}, limits))
+
+
+@pytest.mark.parametrize("precision", TOLERANCES)
+def test_wrong_scale_does_not_excuse_itself(expected, precision):
+    # What the exporter's rehearsal does: the gates of a measurement, widened by that same measurement. The
+    # cosines are blind to a scale, so an error that no rounding explains has to fail by itself.
+    metrics = feature_parity(expected * np.float32(1.5), expected)
+    assert not all(gate.ok for gate in gates(metrics, tolerances(precision, metrics)))
+
+
+def test_match_parity():
+    expected = np.array([[10, 10]] * 5, np.float32)
+    actual = expected + np.array([[0, 0], [1, 1], [2, 0], [0, 2], [30, 40]], np.float32)
+    metrics = match_parity(actual, expected, patch=(2, 1))  # cells 2 px high and 1 px wide
+    assert metrics["matches_same"] == 0.2
+    assert metrics["matches_within_1px"] == 0.4
+    assert metrics["matches_within_patch"] == 0.6
+    assert metrics["match_displacement"] == pytest.approx((2**0.5 + 2 + 2 + 50) / 5)
+
+
+def test_matches_that_are_nan_are_wrong():
+    expected = np.zeros((4, 2), np.float32)
+    metrics = match_parity(np.full((4, 2), np.nan), expected, (8, 8))
+    assert metrics["matches_same"] == metrics["matches_within_1px"] == metrics["matches_within_patch"] == 0

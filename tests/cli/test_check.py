@@ -1,0 +1,108 @@
+"""`ditf check`: 0 on a good bundle, 1 on a changed weight signed for, 2 on one that is not."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+
+import numpy as np
+import onnx
+import pytest
+
+
+@pytest.fixture
+def copy(demo_bundle, tmp_path):
+    return shutil.copytree(demo_bundle, tmp_path / "bundle")
+
+
+def sign(bundle, name):
+    """Write the file's present size and hash into the manifest."""
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    content = (bundle / name).read_bytes()
+    manifest["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+
+
+def change_weight(bundle, tensor, value):
+    """Set the middle element of a float16 weight."""
+    model = onnx.load(str(bundle / "features.onnx"), load_external_data=False)
+    entry = next(t for t in model.graph.initializer if tensor in t.name)
+    where = {e.key: e.value for e in entry.external_data}
+    data = bytearray((bundle / "features.onnx.data").read_bytes())
+    offset = int(where["offset"]) + int(where["length"]) // 4 * 2
+    data[offset : offset + 2] = np.float16(value).tobytes()
+    (bundle / "features.onnx.data").write_bytes(data)
+
+
+def test_a_good_bundle(ditf, demo_bundle, tmp_path):
+    done = ditf("check", demo_bundle, "--json", "check.json")
+    assert done.returncode == 0, done.stderr
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["ok"] is True
+    assert {"name", "value", "limit", "ok"} == set(report["gates"][0])
+    assert all(gate["ok"] for gate in report["gates"])
+    metrics = report["metrics"]
+    names = ("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "max_abs_error", "matches_same")
+    assert all(name in metrics for name in names)
+    assert metrics["cosine_mean"] > 0.999
+
+
+def test_other_bundles(ditf, demo_bundle_float32, pixart_bundle):
+    for bundle in (demo_bundle_float32, pixart_bundle):
+        done = ditf("check", bundle)
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize(
+    "tensor",
+    [
+        "blocks.0.attention.qkv.weight",
+        "blocks.4.feed_forward.up.weight",
+        "blocks.8.attention.out.weight",
+        "blocks.8.feed_forward.down.weight",
+    ],
+)
+def test_one_changed_weight(ditf, copy, tmp_path, tensor):
+    change_weight(copy, tensor, 30.0)
+    done = ditf("check", copy)
+    assert done.returncode == 2
+    assert "has changed" in done.stderr
+    sign(copy, "features.onnx.data")
+    done = ditf("check", copy, "--json", "check.json")
+    assert done.returncode == 1, done.stdout
+    assert "FAILED" in done.stdout
+    assert "does not match its model" in done.stderr
+    assert done.stderr.count("error:") == 1
+    assert json.loads((tmp_path / "check.json").read_text())["ok"] is False
+
+
+def test_a_weight_of_nan(ditf, copy):
+    change_weight(copy, "blocks.3.attention.qkv.weight", np.nan)
+    sign(copy, "features.onnx.data")
+    done = ditf("check", copy)
+    assert done.returncode == 1
+    assert "nan" in done.stdout
+
+
+def test_a_truncated_file(ditf, copy):
+    path = copy / "features.onnx.data"
+    path.write_bytes(path.read_bytes()[:-1])
+    done = ditf("check", copy)
+    assert done.returncode == 2
+    assert "truncated" in done.stderr
+
+
+def test_a_newer_schema(ditf, copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "schema": 2}))
+    done = ditf("check", copy)
+    assert done.returncode == 2
+    assert "pip install --upgrade ditf" in done.stderr
+
+
+@pytest.mark.parametrize(("backend", "code"), [("onnxruntime", 0), ("tensorrt", 3), ("coreml", 2)])
+def test_backends_by_name(ditf, demo_bundle, backend, code):
+    done = ditf("check", demo_bundle, "--backend", backend, "--quiet")
+    assert done.returncode == code
+    assert done.stderr.count("\n") == (code != 0)

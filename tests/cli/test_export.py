@@ -1,0 +1,101 @@
+"""`ditf export` as a process: output, exit codes, and what a killed export leaves."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+
+def test_the_first_command(ditf, tmp_path):
+    done = ditf("export", "--layer", "9", "--fp16", "--size", "64x64", "--json", "export.json")
+    assert done.returncode == 0, done.stderr
+    assert "layer 9 = block.9 of 12" in done.stdout
+    assert "[8/8" in done.stderr  # plain lines in a log
+    bundle = tmp_path / "bundles" / "demo-l9-fp16"
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    assert manifest["command"] == "ditf export --layer 9 --fp16 --size 64x64 --json export.json"
+    report = json.loads((tmp_path / "export.json").read_text())
+    assert report["ok"] is True
+    assert report["schema"] == 1
+    listed = {*manifest["files"], "manifest.json"}
+    assert {path.name for path in bundle.iterdir()} == listed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--layer", "99"], 2, "layers 0..11, or block.0..block.11"),
+        (["--size", "100x100"], 2, "nearest are 96x96 and 104x104"),
+        (["--size", "large"], 2, "is not HxW"),
+        (["--discard", "many"], 2, "is not auto, none or channels"),
+        (["--batch", "some"], 2, "is not a number or dynamic"),
+        (["--noise", "pink"], 2, "--noise pink"),
+        (["--ensemble", "0"], 2, "--ensemble 0"),
+        (["--model", "absent"], 2, "no such directory"),
+        (["--fp17"], 2, "No such option"),
+        (["--opset", "26"], 2, "choose 18..25"),
+        (["--output", "/proc/bundle"], 2, "cannot be written"),
+        (["--json", "absent/file.json"], 2, "is not a directory"),
+    ],
+)
+def test_errors_are_one_line(ditf, tmp_path, arguments, code, message):
+    done = ditf("export", *arguments, "--quiet")
+    assert done.returncode == code
+    assert message in done.stderr
+    assert done.stderr.startswith("error: ")
+    assert done.stderr.count("\n") == 1
+    assert not done.stdout
+    assert not [path for path in tmp_path.rglob("*") if path.is_file()]
+
+
+def test_verbose_shows_the_traceback(ditf):
+    done = ditf("export", "--layer", "99", "--verbose")
+    assert done.returncode == 2
+    assert "Traceback" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_export_leaves_nothing(tmp_path, number):
+    command = [sys.executable, "-m", "ditf", "export", "--layer", "9"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:  # wait until it works in its temporary directory
+            if "calibrating" in line:
+                break
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in rest
+    assert not list((tmp_path / "bundles").iterdir())
+
+
+@pytest.mark.parametrize("model", ["tiny_pixart", "demo"])
+def test_a_full_disk_leaves_nothing(request, tmp_path, model):
+    """A limit on file size stands in for a full disk: both fail in the middle of writing a file."""
+    model = model if model == "demo" else request.getfixturevalue(model)
+    code = (
+        "import resource, signal, sys\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "from ditf.cli.main import run\n"
+        f"sys.exit(run(['export', '--model', '{model}', '--layer', '2', '-q', '-o', 'bundle']))\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "File too large" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_exports_at_once_leave_one_bundle(tmp_path):
+    command = [sys.executable, "-m", "ditf", "export", "--layer", "0", "--size", "64x64", "-q", "-o", "b"]
+    processes = []
+    for _ in range(2):
+        processes.append(subprocess.Popen(command, cwd=tmp_path))
+        time.sleep(0.5)
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert [path.name for path in tmp_path.iterdir()] == ["b"]

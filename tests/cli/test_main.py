@@ -1,0 +1,57 @@
+"""The program itself: version, help, and the verbs that only report."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import ditf as package
+
+
+@pytest.mark.parametrize("program", ["ditf", "ditf-export"])
+def test_version(program):
+    script = Path(sys.executable).with_name(program)
+    done = subprocess.run([script, "--version"], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, f"ditf {package.__version__}\n")
+
+
+@pytest.mark.parametrize("verb", ["export", "check", "match", "features", "inspect", "doctor"])
+def test_help_of_every_verb(ditf, verb):
+    done = ditf(verb, "--help")
+    assert done.returncode == 0
+    assert "--json" in done.stdout
+    assert "--quiet" in done.stdout
+
+
+def test_no_such_verb(ditf):
+    done = ditf("compile")
+    assert done.returncode == 2
+    assert done.stderr == "error: No such command 'compile'.\n"
+
+
+def test_inspect(ditf, pixart_bundle, tmp_path):
+    done = ditf("inspect", pixart_bundle, "--json", "inspect.json")
+    assert done.returncode == 0, done.stderr
+    for text in ("layer 2 = block.2 of 4", "features.onnx.data", "VAE encoder", "float16", "residual"):
+        assert text in done.stdout
+    manifest = json.loads((tmp_path / "inspect.json").read_text())["manifest"]
+    assert manifest["batch"] == "dynamic"
+
+
+def test_inspect_of_what_is_no_bundle(ditf, tmp_path):
+    done = ditf("inspect", tmp_path)
+    assert done.returncode == 2
+    assert "is not a bundle" in done.stderr
+    assert ditf("inspect", "absent").returncode == 2
+
+
+def test_doctor(ditf, tmp_path):
+    done = ditf("doctor", "--json", "doctor.json")
+    assert done.returncode == 0, done.stderr
+    assert "onnxruntime: opens" in done.stdout
+    report = json.loads((tmp_path / "doctor.json").read_text())
+    assert report["backends"]["onnxruntime"]["available"] is True

@@ -1,0 +1,276 @@
+from __future__ import annotations
+
+import contextlib
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from ditf.runtime.errors import InputError
+from ditf.runtime.images import fit_image, list_images, open_image
+
+WHITE = (255, 255, 255)
+
+
+@pytest.fixture
+def picture() -> Image.Image:
+    """Noise, 40 px high and 60 px wide."""
+    return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8))
+
+
+def saved(image: Image.Image, path: Path, **options: object) -> Path:
+    image.save(path, **options)
+    return path
+
+
+def test_path_string_image_and_array_are_the_same(picture, tmp_path):
+    path = saved(picture, tmp_path / "a.png")
+    for source in (path, str(path), picture, np.asarray(picture)):
+        opened = open_image(source)
+        assert opened.mode == "RGB"
+        np.testing.assert_array_equal(opened, picture)
+
+
+def test_array_need_not_be_contiguous(picture):
+    flipped = np.asarray(picture)[::-1, ::2]
+    np.testing.assert_array_equal(open_image(flipped), flipped)
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "expected"),
+    [
+        ("1", 1, WHITE),
+        ("L", 77, (77, 77, 77)),
+        ("LA", (10, 255), (10, 10, 10)),
+        ("LA", (10, 0), WHITE),
+        ("RGBA", (1, 2, 3, 255), (1, 2, 3)),
+        ("RGBA", (1, 2, 3, 0), WHITE),
+        ("RGBA", (0, 100, 255, 51), (204, 224, 255)),  # a fifth of the colour, four of white
+        ("CMYK", (0, 0, 0, 0), WHITE),
+        ("CMYK", (0, 255, 255, 0), (255, 0, 0)),
+        ("I", 257 * 80, (80, 80, 80)),
+        ("I;16", 257 * 200, (200, 200, 200)),
+        ("I;16", 65535, WHITE),
+        ("I;16", 0, (0, 0, 0)),
+    ],
+)
+def test_modes_become_rgb(mode, pixel, expected):
+    opened = open_image(Image.new(mode, (3, 2), pixel))
+    assert (opened.mode, opened.size) == ("RGB", (3, 2))
+    assert opened.getpixel((1, 1)) == expected
+
+
+@pytest.mark.parametrize("transparency", [0, bytes([0, 255])], ids=["index", "bytes"])
+def test_palette_transparency_is_laid_over_white(tmp_path, transparency):
+    image = Image.new("P", (2, 1))
+    image.putpalette([9, 9, 9, 200, 0, 0])
+    image.putpixel((1, 0), 1)
+    opened = open_image(saved(image, tmp_path / "p.png", transparency=transparency))
+    assert [opened.getpixel((x, 0)) for x in (0, 1)] == [WHITE, (200, 0, 0)]
+
+
+def test_rgb_transparent_colour_is_laid_over_white(tmp_path):
+    image = Image.new("RGB", (1, 1), (9, 8, 7))
+    opened = open_image(saved(image, tmp_path / "t.png", transparency=(9, 8, 7)))
+    assert opened.getpixel((0, 0)) == WHITE
+
+
+def test_16_bit_png(tmp_path):
+    grey = np.arange(256, dtype=np.uint16)[None] * 257
+    path = saved(Image.fromarray(grey), tmp_path / "deep.png")
+    np.testing.assert_array_equal(np.asarray(open_image(path))[0, :, 1], np.arange(256))
+
+
+def test_cmyk_jpeg(tmp_path):
+    path = saved(Image.new("CMYK", (16, 16), (0, 0, 0, 0)), tmp_path / "print.jpg")
+    assert open_image(path).getpixel((8, 8)) == WHITE
+
+
+@pytest.mark.parametrize(
+    ("mode", "pixel", "problem"),
+    [("F", 0.5, "float image"), ("I", -1, "outside 16 bits"), ("I", 65536, "outside 16 bits")],
+)
+def test_unknown_ranges_are_refused(tmp_path, mode, pixel, problem):
+    path = saved(Image.new(mode, (4, 4), pixel), tmp_path / "depth.tiff")
+    with pytest.raises(InputError, match=problem) as caught:
+        open_image(path)
+    assert str(path) in caught.value.problem
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation_is_applied(picture, tmp_path, orientation):
+    turned = {
+        1: lambda a: a,
+        2: lambda a: a[:, ::-1],
+        3: lambda a: a[::-1, ::-1],
+        4: lambda a: a[::-1],
+        5: lambda a: a.transpose(1, 0, 2),
+        6: lambda a: np.rot90(a, -1),
+        7: lambda a: a[::-1, ::-1].transpose(1, 0, 2),
+        8: lambda a: np.rot90(a),
+    }
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    path = saved(picture, tmp_path / "phone.png", exif=exif)
+    np.testing.assert_array_equal(open_image(path), turned[orientation](np.asarray(picture)))
+
+
+@pytest.mark.parametrize(("suffix", "options"), [("jpg", {"quality": 95}), ("png", {})])
+@pytest.mark.parametrize("share", [0.02, 0.5, 0.95])
+def test_truncated_file_is_refused(picture, tmp_path, suffix, options, share):
+    path = saved(picture, tmp_path / f"cut.{suffix}", **options)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * share)])
+    with pytest.raises(InputError, match="not a readable image") as caught:
+        open_image(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_truncated_file_opened_by_the_caller_is_refused(picture, tmp_path):
+    path = saved(picture, tmp_path / "cut.png")
+    path.write_bytes(path.read_bytes()[:2000])
+    with Image.open(path) as lazy, pytest.raises(InputError, match="image"):
+        open_image(lazy)
+
+
+@pytest.mark.parametrize("data", [b"", b"not an image\n", b"\x89PNG\r\n\x1a\n", b"\xff\xd8\xff\xe0", b"BM"])
+def test_broken_file_is_refused(tmp_path, data):
+    path = tmp_path / "broken.png"
+    path.write_bytes(data)
+    with pytest.raises(InputError, match="not a readable image"):
+        open_image(path)
+
+
+@settings(deadline=None, derandomize=True, max_examples=60)
+@given(position=st.integers(0, 10_000), byte=st.integers(0, 255))
+def test_one_wrong_byte_is_an_image_or_an_input_error(tmp_path_factory, position, byte):
+    path = tmp_path_factory.getbasetemp() / "flipped.png"
+    Image.new("RGB", (20, 10), "teal").save(path)
+    data = bytearray(path.read_bytes())
+    data[position % len(data)] = byte
+    path.write_bytes(data)
+    with contextlib.suppress(InputError):
+        assert open_image(path).mode == "RGB"
+
+
+def test_missing_file(tmp_path):
+    with pytest.raises(InputError, match="no such image"):
+        open_image(tmp_path / "none.png")
+
+
+def test_directory(tmp_path):
+    with pytest.raises(InputError, match="is a directory"):
+        open_image(tmp_path)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (20_000, 10), (10, 20_000)])
+def test_extreme_sizes(tmp_path, size):
+    path = saved(Image.new("RGB", size, "red"), tmp_path / "extreme.png")
+    opened = open_image(path)
+    assert opened.size == size
+    for fit in ("stretch", "pad"):
+        pixels, (rows, columns) = fit_image(opened, (64, 48), fit)
+        assert pixels.shape == (64, 48, 3)
+        assert 0 < rows <= 1
+        assert 0 < columns <= 1
+        assert tuple(pixels[0, 0]) == (255, 0, 0)
+
+
+def test_decompression_bomb(tmp_path, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    allowed = saved(Image.new("RGB", (12, 12)), tmp_path / "large.png")  # Pillow warns here: not an error
+    assert open_image(allowed).size == (12, 12)
+    bomb = saved(Image.new("RGB", (15, 15)), tmp_path / "bomb.png")
+    with pytest.raises(InputError, match="more than 200 pixels") as caught:
+        open_image(bomb)
+    assert caught.value.fix
+
+
+@pytest.mark.parametrize(
+    "array",
+    [
+        np.zeros((4, 4, 3), np.float32),
+        np.zeros((4, 4, 3), np.int64),
+        np.zeros((4, 4, 3), bool),
+        np.zeros((4, 4), np.uint8),
+        np.zeros((4, 4, 4), np.uint8),
+        np.zeros((3, 4, 4), np.uint8),
+        np.zeros((1, 4, 4, 3), np.uint8),
+        np.zeros((0, 4, 3), np.uint8),
+        np.zeros((4, 0, 3), np.uint8),
+    ],
+    ids=lambda array: f"{array.dtype}{list(array.shape)}",
+)
+def test_wrong_arrays_are_refused(array):
+    with pytest.raises(InputError, match="RGB uint8") as caught:
+        open_image(array)
+    assert str(array.dtype) in str(caught.value)
+
+
+def test_empty_image_is_refused():
+    with pytest.raises(InputError, match="0x5"):
+        open_image(Image.new("RGB", (0, 5)))
+
+
+def test_list_images_is_sorted_and_only_images(picture, tmp_path):
+    for name in ("b.PNG", "a.jpg", "c.tiff", "notes.txt", "png"):
+        (tmp_path / name).touch()
+    (tmp_path / "folder.png").mkdir()
+    assert [path.name for path in list_images(tmp_path)] == ["a.jpg", "b.PNG", "c.tiff"]
+
+
+def test_list_images_of_nothing(tmp_path):
+    with pytest.raises(InputError, match="holds no images") as caught:
+        list_images(tmp_path)
+    assert ".png" in caught.value.fix
+    with pytest.raises(InputError, match="is not a directory"):
+        list_images(tmp_path / "none")
+
+
+@pytest.mark.parametrize("size", [(64, 64), (32, 80), (80, 8)])
+def test_stretch_is_pillow_bicubic(picture, size):
+    pixels, share = fit_image(picture, size)
+    expected = picture.resize((size[1], size[0]), Image.Resampling.BICUBIC)
+    np.testing.assert_array_equal(pixels, expected)
+    assert share == (1.0, 1.0)
+
+
+@pytest.mark.parametrize(
+    ("size", "inside"),
+    [((64, 64), (43, 64)), ((80, 60), (40, 60)), ((20, 90), (20, 30)), ((40, 60), (40, 60))],
+)
+def test_pad_keeps_the_aspect(picture, size, inside):
+    pixels, share = fit_image(picture, size, "pad")
+    rows, columns = inside
+    assert share == (rows / size[0], columns / size[1])
+    np.testing.assert_array_equal(
+        pixels[:rows, :columns], picture.resize((columns, rows), Image.Resampling.BICUBIC)
+    )
+    assert (pixels[rows:] == 128).all()
+    assert (pixels[:, columns:] == 128).all()
+
+
+@settings(deadline=None, derandomize=True, max_examples=50)
+@given(
+    image=st.tuples(st.integers(1, 200), st.integers(1, 200)),
+    size=st.tuples(st.integers(1, 64), st.integers(1, 64)),
+)
+def test_pad_fills_one_axis(image, size):
+    pixels, share = fit_image(Image.new("RGB", image), size, "pad")
+    assert pixels.shape == (*size, 3)
+    assert max(share) == 1.0
+    covered = (share[0] * size[0], share[1] * size[1])
+    scale = min(size[0] / image[1], size[1] / image[0])
+    # The image's own aspect but for rounding to whole pixels, of which there is at least one.
+    assert abs(covered[0] - image[1] * scale) <= 1
+    assert abs(covered[1] - image[0] * scale) <= 1
+
+
+def test_unknown_fit(picture):
+    with pytest.raises(InputError, match="unknown fit 'crop'") as caught:
+        fit_image(picture, (8, 8), "crop")
+    assert "pad" in caught.value.fix

@@ -1,0 +1,62 @@
+"""Every command block of the README runs, in order, where a reader would run it."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+
+
+def blocks(root: Path, language: str) -> list[str]:
+    return [body for name, body in FENCE.findall((root / "README.md").read_text("utf-8")) if name == language]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory, root, tiny_pixart):
+    """A directory with the photographs and the checkpoint the README names."""
+    import skimage.data
+    from PIL import Image
+
+    folder = tmp_path_factory.mktemp("readme")
+    left, right, _ = skimage.data.stereo_motorcycle()
+    Image.fromarray(left).save(folder / "left.jpg")
+    Image.fromarray(right).save(folder / "right.jpg")
+    (folder / "my-pixart").symlink_to(tiny_pixart)
+    return folder
+
+
+def test_shell_and_python_blocks(root, workplace):
+    """One shell for all of them, as a reader has; `make` and `pip` lines are run by CI itself."""
+    lines = [line for block in blocks(root, "sh") for line in block.splitlines()]
+    skipped = ("make ", "pip install ", "git clone ", "cd ")
+    script = "\n".join(line for line in lines if not line.startswith(skipped))
+    assert "ditf-export" in script
+    assert "ditf match" in script
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-euo", "pipefail", "-c", script],
+        cwd=workplace, env=environment, capture_output=True, text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    for block in blocks(root, "python"):
+        done = subprocess.run(
+            [sys.executable, "-W", "error", "-c", block], cwd=workplace, capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+
+
+def test_every_fence_says_what_it_is(root):
+    text = (root / "README.md").read_text("utf-8")
+    assert {name for name, _ in FENCE.findall(text)} <= {"sh", "python", "text"}
+
+
+def test_links_and_pictures_exist(root):
+    text = (root / "README.md").read_text("utf-8")
+    for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+        assert (root / link).exists(), link
