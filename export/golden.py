@@ -80,7 +80,7 @@ def published_match(
         query_squares += queries.square().sum(0)
     cosines = products / (query_squares[:, None] * target_squares).sqrt().clamp(min=1e-12)
     best = cosines.amax(dim=1, keepdim=True)
-    index = (cosines >= best - TIE_TOLERANCE).to(torch.uint8).argmax(dim=1)
+    index = (cosines >= best - float(TIE_TOLERANCE)).to(torch.uint8).argmax(dim=1)
     found = torch.stack([index % size[1], index // size[1]], dim=1)
     return found.to(torch.float32).numpy(), best[:, 0].numpy()
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from ditf.calib.parity import feature_parity, gates, tolerances
+from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates
 from ditf.export.graph.features import FeaturesGraph
 from ditf.runtime.errors import GateFailed
 
@@ -35,7 +35,8 @@ def rehearse(graph: FeaturesGraph, noise: torch.Tensor, golden: Path, precision:
     inputs = [torch.from_numpy(image)] + ([noise] if graph.noise is None else [])
     tokens = graph.eval()(*inputs)[0].flatten(1).T
     measured = feature_parity(tokens[torch.from_numpy(rows)].numpy(), expected)
-    for gate in gates(measured, tolerances(precision, measured)):
+    limits = {**TOLERANCES[precision], **CEILINGS[precision]}
+    for gate in gates(measured, limits):
         if not gate.ok:
             fix = "export without --fp16" if precision == "float16" else "this is a defect of ditf"
             raise GateFailed(

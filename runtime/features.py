@@ -42,6 +42,8 @@ class FeatureMap:
             raise InputError(f"image_size must be positive, got {self.image_size}")
         if self.extent is None:
             object.__setattr__(self, "extent", (float(array.shape[1]), float(array.shape[2])))
+        elif not all(0 < e <= n for e, n in zip(self.extent, array.shape[1:], strict=True)):
+            raise InputError(f"extent {self.extent} does not lie in the map's {array.shape[1:]} cells")
 
     @property
     def cells(self) -> tuple[float, float]:

@@ -33,26 +33,25 @@ def open_image(source: ImageLike) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
-    if isinstance(source, Image.Image):
-        return _to_rgb(source, "the image")
-    path = Path(source)
+    name = "the image" if isinstance(source, Image.Image) else str(source)
     try:
+        if isinstance(source, Image.Image):
+            return _to_rgb(source, name)
         with warnings.catch_warnings():
             # Pillow warns between one and two times its limit and raises beyond: let those through.
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(path) as image:
-                image.load()
-                return _to_rgb(image, str(path))
+            with Image.open(source) as image:
+                return _to_rgb(image, name)
     except FileNotFoundError:
-        raise InputError(f"{path}: no such image") from None
+        raise InputError(f"{name}: no such image") from None
     except IsADirectoryError:
-        raise InputError(f"{path} is a directory, not an image") from None
+        raise InputError(f"{name} is a directory, not an image") from None
     except Image.DecompressionBombError:
         limit = 2 * (Image.MAX_IMAGE_PIXELS or 0)
-        raise InputError(f"{path} has more than {limit:,} pixels", "scale it down first") from None
+        raise InputError(f"{name} has more than {limit:,} pixels", "scale it down first") from None
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, EOFError) as error:
         raise InputError(
-            f"{path} is not a readable image ({_one_line(error)})", "re-encode it as PNG or JPEG"
+            f"{name} is not a readable image ({_one_line(error)})", "re-encode it as PNG or JPEG"
         ) from error
 
 
@@ -64,7 +63,7 @@ def list_images(folder: Path) -> list[Path]:
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory of images")
-    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES)
+    paths = sorted(path for path in folder.iterdir() if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
         raise InputError(f"{folder} holds no images", f"it needs one of {', '.join(sorted(SUFFIXES))}")
     return paths
@@ -72,7 +71,7 @@ def list_images(folder: Path) -> list[Path]:
 
 def fit_image(
     image: Image.Image, size: tuple[int, int], fit: str = "stretch"
-) -> tuple[np.ndarray, tuple[float, float]]:
+) -> tuple[np.ndarray, tuple[int, int]]:
     """Resize to the engine's size with Pillow's bicubic filter.
 
     Args:
@@ -81,11 +80,11 @@ def fit_image(
         fit: "stretch" fills the size; "pad" keeps the aspect and pads right and below.
 
     Returns:
-        The pixels, uint8 [H, W, 3], and the share (rows, columns) of them that the image covers.
+        The pixels, uint8 [H, W, 3], and how many rows and columns of them the image covers.
     """
     height, width = size
     if fit == "stretch":
-        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), (1.0, 1.0)
+        return np.asarray(image.resize((width, height), Image.Resampling.BICUBIC)), size
     if fit != "pad":
         raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
     scale = min(height / image.height, width / image.width)
@@ -93,7 +92,7 @@ def fit_image(
     columns = min(width, max(1, round(image.width * scale)))
     pixels = np.full((height, width, 3), _PAD_VALUE, np.uint8)
     pixels[:rows, :columns] = np.asarray(image.resize((columns, rows), Image.Resampling.BICUBIC))
-    return pixels, (rows / height, columns / width)
+    return pixels, (rows, columns)
 
 
 def _from_array(array: np.ndarray) -> Image.Image:
@@ -105,6 +104,7 @@ def _from_array(array: np.ndarray) -> Image.Image:
 def _to_rgb(image: Image.Image, name: str) -> Image.Image:
     if 0 in image.size:
         raise InputError(f"{name} is empty: {image.width}x{image.height} pixels")
+    image.load()
     image = ImageOps.exif_transpose(image)
     if image.mode.startswith("I"):
         grey = np.asarray(image).astype(np.int64)

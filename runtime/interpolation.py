@@ -55,8 +55,9 @@ def quadratic_matrix(matrix: np.ndarray) -> np.ndarray:
         matrix: [pixels, cells].
 
     Returns:
-        float32 [pixels, 2 * cells]: w_i^2, then w_i * w_{i+1}.
+        float64 [pixels, 2 * cells]: w_i^2, then w_i * w_{i+1}.
     """
-    following = np.zeros_like(matrix)
-    following[:, :-1] = matrix[:, 1:]
-    return np.concatenate([matrix * matrix, matrix * following], axis=1)
+    weights = matrix.astype(np.float64)
+    following = np.zeros_like(weights)
+    following[:, :-1] = weights[:, 1:]
+    return np.concatenate([weights * weights, weights * following], axis=1)

@@ -91,7 +91,7 @@ def read_manifest(bundle: Path) -> Manifest:
         raise BundleError(
             f"{bundle} is not a bundle: it has no {NAME}", "make one with ditf-export"
         ) from None
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error})", "export the bundle again") from error
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
         raise BundleError(f"{path} is not a ditf manifest", "export the bundle again")
@@ -116,7 +116,21 @@ def _parse(document: dict[str, Any]) -> Manifest:
         if not _conforms(value, hint):
             raise TypeError(f"{name} is {value!r:.60}")
         values[name] = tuple(value) if get_origin(hint) is tuple else value
-    return Manifest(**values)
+    manifest = Manifest(**values)
+    _check_values(manifest)
+    return manifest
+
+
+def _check_values(manifest: Manifest) -> None:
+    """Values that no export writes and that the runtime would stumble over."""
+    for name in ("size", "grid", "channels", "batch", "ensemble"):
+        value = getattr(manifest, name)
+        numbers = value if isinstance(value, tuple) else (value,)
+        if any(number != "dynamic" and number < 1 for number in numbers):
+            raise ValueError(f"{name} is {value!r}")
+    for name, entry in manifest.files.items():
+        if not (_conforms(entry.get("bytes"), int) and _conforms(entry.get("sha256"), str)):
+            raise ValueError(f"files[{name!r}] is {entry!r:.60}")
 
 
 def _conforms(value: Any, hint: Any) -> bool:

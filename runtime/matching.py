@@ -20,13 +20,14 @@ from ditf.runtime.interpolation import quadratic_matrix, sample_rows, upsampling
 
 PointsLike = Union[np.ndarray, Sequence[Sequence[float]]]
 
-TIE_TOLERANCE = 1e-6
+TIE_TOLERANCE = np.float32(1e-6)
 """Cosines within this of the maximum count as equal, and the first of them in row-major order wins:
 float32 cannot tell them apart, and every backend then answers with the same pixel."""
 
 TINY = 1e-24
 """Smallest squared norm; a zero vector has cosine 0 with everything."""
 
+CHUNK = 64  # points matched at a time: memory does not grow with their number
 _TILE = 1 << 20  # scores held at a time, float32: 4 MiB, so that a tile stays in cache
 
 
@@ -51,7 +52,7 @@ def check_points(points: PointsLike, image_size: tuple[int, int]) -> np.ndarray:
     """
     try:
         array = np.asarray(points, dtype=np.float64)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise InputError("points must be numbers [N, 2], (x, y) in pixels") from None
     if array.size == 0:
         return array.reshape(0, 2)
@@ -108,21 +109,36 @@ def match_points(source: FeatureMap, target: FeatureMap, points: PointsLike) -> 
     Raises:
         InputError: bad points, or maps of different models.
     """
+    check_channels(source, target)
+    checked = check_points(points, source.image_size)
+    point_rows, point_columns, rows, columns = interpolation_inputs(source, target, checked)
+    inverse_norm = _inverse_norm(target.array, rows, columns)
+    cells = target.array.reshape(len(target.array), -1).astype(np.float32)
+    best = np.zeros(len(checked), np.int64)
+    scores = np.zeros(len(checked), np.float32)
+    for start in range(0, len(checked), CHUNK):
+        chunk = slice(start, start + CHUNK)
+        queries = _sample(source.array, point_rows[chunk], point_columns[chunk])
+        inner = (queries @ cells).reshape(-1, *target.array.shape[1:])
+        best[chunk], scores[chunk] = _argmax(inner @ columns.T, inverse_norm, rows)
+    y, x = np.divmod(best, target.image_size[1])
+    return Matches(
+        points=np.stack([x, y], axis=1).astype(np.float32),
+        scores=np.clip(scores, -1.0, 1.0),
+    )
+
+
+def check_channels(source: FeatureMap, target: FeatureMap) -> None:
+    """Maps to be matched have the same channels.
+
+    Raises:
+        InputError: they do not.
+    """
     if len(source.array) != len(target.array):
         raise InputError(
             f"the maps have {len(source.array)} and {len(target.array)} channels",
             "compute both with the same bundle",
         )
-    checked = check_points(points, source.image_size)
-    point_rows, point_columns, rows, columns = interpolation_inputs(source, target, checked)
-    queries = _sample(source.array, point_rows, point_columns)
-    similarity, inverse_norm = _similarity_maps(queries, target.array, rows, columns)
-    best, scores = _argmax(similarity, inverse_norm, rows)
-    y, x = np.divmod(best, target.image_size[1])
-    return Matches(
-        points=np.stack([x, y], axis=1).astype(np.float32),
-        scores=np.clip(scores, -1.0, 1.0).astype(np.float32),
-    )
 
 
 def _sample(array: np.ndarray, point_rows: np.ndarray, point_columns: np.ndarray) -> np.ndarray:
@@ -134,16 +150,16 @@ def _sample(array: np.ndarray, point_rows: np.ndarray, point_columns: np.ndarray
     return queries / np.sqrt(np.maximum(squared, TINY))[:, None]
 
 
-def _similarity_maps(
-    queries: np.ndarray, array: np.ndarray, rows: np.ndarray, columns: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """<q, F> upsampled along x only, [N, h, W], and 1 / |up(F)|, [H, W]."""
-    channels, h, w = array.shape
-    cells = array.reshape(channels, h * w).astype(np.float32)
-    inner = (queries @ cells).reshape(-1, h, w)
-    kernel = _norm_kernel(cells.reshape(channels, h, w))
+def _inverse_norm(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
+    """1 / |up(F)| at every pixel, [H, W].
+
+    In float64: where neighbouring cells point away from each other the quadratic form cancels, and in
+    float32 what is left would be noise.
+    """
+    kernel = _norm_kernel(array.astype(np.float64))
     squared = quadratic_matrix(rows) @ kernel @ quadratic_matrix(columns).T
-    return inner @ columns.T, 1.0 / np.sqrt(np.maximum(squared, TINY))
+    inverse: np.ndarray = (1.0 / np.sqrt(np.maximum(squared, TINY))).astype(np.float32)
+    return inverse
 
 
 def _norm_kernel(cells: np.ndarray) -> np.ndarray:
@@ -169,8 +185,7 @@ def _argmax(
 ) -> tuple[np.ndarray, np.ndarray]:
     """First pixel within the tie tolerance of the best cosine, and that best cosine, per query.
 
-    Scores exist for one tile of image rows of one query at a time: memory does not grow with the
-    number of points or the size of the image.
+    Scores exist for one tile of image rows of one query at a time.
     """
     height, width = inverse_norm.shape
     step = max(1, _TILE // width)
@@ -199,4 +214,4 @@ def _tile_scores(query: np.ndarray, inverse_norm: np.ndarray, rows: np.ndarray, 
 
 
 def _first_at(scores: np.ndarray, maximum: np.floating) -> int:
-    return int((scores >= maximum - np.float32(TIE_TOLERANCE)).argmax())
+    return int((scores >= maximum - TIE_TOLERANCE).argmax())

@@ -16,13 +16,8 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
 from ditf.runtime.manifest import Manifest
-from ditf.runtime.matching import (
-    Matches,
-    PointsLike,
-    check_points,
-    interpolation_inputs,
-    match_points,
-)
+from ditf.runtime.match_graph import run_match_graph
+from ditf.runtime.matching import Matches, PointsLike, match_points
 
 logger = logging.getLogger(__name__)
 
@@ -58,6 +53,7 @@ class Model:
         bundle.verify([FEATURES, FEATURES_DATA])
         self._features = self._module.open_session(bundle.path / FEATURES)
         self._match: backends.Session | None = None
+        self._closed = False
         self._noise: np.ndarray | None = None
         if self.manifest.noise == "input":
             self._noise = bundle.read_array(NOISE)
@@ -87,17 +83,21 @@ class Model:
 
     def features_of(self, images: Sequence[ImageLike], noise: np.ndarray | None = None) -> list[FeatureMap]:
         """Features of several images, in batches of the bundle's size."""
-        pixels, shares, sizes = [], [], []
+        pixels, covered, sizes = [], [], []
         for source in images:
             image = open_image(source)
-            array, share = fit_image(image, self.manifest.size, self.fit)
+            array, extent = fit_image(image, self.manifest.size, self.fit)
             pixels.append(array)
-            shares.append(share)
+            covered.append(extent)
             sizes.append((image.height, image.width))
         if not pixels:
             return []
         maps = self.run(np.stack(pixels), noise)
-        return [_crop(array, share, size) for array, share, size in zip(maps, shares, sizes, strict=True)]
+        engine = self.manifest.size
+        return [
+            _crop(array, pixels_covered, engine, size)
+            for array, pixels_covered, size in zip(maps, covered, sizes, strict=True)
+        ]
 
     def run(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
         """The features graph itself.
@@ -130,19 +130,16 @@ class Model:
 
     def match_with_graph(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
         """The same through match.onnx on this backend."""
-        checked = check_points(points, source.image_size)
-        if len(checked) == 0:
-            return Matches(np.zeros((0, 2), np.float32), np.zeros(0, np.float32))
+        if self._closed:
+            raise RuntimeError("the model is closed")
         if self._match is None:
             self.bundle.verify([MATCH])
             self._match = self._module.open_session(self.bundle.path / MATCH)
-        names = ("point_rows", "point_columns", "rows", "columns")
-        feeds = dict(zip(names, interpolation_inputs(source, target, checked), strict=True))
-        output = self._match.run({"source": source.array[None], "target": target.array[None], **feeds})
-        return Matches(output["points"], output["scores"])
+        return run_match_graph(self._match, self.manifest.grid, source, target, points)
 
     def close(self) -> None:
-        """Free the sessions."""
+        """Free the sessions; using the model afterwards is an error."""
+        self._closed = True
         self._features.close()
         if self._match is not None:
             self._match.close()
@@ -172,8 +169,19 @@ class Model:
         return {"noise": noise}
 
 
-def _crop(array: np.ndarray, share: tuple[float, float], size: tuple[int, int]) -> FeatureMap:
-    """The part of a map that the image covers."""
-    rows, columns = array.shape[1] * share[0], array.shape[2] * share[1]
-    cropped = np.ascontiguousarray(array[:, : int(np.ceil(rows)), : int(np.ceil(columns))])
-    return FeatureMap(cropped, size, (rows, columns))
+def _crop(
+    array: np.ndarray, covered: tuple[int, int], engine: tuple[int, int], size: tuple[int, int]
+) -> FeatureMap:
+    """The part of a map that the image covers.
+
+    Args:
+        array: [C, h, w].
+        covered: rows and columns of the engine's input that the image covers.
+        engine: (H, W) of the engine's input.
+        size: (H, W) of the original image.
+    """
+    _, h, w = array.shape
+    # Whole cells in integers: in floats, h * (rows / H) can round up into the padding.
+    rows, columns = -(-h * covered[0] // engine[0]), -(-w * covered[1] // engine[1])
+    extent = (h * covered[0] / engine[0], w * covered[1] / engine[1])
+    return FeatureMap(np.ascontiguousarray(array[:, :rows, :columns]), size, extent)

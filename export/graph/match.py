@@ -15,6 +15,10 @@ INPUTS = ("source", "target", "point_rows", "point_columns", "rows", "columns")
 OUTPUTS = ("points", "scores")
 
 
+CANCELLED = 1e-4
+"""Smallest trusted ratio of |up(F)|^2 to up(|F|^2): below it neighbouring cells are opposite to 0.02 %."""
+
+
 class MatchGraph(nn.Module):
     """Exact argmax of the cosine over the bilinearly upsampled target."""
 
@@ -46,11 +50,15 @@ class MatchGraph(nn.Module):
         inner = (queries @ target_cells.flatten(1)).unflatten(1, (h, w))
         upsampled = rows @ (inner @ columns.transpose(0, 1))
         squared = _quadratic(rows) @ _norm_kernel(target_cells) @ _quadratic(columns).transpose(0, 1)
+        # Where cells point away from each other this cancels, and float32 leaves noise: the upsampled
+        # |f|^2 bounds it from above, and what is far below the bound is not trusted.
+        bound = rows @ target_cells.square().sum(0) @ columns.transpose(0, 1)
+        squared = torch.maximum(squared, CANCELLED * bound)
         scores = (upsampled * _inverse_root(squared)).flatten(1)
         best = scores.amax(dim=1, keepdim=True)
         # The first index by a minimum: no two runtimes agree on which of several ArgMax returns.
         index = torch.arange(scores.shape[1])
-        tied = torch.where(scores >= best - TIE_TOLERANCE, index, scores.shape[1])
+        tied = torch.where(scores >= best - float(TIE_TOLERANCE), index, scores.shape[1])
         first = tied.amin(dim=1)
         width = columns.shape[0]
         y = torch.div(first, width, rounding_mode="trunc")

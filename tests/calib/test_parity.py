@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditf.calib.parity import (
+    CEILINGS,
     MEASURED_MARGIN,
     TOLERANCES,
     Gate,
@@ -157,9 +158,14 @@ def test_tolerances_widen_with_measurement(precision):
     before = copy.deepcopy(TOLERANCES)
     exact = {"relative_error": 0.0, "channel_error": 0.0, "cosine_min": 1.0}
     assert tolerances(precision, exact) == TOLERANCES[precision]
-    measured = {"relative_error": 0.01, "channel_error": 1e-6, "cosine_min": 0.5, "max_abs_error": 9.0}
+    least = TOLERANCES[precision]["relative_error"]
+    measured = {"relative_error": least / 4, "channel_error": 1e-6, "cosine_min": 0.5, "max_abs_error": 9.0}
     limits = tolerances(precision, measured)
-    assert limits == {**TOLERANCES[precision], "relative_error": MEASURED_MARGIN * 0.01}
+    assert limits == {**TOLERANCES[precision], "relative_error": MEASURED_MARGIN * least / 4}
+    assert tolerances(precision, {**measured, "relative_error": 0.5}) == {
+        **TOLERANCES[precision],
+        "relative_error": CEILINGS[precision]["relative_error"],
+    }
     assert before == TOLERANCES
 
 

@@ -251,7 +251,7 @@ def test_cells_of_padding_alone_are_cropped(cell):
     for side in range(cell, 1025, cell):
         array = np.zeros((1, side // cell, 1), np.float32)
         for rows in range(cell, side + 1, cell):
-            features = _crop(array, (rows / side, 1.0), (100, 100))
+            features = _crop(array, (rows, 1), (side, 1), (100, 100))
             if features.array.shape[1] != math.ceil(rows / cell):
                 wrong.append((side, rows, features.array.shape[1]))
     assert not wrong, f"{len(wrong)} (engine size, image rows, cells): {wrong[:3]}"
