@@ -50,8 +50,7 @@ def build_engine(onnx: Path, target: str | None = None, profile: Profile | None 
     network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
     parser = trt.OnnxParser(network, log.logger)
     if not parser.parse_from_file(str(onnx)):
-        reason = parser.get_error(0).desc() if parser.num_errors else log.last
-        raise BundleError(f"TensorRT-RTX cannot parse {onnx.name} ({reason})")
+        raise BundleError(f"TensorRT-RTX cannot parse {onnx.name} ({_parse_error(parser) or log.last})")
     config = builder.create_builder_config()
     if target is not None:
         capability = getattr(trt.ComputeCapability, target.replace("_", "").upper(), None)
@@ -70,6 +69,14 @@ def build_engine(onnx: Path, target: str | None = None, profile: Profile | None 
     if plan is None:  # there is no exception
         raise BundleError(f"TensorRT-RTX cannot compile {onnx.name} for {target or 'any GPU'} ({log.last})")
     return Engine(bytes(plan), _layers(network))
+
+
+def _parse_error(parser: Any) -> str:
+    """The first error, with the operator it is about; "" if the parser kept none."""
+    if not parser.num_errors:
+        return ""
+    error = parser.get_error(0)
+    return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
 
 
 def _layers(network: Any) -> tuple[LayerType, ...]:

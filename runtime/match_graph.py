@@ -16,6 +16,8 @@ from ditf.runtime.matching import (
     interpolation_inputs,
 )
 
+_SCORES = 1 << 24  # scores the graph may hold at a time, 64 MiB of float32 and about four times that in all
+
 
 def run_match_graph(
     session: Session, grid: tuple[int, int], source: FeatureMap, target: FeatureMap, points: PointsLike
@@ -42,8 +44,9 @@ def run_match_graph(
     }
     point_rows, point_columns = _widen(point_rows, grid[0]), _widen(point_columns, grid[1])
     found, scores = [np.zeros((0, 2), np.float32)], [np.zeros(0, np.float32)]
-    for start in range(0, len(checked), CHUNK):
-        chunk = slice(start, start + CHUNK)
+    step = max(1, min(CHUNK, _SCORES // (len(rows) * len(columns))))
+    for start in range(0, len(checked), step):
+        chunk = slice(start, start + step)
         output = session.run(
             {**fixed, "point_rows": point_rows[chunk], "point_columns": point_columns[chunk]}
         )

@@ -156,26 +156,38 @@ def _inverse_norm(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> n
     In float64: where neighbouring cells point away from each other the quadratic form cancels, and in
     float32 what is left would be noise.
     """
-    kernel = _norm_kernel(array.astype(np.float64))
-    squared = quadratic_matrix(rows) @ kernel @ quadratic_matrix(columns).T
+    squared = quadratic_matrix(rows) @ _norm_kernel(array) @ quadratic_matrix(columns).T
     inverse: np.ndarray = (1.0 / np.sqrt(np.maximum(squared, TINY))).astype(np.float32)
     return inverse
 
 
-def _norm_kernel(cells: np.ndarray) -> np.ndarray:
-    """[2h, 2w]: inner products of neighbouring cells, laid out for `quadratic_matrix`."""
+def _norm_kernel(array: np.ndarray) -> np.ndarray:
+    """Inner products of neighbouring cells, float64 [2h, 2w], laid out for `quadratic_matrix`.
 
-    def inner(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.einsum("chw,chw->hw", a, b)
+    Neighbours are offsets in the flattened map. At the right and lower edge these wrap to some other
+    cell; its weight is zero.
+    """
+    channels, h, w = array.shape
+    cells = np.ascontiguousarray(array.reshape(channels, h * w).T, dtype=np.float64)
 
-    right = np.concatenate([cells[:, :, 1:], cells[:, :, -1:]], axis=2)
-    below = np.concatenate([cells[:, 1:], cells[:, -1:]], axis=1)
-    below_right = np.concatenate([right[:, 1:], right[:, -1:]], axis=1)
-    diagonals = inner(cells, below_right) + inner(right, below)
+    def inner(first: int, second: int) -> np.ndarray:
+        """<cell + first, cell + second> for every cell; 0 beyond the last."""
+        product = np.zeros(h * w)
+        count = max(0, h * w - max(first, second))
+        np.einsum(
+            "nc,nc->n",
+            cells[first : first + count],
+            cells[second : second + count],
+            out=product[:count],
+        )
+        return product.reshape(h, w)
+
+    here, right, below = 0, 1, w
+    diagonals = inner(here, below + right) + inner(right, below)
     return np.block(
         [
-            [inner(cells, cells), 2.0 * inner(cells, right)],
-            [2.0 * inner(cells, below), 2.0 * diagonals],
+            [inner(here, here), 2.0 * inner(here, right)],
+            [2.0 * inner(here, below), 2.0 * diagonals],
         ]
     )
 

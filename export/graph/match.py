@@ -57,9 +57,10 @@ class MatchGraph(nn.Module):
         scores = (upsampled * _inverse_root(squared)).flatten(1)
         best = scores.amax(dim=1, keepdim=True)
         # The first index by a minimum: no two runtimes agree on which of several ArgMax returns.
-        index = torch.arange(scores.shape[1])
-        tied = torch.where(scores >= best - float(TIE_TOLERANCE), index, scores.shape[1])
-        first = tied.amin(dim=1)
+        count = scores.shape[1]
+        index = torch.arange(count, dtype=torch.int32)
+        last = torch.full((), count - 1, dtype=torch.int32)
+        first = torch.where(scores >= best - float(TIE_TOLERANCE), index, last).amin(dim=1)
         width = columns.shape[0]
         y = torch.div(first, width, rounding_mode="trunc")
         points = torch.stack([first - y * width, y], dim=1).to(torch.float32)
