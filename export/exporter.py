@@ -19,7 +19,7 @@ from ditf.calib.parity import tolerances
 from ditf.export.checkpoint import DEMO, Checkpoint, open_checkpoint
 from ditf.export.demo import DEMO_DEFAULTS
 from ditf.export.families import family_of
-from ditf.export.families.base import Condition, Family
+from ditf.export.families.base import Condition, Family, TrunkSpec
 from ditf.export.golden import write_golden
 from ditf.export.graph.encoder import KLEncoder, PixelEncoder
 from ditf.export.graph.features import FeaturesGraph
@@ -257,9 +257,8 @@ def _features_graph(
     plan: _Plan, condition: Condition, noise: torch.Tensor, settings: FeatureSettings
 ) -> FeaturesGraph:
     weights = plan.checkpoint.weights("transformer")
-    trunk = plan.family.build_trunk(
-        weights, plan.layer, condition, plan.timestep, plan.size, plan.grid, plan.precision
-    )
+    spec = TrunkSpec(plan.layer, condition, plan.timestep, plan.size, plan.grid, plan.precision)
+    trunk = plan.family.build_trunk(weights, spec)
     latents = plan.latents
     encoder = (
         PixelEncoder()

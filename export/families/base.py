@@ -69,8 +69,30 @@ class Blocks:
         raise IndexError(index)
 
 
+@dataclass(frozen=True)
+class TrunkSpec:
+    """What a truncated transformer is fixed to.
+
+    Attributes:
+        layer: k; blocks 0..k-1 run.
+        condition, timestep: constants of the graph.
+        size: (H, W) of the image in pixels; grid: (h, w) in tokens.
+        precision: of the graph.
+    """
+
+    layer: int
+    condition: Condition
+    timestep: int
+    size: tuple[int, int]
+    grid: tuple[int, int]
+    precision: Precision
+
+
 class Family(ABC):
-    """Facts about one family of Diffusion Transformers, for one checkpoint's transformer config."""
+    """Facts about one family of Diffusion Transformers, for one checkpoint's transformer config.
+
+    What most diffusers transformers have in common is here; a family overrides what differs.
+    """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]  # in diffusers
@@ -81,19 +103,19 @@ class Family(ABC):
         self.config = config
 
     @property
-    @abstractmethod
     def blocks(self) -> Blocks:
         """The transformer's blocks."""
+        return Blocks((("block", int(self.config["num_layers"])),))
 
     @property
-    @abstractmethod
     def patch_size(self) -> int:
         """Latent pixels along the side of a token."""
+        return int(self.config["patch_size"])
 
     @property
-    @abstractmethod
     def sample_size(self) -> int:
         """Latent pixels along the side of the images the model was trained on."""
+        return int(self.config["sample_size"])
 
     @abstractmethod
     def encode_condition(
@@ -112,31 +134,17 @@ class Family(ABC):
             batch: number of latents.
         """
 
-    @abstractmethod
     def reference_block(self, transformer: torch.nn.Module, index: int) -> torch.nn.Module:
         """Block `index` of the unmodified transformer."""
+        return transformer.get_submodule(f"transformer_blocks.{index}")
 
-    @abstractmethod
     def reference_attention(self, block: torch.nn.Module) -> torch.nn.Module:
-        """The attention of a block whose first positional input is its modulated first norm."""
+        """The attention of a block whose first input is its modulated first norm."""
+        return block.get_submodule("attn1")
 
     @abstractmethod
-    def build_trunk(
-        self,
-        weights: Weights,
-        layer: int,
-        condition: Condition,
-        timestep: int,
-        size: tuple[int, int],
-        grid: tuple[int, int],
-        precision: Precision,
-    ) -> Trunk:
-        """Blocks 0..layer-1 and the modulation of block `layer`, as a module to trace.
-
-        Args:
-            size: (H, W) of the image in pixels.
-            grid: (h, w) in tokens.
-        """
+    def build_trunk(self, weights: Weights, spec: TrunkSpec) -> Trunk:
+        """Blocks 0..k-1 and the modulation of block k, as a module to trace."""
 
     def require(self, **allowed: tuple[Any, ...]) -> None:
         """Check config values this family's graph depends on.

@@ -9,11 +9,10 @@ from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch.nn import functional
 
 from ditf.export.checkpoint import Checkpoint, Weights
-from ditf.export.families.base import Blocks, Condition, Defaults, Family
+from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
 from ditf.export.families.sincos import sincos_embedder
 from ditf.export.graph.blocks import Block, Modulation
 from ditf.export.graph.layers import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Trunk
 from ditf.runtime.errors import InputError
 
@@ -33,18 +32,6 @@ class DiT(Family):
         " published for a DDPM schedule",
     )
 
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks((("block", self.config["num_layers"]),))
-
-    @property
-    def patch_size(self) -> int:
-        return int(self.config["patch_size"])
-
-    @property
-    def sample_size(self) -> int:
-        return int(self.config["sample_size"])
-
     def encode_condition(
         self, checkpoint: Checkpoint, prompt: str | None, class_label: int | None
     ) -> Condition:
@@ -62,49 +49,34 @@ class DiT(Family):
             "class_labels": condition["class_labels"].expand(batch),
         }
 
-    def reference_block(self, transformer: torch.nn.Module, index: int) -> torch.nn.Module:
-        return transformer.get_submodule(f"transformer_blocks.{index}")
-
-    def reference_attention(self, block: torch.nn.Module) -> torch.nn.Module:
-        return block.get_submodule("attn1")
-
-    def build_trunk(
-        self,
-        weights: Weights,
-        layer: int,
-        condition: Condition,
-        timestep: int,
-        size: tuple[int, int],
-        grid: tuple[int, int],
-        precision: Precision,
-    ) -> Trunk:
+    def build_trunk(self, weights: Weights, spec: TrunkSpec) -> Trunk:
         self.require(
             norm_type=("ada_norm_zero",),
             activation_fn=("gelu-approximate",),
             norm_elementwise_affine=(False,),
             upcast_attention=(False,),
         )
-        modulations = [self._modulation(weights, i, condition, timestep) for i in range(layer + 1)]
+        modulations = [self._modulation(weights, i, spec) for i in range(spec.layer + 1)]
         eps = (_NORM1_EPS, self.config["norm_eps"])
         heads = self.config["num_attention_heads"]
         blocks = [
-            Block(weights, f"transformer_blocks.{i}", heads, modulations[i], eps, None, precision)
-            for i in range(layer)
+            Block(weights, f"transformer_blocks.{i}", heads, modulations[i], eps, None, spec.precision)
+            for i in range(spec.layer)
         ]
-        last = modulations[layer]
+        last = modulations[spec.layer]
         return Trunk(
-            sincos_embedder(weights, self.config, grid, interpolation_scale=1),
+            sincos_embedder(weights, self.config, spec.grid, interpolation_scale=1),
             blocks,
             ModulatedNorm(last.scale_attention, last.shift_attention, _NORM1_EPS),
         )
 
-    def _modulation(self, weights: Weights, index: int, condition: Condition, timestep: int) -> Modulation:
+    def _modulation(self, weights: Weights, index: int, spec: TrunkSpec) -> Modulation:
         """AdaLayerNormZero: linear(silu(embedding of timestep and class)), each block its own."""
         norm = f"transformer_blocks.{index}.norm1"
         width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
         embedding = CombinedTimestepLabelEmbeddings(self.config["num_embeds_ada_norm"], width)
         weights.load_into(embedding, f"{norm}.emb")
-        vector = embedding(torch.tensor([timestep]), condition["class_labels"], torch.float32)
+        vector = embedding(torch.tensor([spec.timestep]), spec.condition["class_labels"], torch.float32)
         packed = functional.linear(
             functional.silu(vector),
             weights.tensor(f"{norm}.linear.weight"),

@@ -10,11 +10,10 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.normalization import AdaLayerNormSingle
 
 from ditf.export.checkpoint import Checkpoint, Weights
-from ditf.export.families.base import Blocks, Condition, Defaults, Family
+from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
 from ditf.export.families.sincos import sincos_embedder
 from ditf.export.graph.blocks import Block, Modulation
 from ditf.export.graph.layers import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Trunk
 from ditf.export.pretrained import load_pipeline
 
@@ -32,18 +31,6 @@ class PixArt(Family):
         source="none published for PixArt: half of its depth, and the timestep DIFT (Tang et al. 2023)"
         " published for a DDPM schedule",
     )
-
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks((("block", self.config["num_layers"]),))
-
-    @property
-    def patch_size(self) -> int:
-        return int(self.config["patch_size"])
-
-    @property
-    def sample_size(self) -> int:
-        return int(self.config["sample_size"])
 
     @property
     def _width(self) -> int:
@@ -76,22 +63,7 @@ class PixArt(Family):
             "added_cond_kwargs": self._added_conditions(size, batch),
         }
 
-    def reference_block(self, transformer: torch.nn.Module, index: int) -> torch.nn.Module:
-        return transformer.get_submodule(f"transformer_blocks.{index}")
-
-    def reference_attention(self, block: torch.nn.Module) -> torch.nn.Module:
-        return block.get_submodule("attn1")
-
-    def build_trunk(
-        self,
-        weights: Weights,
-        layer: int,
-        condition: Condition,
-        timestep: int,
-        size: tuple[int, int],
-        grid: tuple[int, int],
-        precision: Precision,
-    ) -> Trunk:
+    def build_trunk(self, weights: Weights, spec: TrunkSpec) -> Trunk:
         self.require(
             norm_type=("ada_norm_single",),
             activation_fn=("gelu-approximate",),
@@ -99,22 +71,22 @@ class PixArt(Family):
             upcast_attention=(False,),
             attention_type=("default",),
         )
-        shared = self._shared_modulation(weights, timestep, size)
+        shared = self._shared_modulation(weights, spec.timestep, spec.size)
         modulations = [
             Modulation.unpack(shared + weights.tensor(f"transformer_blocks.{i}.scale_shift_table"))
-            for i in range(layer + 1)
+            for i in range(spec.layer + 1)
         ]
         eps = self.config["norm_eps"]
         heads = self.config["num_attention_heads"]
-        text = self._text_tokens(weights, condition) if layer else None
+        text = self._text_tokens(weights, spec.condition) if spec.layer else None
         blocks = [
-            Block(weights, f"transformer_blocks.{i}", heads, modulations[i], (eps, eps), text, precision)
-            for i in range(layer)
+            Block(weights, f"transformer_blocks.{i}", heads, modulations[i], (eps, eps), text, spec.precision)
+            for i in range(spec.layer)
         ]
         scale = self.config.get("interpolation_scale") or max(self.sample_size // 64, 1)
-        last = modulations[layer]
+        last = modulations[spec.layer]
         return Trunk(
-            sincos_embedder(weights, self.config, grid, scale),
+            sincos_embedder(weights, self.config, spec.grid, scale),
             blocks,
             ModulatedNorm(last.scale_attention, last.shift_attention, eps),
         )

@@ -11,6 +11,7 @@ from safetensors import safe_open
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.families import family_of
+from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT32
 from ditf.export.options import ExportOptions
 from ditf.runtime.manifest import read_manifest
@@ -23,7 +24,7 @@ def test_only_the_modulation_of_block_k_is_read(tiny_pixart, layer):
         family = family_of(checkpoint)
         condition = family.encode_condition(checkpoint, "a cat", None)
         weights = checkpoint.weights("transformer")
-        family.build_trunk(weights, layer, condition, 261, (64, 64), (8, 8), FLOAT32)
+        family.build_trunk(weights, TrunkSpec(layer, condition, 261, (64, 64), (8, 8), FLOAT32))
     blocks = {name for name in weights.read if name.startswith("transformer_blocks.")}
     beyond = {name for name in blocks if int(name.split(".")[1]) >= layer}
     assert beyond == {f"transformer_blocks.{layer}.scale_shift_table"}
