@@ -9,7 +9,7 @@ demo: $(SETUP)
 	$(BIN)/python benchmarks/demo.py
 
 test: $(SETUP) lint
-	$(BIN)/python -m pytest -n 2 --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadfile  # two processes of one thread each
 
 lint: $(SETUP)
 	$(BIN)/ruff check .

@@ -70,7 +70,7 @@ def errors_to_truth(points: np.ndarray, matches: np.ndarray, disparity: np.ndarr
 def truth_text(errors: np.ndarray) -> str:
     """Distances to the truth in one line."""
     within = ", ".join(f"{(errors < limit).mean():.0%} within {limit} px" for limit in (5, 16))
-    return f"median {np.median(errors):.1f} px, {within}, of {len(errors)} points"
+    return f"median {np.median(errors):.1f} px, {within}; {len(errors)} points of known truth"
 
 
 def report(seconds: dict[str, float], disparity: np.ndarray) -> str:
@@ -95,7 +95,8 @@ def report(seconds: dict[str, float], disparity: np.ndarray) -> str:
         f" {check['metrics']['matches_same']:.0%} of matches the same",
         "export, check": f"{seconds['export']:.1f} s, {seconds['check']:.1f} s (process start included)",
         "features, match": f"{match['seconds']['features'] / 2 * 1e3:.0f} ms an image,"
-        f" {match['seconds']['match'] / len(points) * 1e3:.2f} ms a point ({match['backend']})",
+        f" {match['seconds']['match'] / len(points) * 1e3:.2f} ms a point, one first run"
+        f" ({match['backend']})",
         **{f"to the truth{name}": text for name, text in distance.items()},
         "picture": OUTPUT / "match.png",
     }

@@ -108,7 +108,12 @@ def _plan(options: ExportOptions, checkpoint: Checkpoint) -> _Plan:
     if options.batch != "dynamic" and options.batch < 1:
         raise InputError(f"batch {options.batch} is out of range", "choose 1 or more, or dynamic")
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
-    layer = family.blocks.resolve(options.layer or str(defaults.layer))
+    middle = family.blocks.count // 2
+    default_layer = middle if defaults.layer is None else defaults.layer
+    layer = family.blocks.resolve(options.layer or str(default_layer))
+    _check_discard(options, family.channels)
+    if options.calibration_images is not None:
+        list_images(options.calibration_images)
     timestep = defaults.timestep if options.timestep is None else options.timestep
     latents = LatentSpace.of(checkpoint)
     return _Plan(
@@ -123,6 +128,13 @@ def _plan(options: ExportOptions, checkpoint: Checkpoint) -> _Plan:
         level=noise_level(checkpoint.config("scheduler"), timestep),
         precision=FLOAT16 if options.fp16 else FLOAT32,
     )
+
+
+def _check_discard(options: ExportOptions, channels: int) -> None:
+    if not isinstance(options.discard, str):
+        for channel in options.discard:
+            if not 0 <= channel < channels:
+                raise InputError(f"--discard {channel} is out of range", f"channels are 0..{channels - 1}")
 
 
 def _check_size(size: tuple[int, int] | None, family: Family, latents: LatentSpace) -> tuple[int, int]:
@@ -246,11 +258,7 @@ def _discarded(options: ExportOptions, statistics: ChannelStatistics) -> list[in
         return statistics.massive
     if options.discard == "none":
         return []
-    channels = sorted(set(options.discard))
-    count = len(statistics.mean_abs)
-    if channels and not 0 <= channels[0] <= channels[-1] < count:
-        raise InputError(f"--discard {channels[-1]} is out of range", f"channels are 0..{count - 1}")
-    return channels
+    return sorted(set(options.discard))
 
 
 def _features_graph(

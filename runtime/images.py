@@ -33,6 +33,8 @@ def open_image(source: ImageLike) -> Image.Image:
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
+    if not isinstance(source, (str, os.PathLike, Image.Image)):
+        raise InputError(f"an image is a path, a PIL image or an array, not {type(source).__name__}")
     name = "the image" if isinstance(source, Image.Image) else str(source)
     try:
         if isinstance(source, Image.Image):

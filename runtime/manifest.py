@@ -128,6 +128,11 @@ def _check_values(manifest: Manifest) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(number != "dynamic" and number < 1 for number in numbers):
             raise ValueError(f"{name} is {value!r}")
+    if not isinstance(manifest.recipe.get("float32"), dict):
+        raise ValueError("recipe has no float32 part")
+    for part, by_type in manifest.parts.items():
+        if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
+            raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")
     for name, entry in manifest.files.items():
         if not (_conforms(entry.get("bytes"), int) and _conforms(entry.get("sha256"), str)):
             raise ValueError(f"files[{name!r}] is {entry!r:.60}")

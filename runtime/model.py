@@ -12,7 +12,7 @@ import numpy as np
 
 from ditf.runtime import backends
 from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
-from ditf.runtime.errors import InputError
+from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
 from ditf.runtime.manifest import Manifest
@@ -52,6 +52,12 @@ class Model:
         self.backend, self._module, self.reason = backends.choose(backend)
         bundle.verify([FEATURES, FEATURES_DATA])
         self._features = self._module.open_session(bundle.path / FEATURES)
+        batch = None if self.manifest.batch == "dynamic" else self.manifest.batch
+        if self._features.inputs.get("image") != (batch, *self.manifest.size, 3):
+            raise BundleError(
+                f"{bundle.path}: {FEATURES} takes {self._features.inputs}, its manifest says otherwise",
+                "export the bundle again",
+            )
         self._match: backends.Session | None = None
         self._closed = False
         self._noise: np.ndarray | None = None
@@ -166,6 +172,8 @@ class Model:
             raise InputError(
                 f"noise must be float32 {list(self._noise.shape)}, got {noise.dtype} {list(noise.shape)}"
             )
+        if not np.isfinite(noise).all():
+            raise InputError("the noise holds NaN or infinity")
         return {"noise": noise}
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ditf.calib.parity import Gate, feature_parity, gates, match_parity
+from ditf.calib.parity import TOLERANCES, Gate, feature_parity, gates, match_parity
 from ditf.cli.console import (
     BackendOption,
     BundleArgument,
@@ -13,6 +13,7 @@ from ditf.cli.console import (
     VerboseOption,
     check_writable,
     say,
+    show,
     table,
     write_json,
 )
@@ -31,15 +32,18 @@ def check(
     quiet: QuietOption = False,
 ) -> None:
     """Run the golden images through a bundle and gate the result: exit 1 if it is off."""
-    check_writable(json_file)
+    check_writable(json_file, inputs=(bundle,))
     opened = Bundle.open(bundle)
     opened.verify(opened.manifest.files)
     with Model(opened, backend) as model:
         say(f"{bundle} on {model.detail} ({model.reason})")
         metrics = golden_metrics(model)
-    results = gates(metrics, {**opened.manifest.tolerances, "match_graph_agrees": _GRAPH_LIMIT})
+    limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
+    results = gates(metrics, {**limits, "match_graph_agrees": _GRAPH_LIMIT})
     failed = [gate for gate in results if not gate.ok]
-    print(_render(metrics, results))
+    show(_render(metrics, results))
+    if not failed:
+        show(f"passed: {len(results)} of {len(results)} gates")
     write_json(
         json_file,
         {

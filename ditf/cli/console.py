@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -72,6 +73,14 @@ def say(line: str) -> None:
         print(line, file=sys.stderr, flush=True)
 
 
+def show(text: str) -> None:
+    """A result, on stdout. A reader that has gone, as in `| head`, ends the output and nothing else."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 @contextmanager
 def stages(total: int) -> Iterator[Callable[[str], None]]:
     """Progress of work in stages: a bar on a terminal, plain lines in a log, nothing with --quiet.
@@ -99,15 +108,24 @@ def stages(total: int) -> Iterator[Callable[[str], None]]:
             yield lambda stage: progress.update(task, description=stage, advance=1)
 
 
-def check_writable(*paths: Optional[Path]) -> None:
+def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
     """Reject outputs that cannot be written, before the work starts.
 
+    Args:
+        paths: outputs; None for one that was not asked for.
+        inputs: files and directories the command reads.
+
     Raises:
-        InputError: a directory, or in a folder that is not there or read-only.
+        InputError: a directory, in a folder that is not there or read-only, an input or in one, or the
+            same file twice.
     """
-    for path in paths:
-        if path is None:
-            continue
+    outputs = [path for path in paths if path is not None]
+    taken = {path.resolve() for path in inputs}
+    for path in outputs:
+        resolved = path.resolve()
+        if taken & {resolved, *resolved.parents}:
+            raise InputError(f"writing {path} would overwrite what this command works with", "choose another")
+        taken.add(resolved)
         if path.is_dir():
             raise InputError(f"{path} is a directory", "name a file")
         if not path.parent.is_dir():
@@ -133,9 +151,19 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Optional[Path], document: dict[str, Any], ok: bool = True) -> None:
     """Write a result's JSON twin: `document` with "schema" and "ok"."""
     if path is not None:
-        text = json.dumps({"schema": SCHEMA, "ok": ok, **document}, indent=2) + "\n"
+        whole = _finite({"schema": SCHEMA, "ok": ok, **document})
+        text = json.dumps(whole, indent=2, allow_nan=False) + "\n"
         with replacing(path) as temporary:
             temporary.write_text(text, "utf-8")
+
+
+def _finite(value: Any) -> Any:
+    """The same document with null for NaN and infinity, which JSON does not have."""
+    if isinstance(value, dict):
+        return {key: _finite(entry) for key, entry in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(entry) for entry in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def parse_size(text: str) -> tuple[int, int]:

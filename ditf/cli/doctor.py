@@ -6,7 +6,15 @@ import platform
 from dataclasses import asdict
 
 import ditf
-from ditf.cli.console import JsonOption, QuietOption, VerboseOption, check_writable, table, write_json
+from ditf.cli.console import (
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    check_writable,
+    show,
+    table,
+    write_json,
+)
 from ditf.runtime.backends import BACKENDS, Probe, load_backend
 from ditf.runtime.errors import MissingComponent
 from ditf.runtime.manifest import tool_versions
@@ -39,7 +47,7 @@ def doctor(
     for package, extra in _PACKAGES.items():
         fix = f"pip install 'ditf[{extra}]'" if package not in versions else ""
         rows.append((package, versions.get(package, "not installed"), fix))
-    print(table(rows))
+    show(table(rows))
     probes = {name: load_backend(name).probe() for name in BACKENDS}
     if "onnxruntime" in versions and "onnxruntime-gpu" in versions:
         probes["onnxruntime"] = Probe(
@@ -47,10 +55,10 @@ def doctor(
             "onnxruntime and onnxruntime-gpu are both installed and overwrite each other",
             "run: pip uninstall onnxruntime onnxruntime-gpu, then install one of them",
         )
-    print("\nbackends")
+    show("\nbackends")
     for name, probe in probes.items():
         fix = f"; {probe.fix}" if probe.fix else ""
-        print(f"  {name}: {'opens' if probe.available else 'does not open'}, {probe.detail}{fix}")
+        show(f"  {name}: {'opens' if probe.available else 'does not open'}, {probe.detail}{fix}")
     ok = any(probe.available for probe in probes.values())
     write_json(
         json_file,

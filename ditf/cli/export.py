@@ -14,6 +14,7 @@ from ditf.cli.console import (
     bytes_text,
     check_writable,
     parse_size,
+    show,
     stages,
     state,
     write_json,
@@ -48,7 +49,7 @@ def export(
         str, typer.Option(metavar="baked|input", help="A constant, or an input of the graph.")
     ] = "baked",
     no_adaln: Annotated[
-        bool, typer.Option("--no-adaln", help="Ablation: hidden states without the norm, in float32.")
+        bool, typer.Option("--no-adaln", help="Ablation: hidden states without the norm; output in float32.")
     ] = False,
     batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Images in one call.")] = "1",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18..25.")] = 20,
@@ -108,7 +109,7 @@ def export(
     manifest = Bundle.open(path).manifest
     size_text = bytes_text(sum(file["bytes"] for file in manifest.files.values()))
     height, width = manifest.size
-    print(
+    show(
         f"{path}: {manifest.layer_name}, {manifest.precision}, {height}x{width} px ->"
         f" {manifest.channels}x{manifest.grid[0]}x{manifest.grid[1]}, {size_text}"
     )

@@ -18,6 +18,7 @@ from ditf.cli.console import (
     check_writable,
     replacing,
     say,
+    show,
     table,
     write_json,
 )
@@ -41,7 +42,7 @@ def features(
     The file holds, for image i: features_i [C, h, w], image_size_i (H, W) and extent_i, the rows and
     columns of the map that the image covers; and `names`, in order.
     """
-    check_writable(output, json_file)
+    check_writable(output, json_file, inputs=(bundle, *images))
     with load(bundle, backend, fit) as model:
         say(f"{bundle} on {model.detail} ({model.reason})")
         maps = model.features_of(images)
@@ -59,5 +60,5 @@ def features(
         shape = "x".join(map(str, feature_map.array.shape))
         rows.append((str(path), f"{height}x{width}", shape, str(feature_map.array.dtype)))
         listed.append({"image": str(path), "image_size": [height, width], "shape": feature_map.array.shape})
-    print(table(rows))
+    show(table(rows))
     write_json(json_file, {"bundle": str(bundle), "output": str(output), "images": listed})

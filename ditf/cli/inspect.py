@@ -11,6 +11,7 @@ from ditf.cli.console import (
     VerboseOption,
     bytes_text,
     check_writable,
+    show,
     table,
     write_json,
 )
@@ -25,14 +26,14 @@ def inspect(
     quiet: QuietOption = False,
 ) -> None:
     """Show what a bundle computes, where its bytes are and which type they have."""
-    check_writable(json_file)
+    check_writable(json_file, inputs=(bundle,))
     opened = Bundle.open(bundle)
     manifest = opened.manifest
     opened.verify(manifest.files)
-    print(table(_summary(manifest)))
-    print("\nfiles (all hashes as in the manifest)")
-    print(table([("  " + name, bytes_text(file["bytes"])) for name, file in manifest.files.items()]))
-    print("\nparameters")
+    show(table(_summary(manifest)))
+    show("\nfiles (all hashes as in the manifest)")
+    show(table([("  " + name, bytes_text(file["bytes"])) for name, file in manifest.files.items()]))
+    show("\nparameters")
     rows: list[tuple[str, ...]] = []
     for part, by_type in manifest.parts.items():
         for dtype, count in by_type.items():
@@ -40,10 +41,10 @@ def inspect(
     totals = [count for by_type in manifest.parts.values() for count in by_type.values()]
     total = sum(count["parameters"] for count in totals)
     rows.append(("  total", "", f"{total:,}", bytes_text(sum(count["bytes"] for count in totals))))
-    print(table(rows))
+    show(table(rows))
     kept = manifest.recipe["float32"]
-    print("\nfloat32 in the graph")
-    print(table([("  " + name, reason) for name, reason in kept.items()]))
+    show("\nfloat32 in the graph")
+    show(table([("  " + name, reason) for name, reason in kept.items()]))
     write_json(json_file, {"bundle": str(bundle), "manifest": asdict(manifest)})
 
 

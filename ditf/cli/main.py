@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shlex
 import signal
 import sys
@@ -16,10 +17,16 @@ from ditf.cli import check, doctor, export, features, inspect, match
 from ditf.cli.console import state
 from ditf.runtime.errors import DitfError
 
+_SIGINT = 128 + signal.SIGINT
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived."""
+
+
 app = typer.Typer(
     name="ditf",
     help="Deploy DiTF features: export a Diffusion Transformer up to a layer, check it, match with it.",
-    no_args_is_help=True,
     add_completion=False,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
@@ -73,29 +80,34 @@ def run(arguments: list[str], command: str | None = None) -> int:
     signal.signal(signal.SIGTERM, _terminate)
     state.reset(command or shlex.join(["ditf", *arguments]))
     try:
-        code = typer.main.get_command(app).main(arguments, prog_name="ditf", standalone_mode=False)
-        return int(code or 0)
+        program = typer.main.get_command(app)
+        code = program.main(arguments or ["--help"], prog_name="ditf", standalone_mode=False)
+        return _interrupted() if code == _SIGINT else int(code or 0)
     except DitfError as error:
         return _fail(str(error), error.exit_code)
     except typer.TyperException as error:
         return _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _fail("interrupted; nothing was left half-written", 130)
-    except BrokenPipeError:
-        sys.stderr.close()  # the reader of our output is gone
-        return 0
+        return _interrupted()
+    except _Terminated:
+        return _fail("terminated; nothing was left half-written", 128 + signal.SIGTERM)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check the path and the disk", 2)
-    except MemoryError:
-        return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
-    except Exception:
+    except Exception as error:
+        # torch and ONNX Runtime have no class of their own for it.
+        if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
+            return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
         traceback.print_exc()
         return _fail("this is a defect of ditf; please report it with the lines above", 70)
 
 
 def _terminate(signum: int, frame: Optional[FrameType]) -> NoReturn:
-    sys.exit(128 + signum)  # unwinds, so that temporary files are removed
+    raise _Terminated  # unwinds, so that temporary files are removed
+
+
+def _interrupted() -> int:
+    return _fail("interrupted; nothing was left half-written", _SIGINT)
 
 
 def _fail(message: str, code: int) -> int:

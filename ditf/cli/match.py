@@ -8,7 +8,6 @@ from typing import Annotated, Optional
 
 import numpy as np
 import typer
-from PIL import Image
 
 from ditf.cli.console import (
     BackendOption,
@@ -21,12 +20,13 @@ from ditf.cli.console import (
     parse_points,
     replacing,
     say,
+    show,
     table,
     write_json,
 )
 from ditf.runtime import load
 from ditf.runtime.errors import InputError
-from ditf.runtime.images import open_image
+from ditf.runtime.images import SUFFIXES, open_image
 from ditf.runtime.matching import check_points
 
 
@@ -55,7 +55,7 @@ def match(
     quiet: QuietOption = False,
 ) -> None:
     """Match points of SOURCE to TARGET at full resolution."""
-    check_writable(output, json_file)
+    check_writable(output, json_file, inputs=(bundle, source, target))
     _check_picture(output)
     given = parse_points([*(points or []), *(more_points or [])])
     if bool(given) == (grid is not None):
@@ -74,10 +74,10 @@ def match(
     rows: list[tuple[str, ...]] = [("source", "target", "cosine")]
     for (x, y), (u, v), score in zip(queries, found.points, found.scores, strict=True):
         rows.append((f"{x:g},{y:g}", f"{u:g},{v:g}", f"{score:.4f}"))
-    print(table(rows))
+    show(table(rows))
     say(
         f"features of both images {seconds['features'] * 1e3:.0f} ms,"
-        f" {len(queries)} matches {seconds['match'] * 1e3:.1f} ms"
+        f" matching {seconds['match'] * 1e3:.1f} ms (one run, the first)"
     )
     if output is not None:
         from ditf.runtime.drawing import draw_matches
@@ -101,9 +101,8 @@ def match(
 
 
 def _check_picture(path: Path | None) -> None:
-    """Reject a file name that no picture format has."""
-    known = Image.registered_extensions()
-    if path is not None and known.get(path.suffix.lower()) not in Image.SAVE:
+    """Reject a file name that no common picture format has."""
+    if path is not None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path} does not name a picture format", "for example match.png")
 
 

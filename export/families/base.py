@@ -21,11 +21,14 @@ Condition = Mapping[str, torch.Tensor]
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings of a family where the user gives none; `source` says where they come from."""
+    """Settings of a family where the user gives none; `source` says where they come from.
 
-    layer: int
+    `layer` None is half of the depth.
+    """
+
     timestep: int
     source: str
+    layer: int | None = None
     prompt: str | None = None
 
 
@@ -106,6 +109,11 @@ class Family(ABC):
     def blocks(self) -> Blocks:
         """The transformer's blocks."""
         return Blocks((("block", int(self.config["num_layers"])),))
+
+    @property
+    def channels(self) -> int:
+        """Width of the hidden states."""
+        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
     def patch_size(self) -> int:

@@ -26,7 +26,6 @@ class DiT(Family):
     transformer_class = "DiTTransformer2DModel"
     takes_prompt = False
     defaults = Defaults(
-        layer=14,
         timestep=261,
         source="none published for DiT: half of DiT-XL's depth, and the timestep DIFT (Tang et al. 2023)"
         " published for a DDPM schedule",
@@ -73,8 +72,7 @@ class DiT(Family):
     def _modulation(self, weights: Weights, index: int, spec: TrunkSpec) -> Modulation:
         """AdaLayerNormZero: linear(silu(embedding of timestep and class)), each block its own."""
         norm = f"transformer_blocks.{index}.norm1"
-        width = self.config["num_attention_heads"] * self.config["attention_head_dim"]
-        embedding = CombinedTimestepLabelEmbeddings(self.config["num_embeds_ada_norm"], width)
+        embedding = CombinedTimestepLabelEmbeddings(self.config["num_embeds_ada_norm"], self.channels)
         weights.load_into(embedding, f"{norm}.emb")
         vector = embedding(torch.tensor([spec.timestep]), spec.condition["class_labels"], torch.float32)
         packed = functional.linear(

@@ -25,16 +25,11 @@ class PixArt(Family):
     transformer_class = "PixArtTransformer2DModel"
     takes_prompt = True
     defaults = Defaults(
-        layer=14,
         timestep=261,
         prompt="a photo",
         source="none published for PixArt: half of its depth, and the timestep DIFT (Tang et al. 2023)"
         " published for a DDPM schedule",
     )
-
-    @property
-    def _width(self) -> int:
-        return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
     def _micro_conditions(self) -> bool:
@@ -93,7 +88,7 @@ class PixArt(Family):
 
     def _shared_modulation(self, weights: Weights, timestep: int, size: tuple[int, int]) -> torch.Tensor:
         """AdaLN-single: [6, C], the same for every block, which adds its own table to it."""
-        embedding = AdaLayerNormSingle(self._width, use_additional_conditions=self._micro_conditions)
+        embedding = AdaLayerNormSingle(self.channels, use_additional_conditions=self._micro_conditions)
         weights.load_into(embedding, "adaln_single")
         packed, _ = embedding(
             torch.tensor([timestep]),
@@ -119,7 +114,7 @@ class PixArt(Family):
         embeds, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
         tokens = embeds[0][mask[0].bool()]
         if self.config.get("caption_channels") is not None:
-            projection = PixArtAlphaTextProjection(self.config["caption_channels"], self._width)
+            projection = PixArtAlphaTextProjection(self.config["caption_channels"], self.channels)
             weights.load_into(projection, "caption_projection")
             tokens = projection(tokens)
         return tokens

@@ -43,11 +43,12 @@ class Session(Protocol):
     """One opened graph.
 
     Attributes:
-        inputs, outputs: names, in the graph's order.
+        inputs: {name: shape} in the graph's order; None for a dynamic dimension.
+        outputs: names, in the graph's order.
         detail: what runs it, for people: version and execution provider.
     """
 
-    inputs: tuple[str, ...]
+    inputs: dict[str, tuple[int | None, ...]]
     outputs: tuple[str, ...]
     detail: str
 

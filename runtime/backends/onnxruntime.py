@@ -52,7 +52,10 @@ class OnnxRuntimeSession:
         # A provider that fails to load is only logged by ONNX Runtime; say it.
         lost = "".join(f" ({p} did not load)" for p in wanted if p not in used)
         self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}"
-        self.inputs = tuple(item.name for item in session.get_inputs())
+        self.inputs = {
+            item.name: tuple(size if isinstance(size, int) else None for size in item.shape)
+            for item in session.get_inputs()
+        }
         self.outputs = tuple(item.name for item in session.get_outputs())
         self._session = session
 

@@ -80,9 +80,29 @@ def test_one_changed_weight(ditf, copy, tmp_path, tensor):
 def test_a_weight_of_nan(ditf, copy):
     change_weight(copy, "blocks.3.attention.qkv.weight", np.nan)
     sign(copy, "features.onnx.data")
-    done = ditf("check", copy)
+    done = ditf("check", copy, "--json", "check.json")
     assert done.returncode == 1
     assert "nan" in done.stdout
+    report = json.loads((copy.parent / "check.json").read_text(), parse_constant=pytest.fail)
+    assert report["metrics"]["cosine_mean"] is None  # JSON has no NaN
+
+
+def test_gates_that_the_manifest_lost(ditf, copy):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "tolerances": {}}))
+    done = ditf("check", copy)
+    assert done.returncode == 0
+    assert "passed: 7 of 7 gates" in done.stdout
+
+
+@pytest.mark.parametrize("change", [{"size": [128, 128]}, {"batch": 3}, {"batch": "dynamic"}])
+def test_a_manifest_of_another_graph(ditf, copy, change):
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, **change}))
+    done = ditf("check", copy, "--quiet")
+    assert done.returncode == 2
+    assert "manifest says otherwise" in done.stderr
+    assert done.stderr.count("\n") == 1
 
 
 def test_a_truncated_file(ditf, copy):

@@ -38,6 +38,7 @@ def test_the_first_command(ditf, tmp_path):
         (["--ensemble", "0"], 2, "--ensemble 0"),
         (["--model", "absent"], 2, "no such directory"),
         (["--fp17"], 2, "No such option"),
+        (["--discard", "-1"], 2, "channels are 0..191"),
         (["--opset", "26"], 2, "choose 18..25"),
         (["--output", "/proc/bundle"], 2, "cannot be written"),
         (["--json", "absent/file.json"], 2, "is not a directory"),
@@ -70,6 +71,7 @@ def test_an_interrupted_export_leaves_nothing(tmp_path, number):
         rest = process.stderr.read()
     assert process.returncode == 128 + number
     assert "Traceback" not in rest
+    assert rest.splitlines()[-1].endswith("nothing was left half-written")
     assert not list((tmp_path / "bundles").iterdir())
 
 

@@ -27,6 +27,26 @@ def test_help_of_every_verb(ditf, verb):
     assert "--quiet" in done.stdout
 
 
+def test_no_arguments_show_the_help(ditf):
+    done = ditf()
+    assert done.returncode == 0
+    assert "doctor" in done.stdout
+
+
+@pytest.mark.parametrize("verb", ["inspect", "check"])
+def test_a_reader_that_leaves(demo_bundle, verb):
+    """Exit code 1 means a failed gate: a closed pipe is none."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ditf", verb, demo_bundle, "--quiet"],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stdout.close()
+    assert process.stderr.read() == b""
+    process.stderr.close()
+    assert process.wait(60) == 0
+
+
 def test_no_such_verb(ditf):
     done = ditf("compile")
     assert done.returncode == 2

@@ -55,6 +55,8 @@ def test_grid(ditf, demo_bundle, pair):
         (["--grid", "2", "--fit", "crop"], "stretch, pad"),
         (["--grid", "2", "--output", "absent/match.png"], "not a directory"),
         (["--grid", "2", "--output", "match.xyz"], "match.xyz"),
+        (["--grid", "2", "--output", "left.png"], "would overwrite"),
+        (["--grid", "2", "--output", "same.png", "--json", "same.png"], "would overwrite"),
     ],
 )
 def test_bad_input_is_one_line(ditf, demo_bundle, pair, tmp_path, arguments, message):
@@ -63,6 +65,13 @@ def test_bad_input_is_one_line(ditf, demo_bundle, pair, tmp_path, arguments, mes
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert sorted(path.name for path in tmp_path.iterdir()) == ["left.png", "right.png"]
+
+
+def test_outputs_do_not_go_into_the_bundle(ditf, demo_bundle, pair):
+    for verb in (("match", demo_bundle, *pair, "1,1"), ("features", demo_bundle, *pair)):
+        done = ditf(*verb, "--output", demo_bundle / "features.png")
+        assert done.returncode == 2
+        assert "would overwrite" in done.stderr
 
 
 def test_images_that_are_not(ditf, demo_bundle, pair, tmp_path):

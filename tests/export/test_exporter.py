@@ -48,6 +48,11 @@ def test_a_class_label_on_a_text_model(tiny_pixart, tmp_path):
         export_bundle(options)
 
 
+def test_the_default_layer_is_half_of_the_depth(tiny_pixart, tmp_path):
+    bundle = export_bundle(ExportOptions(model=str(tiny_pixart), output=tmp_path / "bundle"))
+    assert read_manifest(bundle).layer == 2
+
+
 def test_auto_discard_finds_the_planted_channels(demo_bundle):
     assert read_manifest(demo_bundle).discard["channels"] == sorted(PLANTED)
     calibration = json.loads((demo_bundle / "calibration.json").read_text())

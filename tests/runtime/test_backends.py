@@ -58,7 +58,7 @@ def test_open_session_without_onnxruntime(monkeypatch, demo_bundle):
 @pytest.mark.parametrize("name", backends.BACKENDS)
 def test_session(name, demo_bundle):
     session = backends.load_backend(name).open_session(demo_bundle / MATCH)
-    assert session.inputs == ("source", "target", "point_rows", "point_columns", "rows", "columns")
+    assert tuple(session.inputs) == ("source", "target", "point_rows", "point_columns", "rows", "columns")
     assert session.outputs == ("points", "scores")
     assert "onnxruntime" in session.detail
     session.close()

@@ -273,3 +273,9 @@ def test_unknown_fit(picture):
     with pytest.raises(InputError, match="unknown fit 'crop'") as caught:
         fit_image(picture, (8, 8), "crop")
     assert "pad" in caught.value.fix
+
+
+@pytest.mark.parametrize("thing", [None, 5, [[1, 2]], b"left.jpg"])
+def test_what_is_no_image_at_all(thing):
+    with pytest.raises(InputError, match="a path, a PIL image or an array"):
+        open_image(thing)

@@ -1,0 +1,390 @@
+"""Feature time, size and accuracy of a bundle against what a user would write.
+
+The peer is the unmodified diffusers pipeline's parts in PyTorch: AutoencoderKL encodes the image, the
+scheduler adds noise, PixArtTransformer2DModel runs whole, and a forward hook on block k's attention
+takes what it receives, which is the feature. Against it, one image at a time on one thread, in
+processor time:
+
+    hook, stopped   the same, but the hook raises, so that blocks k.. do not run
+    bundle          ditf's features.onnx on ONNX Runtime, float32
+    bundle --fp16   the same of a float16 bundle. ONNX Runtime's CPU kernels compute a float16 graph in
+                    float32, so this is the cost of its casts, not the speed of float16
+
+All sides start from the same uint8 image and end with features. End to end is timed as it is. Parts
+are latents x_t in, features out, and what comes before. In PyTorch they are timed apart within each run;
+a bundle's graph is cut in two at x_t, its own nodes and weights, and the halves are timed by themselves.
+
+Weights are random: time and size do not depend on them, and the accuracy is the arithmetic's alone.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import numpy as np
+import onnx
+import onnx.utils
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DPMSolverMultistepScheduler,
+    PixArtAlphaPipeline,
+    PixArtTransformer2DModel,
+)
+from provenance import (
+    in_child,
+    interleave,
+    open_session,
+    paired_ratio,
+    peak_memory,
+    pin_threads,
+    provenance,
+    say,
+    summary,
+    wait_until_idle,
+    write_result,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from ditf.calib.images import procedural_images
+from ditf.calib.parity import feature_parity
+from ditf.cli.check import golden_metrics
+from ditf.cli.console import bytes_text
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.exporter import export_bundle
+from ditf.export.families.pixart import PixArt
+from ditf.export.noise import ddpm_scheduler, draw_noise
+from ditf.export.options import ExportOptions
+from ditf.export.pretrained import quieten_libraries
+from ditf.runtime import load
+from ditf.runtime.bundle import FEATURES, FEATURES_DATA
+
+THREADS = 1
+PROMPT = "a bird"  # 8 tokens of the tokenizer below; the other 112 of the 120 are masked
+TIMESTEP = 261
+SEED = 0
+IMAGES = 4  # inputs are rotated
+
+
+@dataclass(frozen=True)
+class Geometry:
+    """Sizes of a checkpoint, and the layer that is exported."""
+
+    layer: int
+    blocks: int
+    heads: int
+    head_dim: int
+    sample_size: int
+    caption_channels: int
+    vae_channels: tuple[int, ...]
+
+    @property
+    def pixels(self) -> int:
+        """Side of the image."""
+        return self.sample_size * 2 ** (len(self.vae_channels) - 1)
+
+
+GEOMETRIES = {
+    "xl": Geometry(9, 28, 16, 72, 64, 4096, (128, 256, 512, 512)),  # PixArt-XL/2 at 512 px
+    "small": Geometry(2, 6, 4, 16, 16, 64, (32, 32, 64, 64)),  # to try the script
+}
+BUNDLES = ("fp32", "fp16")
+PARTS = ("VAE", "transformer")
+
+
+def main() -> None:
+    """Make the checkpoint, export, time, check, and write the result."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--geometry", choices=GEOMETRIES, default="xl")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--folder", type=Path, help="keep checkpoint and bundles here, and use those here")
+    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for an idle machine")
+    arguments = parser.parse_args()
+    geometry = GEOMETRIES[arguments.geometry]
+    with contextlib.ExitStack() as stack:
+        folder = arguments.folder
+        if folder is None:
+            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ditf-bench-")))
+        exports = prepare(folder, geometry)
+        wait_until_idle(arguments.wait)
+        origin = provenance(THREADS)
+        pin_threads(THREADS)
+        say(f"timing, {arguments.repeats} rounds after a warm-up")
+        timed = in_child(measure, folder, geometry, arguments.repeats)
+        say("checking the bundles against their golden outputs")
+        result = {
+            "geometry": {"name": arguments.geometry, "pixels": geometry.pixels, **asdict(geometry)},
+            **timed,
+            "golden": in_child(check, folder),
+            "bytes": sizes(folder),
+            "export": exports,
+        }
+    write_result(f"features-{arguments.geometry}", origin, result, rows(result))
+
+
+def prepare(folder: Path, geometry: Geometry) -> dict[str, Any]:
+    """Write the checkpoint and export the bundles, or find them; {bundle: seconds and peak memory}."""
+    record = folder / "exports.json"
+    if not record.exists():
+        say("writing the checkpoint")
+        in_child(write_checkpoint, folder / "checkpoint", geometry)
+        exports = {}
+        for bundle in BUNDLES:
+            say(f"exporting {bundle}")
+            exports[bundle] = in_child(export, folder / bundle, folder / "checkpoint", geometry.layer)
+            in_child(split, folder / bundle)
+        record.write_text(json.dumps(exports))
+    found: dict[str, Any] = json.loads(record.read_text())
+    return found
+
+
+def write_checkpoint(folder: Path, geometry: Geometry) -> None:
+    """A PixArt checkpoint with random weights, saved by its own pipeline; the T5 is a stand-in."""
+    quieten_libraries()
+    torch.manual_seed(SEED)
+    width = geometry.heads * geometry.head_dim
+    stages = len(geometry.vae_channels)
+    pipeline = PixArtAlphaPipeline(
+        tokenizer=spelling_tokenizer(),
+        text_encoder=T5EncoderModel(
+            T5Config(
+                vocab_size=140, d_model=geometry.caption_channels, d_ff=64, num_layers=1, num_heads=4, d_kv=8
+            )
+        ),
+        vae=AutoencoderKL(
+            block_out_channels=geometry.vae_channels,
+            down_block_types=("DownEncoderBlock2D",) * stages,
+            up_block_types=("UpDecoderBlock2D",) * stages,
+            layers_per_block=2,
+            sample_size=geometry.pixels,
+        ),
+        transformer=PixArtTransformer2DModel(
+            num_attention_heads=geometry.heads,
+            attention_head_dim=geometry.head_dim,
+            num_layers=geometry.blocks,
+            cross_attention_dim=width,
+            caption_channels=geometry.caption_channels,
+            sample_size=geometry.sample_size,
+        ),
+        scheduler=DPMSolverMultistepScheduler(),
+    )
+    pipeline.save_pretrained(folder)
+
+
+def spelling_tokenizer() -> T5Tokenizer:
+    """A T5 tokenizer of one token a letter."""
+    vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
+    return T5Tokenizer(vocab=vocabulary + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"])
+
+
+def export(bundle: Path, checkpoint: Path, layer: int) -> dict[str, Any]:
+    """Export one bundle; its seconds by the clock and the peak memory of the process, on all cores."""
+    quieten_libraries()
+    start = time.perf_counter()
+    options = ExportOptions(
+        model=str(checkpoint),
+        layer=str(layer),
+        fp16=bundle.name == "fp16",
+        timestep=TIMESTEP,
+        prompt=PROMPT,
+        seed=SEED,
+        discard="none",
+        output=bundle,
+    )
+    stages: list[tuple[float, str]] = []
+    export_bundle(options, lambda stage: stages.append((time.perf_counter() - start, stage)))
+    return {
+        "seconds": time.perf_counter() - start,
+        "peak_bytes": peak_memory(),
+        "stages": [f"{seconds:.1f} s: {stage}" for seconds, stage in stages],
+    }
+
+
+def split(bundle: Path) -> None:
+    """Cut features.onnx at the input of the patch embedder: <bundle>-parts/VAE.onnx, transformer.onnx."""
+    parts = parts_of(bundle)
+    parts.mkdir()
+    (parts / FEATURES_DATA).hardlink_to(bundle / FEATURES_DATA)
+    model = onnx.load(bundle / FEATURES, load_external_data=False)
+    x_t = next(node.input[0] for node in model.graph.node if "trunk.embedder.weight" in node.input)
+    extractor = onnx.utils.Extractor(model)
+    for name, ends in zip(PARTS, ((["image"], [x_t]), ([x_t], ["features"])), strict=True):
+        onnx.save(extractor.extract_model(*ends), parts / f"{name}.onnx")
+
+
+def parts_of(bundle: Path) -> Path:
+    """Where `split` writes."""
+    return bundle.with_name(f"{bundle.name}-parts")
+
+
+class Peer:
+    """The feature as a user of diffusers would compute it."""
+
+    class _Done(Exception):
+        pass
+
+    def __init__(self, folder: Path, geometry: Geometry) -> None:
+        checkpoint = Checkpoint(folder, str(folder))
+        self.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
+        self.transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer").eval()
+        self.scheduler = ddpm_scheduler(checkpoint.config("scheduler"))
+        side = geometry.sample_size
+        self.noise = draw_noise(1, (4, side, side), SEED)
+        family = PixArt(checkpoint.config("transformer"))
+        condition = family.encode_condition(checkpoint, PROMPT, None)
+        self.text_tokens = int(condition["encoder_attention_mask"].sum())
+        self.inputs = family.reference_inputs(condition, TIMESTEP, (geometry.pixels,) * 2, 1)
+        self.grid = (side // 2, side // 2)
+        self.stop = False
+        self.seen = torch.empty(0)
+        self.parts: list[tuple[float, float]] = []  # seconds of the VAE and of the transformer, each call
+        self.transformer.transformer_blocks[geometry.layer].attn1.register_forward_pre_hook(self._hook)
+
+    def _hook(self, module: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        self.seen = inputs[0]
+        if self.stop:
+            raise self._Done
+
+    @torch.inference_mode()
+    def features(self, image: np.ndarray, stop: bool) -> np.ndarray:
+        """Features [C, h, w] of an image uint8 [H, W, 3]; `stop` leaves the model at block k."""
+        self.stop = stop
+        start = time.process_time()
+        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
+        x_0 = self.vae.encode(pixels).latent_dist.mean * self.vae.config.scaling_factor
+        encoded = time.process_time()
+        x_t = self.scheduler.add_noise(x_0, self.noise, torch.tensor([TIMESTEP]))
+        with contextlib.suppress(self._Done):
+            self.transformer(x_t, **self.inputs)
+        tokens = self.seen[0]
+        self.parts.append((encoded - start, time.process_time() - encoded))
+        return tokens.T.reshape(-1, *self.grid).numpy()
+
+
+class Side:
+    """A bundle on ONNX Runtime, whole and in its parts, one thread."""
+
+    def __init__(self, bundle: Path) -> None:
+        self._whole = open_session(bundle / FEATURES, THREADS)
+        self._vae, self._trunk = (open_session(parts_of(bundle) / f"{part}.onnx", THREADS) for part in PARTS)
+        self._x_t = np.empty(0)
+
+    def features(self, image: np.ndarray) -> np.ndarray:
+        """Features [C, h, w], end to end."""
+        return self._whole.run(None, {"image": image[None]})[0][0]
+
+    def latents(self, image: np.ndarray) -> None:
+        """The VAE part."""
+        self._x_t = self._vae.run(None, {"image": image[None]})[0]
+
+    def features_of_latents(self, image: np.ndarray) -> np.ndarray:
+        """The transformer part, of what `latents` left; `image` is not looked at."""
+        return self._trunk.run(None, {self._trunk.get_inputs()[0].name: self._x_t})[0][0]
+
+
+def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
+    """Time the peer and the bundles in turns, one thread each, in one process."""
+    quieten_libraries()
+    torch.set_num_threads(THREADS)
+    images = procedural_images((geometry.pixels,) * 2, IMAGES)
+    peer = Peer(folder / "checkpoint", geometry)
+    runs: dict[str, Callable[[np.ndarray], Any]] = {
+        "hook": lambda image: peer.features(image, stop=False),
+        "stopped": lambda image: peer.features(image, stop=True),
+    }
+    for name in BUNDLES:
+        side = Side(folder / name)
+        runs |= {
+            name: side.features,
+            f"{name} VAE": side.latents,
+            f"{name} transformer": side.features_of_latents,
+        }
+    answers = {name: run(images[0]) for name, run in runs.items()}
+    answers = {name: answer for name, answer in answers.items() if answer is not None}
+    peer.parts.clear()
+    timed = {name: (lambda number, run=run: run(images[number % IMAGES])) for name, run in runs.items()}
+    seconds, disturbance = interleave(timed, repeats)
+    parts = np.array(peer.parts).reshape(-1, 2, 2)[1:]  # round, side, part; without the untimed round
+    for i, name in enumerate(("hook", "stopped")):
+        seconds |= {f"{name} {part}": parts[:, i, j].tolist() for j, part in enumerate(PARTS)}
+    return {
+        "timing": disturbance,
+        "text_tokens_unmasked": peer.text_tokens,
+        "seconds": {name: summary(values) for name, values in seconds.items()},
+        "ratios": _ratios(seconds),
+        "same_image_as_hook": {n: _agreement(a, answers["hook"]) for n, a in answers.items() if n != "hook"},
+    }
+
+
+def _agreement(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]:
+    channels = len(expected)
+    return feature_parity(actual.reshape(channels, -1).T, expected.reshape(channels, -1).T)
+
+
+def _ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """How many times faster than the whole transformer with a hook, end to end and by part."""
+    ratios = {}
+    for name in ("stopped", *BUNDLES):
+        ratios[f"end to end: hook / {name}"] = paired_ratio(seconds["hook"], seconds[name])
+        for part in PARTS:
+            peer, side = seconds[f"hook {part}"], seconds[f"{name} {part}"]
+            ratios[f"{part}: hook / {name}"] = paired_ratio(peer, side)
+    return ratios
+
+
+def check(folder: Path) -> dict[str, dict[str, float]]:
+    """The metrics of `ditf check` for each bundle, and of its rehearsal at export."""
+    metrics = {}
+    for name in BUNDLES:
+        with load(folder / name, backend="onnxruntime") as model:
+            metrics[name] = golden_metrics(model)
+            metrics[f"{name} in PyTorch, rehearsed"] = model.manifest.rehearsal
+    return metrics
+
+
+def sizes(folder: Path) -> dict[str, int]:
+    """Bytes of the checkpoint's weights and of each bundle, every file counted."""
+    files = {part: (folder / "checkpoint" / part).rglob("*.safetensors") for part in ("transformer", "vae")}
+    files |= {name: (folder / name).iterdir() for name in BUNDLES}
+    return {name: sum(path.stat().st_size for path in paths) for name, paths in files.items()}
+
+
+def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """The table: a line for each side."""
+    labels = {
+        "hook": f"diffusers {diffusers.__version__}, hook, whole transformer",
+        "stopped": "diffusers, stopped at block k",
+        "fp32": "ditf bundle, float32",
+        "fp16": "ditf bundle --fp16 (computed in float32 by this CPU runtime)",
+    }
+    checkpoint = result["bytes"]["transformer"] + result["bytes"]["vae"]
+    heading = ("", "end to end", "x", "VAE", "x", "transformer", "x")
+    lines: list[tuple[str, ...]] = [(*heading, "weights or bundle", "export peak", "cosine min, mean")]
+    for name, label in labels.items():
+        line = [label]
+        for part in ("end to end", *PARTS):
+            side = name if part == "end to end" else f"{name} {part}"
+            ratio = result["ratios"].get(f"{part}: hook / {name}", {"median": 1.0})
+            line += [f"{result['seconds'][side]['median']:.2f} s", f"{ratio['median']:.2f}"]
+        line.append(bytes_text(result["bytes"].get(name, checkpoint)))
+        if name in BUNDLES:
+            golden = result["golden"][name]
+            line.append(bytes_text(result["export"][name]["peak_bytes"]))
+            line.append(f"{golden['cosine_min']:.8f}, {golden['cosine_mean']:.8f}")
+        else:
+            line += ["", "the reference"]
+        lines.append(tuple(line))
+    return lines
+
+
+if __name__ == "__main__":
+    main()
