@@ -93,7 +93,9 @@ def export_match_graph(folder: Path) -> Path:
 
     from ditf.export.exporter import export_bundle
     from ditf.export.options import ExportOptions
+    from ditf.export.pretrained import quieten_libraries
 
+    quieten_libraries()
     patch = 8
     model = DiTTransformer2DModel(
         num_attention_heads=16,
