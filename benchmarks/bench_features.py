@@ -205,7 +205,7 @@ def export(bundle: Path, checkpoint: Path, layer: int) -> dict[str, Any]:
     return {
         "seconds": time.perf_counter() - start,
         "peak_bytes": peak_memory(),
-        "stages": [f"{seconds:.1f} s: {stage}" for seconds, stage in stages],
+        "stages": [f"{s:.1f} s: {stage.replace(str(checkpoint), checkpoint.name)}" for s, stage in stages],
     }
 
 
