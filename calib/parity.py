@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,6 +98,14 @@ def feature_parity(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]
         "relative_error": float(relative),
         "channel_error": float(channel),
         "max_abs_error": float(np.abs(a - e).max()),
+    }
+
+
+def worst(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """Each metric's worst value over several measurements; NaN is worse than any."""
+    return {
+        name: float((np.max if name in _AT_MOST else np.min)([metrics[name] for metrics in measured]))
+        for name in measured[0]
     }
 
 

@@ -1,4 +1,4 @@
-"""A diffusers checkpoint directory: finding it, its configs, and its weights one tensor at a time."""
+"""A diffusers checkpoint directory: finding it, its configs, and the files its weights are in."""
 
 from __future__ import annotations
 
@@ -11,15 +11,15 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch
-from safetensors import SafetensorError, safe_open
-
+from ditf.export.weights import SafetensorsWeights, Weights
 from ditf.runtime.errors import InputError, MissingComponent
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
+_SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_AGAIN = "download or save the checkpoint again"
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,13 @@ class Checkpoint:
         path: the directory.
         id: what the user called it.
         revision: commit hash, for a model from the hub.
+        variant: of the weights that are read, such as "fp16"; None for the plain ones.
     """
 
     path: Path
     id: str
     revision: str | None = None
+    variant: str | None = None
 
     def has(self, component: str) -> bool:
         """Whether a component (transformer, vae, ...) is there."""
@@ -48,77 +50,90 @@ class Checkpoint:
         """
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         path = self.path / component / name
-        try:
-            config = json.loads(path.read_text("utf-8"))
-        except FileNotFoundError:
+        config = _read_json(path)
+        if config is None:
             raise InputError(
                 f"{self.path} is not a diffusers checkpoint: it has no {component}/{name}",
                 "save one with DiffusionPipeline.save_pretrained",
-            ) from None
-        except (OSError, ValueError) as error:
-            raise InputError(f"{path} cannot be read ({error})", "save the checkpoint again") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{path} is not a configuration", "save the checkpoint again")
+            )
         return config
+
+    def index(self) -> dict[str, Any]:
+        """model_index.json, which names the pipeline and its components; {} where there is none."""
+        return _read_json(self.path / "model_index.json") or {}
+
+    def check_complete(self) -> None:
+        """Whether every component that model_index.json names is there.
+
+        Raises:
+            InputError: names the first that is missing: a snapshot that was not downloaded to its end.
+        """
+        for name, entry in self.index().items():
+            named = isinstance(entry, list) and len(entry) == 2 and all(entry)
+            optional = name in ("safety_checker", "feature_extractor", "image_encoder")
+            if named and not optional and not self.has(name):
+                raise InputError(
+                    f"{self.path} is incomplete: its model_index.json names {name}, which is not there",
+                    _AGAIN,
+                )
+
+    def class_names(self) -> dict[str, int]:
+        """{name: number} of the classes, as DiTPipeline reads them; {} where there are none."""
+        labels = self.index().get("id2label") or {}
+        return {
+            name.strip(): int(number) for number, names in labels.items() for name in str(names).split(",")
+        }
 
     def weights(self, component: str) -> Weights:
         """A component's weights, read lazily."""
-        return Weights(_weight_files(self.path / component))
+        return SafetensorsWeights(weight_files(self.path / component, self.variant))
 
-
-class Weights:
-    """Tensors of one component by name, read from safetensors when asked for.
-
-    Raises (when made and when read):
-        InputError: a file is missing, truncated or not safetensors; a tensor is missing.
-    """
-
-    def __init__(self, files: list[Path]) -> None:
-        self._file_of: dict[str, Path] = {}
-        self.read: set[str] = set()
-        """Names of the tensors that were read: the proof of what was not."""
-        for path in files:
-            with _open_safetensors(path) as file:
-                self._file_of.update(dict.fromkeys(file.keys(), path))
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._file_of
-
-    def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in float32, on the CPU."""
-        path = self._file_of.get(name)
-        if path is None:
-            raise InputError(
-                f"the checkpoint has no tensor {name}", "its config and its weights do not belong together"
-            )
-        with _open_safetensors(path) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        self.read.add(name)
-        return tensor.to(torch.float32)
-
-    def load_into(self, module: torch.nn.Module, prefix: str) -> torch.nn.Module:
-        """Fill a module's parameters from the tensors under `prefix`; returns it in eval mode."""
-        state = {name: self.tensor(f"{prefix}.{name}") for name in module.state_dict()}
+    def stored(self, component: str) -> tuple[int, int]:
+        """Parameters and bytes of a component's weights; (0, 0) where they are no safetensors."""
         try:
-            module.load_state_dict(state)
-        except RuntimeError as error:
-            raise InputError(
-                f"{prefix}: {str(error).splitlines()[-1].strip()}",
-                "the checkpoint's config and weights do not belong together",
-            ) from error
-        return module.eval()
+            weights = self.weights(component)
+        except InputError:
+            return 0, 0
+        parameters = sum(map(weights.numel, weights.shapes))
+        return parameters, sum(weights.bytes_of.values())
+
+    def loading_variant(self, component: str) -> str | None:
+        """The variant to name to `from_pretrained`, which looks for plain files otherwise."""
+        return _variant_of(weight_files(self.path / component, self.variant)[0])
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        raise InputError(f"{path} cannot be read ({error})", "save the checkpoint again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is not a configuration", "save the checkpoint again")
+    return document
 
 
 @contextmanager
-def open_checkpoint(model: str) -> Iterator[Checkpoint]:
+def open_checkpoint(
+    model: str, revision: str | None = None, variant: str | None = None
+) -> Iterator[Checkpoint]:
     """Find a checkpoint: the built-in demo, a directory, or a model on the hub.
 
     The demo model is written to a temporary directory that lives as long as the context.
+
+    Args:
+        revision: branch, tag or commit of a hub model.
+        variant: of the weights, such as "fp16".
 
     Raises:
         InputError: no such directory or model, pickle weights, or not a diffusers layout.
         MissingComponent: the hub cannot be reached.
     """
+    path = Path(model).expanduser()
+    local = model == DEMO or path.exists()
+    if revision is not None and local:
+        raise InputError(f"--revision is for hub ids, and {model} is local", "leave it out")
     if model == DEMO:
         from ditf.export.demo import write_demo_checkpoint
 
@@ -126,31 +141,33 @@ def open_checkpoint(model: str) -> Iterator[Checkpoint]:
             write_demo_checkpoint(Path(folder))
             yield Checkpoint(Path(folder), DEMO)
         return
-    path = Path(model).expanduser()
     if path.is_dir():
-        checkpoint = Checkpoint(path, model)
+        checkpoint = Checkpoint(path, model, variant=variant)
     elif path.exists():
         raise InputError(f"{model} is a file, not a checkpoint directory", "pass its directory")
     elif _HUB_ID.match(model):
-        checkpoint = _download(model)
+        checkpoint = _download(model, revision, variant)
     else:
         raise InputError(
             f"{model}: no such directory", "pass a checkpoint directory, a hub id (name/model) or 'demo'"
         )
     checkpoint.config("transformer")
+    checkpoint.check_complete()
     yield checkpoint
 
 
-def _download(model: str) -> Checkpoint:
+def _download(model: str, revision: str | None, variant: str | None) -> Checkpoint:
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
-        path = Path(snapshot_download(model, allow_patterns=list(_HUB_FILES)))
+        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES)))
     except GatedRepoError:
         raise InputError(
             f"{model} is gated", "accept its licence on its page, then run: hf auth login"
         ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"{model} has no revision {revision}", "name a branch, tag or commit") from None
     except RepositoryNotFoundError:
         raise InputError(
             f"{model}: no such directory, and no such model on the hub",
@@ -161,30 +178,33 @@ def _download(model: str) -> Checkpoint:
             f"{model}: no such directory, and the hub cannot be reached ({type(error).__name__})",
             "connect to the network, or pass a local checkpoint directory",
         ) from error
-    return Checkpoint(path, model, revision=path.name)
+    return Checkpoint(path, model, revision=path.name, variant=variant)
 
 
-def _weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a component: one, or the shards its index names."""
-    indexes = sorted(folder.glob("*.safetensors.index.json"))
-    if indexes:
-        try:
-            names = sorted(set(json.loads(indexes[0].read_text("utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError) as error:
-            raise InputError(f"{indexes[0]} is not a shard index ({error!r})") from error
-        files = [folder / Path(name).name for name in names]
-        missing = [file.name for file in files if not file.is_file()]
-        if missing:
-            raise InputError(
-                f"{folder} lacks {missing[0]}, which its index names", "download the checkpoint again"
-            )
-        return files
+def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
+    """The safetensors files of a component: one, or the shards its index names.
+
+    Args:
+        variant: "fp16" for files such as model.fp16.safetensors. None prefers plain files, and takes a
+            variant where there is nothing else.
+
+    Raises:
+        InputError: none, pickles only, a missing shard.
+    """
+    indexes = {_variant_of(path): path for path in sorted(folder.glob("*.safetensors.index*.json"))}
     files = sorted(folder.glob("*.safetensors"))
-    if len(files) > 1:
-        plain = [file for file in files if file.name.count(".") == 1]  # not a variant such as .fp16.
-        files = plain or files
+    single = {_variant_of(path): path for path in files if not _SHARD.search(path.name)}
+    found = indexes.keys() | single.keys()
+    if variant is None and found:
+        variant = None if None in found else sorted(name for name in found if name is not None)[0]
+    if variant in indexes:
+        return _shards(folder, indexes[variant])
+    if variant in single:
+        return [single[variant]]
+    if found:
+        raise InputError(f"{folder} has no weights of variant {variant!r}", "leave --variant out")
     if files:
-        return files[:1]
+        raise InputError(f"{folder} has shards but no index", _AGAIN)
     if any(found for pattern in _PICKLES for found in folder.glob(pattern)):
         raise InputError(
             f"{folder} has only pickle weights, which can run code when loaded",
@@ -193,12 +213,22 @@ def _weight_files(folder: Path) -> list[Path]:
     raise InputError(f"{folder} has no safetensors weights", "download the checkpoint again")
 
 
-@contextmanager
-def _open_safetensors(path: Path) -> Iterator[Any]:
+def _variant_of(path: Path) -> str | None:
+    """The part of a name like model.fp16.safetensors or x.safetensors.index.fp16.json; None of plain ones."""
+    name = _SHARD.sub("", path.name)
+    match = re.fullmatch(r"[^.]+\.safetensors\.index\.([^.]+)\.json|[^.]+\.([^.]+)\.safetensors", name)
+    return None if match is None else match[1] or match[2]
+
+
+def _shards(folder: Path, index: Path) -> list[Path]:
     try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
+        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        raise InputError(f"{index} is not a shard index ({error!r})", _AGAIN) from error
+    files = [folder / Path(name).name for name in names]
+    missing = [file.name for file in files if not file.is_file()]
+    if missing:
         raise InputError(
-            f"{path} is not a readable safetensors file ({error})", "download the checkpoint again"
-        ) from error
+            f"{folder} lacks {missing[0]}, which its index names", "download the checkpoint again"
+        )
+    return files

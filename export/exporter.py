@@ -16,25 +16,20 @@ import torch
 from ditf.calib.channels import ChannelStatistics, measure
 from ditf.calib.images import golden_pair, procedural_images
 from ditf.calib.parity import tolerances
-from ditf.export.checkpoint import DEMO, Checkpoint, open_checkpoint
-from ditf.export.demo import DEMO_DEFAULTS
-from ditf.export.families import family_of
-from ditf.export.families.base import Condition, Family, TrunkSpec
-from ditf.export.golden import write_golden
-from ditf.export.graph.encoder import KLEncoder, PixelEncoder
-from ditf.export.graph.features import FeaturesGraph
+from ditf.export.checkpoint import open_checkpoint
+from ditf.export.conditions import Entry, describe, encode, trim
+from ditf.export.golden import Case, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
-from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
-from ditf.export.latents import LatentSpace
-from ditf.export.noise import NoiseLevel, draw_noise, noise_level
 from ditf.export.onnx_file import check_opset, write_onnx
 from ditf.export.options import ExportOptions
-from ditf.export.parts import parameter_parts
+from ditf.export.parts import parameter_parts, removed_parts
+from ditf.export.plan import Plan, make_plan
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import rehearse
+from ditf.export.specialise import Specialised, specialise
 from ditf.export.staging import staged
 from ditf.runtime import bundle as files
-from ditf.runtime.errors import InputError
+from ditf.runtime.conditions import key
 from ditf.runtime.images import fit_image, list_images, open_image
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
@@ -45,32 +40,11 @@ STAGES = 8
 
 
 @dataclass(frozen=True)
-class _Plan:
-    """Everything decided before a weight is read."""
+class _Observed:
+    """What the unmodified model told."""
 
-    options: ExportOptions
-    checkpoint: Checkpoint
-    family: Family
-    latents: LatentSpace
-    layer: int
-    timestep: int
-    prompt: str | None
-    size: tuple[int, int]
-    level: NoiseLevel
-    precision: Precision
-
-    @property
-    def grid(self) -> tuple[int, int]:
-        cell = self.latents.stride * self.family.patch_size
-        return (self.size[0] // cell, self.size[1] // cell)
-
-    @property
-    def output(self) -> Path:
-        if self.options.output is not None:
-            return self.options.output
-        name = Path(self.options.model.rstrip("/")).name
-        suffix = "fp16" if self.options.fp16 else "fp32"
-        return Path("bundles") / f"{name}-l{self.layer}-{suffix}"
+    settings: FeatureSettings
+    golden: dict[str, Any]
 
 
 def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -> Path:
@@ -88,92 +62,40 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
     """
     check_opset(options.opset)
     report(f"opening {options.model}")
-    with open_checkpoint(options.model) as checkpoint:
-        plan = _plan(options, checkpoint)
+    with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
+        plan = make_plan(options, checkpoint)
         with staged(plan.output) as folder:
-            report(f"{plan.family.blocks.describe(plan.layer)}; encoding the condition")
+            report(f"{plan.family.blocks.describe(plan.layer)}; encoding {describe(plan.entries)}")
             with torch.no_grad():
-                condition = plan.family.encode_condition(checkpoint, plan.prompt, options.class_label)
-                _write_bundle(folder, plan, condition, report)
+                encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
+                _write_bundle(folder, plan, encoded, report)
             read_manifest(folder)
     return plan.output
 
 
-def _plan(options: ExportOptions, checkpoint: Checkpoint) -> _Plan:
-    family = family_of(checkpoint)
-    if options.prompt is not None and not family.takes_prompt:
-        raise InputError(f"{family.name} is class-conditional and takes no prompt", "use --class-label")
-    if options.class_label is not None and family.takes_prompt:
-        raise InputError(f"{family.name} is text-conditional and takes no class label", "use --prompt")
-    if options.batch != "dynamic" and options.batch < 1:
-        raise InputError(f"batch {options.batch} is out of range", "choose 1 or more, or dynamic")
-    defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
-    middle = family.blocks.count // 2
-    default_layer = middle if defaults.layer is None else defaults.layer
-    layer = family.blocks.resolve(options.layer or str(default_layer))
-    _check_discard(options, family.channels)
-    if options.calibration_images is not None:
-        list_images(options.calibration_images)
-    timestep = defaults.timestep if options.timestep is None else options.timestep
-    latents = LatentSpace.of(checkpoint)
-    return _Plan(
-        options=options,
-        checkpoint=checkpoint,
-        family=family,
-        latents=latents,
-        layer=layer,
-        timestep=timestep,
-        prompt=options.prompt if options.prompt is not None else defaults.prompt,
-        size=_check_size(options.size, family, latents),
-        level=noise_level(checkpoint.config("scheduler"), timestep),
-        precision=FLOAT16 if options.fp16 else FLOAT32,
-    )
-
-
-def _check_discard(options: ExportOptions, channels: int) -> None:
-    if not isinstance(options.discard, str):
-        for channel in options.discard:
-            if not 0 <= channel < channels:
-                raise InputError(f"--discard {channel} is out of range", f"channels are 0..{channels - 1}")
-
-
-def _check_size(size: tuple[int, int] | None, family: Family, latents: LatentSpace) -> tuple[int, int]:
-    cell = latents.stride * family.patch_size
-    if size is None:
-        side = family.sample_size * latents.stride
-        return (side, side)
-    if all(length >= cell and length % cell == 0 for length in size):
-        return size
-    below = [max(cell, length // cell * cell) for length in size]
-    above = [-(-max(length, 1) // cell) * cell for length in size]
-    raise InputError(
-        f"size {size[0]}x{size[1]} is not a multiple of {cell} (patch {family.patch_size} x VAE stride"
-        f" {latents.stride})",
-        f"the nearest are {below[0]}x{below[1]} and {above[0]}x{above[1]}",
-    )
-
-
-def _write_bundle(folder: Path, plan: _Plan, condition: Condition, report: Report) -> None:
+def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: Report) -> None:
     options = plan.options
-    shape = (plan.latents.channels, *(length // plan.latents.stride for length in plan.size))
-    noise = draw_noise(options.ensemble, shape, options.seed)  # type: ignore[arg-type]
-    settings, golden = _run_reference(folder, plan, condition, noise, report)
+    noise = plan.noise()
+    entries = trim(encoded, plan.family, options.text_tokens)
+    observed = _run_reference(folder, plan, encoded, entries, noise, report)
 
-    graph = _features_graph(plan, condition, noise, settings)
+    made = specialise(plan, entries, noise, observed.settings)
     report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
-    measured = rehearse(graph, noise, folder / files.GOLDEN, options.precision)
+    measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, options.precision)
     report(f"tracing {plan.layer} blocks in {plan.precision.name}")
-    parts = parameter_parts(graph)
-    channels = len(graph.trunk.output_norm.weight)
-    _write_features(folder / files.FEATURES, plan, graph, noise)
-    del graph
+    parts = parameter_parts(made.graph)
+    _write_features(folder / files.FEATURES, plan, made)
+    _write_conditions(folder, made)
+    removed = removed_parts(plan, made)
+    del made
     gc.collect()
     report("tracing the matcher")
-    _write_match(folder / files.MATCH, plan, channels)
+    _write_match(folder / files.MATCH, plan)
     if options.noise == "input":
         np.save(folder / files.NOISE, noise.numpy())
 
     report("writing the manifest")
+    first = plan.entries[0]
     manifest = Manifest(
         schema=SCHEMA,
         model={
@@ -184,30 +106,34 @@ def _write_bundle(folder: Path, plan: _Plan, condition: Condition, report: Repor
         },
         layer=plan.layer,
         layer_name=plan.family.blocks.describe(plan.layer),
-        timestep=plan.timestep,
-        prompt=plan.prompt,
-        class_label=options.class_label,
+        timestep=first.timestep,
+        prompt=first.prompt,
+        class_label=first.class_label,
+        guidance=plan.guidance,
+        text_tokens=options.text_tokens,
         seed=options.seed,
         ensemble=options.ensemble,
         noise=options.noise,
         size=plan.size,
         grid=plan.grid,
-        channels=channels,
+        channels=plan.family.channels,
         batch=options.batch,
         adaln=options.adaln,
         discard={
-            "channels": list(settings.channels),
-            "stage": settings.stage,
+            "channels": list(observed.settings.channels),
+            "stage": observed.settings.stage,
             "source": options.discard if isinstance(options.discard, str) else "given",
         },
         precision=options.precision,
         recipe=plan.precision.recipe,
         parts=parts,
+        removed=removed,
         opset=options.opset,
-        conditioning="bake",
+        conditioning=options.conditioning,
+        conditions=[entry.to_json() for entry in plan.entries],
         tolerances=tolerances(options.precision, measured),
         rehearsal=measured,
-        golden=golden,
+        golden=observed.golden,
         versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
         command=options.command or f"ditf-export --model {shlex.quote(options.model)}",
         files={
@@ -219,32 +145,48 @@ def _write_bundle(folder: Path, plan: _Plan, condition: Condition, report: Repor
 
 
 def _run_reference(
-    folder: Path, plan: _Plan, condition: Condition, noise: torch.Tensor, report: Report
-) -> tuple[FeatureSettings, dict[str, Any]]:
+    folder: Path,
+    plan: Plan,
+    encoded: tuple[Entry, ...],
+    entries: tuple[Entry, ...],
+    noise: torch.Tensor,
+    report: Report,
+) -> _Observed:
     """Calibrate and write golden.npz with the unmodified model, which is freed on return."""
     options = plan.options
     images = _calibration_images(options.calibration_images, plan.size)
     report(f"calibrating on {len(images)} images with the unmodified {plan.family.transformer_class}")
-    reference = Reference(
-        plan.checkpoint, plan.family, plan.layer, condition, plan.timestep, plan.size, noise
-    )
-    statistics = measure(reference, images)
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
+    statistics = measure(reference.under(entries[0].condition, entries[0].timestep), images)
     settings = FeatureSettings(
-        channels=_discarded(options, statistics), stage=options.discard_stage, adaln=options.adaln
+        channels=statistics.massive if plan.discard is None else list(plan.discard),
+        stage=options.discard_stage,
+        adaln=options.adaln,
     )
+    (folder / files.CALIBRATION).write_text(_calibration(plan, statistics), "utf-8")
+    report(f"discarding channels {list(settings.channels) or 'none'}; recording golden outputs")
+    cases = [Case(index, entries[index]) for index in golden_cases(len(entries))]
+    whole = encoded[0] if options.text_tokens is not None else None
+    golden = write_golden(
+        folder / files.GOLDEN, reference, golden_pair(plan.size), settings, options.seed, cases, whole
+    )
+    return _Observed(settings, golden)
+
+
+def _calibration(plan: Plan, statistics: ChannelStatistics) -> str:
+    published = plan.family.defaults.channels
     calibration = {
         "schema": SCHEMA,
         "model": plan.checkpoint.id,
         "layer": plan.layer,
-        "timestep": plan.timestep,
+        "timestep": plan.entries[0].timestep,
+        "condition": plan.entries[0].name,
         "size": plan.size,
-        "image_source": str(options.calibration_images or "built-in procedural pictures"),
+        "image_source": str(plan.options.calibration_images or "built-in procedural pictures"),
+        "published_channels": None if published is None else list(published),
         "hidden_states": statistics.to_json(),
     }
-    (folder / files.CALIBRATION).write_text(json.dumps(calibration, indent=1) + "\n", "utf-8")
-    report(f"discarding channels {list(settings.channels) or 'none'}; recording golden outputs")
-    golden = write_golden(folder / files.GOLDEN, reference, golden_pair(plan.size), settings, options.seed)
-    return settings, golden
+    return json.dumps(calibration, indent=1) + "\n"
 
 
 def _calibration_images(folder: Path | None, size: tuple[int, int]) -> list[np.ndarray]:
@@ -253,48 +195,32 @@ def _calibration_images(folder: Path | None, size: tuple[int, int]) -> list[np.n
     return [fit_image(open_image(path), size)[0] for path in list_images(folder)]
 
 
-def _discarded(options: ExportOptions, statistics: ChannelStatistics) -> list[int]:
-    if options.discard == "auto":
-        return statistics.massive
-    if options.discard == "none":
-        return []
-    return sorted(set(options.discard))
-
-
-def _features_graph(
-    plan: _Plan, condition: Condition, noise: torch.Tensor, settings: FeatureSettings
-) -> FeaturesGraph:
-    weights = plan.checkpoint.weights("transformer")
-    spec = TrunkSpec(plan.layer, condition, plan.timestep, plan.size, plan.grid, plan.precision)
-    trunk = plan.family.build_trunk(weights, spec)
-    latents = plan.latents
-    encoder = (
-        PixelEncoder()
-        if latents.vae is None
-        else KLEncoder(latents.load_vae(), latents.shift, latents.scale, plan.precision)
-    )
-    # Without the norm the hidden states keep their massive values, which float16 may not hold.
-    output = plan.precision.output if settings.adaln else torch.float32
-    bake = plan.options.noise == "baked"
-    return FeaturesGraph(encoder, trunk, plan.level, noise, bake, settings, plan.grid, output)
-
-
-def _write_features(path: Path, plan: _Plan, graph: FeaturesGraph, noise: torch.Tensor) -> None:
+def _write_features(path: Path, plan: Plan, made: Specialised) -> None:
     # torch.export would specialise a dynamic dimension of 1.
+    dynamic = plan.options.batch == "dynamic"
     batch = 2 if plan.options.batch == "dynamic" else plan.options.batch
-    inputs = {"image": torch.zeros((batch, *plan.size, 3), dtype=torch.uint8)}
-    if plan.options.noise == "input":
-        inputs["noise"] = noise
-    dynamic: dict[str, Any] | None = None
-    if plan.options.batch == "dynamic":
-        dynamic = {name: {} for name in inputs} | {"image": {0: torch.export.Dim("batch")}}
-    write_onnx(graph, inputs, ["features"], path, plan.options.opset, dynamic)
+    inputs = {"image": torch.zeros((batch, *plan.size, 3), dtype=torch.uint8), **made.feeds[0]}
+    shapes: tuple[Any, ...] | None = None
+    if dynamic:
+        image = {0: torch.export.Dim("batch")}
+        shapes = (image, tuple({} for _ in made.feeds[0])) if made.feeds[0] else (image,)
+    write_onnx(made.graph, inputs, ["features"], path, plan.options.opset, shapes)
 
 
-def _write_match(path: Path, plan: _Plan, channels: int) -> None:
+def _write_conditions(folder: Path, made: Specialised) -> None:
+    """The rows of a bank, or the embeddings for a live graph."""
+    arrays = {
+        key(index, name): made.feeds[index][name].numpy()
+        for index in range(len(made.feeds))
+        for name in made.condition_inputs
+    }
+    if arrays:
+        np.savez(folder / files.CONDITIONS, allow_pickle=False, **arrays)
+
+
+def _write_match(path: Path, plan: Plan) -> None:
     h, w = plan.grid
-    dtype = plan.precision.output if plan.options.adaln else torch.float32
-    features = torch.zeros((1, channels, h, w), dtype=dtype)
+    features = torch.zeros((1, plan.family.channels, h, w), dtype=plan.output_dtype)
     height, width, points = 48, 40, 5  # examples: these dimensions are dynamic
     tensors = (
         features,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -9,46 +11,101 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ditf.export.conditions import Entry
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.runtime.matching import TIE_TOLERANCE
 
 POINTS = 64
 MAX_ROWS = 512  # per image
+MAX_CASES = 8
 _ROW_BYTES = 4 << 20  # of all rows; with two 960 px images the file stays below 8 MB
+_OTHER_BYTES = 1 << 20  # of the rows of all conditions but the first
 _CHANNELS_AT_ONCE = 64
 
 
+@dataclass(frozen=True)
+class Case:
+    """A condition that is checked: its place in the bundle, and itself."""
+
+    index: int
+    entry: Entry
+
+
+def golden_cases(entries: int) -> list[int]:
+    """Which of many conditions are checked: the first, the last and some between, `MAX_CASES` at most."""
+    return sorted({round(i) for i in np.linspace(0, entries - 1, min(entries, MAX_CASES)).tolist()})
+
+
 def write_golden(
-    path: Path, reference: Reference, images: np.ndarray, settings: FeatureSettings, seed: int
+    path: Path,
+    reference: Reference,
+    images: np.ndarray,
+    settings: FeatureSettings,
+    seed: int,
+    cases: Sequence[Case],
+    whole: Entry | None = None,
 ) -> dict[str, Any]:
     """Run the reference on a pair of images and write what a device compares itself with.
 
     The file holds images uint8 [2, H, W, 3]; rows int64 [2, R], sampled token indices, and features
-    float32 [2, R, C] at them; points float32 [P, 2] in the first image, and match_points [P, 2] and
-    match_scores [P] in the second.
+    float32 [2, R, C] at them, under the first condition; points float32 [P, 2] in the first image, and
+    match_points [P, 2] and match_scores [P] in the second. For the condition with index i > 0: rows_i
+    [S] and features_i [S, C] of the first image. Of a bundle that approximates: whole_features [2, R, C]
+    and whole_match_points [P, 2], what the model gives without the approximation.
+
+    Args:
+        whole: the first condition without the approximation, if there is one.
 
     Returns:
         What it holds, for the manifest.
     """
-    maps = [reference.features(reference.hidden_states(image), settings) for image in images]
+    maps = _maps(reference, cases[0].entry, images, settings)
     channels, h, w = maps[0].shape
     rng = np.random.default_rng(seed)
     count = max(1, min(h * w, MAX_ROWS, _ROW_BYTES // (4 * channels * len(maps))))
     rows = np.stack([np.sort(rng.choice(h * w, count, replace=False)) for _ in maps])
-    features = np.stack([m.reshape(channels, -1).T[r] for m, r in zip(maps, rows, strict=True)])
     height, width = images.shape[1:3]
     points = np.stack([rng.integers(0, width, POINTS), rng.integers(0, height, POINTS)], axis=1)
     match_points, match_scores = published_match(maps[0], maps[1], points, (height, width))
-    np.savez_compressed(
-        path,
-        images=images,
-        rows=rows,
-        features=features,
-        points=points.astype(np.float32),
-        match_points=match_points,
-        match_scores=match_scores,
-    )
-    return {"images": "procedural pair", "rows_per_image": count, "points": POINTS}
+    arrays = {
+        "images": images,
+        "rows": rows,
+        "features": _take(maps, rows),
+        "points": points.astype(np.float32),
+        "match_points": match_points,
+        "match_scores": match_scores,
+    }
+    if whole is not None:
+        exact = _maps(reference, whole, images, settings)
+        arrays["whole_features"] = _take(exact, rows)
+        arrays["whole_match_points"] = published_match(exact[0], exact[1], points, (height, width))[0]
+    others = cases[1:]
+    for case in others:
+        few = max(1, min(count, _OTHER_BYTES // (4 * channels * len(others))))
+        chosen = np.sort(rng.choice(h * w, few, replace=False))
+        arrays[f"rows_{case.index}"] = chosen
+        arrays[f"features_{case.index}"] = _take(
+            _maps(reference, case.entry, images[:1], settings), chosen[None]
+        )[0]
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    return {
+        "images": "procedural pair",
+        "rows_per_image": count,
+        "points": POINTS,
+        "conditions": [case.index for case in cases],
+    }
+
+
+def _maps(
+    reference: Reference, entry: Entry, images: np.ndarray, settings: FeatureSettings
+) -> list[np.ndarray]:
+    reference.under(entry.condition, entry.timestep)
+    return [reference.features(reference.hidden_states(image), settings) for image in images]
+
+
+def _take(maps: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Token rows [n, R, C] of maps [C, h, w]."""
+    return np.stack([m.reshape(len(m), -1).T[r] for m, r in zip(maps, rows, strict=True)])
 
 
 @torch.no_grad()

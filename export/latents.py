@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from pathlib import Path
 
 from diffusers import AutoencoderKL
 
@@ -22,45 +21,52 @@ class LatentSpace:
         stride: image pixels along the side of a latent pixel; 1 without a VAE.
         channels: of x_0.
         shift, scale: x_0 = (posterior mean - shift) * scale.
-        vae: folder of the VAE, None when the model works in pixels.
+        vae: False when the model works in pixels.
     """
 
     stride: int
     channels: int
     shift: float
     scale: float
-    vae: Path | None
+    vae: bool
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> LatentSpace:
+    def of(cls, checkpoint: Checkpoint, channels: int) -> LatentSpace:
         """Read it from the checkpoint's configs.
 
+        Args:
+            channels: of the latents that the transformer takes.
+
         Raises:
-            InputError: a VAE of an unsupported class.
+            InputError: a VAE of an unsupported class, or one that does not fit the transformer.
         """
         if not checkpoint.has("vae"):
-            channels = int(checkpoint.config("transformer")["in_channels"])
             if channels != 3:
                 raise InputError(
                     f"{checkpoint.id} has no vae/ but its transformer takes {channels} channels",
                     "save the whole pipeline",
                 )
-            return cls(stride=1, channels=3, shift=0.0, scale=1.0, vae=None)
+            return cls(stride=1, channels=3, shift=0.0, scale=1.0, vae=False)
         config = checkpoint.config("vae")
         if config.get("_class_name") != _SUPPORTED:
             raise InputError(
                 f"VAE class {config.get('_class_name')} is not supported", f"supported: {_SUPPORTED}"
+            )
+        if int(config["latent_channels"]) != channels:
+            raise InputError(
+                f"the VAE of {checkpoint.id} has {config['latent_channels']} channels, its transformer takes"
+                f" {channels}",
+                "this is not a text-to-image checkpoint, or its parts do not belong together",
             )
         return cls(
             stride=2 ** (len(config["block_out_channels"]) - 1),
             channels=int(config["latent_channels"]),
             shift=float(config.get("shift_factor") or 0.0),
             scale=float(config.get("scaling_factor") or 1.0),
-            vae=checkpoint.path / "vae",
+            vae=True,
         )
 
-    def load_vae(self) -> AutoencoderKL:
+    def load_vae(self, checkpoint: Checkpoint) -> AutoencoderKL:
         """The unmodified VAE in float32."""
-        assert self.vae is not None
-        vae: AutoencoderKL = load_model(AutoencoderKL, self.vae)
+        vae: AutoencoderKL = load_model(AutoencoderKL, checkpoint, "vae")
         return vae

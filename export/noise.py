@@ -24,22 +24,35 @@ def noise_level(scheduler: Mapping[str, Any], timestep: int) -> NoiseLevel:
     """The level at a timestep.
 
     Args:
-        scheduler: config of the checkpoint's scheduler. Flow matching is linear in t; a scheduler
-            with betas is DDPM: sqrt(abar_t), sqrt(1 - abar_t).
+        scheduler: config of the checkpoint's scheduler.
         timestep: 0..num_train_timesteps-1.
 
     Raises:
-        InputError: timestep out of range, or a scheduler of neither kind.
+        InputError: timestep out of range, or a scheduler that is not supported.
     """
-    steps = int(scheduler.get("num_train_timesteps", 1000))
-    if not 0 <= timestep < steps:
-        raise InputError(f"timestep {timestep} is out of range", f"choose 0..{steps - 1}")
+    levels = noise_levels(scheduler)
+    if not 0 <= timestep < len(levels):
+        raise InputError(f"timestep {timestep} is out of range", f"choose 0..{len(levels) - 1}")
+    signal, noise = levels[timestep].tolist()
+    return NoiseLevel(signal, noise)
+
+
+def noise_levels(scheduler: Mapping[str, Any]) -> torch.Tensor:
+    """(signal, noise) of every timestep, float64 [T, 2].
+
+    Flow matching is linear in t; a scheduler with betas is DDPM: sqrt(abar_t), sqrt(1 - abar_t).
+
+    Raises:
+        InputError: a scheduler of neither kind.
+    """
     name = str(scheduler.get("_class_name"))
     if name.startswith("FlowMatch"):
-        return NoiseLevel(1.0 - timestep / steps, timestep / steps)
+        steps = int(scheduler.get("num_train_timesteps", 1000))
+        noise = torch.arange(steps, dtype=torch.float64) / steps
+        return torch.stack([1.0 - noise, noise], dim=1)
     if "beta_schedule" in scheduler:
-        alpha_bar = float(ddpm_scheduler(scheduler).alphas_cumprod[timestep])
-        return NoiseLevel(alpha_bar**0.5, (1.0 - alpha_bar) ** 0.5)
+        alpha_bar = ddpm_scheduler(scheduler).alphas_cumprod.to(torch.float64)
+        return torch.stack([alpha_bar, 1.0 - alpha_bar], dim=1).sqrt()
     raise InputError(f"scheduler {name} is not supported", "supported: flow matching and DDPM-like")
 
 

@@ -37,13 +37,14 @@ def write_onnx(
     outputs: Sequence[str],
     path: Path,
     opset: int,
-    dynamic_shapes: dict[str, Any] | None = None,
+    dynamic_shapes: dict[str, Any] | tuple[Any, ...] | None = None,
 ) -> None:
     """Trace `module` and write `path` and, if it has weights, `path`.data.
 
     Args:
         inputs: example inputs by name, in the order of the module's forward.
-        dynamic_shapes: {input: {dimension: torch.export.Dim}}, all inputs or None for static shapes.
+        dynamic_shapes: {dimension: torch.export.Dim} for every argument of the module's forward, by name
+            or in order; None for static shapes.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Literal, Optional, Union
+from typing import Any, Literal, Optional, Union
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 from ditf.export.checkpoint import DEMO
 from ditf.export.onnx_file import DEFAULT_OPSET
 
 
 class ExportOptions(BaseModel):
-    """Options of one export; None means the family's default.
+    """Options of one export; None or () means the family's default.
 
     Attributes:
         model: "demo", a checkpoint directory or a hub id.
+        revision: of a hub model; variant: of the weights, such as "fp16".
         layer: "9" or "double.9".
-        discard: "auto", "none", or channels.
+        conditioning: "bake", "bank" or "live".
+        timestep, prompt, class_label: one or, with a bank, several; class labels by number or name.
+        prompts: a file of lines `name: prompt`.
+        guidance: for guidance-distilled models.
+        text_tokens: T5 tokens to keep, an approximation.
+        discard: "auto" measures, "published" takes the family's, "none", or channels.
         size: (H, W) in pixels.
         batch: images in one call of the graph, or "dynamic".
         calibration_images: folder of images instead of the built-in ones.
@@ -28,23 +34,37 @@ class ExportOptions(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     model: str = DEMO
+    revision: Optional[str] = None
+    variant: Optional[str] = None
     layer: Optional[str] = None
     fp16: bool = False
-    timestep: Optional[int] = Field(None, ge=0)
-    prompt: Optional[str] = None
-    class_label: Optional[int] = Field(None, ge=0)
+    conditioning: Literal["bake", "bank", "live"] = "bake"
+    timestep: tuple[int, ...] = ()
+    prompt: tuple[str, ...] = ()
+    prompts: Optional[Path] = None
+    class_label: tuple[str, ...] = ()
+    guidance: Optional[float] = Field(None, ge=0, le=100, allow_inf_nan=False)
+    text_tokens: Optional[int] = Field(None, ge=1)
     size: Optional[tuple[int, int]] = None
     seed: int = Field(0, ge=0, lt=2**63)
     ensemble: int = Field(1, ge=1, le=64)
     noise: Literal["baked", "input"] = "baked"
     adaln: bool = True
-    discard: Union[Literal["auto", "none"], tuple[int, ...]] = "auto"
+    discard: Union[Literal["auto", "published", "none"], tuple[int, ...]] = "auto"
     discard_stage: Literal["before", "after"] = "before"
     batch: Union[int, Literal["dynamic"]] = 1
     opset: int = DEFAULT_OPSET
     calibration_images: Optional[Path] = None
     output: Optional[Path] = None
     command: str = ""
+
+    @field_validator("timestep", "prompt", "class_label", mode="before")
+    @classmethod
+    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
+        if value is None:
+            return ()
+        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        return tuple(map(str, values)) if info.field_name == "class_label" else values
 
     @property
     def precision(self) -> Literal["float16", "float32"]:

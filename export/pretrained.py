@@ -2,47 +2,171 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import torch
 
-from ditf.runtime.errors import InputError
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.weights import Weights
+from ditf.runtime.errors import InputError, MissingComponent
+
+_LEGACY = {
+    ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
+    ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
+}
+"""What early checkpoints of DiT and PixArt call their class, with the norm that tells them apart."""
+
+_UPGRADE = "run: pip install --upgrade diffusers"
 
 
-def load_model(model_class: Any, folder: Path) -> Any:
+def current_class(config: Mapping[str, Any]) -> str:
+    """The diffusers class of a config, by its present name."""
+    name = str(config.get("_class_name"))
+    return _LEGACY.get((name, str(config.get("norm_type"))), name)
+
+
+def class_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """Values of a diffusers class for what a config leaves out.
+
+    Raises:
+        MissingComponent: the installed diffusers has no such class, or the config was written by a newer
+            one and has keys that this one does not know.
+    """
+    found = getattr(diffusers, name, None)
+    if found is None:
+        raise MissingComponent(f"diffusers {diffusers.__version__} has no {name}", _UPGRADE)
+    known = {
+        key: parameter.default
+        for key, parameter in inspect.signature(found.__init__).parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    written = str(config.get("_diffusers_version", "0"))
+    unknown = [key for key in config if not key.startswith("_") and key not in known]
+    if unknown and _newer(written, diffusers.__version__):
+        raise MissingComponent(
+            f"{name} has {unknown[0]}={config[unknown[0]]!r}, which diffusers {diffusers.__version__} does"
+            f" not know: it was saved by {written}",
+            _UPGRADE,
+        )
+    return known
+
+
+def _newer(one: str, other: str) -> bool:
+    from packaging.version import InvalidVersion, Version
+
+    try:
+        return Version(one) > Version(other)
+    except InvalidVersion:
+        return False
+
+
+def check_structure(name: str, config: Mapping[str, Any], weights: Weights) -> None:
+    """Compare tensors with those of the model that the config describes; no value is read.
+
+    Raises:
+        InputError: a missing, extra or wrong-shaped tensor, the first by name; or an impossible config.
+    """
+    expected = model_shapes(name, config)
+    fix = "the checkpoint's config and weights do not belong together: download it again"
+    for tensor in sorted(expected.keys() - weights.shapes.keys()):
+        raise InputError(f"the weights of {name} lack {tensor}, which the config asks for", fix)
+    for tensor in sorted(weights.shapes.keys() - expected.keys()):
+        raise InputError(f"the weights of {name} have {tensor}, which the config does not know", fix)
+    for tensor, shape in sorted(expected.items()):
+        if weights.shapes[tensor] != shape:
+            raise InputError(
+                f"{tensor} of {name} is {list(weights.shapes[tensor])}, the config says {list(shape)}", fix
+            )
+
+
+def model_shapes(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """{tensor: shape} of a diffusers class made from a config.
+
+    Raises:
+        InputError: no model can be made of this config.
+    """
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
+    try:
+        with torch.device("meta"):
+            model = getattr(diffusers, name)(**{k: v for k, v in known.items() if k in accepted})
+    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+        raise InputError(
+            f"{name} cannot be made from its config ({_first_line(error)})", "download the checkpoint again"
+        ) from error
+    return {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
+
+
+def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
     """A model in float32 and eval mode.
 
     Raises:
-        InputError: what is there is not that model; the library's first line says why.
+        InputError: what is there is not that model, or its weights are incomplete, NaN or infinite.
     """
-    model = _from_pretrained(model_class, folder)
-    return model.to(torch.float32).eval().requires_grad_(False)
+    folder = checkpoint.path / component
+    variant = checkpoint.loading_variant(component)
+    model, info = _from_pretrained(model_class, folder, variant=variant, output_loading_info=True)
+    for problem in ("missing_keys", "mismatched_keys"):
+        for key in info.get(problem, ()):
+            raise InputError(
+                f"{folder}: {key if isinstance(key, str) else key[0]} is {problem.partition('_')[0]}",
+                "the checkpoint's config and weights do not belong together: download it again",
+            )
+    model = model.to(torch.float32).eval().requires_grad_(False)
+    for name, tensor in model.named_parameters():
+        if not torch.isfinite(tensor).all():
+            raise InputError(
+                f"tensor {name} of {folder} holds NaN or infinity",
+                "the checkpoint is damaged: download or save it again",
+            )
+    return model
 
 
-def load_pipeline(pipeline_class: Any, folder: Path, **components: Any) -> Any:
-    """A pipeline; pass `component=None` for those that are not needed.
+def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
+    """The checkpoint's pipeline with its tokenizers and text encoders, in float32, and no transformer or VAE.
+
+    Args:
+        classes: pipelines of the family; the checkpoint's own if it is one of them, else the first.
 
     Raises:
         InputError: as `load_model`.
     """
-    return _from_pretrained(pipeline_class, folder, **components)
+    own = checkpoint.index().get("_class_name")
+    pipeline_class = getattr(diffusers, own if own in classes else classes[0])
+    encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
+    present = [name for name in encoders if checkpoint.has(name)]
+    variants = {checkpoint.loading_variant(name) for name in present}
+    # Where all have the variant only, it must be named; where some do, from_pretrained finds the others.
+    variant = next((name for name in variants if name is not None), None)
+    pipeline = _from_pretrained(pipeline_class, checkpoint.path, transformer=None, vae=None, variant=variant)
+    for name in present:
+        encoder = getattr(pipeline, name, None)
+        if encoder is not None:
+            encoder.to(torch.float32)
+    return pipeline
 
 
 def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
     try:
         return loaded.from_pretrained(folder, use_safetensors=True, **options)
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         raise InputError(
-            f"{loaded.__name__} cannot load {folder} ({lines[0][:160]})",
+            f"{loaded.__name__} cannot load {folder} ({_first_line(error)})",
             "download or save the checkpoint again, with safetensors weights",
         ) from error
 
 
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0][:160]
+
+
 def quieten_libraries() -> None:
     """Stop the bars and the advice that diffusers and transformers print for their own users."""
-    import diffusers
     import transformers
 
     for logging in (diffusers.utils.logging, transformers.utils.logging):

@@ -21,6 +21,7 @@ from ditf.export.families.base import Condition, Family
 from ditf.export.latents import LatentSpace
 from ditf.export.noise import ddpm_scheduler, noise_level
 from ditf.export.pretrained import load_model
+from ditf.runtime.errors import MissingComponent
 
 
 @dataclass(frozen=True)
@@ -43,41 +44,42 @@ class _Stop(Exception):
 
 
 class Reference:
-    """The unmodified model at one layer, timestep, condition and size.
+    """The unmodified model at one layer and size, under one condition at a time.
 
     Args:
         checkpoint: a diffusers directory.
         family: of its transformer.
         layer: k.
-        condition: from `family.encode_condition`.
-        timestep: 0..999.
         size: (H, W) of the images in pixels.
         noise: eps, float32 [E, c, h, w].
     """
 
     def __init__(
-        self,
-        checkpoint: Checkpoint,
-        family: Family,
-        layer: int,
-        condition: Condition,
-        timestep: int,
-        size: tuple[int, int],
-        noise: torch.Tensor,
+        self, checkpoint: Checkpoint, family: Family, layer: int, size: tuple[int, int], noise: torch.Tensor
     ) -> None:
         transformer_class = getattr(diffusers, family.transformer_class)
-        self._transformer = load_model(transformer_class, checkpoint.path / "transformer")
-        self._latents = LatentSpace.of(checkpoint)
-        self._vae = self._latents.load_vae() if self._latents.vae else None
+        self._family = family
+        self._transformer = load_model(transformer_class, checkpoint, "transformer")
+        self._latents = LatentSpace.of(checkpoint, family.latent_channels)
+        self._vae = self._latents.load_vae(checkpoint) if self._latents.vae else None
         self._scheduler = checkpoint.config("scheduler")
-        self._block = family.reference_block(self._transformer, layer)
-        self._attention = family.reference_attention(self._block)
-        self._inputs = family.reference_inputs(condition, timestep, size, len(noise))
-        self._timestep = timestep
+        self._block = _submodule(self._transformer, family.block_name(layer))
+        self._attention = _submodule(self._block, family.attention_name)
         self._noise = noise
+        self._size = size
         stride = self._latents.stride * family.patch_size
         self._grid = (size[0] // stride, size[1] // stride)
+        self._timestep = 0
+        self._inputs: dict[str, Any] = {}
         self._block_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
+
+    def under(self, condition: Condition, timestep: int) -> Reference:
+        """The same model; what follows is observed under this condition and timestep."""
+        self._timestep = timestep
+        self._inputs = self._family.reference_inputs(
+            condition, timestep, self._size, self._grid, len(self._noise)
+        )
+        return self
 
     @torch.no_grad()
     def hidden_states(self, image: np.ndarray) -> np.ndarray:
@@ -86,11 +88,15 @@ class Reference:
         Args:
             image: uint8 [H, W, 3] at the export's size.
         """
-        x_t = self._add_noise(self._encode(image))
+        x_t = self._family.reference_latents(self._add_noise(self._encode(image)))
         args, kwargs = _observe(self._block, self._transformer, (x_t,), self._inputs)
         self._block_call = (args, kwargs)
-        z: np.ndarray = _first(args, kwargs).mean(dim=0).numpy()
+        z: np.ndarray = self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy()
         return z
+
+    def _image_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
+        """Of a sequence that text may come before (FLUX's single-stream blocks)."""
+        return tokens[:, -self._grid[0] * self._grid[1] :]
 
     @torch.no_grad()
     def features(self, hidden_states: np.ndarray, settings: FeatureSettings) -> np.ndarray:
@@ -101,7 +107,7 @@ class Reference:
             z[:, :, channels] = 0.0
         if settings.adaln:
             args, kwargs = _replace_first(*_cut_batch(self._block_call, len(self._noise)), z)
-            z = _first(*_observe(self._attention, self._block, args, kwargs))
+            z = self._image_tokens(_first(*_observe(self._attention, self._block, args, kwargs)))
         if settings.stage == "after":
             z = z.clone()
             z[:, :, channels] = 0.0
@@ -127,6 +133,17 @@ class Reference:
             return noisy
         level = noise_level(self._scheduler, self._timestep)
         return level.signal * x_0 + level.noise * self._noise
+
+
+def _submodule(module: nn.Module, name: str) -> nn.Module:
+    try:
+        return module.get_submodule(name)
+    except AttributeError as error:
+        raise MissingComponent(
+            f"diffusers {diffusers.__version__} lays {type(module).__name__} out otherwise than this ditf"
+            f" expects ({error})",
+            "install a version that ditf was tested with: see constraints.txt",
+        ) from error
 
 
 def _observe(

@@ -6,23 +6,26 @@ What this measures is the rounding of this model in this precision: `ditf check`
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates
+from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
 from ditf.export.graph.features import FeaturesGraph
 from ditf.runtime.errors import GateFailed
 
 
 @torch.no_grad()
-def rehearse(graph: FeaturesGraph, noise: torch.Tensor, golden: Path, precision: str) -> dict[str, float]:
-    """Feature parity of the module on the first golden image.
+def rehearse(
+    graph: FeaturesGraph, feeds: Sequence[Mapping[str, torch.Tensor]], golden: Path, precision: str
+) -> dict[str, float]:
+    """Feature parity of the module on the first golden image, the worst of the conditions in golden.npz.
 
     Args:
         graph: the module that will be traced.
-        noise: eps [E, c, h', w'], for a graph that takes it as an input.
+        feeds: for each condition, what the graph takes beside the image.
         golden: golden.npz.
         precision: "float32" or "float16".
 
@@ -30,13 +33,18 @@ def rehearse(graph: FeaturesGraph, noise: torch.Tensor, golden: Path, precision:
         GateFailed: the graph is not the reference in this precision; nothing should be shipped.
     """
     with np.load(golden) as arrays:
-        image, rows = arrays["images"][:1], arrays["rows"][0]
-        expected = arrays["features"][0]
-    inputs = [torch.from_numpy(image)] + ([noise] if graph.noise is None else [])
-    tokens = graph.eval()(*inputs)[0].flatten(1).T
-    measured = feature_parity(tokens[torch.from_numpy(rows)].numpy(), expected)
+        image = torch.from_numpy(arrays["images"][:1])
+        cases = {0: (arrays["rows"][0], arrays["features"][0])}
+        for index in range(1, len(feeds)):
+            if f"rows_{index}" in arrays:
+                cases[index] = (arrays[f"rows_{index}"], arrays[f"features_{index}"])
+    measured = []
+    for index, (rows, expected) in cases.items():
+        tokens = graph(image, *feeds[index].values())[0].flatten(1).T
+        measured.append(feature_parity(tokens[torch.from_numpy(rows)].numpy(), expected))
+    metrics = worst(measured)
     limits = {**TOLERANCES[precision], **CEILINGS[precision]}
-    for gate in gates(measured, limits):
+    for gate in gates(metrics, limits):
         if not gate.ok:
             fix = "export without --fp16" if precision == "float16" else "this is a defect of ditf"
             raise GateFailed(
@@ -44,4 +52,4 @@ def rehearse(graph: FeaturesGraph, noise: torch.Tensor, golden: Path, precision:
                 f" limit {gate.limit:g}",
                 fix,
             )
-    return measured
+    return metrics

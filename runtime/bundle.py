@@ -19,6 +19,7 @@ MATCH = "match.onnx"
 GOLDEN = "golden.npz"
 CALIBRATION = "calibration.json"
 NOISE = "noise.npy"  # only with --noise input
+CONDITIONS = "conditions.npz"  # only with --conditioning bank or live
 
 _BLOCK = 1 << 20
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
@@ -27,7 +27,7 @@ class Manifest:
         layer: global index k of the block whose input is the feature.
         layer_name: the same for people, "layer 9 = block.9 of 12".
         timestep: diffusion timestep, 0..999.
-        prompt, class_label: the condition; None where the family has no such thing.
+        prompt, class_label: the condition, the first of several; None where the family has no such thing.
         seed, ensemble, noise: the noise of x_t: `ensemble` draws, "baked" or a graph "input".
         size: (H, W) of the graph's input in pixels.
         grid: (h, w) of the features in cells.
@@ -38,12 +38,17 @@ class Manifest:
         precision: "float16" or "float32"; recipe: which tensors have which type.
         parts: where the parameters are: {part: {dtype: {"parameters": n, "bytes": n}}}.
         opset: of the ONNX graphs.
-        conditioning: "bake": prompt and timestep are constants of the graph.
+        conditioning: "bake": prompt and timestep are constants of the graph; "bank": rows computed from
+            them are its inputs; "live": embeddings and timestep are.
         tolerances: gates of `ditf check`, {metric: limit}.
         rehearsal: feature parity of the graph in PyTorch, in its own precision, at export.
         golden: points and rows in golden.npz, and the images they come from.
         versions: of the tools that made the bundle; command: the command line that made it.
         files: {name: {"bytes": n, "sha256": hex}} of every other file outside engines/.
+        conditions: name, prompt or class label, and timestep of each condition that can be chosen.
+        guidance: for guidance-distilled models.
+        text_tokens: T5 tokens kept, where some that matter were cut (--text-tokens).
+        removed: what the export left out of the checkpoint: {step: {"parameters": n, "bytes": n}}.
     """
 
     schema: int
@@ -66,13 +71,17 @@ class Manifest:
     recipe: dict[str, Any]
     parts: dict[str, dict[str, dict[str, int]]]
     opset: int
-    conditioning: Literal["bake"]
+    conditioning: Literal["bake", "bank", "live"]
     tolerances: dict[str, float]
     rehearsal: dict[str, float]
     golden: dict[str, Any]
     versions: dict[str, str]
     command: str
     files: dict[str, dict[str, Any]]
+    conditions: list[dict[str, Any]] = field(default_factory=list)
+    guidance: Optional[float] = None
+    text_tokens: Optional[int] = None
+    removed: dict[str, dict[str, int]] = field(default_factory=dict)
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -109,8 +118,15 @@ def read_manifest(bundle: Path) -> Manifest:
 def _parse(document: dict[str, Any]) -> Manifest:
     """Build the manifest, checking every field against its annotation. Unknown fields are ignored."""
     values: dict[str, Any] = {}
+    optional = {
+        item.name
+        for item in fields(Manifest)
+        if item.default is not MISSING or item.default_factory is not MISSING
+    }
     for name, hint in get_type_hints(Manifest).items():
         if name not in document:
+            if name in optional:
+                continue
             raise KeyError(f"no field {name!r}")
         value = document[name]
         if not _conforms(value, hint):
@@ -133,6 +149,11 @@ def _check_values(manifest: Manifest) -> None:
     for part, by_type in manifest.parts.items():
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
             raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")
+    for condition in manifest.conditions:
+        if not (_conforms(condition.get("name"), str) and _conforms(condition.get("timestep"), int)):
+            raise ValueError(f"conditions hold {condition!r:.60}")
+    if manifest.conditioning != "bake" and not manifest.conditions:
+        raise ValueError("conditions are missing")
     for name, entry in manifest.files.items():
         if not (_conforms(entry.get("bytes"), int) and _conforms(entry.get("sha256"), str)):
             raise ValueError(f"files[{name!r}] is {entry!r:.60}")
@@ -151,6 +172,8 @@ def _conforms(value: Any, hint: Any) -> bool:
         return (
             isinstance(value, list) and len(value) == len(arguments) and all(map(_conforms, value, arguments))
         )
+    if origin is list:
+        return isinstance(value, list) and all(_conforms(v, arguments[0]) for v in value)
     if origin is dict:
         return isinstance(value, dict) and all(_conforms(v, arguments[1]) for v in value.values())
     if hint is float:

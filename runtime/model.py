@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Union
@@ -12,6 +12,7 @@ import numpy as np
 
 from ditf.runtime import backends
 from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
+from ditf.runtime.conditions import Conditions
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
@@ -58,6 +59,7 @@ class Model:
                 f"{bundle.path}: {FEATURES} takes {self._features.inputs}, its manifest says otherwise",
                 "export the bundle again",
             )
+        self._conditions = Conditions(bundle, self._features.inputs)
         self._match: backends.Session | None = None
         self._closed = False
         self._noise: np.ndarray | None = None
@@ -74,21 +76,41 @@ class Model:
         """What runs the graph: backend version and device."""
         return self._features.detail
 
-    def features(self, image: ImageLike, noise: np.ndarray | None = None) -> FeatureMap:
+    @property
+    def conditions(self) -> tuple[str, ...]:
+        """Names of the conditions `features` can be asked for, the default first."""
+        return self._conditions.names
+
+    def features(
+        self,
+        image: ImageLike,
+        noise: np.ndarray | None = None,
+        prompt: str | None = None,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+    ) -> FeatureMap:
         """Features of one image.
 
         Args:
             image: a path, a PIL image, or an RGB uint8 array [H, W, 3] of any size.
             noise: float32 [ensemble, c, h, w] for a bundle exported with --noise input; the bundle's
                 own by default.
+            prompt: name of one of `conditions`, of a bundle exported with several.
+            embeddings: of a bundle exported with --conditioning live: `prompt_embeds`, `timestep` and so
+                on, in place of the condition's.
 
         Raises:
-            InputError: an unreadable image, or noise the graph does not take.
+            InputError: an unreadable image, or noise or a condition the graph does not take.
         """
-        return self.features_of([image], noise)[0]
+        return self.features_of([image], noise, prompt, embeddings)[0]
 
-    def features_of(self, images: Sequence[ImageLike], noise: np.ndarray | None = None) -> list[FeatureMap]:
-        """Features of several images, in batches of the bundle's size."""
+    def features_of(
+        self,
+        images: Sequence[ImageLike],
+        noise: np.ndarray | None = None,
+        prompt: str | None = None,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+    ) -> list[FeatureMap]:
+        """Features of several images, in batches of the bundle's size; see `features`."""
         pixels, covered, sizes = [], [], []
         for source in images:
             image = open_image(source)
@@ -98,24 +120,30 @@ class Model:
             sizes.append((image.height, image.width))
         if not pixels:
             return []
-        maps = self.run(np.stack(pixels), noise)
+        maps = self.run(np.stack(pixels), noise, prompt, embeddings)
         engine = self.manifest.size
         return [
             _crop(array, pixels_covered, engine, size)
             for array, pixels_covered, size in zip(maps, covered, sizes, strict=True)
         ]
 
-    def run(self, pixels: np.ndarray, noise: np.ndarray | None = None) -> np.ndarray:
+    def run(
+        self,
+        pixels: np.ndarray,
+        noise: np.ndarray | None = None,
+        prompt: str | None = None,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
         """The features graph itself.
 
         Args:
             pixels: uint8 [n, H, W, 3] at the bundle's size, any n >= 1.
-            noise: see `features`.
+            noise, prompt, embeddings: see `features`.
 
         Returns:
             [n, C, h, w], float16 or float32 as the bundle was exported.
         """
-        feeds = self._noise_feed(noise)
+        feeds = {**self._noise_feed(noise), **self._conditions.feeds(prompt, embeddings)}
         batch = self.manifest.batch
         if batch == "dynamic":
             return self._features.run({"image": pixels, **feeds})["features"]

@@ -2,31 +2,106 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDIMScheduler,
+    DiTPipeline,
+    DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    FluxPipeline,
+    FluxTransformer2DModel,
     PixArtAlphaPipeline,
+    PixArtSigmaPipeline,
     PixArtTransformer2DModel,
+    SD3Transformer2DModel,
+    StableDiffusion3Pipeline,
 )
-from transformers import T5Config, T5EncoderModel, T5Tokenizer
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    T5Config,
+    T5EncoderModel,
+    T5Tokenizer,
+)
 
 PIXART_BLOCKS = 4
 PIXART_WIDTH = 48
 PIXART_CELL = 8  # image pixels of a token: patch 2 x VAE stride 4
+CLASSES = 10
+
+
+@contextmanager
+def seeded(seed=0):
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        yield
+
+
+def lively(model):
+    """Random weights large enough that every branch and gate changes the features."""
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(2.0)
+            elif "norm" in name and parameter.ndim == 1 and "linear" not in name:
+                parameter.mul_(1.0 + 0.5 * torch.rand_like(parameter))
+    return model
+
+
+def save_tiny_dit(folder: Path) -> None:
+    """A 4-block DiT of width 48 over latents, with class names."""
+    with seeded():
+        transformer = lively(
+            DiTTransformer2DModel(
+                num_attention_heads=3,
+                attention_head_dim=16,
+                in_channels=4,
+                out_channels=8,
+                num_layers=4,
+                sample_size=16,
+                num_embeds_ada_norm=CLASSES,
+            )
+        )
+        pipeline = DiTPipeline(
+            transformer, tiny_vae(), DDIMScheduler(), id2label={0: "tench, Tinca tinca", 7: "cock"}
+        )
+    pipeline.save_pretrained(folder)
+    index = folder / "model_index.json"
+    document = json.loads(index.read_text())
+    # the pipeline does not write its labels; published checkpoints have them here
+    document["id2label"] = {"0": "tench, Tinca tinca", "7": "cock"}
+    index.write_text(json.dumps(document))
 
 
 def save_tiny_pixart(folder: Path, **transformer: object) -> None:
     """A 4-block PixArt of width 48 with an 8x VAE-and-patch stride, 64 px, all random, seeded."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        pipeline = PixArtAlphaPipeline(
+    _save_pixart(folder, PixArtAlphaPipeline, transformer)
+
+
+def save_tiny_sigma(folder: Path) -> None:
+    """PixArt-Sigma: the same transformer without micro-conditions, 300 caption tokens."""
+    _save_pixart(folder, PixArtSigmaPipeline, {"use_additional_conditions": False, "interpolation_scale": 2})
+
+
+def save_tiny_pixart_1024(folder: Path) -> None:
+    """PixArt-alpha with the micro-conditions of its 1024 px models."""
+    _save_pixart(folder, PixArtAlphaPipeline, {"use_additional_conditions": True})
+
+
+def _save_pixart(folder, pipeline_class, transformer):
+    with seeded():
+        pipeline = pipeline_class(
             tokenizer=tiny_t5_tokenizer(),
-            text_encoder=T5EncoderModel(
-                T5Config(vocab_size=140, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)
-            ),
+            text_encoder=tiny_t5(),
             vae=tiny_vae(),
             transformer=tiny_pixart_transformer(**transformer),
             scheduler=DPMSolverMultistepScheduler(),
@@ -35,7 +110,6 @@ def save_tiny_pixart(folder: Path, **transformer: object) -> None:
 
 
 def tiny_pixart_transformer(**config: object) -> PixArtTransformer2DModel:
-    """Random weights large enough that every branch and gate changes the features."""
     settings = {
         "num_attention_heads": 3,
         "attention_head_dim": 16,
@@ -55,7 +129,91 @@ def tiny_pixart_transformer(**config: object) -> PixArtTransformer2DModel:
     return model
 
 
-def tiny_vae() -> AutoencoderKL:
+def save_tiny_sd3(folder: Path) -> None:
+    """SD3: 4 blocks, no QK-norm, one attention each."""
+    _save_sd3(folder, dual_attention_layers=(), qk_norm=None)
+
+
+def save_tiny_sd35(folder: Path) -> None:
+    """SD3.5 medium: QK-norm, a second attention in the first two blocks."""
+    _save_sd3(folder, dual_attention_layers=(0, 1), qk_norm="rms_norm")
+
+
+def save_tiny_sd35_large(folder: Path) -> None:
+    """SD3.5 large: QK-norm, one attention."""
+    _save_sd3(folder, dual_attention_layers=(), qk_norm="rms_norm")
+
+
+def _save_sd3(folder, **config):
+    with seeded():
+        transformer = lively(
+            SD3Transformer2DModel(
+                sample_size=16,
+                patch_size=2,
+                in_channels=4,
+                out_channels=4,
+                num_layers=4,
+                attention_head_dim=16,
+                num_attention_heads=3,
+                joint_attention_dim=32,
+                caption_projection_dim=48,
+                pooled_projection_dim=24,
+                pos_embed_max_size=24,
+                **config,
+            )
+        )
+        pipeline = StableDiffusion3Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.06, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=CLIPTextModelWithProjection(tiny_clip_config(16, 8)),
+            tokenizer=tiny_clip_tokenizer(),
+            text_encoder_2=CLIPTextModelWithProjection(tiny_clip_config(16, 16)),
+            tokenizer_2=tiny_clip_tokenizer(),
+            text_encoder_3=tiny_t5(),
+            tokenizer_3=tiny_t5_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
+def save_tiny_flux(folder: Path) -> None:
+    """FLUX.1-dev: 2 double and 3 single blocks, guidance."""
+    _save_flux(folder, guidance_embeds=True)
+
+
+def save_tiny_schnell(folder: Path) -> None:
+    """FLUX.1-schnell: no guidance."""
+    _save_flux(folder, guidance_embeds=False)
+
+
+def _save_flux(folder, **config):
+    with seeded():
+        transformer = lively(
+            FluxTransformer2DModel(
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=3,
+                attention_head_dim=16,
+                num_attention_heads=3,
+                joint_attention_dim=32,
+                pooled_projection_dim=16,
+                axes_dims_rope=(4, 6, 6),
+                **config,
+            )
+        )
+        pipeline = FluxPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=CLIPTextModel(tiny_clip_config(16, 16)),
+            tokenizer=tiny_clip_tokenizer(),
+            text_encoder_2=tiny_t5(),
+            tokenizer_2=tiny_t5_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
+def tiny_vae(**config: object) -> AutoencoderKL:
     """An AutoencoderKL of stride 4 with attention in its middle block."""
     return AutoencoderKL(
         block_out_channels=(8, 16, 16),
@@ -64,7 +222,12 @@ def tiny_vae() -> AutoencoderKL:
         latent_channels=4,
         norm_num_groups=4,
         sample_size=64,
+        **config,
     )
+
+
+def tiny_t5() -> T5EncoderModel:
+    return T5EncoderModel(T5Config(vocab_size=140, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4))
 
 
 def tiny_t5_tokenizer() -> T5Tokenizer:
@@ -72,3 +235,40 @@ def tiny_t5_tokenizer() -> T5Tokenizer:
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     vocabulary += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz,.'"]
     return T5Tokenizer(vocab=vocabulary)
+
+
+def tiny_clip_config(width: int, projection: int) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=64,
+        hidden_size=width,
+        intermediate_size=32,
+        projection_dim=projection,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        bos_token_id=0,
+        eos_token_id=1,
+        pad_token_id=1,
+    )
+
+
+def tiny_clip_tokenizer() -> CLIPTokenizer:
+    """A CLIP tokenizer that spells."""
+    letters = "abcdefghijklmnopqrstuvwxyz,.'"
+    symbols = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    return CLIPTokenizer(
+        vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[], model_max_length=77
+    )
+
+
+SAVE: dict[str, Callable[[Path], None]] = {
+    "dit": save_tiny_dit,
+    "pixart": save_tiny_pixart,
+    "pixart-1024": save_tiny_pixart_1024,
+    "sigma": save_tiny_sigma,
+    "sd3": save_tiny_sd3,
+    "sd35": save_tiny_sd35,
+    "sd35-large": save_tiny_sd35_large,
+    "flux": save_tiny_flux,
+    "schnell": save_tiny_schnell,
+}
+"""Every tiny checkpoint by name."""

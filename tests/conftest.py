@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints import save_tiny_pixart
+from tests.checkpoints import SAVE
 
 ROOT = Path(__file__).parent.parent
 
@@ -25,11 +25,23 @@ def root() -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_pixart(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """A tiny checkpoint by name (tests/checkpoints.py), saved once. Read-only: copy it to change it."""
+    root = tmp_path_factory.mktemp("checkpoints")
+
+    def saved(name: str) -> Path:
+        folder = root / f"tiny-{name}"
+        if not folder.exists():
+            SAVE[name](folder)
+        return folder
+
+    return saved
+
+
+@pytest.fixture(scope="session")
+def tiny_pixart(checkpoint: Callable[[str], Path]) -> Path:
     """A PixArt checkpoint saved by PixArtAlphaPipeline.save_pretrained."""
-    folder = tmp_path_factory.mktemp("checkpoints") / "tiny-pixart"
-    save_tiny_pixart(folder)
-    return folder
+    return checkpoint("pixart")
 
 
 @pytest.fixture(scope="session")

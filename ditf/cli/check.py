@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ditf.calib.parity import TOLERANCES, Gate, feature_parity, gates, match_parity
+from ditf.calib.parity import TOLERANCES, Gate, feature_parity, gates, match_parity, worst
 from ditf.cli.console import (
     BackendOption,
     BundleArgument,
@@ -61,12 +61,22 @@ def check(
 
 
 def golden_metrics(model: Model) -> dict[str, float]:
-    """Every parity metric of a bundle on its golden data."""
+    """Every parity metric of a bundle on its golden data.
+
+    Of the features the worst over the conditions that golden.npz has. Of a bundle that approximates also
+    what the approximation costs: whole_*, against the model without it.
+    """
     golden = model.bundle.read_arrays(GOLDEN)
     maps = model.run(golden["images"])
-    tokens = maps.reshape(len(maps), maps.shape[1], -1).transpose(0, 2, 1)
-    rows = np.take_along_axis(tokens, golden["rows"][:, :, None], axis=1)
-    metrics = feature_parity(rows, golden["features"])
+    rows = _rows(maps, golden["rows"])
+    measured = [feature_parity(rows, golden["features"])]
+    for index, name in enumerate(model.conditions):
+        if f"rows_{index}" in golden:
+            one = model.run(golden["images"][:1], prompt=name)
+            measured.append(
+                feature_parity(_rows(one, golden[f"rows_{index}"][None])[0], golden[f"features_{index}"])
+            )
+    metrics = worst(measured)
     if not np.isfinite(maps).all():
         return metrics  # NaN metrics fail their gates; there is nothing to match
     height, width = golden["images"].shape[1:3]
@@ -76,7 +86,18 @@ def golden_metrics(model: Model) -> dict[str, float]:
     metrics |= match_parity(found.points, golden["match_points"], cell)
     by_graph = model.match_with_graph(source, target, golden["points"])
     agreement = match_parity(by_graph.points, found.points, cell)
-    return {**metrics, "match_graph_agrees": agreement["matches_within_1px"]}
+    metrics["match_graph_agrees"] = agreement["matches_within_1px"]
+    if "whole_features" in golden:
+        cost = feature_parity(rows, golden["whole_features"])
+        cost |= match_parity(found.points, golden["whole_match_points"], cell)
+        metrics |= {f"whole_{name}": value for name, value in cost.items()}
+    return metrics
+
+
+def _rows(maps: np.ndarray, rows: np.ndarray) -> np.ndarray:
+    """Token rows [n, R, C] of maps [n, C, h, w] at indices [n, R]."""
+    tokens = maps.reshape(len(maps), maps.shape[1], -1).transpose(0, 2, 1)
+    return np.take_along_axis(tokens, rows[:, :, None], axis=1)
 
 
 def _render(metrics: dict[str, float], results: list[Gate]) -> str:

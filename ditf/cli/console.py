@@ -56,6 +56,10 @@ BackendOption = Annotated[
 FitOption = Annotated[
     str, typer.Option("--fit", help="How images meet the engine's size: stretch, or pad to keep the aspect.")
 ]
+PromptOption = Annotated[
+    Optional[str],
+    typer.Option("--prompt", metavar="NAME", help="Condition of a bundle that has several; its first else."),
+]
 JsonOption = Annotated[
     Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]

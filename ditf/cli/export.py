@@ -25,14 +25,40 @@ from ditf.runtime.errors import InputError, missing_extra
 
 def export(
     model: Annotated[str, typer.Option(help="'demo', a directory saved by diffusers, or a hub id.")] = "demo",
+    revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,
+    variant: Annotated[
+        Optional[str], typer.Option(help="Of the weights, such as fp16; the plain ones by default.")
+    ] = None,
     layer: Annotated[
-        Optional[str], typer.Option(help="Block whose input is the feature: 9 or block.9.")
+        Optional[str],
+        typer.Option(help="Block whose input is the feature: 9 or single.9."),
     ] = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="float16 with float32 islands.")] = False,
-    timestep: Annotated[Optional[int], typer.Option(help="Diffusion timestep, 0..999.")] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="For text-conditional models.")] = None,
+    conditioning: Annotated[
+        str,
+        typer.Option(
+            metavar="bake|bank|live",
+            help="The condition: a constant, one of several chosen by name, or an input.",
+        ),
+    ] = "bake",
+    timestep: Annotated[
+        Optional[list[int]], typer.Option(help="Diffusion timestep, 0..999; repeat it for a bank.")
+    ] = None,
+    prompt: Annotated[
+        Optional[list[str]], typer.Option(help="For text-conditional models; repeat it for a bank.")
+    ] = None,
+    prompts: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="Prompts for a bank, in lines 'name: prompt'.")
+    ] = None,
     class_label: Annotated[
-        Optional[int], typer.Option(help="For class-conditional models; the null class by default.")
+        Optional[list[str]],
+        typer.Option(help="For class-conditional models, number or name; the null class by default."),
+    ] = None,
+    guidance: Annotated[
+        Optional[float], typer.Option(help="For guidance-distilled models (FLUX.1-dev).")
+    ] = None,
+    text_tokens: Annotated[
+        Optional[int], typer.Option(help="T5 tokens to keep: an approximation; all by default.")
     ] = None,
     size: Annotated[
         Optional[str], typer.Option(metavar="HxW", help="Input size in pixels; the model's own by default.")
@@ -40,7 +66,11 @@ def export(
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     ensemble: Annotated[int, typer.Option(help="Noises averaged inside the graph.")] = 1,
     discard: Annotated[
-        str, typer.Option(metavar="auto|none|I,J", help="Massive channels to zero; auto measures them.")
+        str,
+        typer.Option(
+            metavar="auto|published|none|I,J",
+            help="Massive channels to zero; auto measures them, published takes DiTF's.",
+        ),
     ] = "auto",
     discard_stage: Annotated[
         str, typer.Option(metavar="before|after", help="Zero them before or after the norm.")
@@ -68,11 +98,17 @@ def export(
     check_writable(json_file)
     values: dict[str, Any] = {
         "model": model,
+        "revision": revision,
+        "variant": variant,
         "layer": layer,
         "fp16": fp16,
+        "conditioning": conditioning,
         "timestep": timestep,
         "prompt": prompt,
+        "prompts": prompts,
         "class_label": class_label,
+        "guidance": guidance,
+        "text_tokens": text_tokens,
         "size": None if size is None else parse_size(size),
         "seed": seed,
         "ensemble": ensemble,
@@ -93,7 +129,9 @@ def export(
         from ditf.export.options import ExportOptions
         from ditf.export.pretrained import quieten_libraries
     except ImportError as error:
-        raise missing_extra(error.name or "a package of the exporter", "export") from error
+        raise missing_extra(
+            (error.name or "a package of the exporter").partition(".")[0], "export"
+        ) from error
     try:
         options = ExportOptions(**values)
     except ValidationError as error:
@@ -116,15 +154,15 @@ def export(
     write_json(json_file, {"bundle": str(path), "layer": manifest.layer, "layer_name": manifest.layer_name})
 
 
-def _parse_discard(text: str) -> Union[Literal["auto", "none"], tuple[int, ...]]:
-    if text == "auto":
-        return "auto"
-    if text == "none":
-        return "none"
+def _parse_discard(text: str) -> Union[str, tuple[int, ...]]:
+    if text in ("auto", "published", "none"):
+        return text
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:
-        raise InputError(f"--discard {text!r} is not auto, none or channels", "for example 5,41") from None
+        raise InputError(
+            f"--discard {text!r} is not auto, published, none or channels", "for example 5,41"
+        ) from None
 
 
 def _parse_batch(text: str) -> Union[int, Literal["dynamic"]]:

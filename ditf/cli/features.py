@@ -13,6 +13,7 @@ from ditf.cli.console import (
     BundleArgument,
     FitOption,
     JsonOption,
+    PromptOption,
     QuietOption,
     VerboseOption,
     check_writable,
@@ -31,6 +32,7 @@ def features(
     output: Annotated[
         Path, typer.Option("--output", "-o", metavar="NPZ", help="Where the maps are written.")
     ],
+    prompt: PromptOption = None,
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
@@ -45,7 +47,7 @@ def features(
     check_writable(output, json_file, inputs=(bundle, *images))
     with load(bundle, backend, fit) as model:
         say(f"{bundle} on {model.detail} ({model.reason})")
-        maps = model.features_of(images)
+        maps = model.features_of(images, prompt=prompt)
     arrays: dict[str, np.ndarray] = {"names": np.array([str(path) for path in images])}
     for index, feature_map in enumerate(maps):
         arrays[f"features_{index}"] = feature_map.array

@@ -42,6 +42,16 @@ def inspect(
     total = sum(count["parameters"] for count in totals)
     rows.append(("  total", "", f"{total:,}", bytes_text(sum(count["bytes"] for count in totals))))
     show(table(rows))
+    if manifest.removed:
+        show("\nleft out of the checkpoint, as stored there")
+        show(
+            table(
+                [
+                    ("  " + step, f"{count['parameters']:,}", bytes_text(count["bytes"]))
+                    for step, count in manifest.removed.items()
+                ]
+            )
+        )
     kept = manifest.recipe["float32"]
     show("\nfloat32 in the graph")
     show(table([("  " + name, reason) for name, reason in kept.items()]))
@@ -63,9 +73,12 @@ def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
             f"channels {discard} ({manifest.discard['source']}, {manifest.discard['stage']} the norm)",
         ),
         ("AdaLN", "yes" if manifest.adaln else "no: plain hidden states"),
+        ("conditioning", _conditioning(manifest)),
         ("timestep", str(manifest.timestep)),
         ("noise", f"{manifest.noise}, ensemble of {manifest.ensemble}, seed {manifest.seed}"),
         ("condition", _condition(manifest)),
+        *([] if manifest.guidance is None else [("guidance", f"{manifest.guidance:g}")]),
+        *([] if manifest.text_tokens is None else [("text", f"cut to {manifest.text_tokens} T5 tokens")]),
         ("opset", str(manifest.opset)),
         ("made by", manifest.command),
         ("with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
@@ -76,7 +89,19 @@ def _batch(manifest: Manifest) -> str:
     return "B" if manifest.batch == "dynamic" else str(manifest.batch)
 
 
+def _conditioning(manifest: Manifest) -> str:
+    return {
+        "bake": "bake: the condition is constant",
+        "bank": "bank: the condition is chosen by name",
+        "live": "live: embeddings and timestep are inputs",
+    }[manifest.conditioning]
+
+
 def _condition(manifest: Manifest) -> str:
+    if len(manifest.conditions) > 1:
+        names = [repr(entry["name"]) for entry in manifest.conditions]
+        more = f" and {len(names) - 8} more" if len(names) > 8 else ""
+        return ", ".join(names[:8]) + more
     if manifest.prompt is not None:
-        return f"prompt {manifest.prompt!r}, constant"
+        return f"prompt {manifest.prompt!r}"
     return "null class" if manifest.class_label is None else f"class {manifest.class_label}"

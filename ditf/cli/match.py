@@ -14,6 +14,7 @@ from ditf.cli.console import (
     BundleArgument,
     FitOption,
     JsonOption,
+    PromptOption,
     QuietOption,
     VerboseOption,
     check_writable,
@@ -48,6 +49,7 @@ def match(
         Optional[Path],
         typer.Option("--output", "-o", metavar="PNG", help="Draw both images and the matches."),
     ] = None,
+    prompt: PromptOption = None,
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
@@ -66,7 +68,7 @@ def match(
     with load(bundle, backend, fit) as model:
         say(f"{bundle} on {model.detail} ({model.reason})")
         start = time.perf_counter()
-        source_map, target_map = model.features(left), model.features(right)
+        source_map, target_map = (model.features(image, prompt=prompt) for image in (left, right))
         extracted = time.perf_counter()
         found = model.match(source_map, target_map, queries)
         matched = time.perf_counter()

@@ -5,10 +5,13 @@ from __future__ import annotations
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Family
 from ditf.export.families.dit import DiT
+from ditf.export.families.flux import Flux
 from ditf.export.families.pixart import PixArt
+from ditf.export.families.sd3 import SD3
+from ditf.export.pretrained import class_defaults, current_class
 from ditf.runtime.errors import InputError
 
-FAMILIES: tuple[type[Family], ...] = (DiT, PixArt)
+FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:
@@ -16,11 +19,12 @@ def family_of(checkpoint: Checkpoint) -> Family:
 
     Raises:
         InputError: not a supported one; lists those that are.
+        MissingComponent: the installed diffusers does not have the class.
     """
     config = checkpoint.config("transformer")
-    name = config.get("_class_name")
+    name = current_class(config)
     for family in FAMILIES:
         if name == family.transformer_class:
-            return family(config)
+            return family({**class_defaults(name, config), **config})
     supported = ", ".join(f"{family.name} ({family.transformer_class})" for family in FAMILIES)
     raise InputError(f"{checkpoint.id} is a {name}, which is not supported", f"supported: {supported}")

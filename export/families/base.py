@@ -1,35 +1,44 @@
-"""What a model family tells the exporter, and the two things every family shares: names and checks."""
+"""What a model family tells the exporter, and what every family shares: names and checks."""
 
 from __future__ import annotations
 
 import re
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 
-from ditf.export.checkpoint import Checkpoint, Weights
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.trunk import Trunk
+from ditf.export.graph.trunk import Given, Trunk
+from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError
 
 Condition = Mapping[str, torch.Tensor]
-"""What conditions the transformer beside the timestep, as its own forward takes it, batch 1."""
+"""What the text encoders made of a prompt (or the class label), batch 1: `prompt_embeds` and so on. The
+names are the inputs of a graph exported with --conditioning live."""
 
 
 @dataclass(frozen=True)
 class Defaults:
     """Settings of a family where the user gives none; `source` says where they come from.
 
-    `layer` None is half of the depth.
+    Attributes:
+        layer: None is half of the depth.
+        size: (H, W) in pixels; None is the size the model was trained on.
+        channels: massive channels that were published for this very model.
     """
 
     timestep: int
     source: str
     layer: int | None = None
     prompt: str | None = None
+    size: tuple[int, int] | None = None
+    guidance: float | None = None
+    channels: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -61,15 +70,19 @@ class Blocks:
             f"layer {layer} is out of range", f"this model has layers 0..{self.count - 1}, or {names}"
         )
 
+    def locate(self, index: int) -> tuple[str, int]:
+        """Kind of a block and its number among its kind."""
+        for kind, count in self.kinds:
+            if index < count:
+                return kind, index
+            index -= count
+        raise IndexError(index)
+
     def describe(self, index: int) -> str:
         """For people: "layer 9 = double.9 of 19+38"."""
         counts = "+".join(str(count) for _, count in self.kinds)
-        offset = 0
-        for kind, count in self.kinds:
-            if index < offset + count:
-                return f"layer {index} = {kind}.{index - offset} of {counts}"
-            offset += count
-        raise IndexError(index)
+        kind, number = self.locate(index)
+        return f"layer {index} = {kind}.{number} of {counts}"
 
 
 @dataclass(frozen=True)
@@ -78,16 +91,15 @@ class TrunkSpec:
 
     Attributes:
         layer: k; blocks 0..k-1 run.
-        condition, timestep: constants of the graph.
         size: (H, W) of the image in pixels; grid: (h, w) in tokens.
+        text_tokens: L, the text's length.
         precision: of the graph.
     """
 
     layer: int
-    condition: Condition
-    timestep: int
     size: tuple[int, int]
     grid: tuple[int, int]
+    text_tokens: int
     precision: Precision
 
 
@@ -95,15 +107,22 @@ class Family(ABC):
     """Facts about one family of Diffusion Transformers, for one checkpoint's transformer config.
 
     What most diffusers transformers have in common is here; a family overrides what differs.
+
+    Args:
+        config: of the transformer, with the class's own defaults where it says nothing.
     """
 
     name: ClassVar[str]
     transformer_class: ClassVar[str]  # in diffusers
-    defaults: ClassVar[Defaults]
     takes_prompt: ClassVar[bool]
+    takes_guidance: bool = False
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
+
+    @property
+    @abstractmethod
+    def defaults(self) -> Defaults: ...
 
     @property
     def blocks(self) -> Blocks:
@@ -121,38 +140,89 @@ class Family(ABC):
         return int(self.config["patch_size"])
 
     @property
+    def latent_channels(self) -> int:
+        """Channels of the latents."""
+        return int(self.config["in_channels"])
+
+    @property
     def sample_size(self) -> int:
         """Latent pixels along the side of the images the model was trained on."""
         return int(self.config["sample_size"])
 
+    @property
+    def largest_grid(self) -> int | None:
+        """Tokens along a side that the position embedding reaches; None where it has no end."""
+        return None
+
     @abstractmethod
-    def encode_condition(
-        self, checkpoint: Checkpoint, prompt: str | None, class_label: int | None
-    ) -> Condition:
-        """Run the text encoders, or look the class up, once."""
+    def encode_conditions(
+        self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
+    ) -> list[Condition]:
+        """Run the text encoders on prompts, or look class labels up.
+
+        Raises:
+            InputError: a prompt over an encoder's limit, a class label out of range.
+        """
+
+    @property
+    def null_class(self) -> int:
+        """Of a class-conditional family: the label of no class."""
+        raise NotImplementedError(f"{self.name} has no classes")
+
+    leading_tokens: ClassVar[int] = 0
+    """Text tokens in front of T5's, which --text-tokens leaves alone."""
+
+    def text_length(self, condition: Condition) -> int:
+        """L, the text tokens of a condition, masked ones among them."""
+        embeds = condition.get("prompt_embeds")
+        return 0 if embeds is None else embeds.shape[1]
+
+    def text_tokens(self, condition: Condition) -> int:
+        """How many text tokens of a condition matter; the rest, at its end, is masked."""
+        return self.text_length(condition)
+
+    def trim_text(self, condition: Condition, tokens: int) -> Condition:
+        """The condition with the first text tokens only: exact if all of those that matter are kept."""
+        return {
+            name: tensor[:, :tokens] if name in ("prompt_embeds", "prompt_attention_mask") else tensor
+            for name, tensor in condition.items()
+        }
+
+    def block_name(self, index: int) -> str:
+        """Where block `index` is in the transformer and in its weights."""
+        return f"transformer_blocks.{index}"
+
+    attention_name: ClassVar[str] = "attn1"
+    """The attention of a block whose first input is its modulated first norm."""
 
     @abstractmethod
     def reference_inputs(
-        self, condition: Condition, timestep: int, size: tuple[int, int], batch: int
+        self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
     ) -> dict[str, Any]:
         """Keyword arguments of the unmodified transformer's forward, beside `hidden_states`.
 
         Args:
-            size: (H, W) of the image in pixels.
+            size: (H, W) of the image in pixels; grid: (h, w) in tokens.
             batch: number of latents.
         """
 
-    def reference_block(self, transformer: torch.nn.Module, index: int) -> torch.nn.Module:
-        """Block `index` of the unmodified transformer."""
-        return transformer.get_submodule(f"transformer_blocks.{index}")
-
-    def reference_attention(self, block: torch.nn.Module) -> torch.nn.Module:
-        """The attention of a block whose first input is its modulated first norm."""
-        return block.get_submodule("attn1")
+    def reference_latents(self, x_t: torch.Tensor) -> torch.Tensor:
+        """`hidden_states` of the unmodified transformer's forward, of latents [B, c, h', w']."""
+        return x_t
 
     @abstractmethod
-    def build_trunk(self, weights: Weights, spec: TrunkSpec) -> Trunk:
-        """Blocks 0..k-1 and the modulation of block k, as a module to trace."""
+    def conditioner(
+        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
+    ) -> Conditioner:
+        """What turns a condition into modulation and text for blocks 0..k-1 and block k's norm."""
+
+    @abstractmethod
+    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> Trunk:
+        """Blocks 0..k-1 as a module to trace.
+
+        Args:
+            fixed: what the conditioner made, to be constants; None when it is given at run time.
+        """
 
     def require(self, **allowed: tuple[Any, ...]) -> None:
         """Check config values this family's graph depends on.
@@ -166,3 +236,16 @@ class Family(ABC):
                     f"{self.name} with {key}={self.config[key]!r} is not supported",
                     f"supported: {', '.join(map(repr, values))}",
                 )
+
+
+def check_prompt(prompt: str, tokenizer: Any, limit: int, encoder: str) -> None:
+    """Reject a prompt that a text encoder would cut.
+
+    Raises:
+        InputError: says how many tokens there are and may be.
+    """
+    count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    if count > limit:
+        raise InputError(
+            f"the prompt {prompt[:40]!r}... has {count} tokens, {encoder} reads {limit}", "shorten it"
+        )

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
-from torch.nn import functional
+from torch import nn
 
-from ditf.export.checkpoint import Checkpoint, Weights
+from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
 from ditf.export.families.sincos import sincos_embedder
-from ditf.export.graph.blocks import Block, Modulation
-from ditf.export.graph.layers import ModulatedNorm
-from ditf.export.graph.trunk import Trunk
+from ditf.export.graph.condition import Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.layers import read_linear
+from ditf.export.graph.modulation import ModulatedNorm
+from ditf.export.graph.precision import Precision
+from ditf.export.graph.stream import ROWS, StreamBlock, StreamTrunk
+from ditf.export.graph.trunk import Given
+from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError
 
 _NORM1_EPS = 1e-6  # AdaLayerNormZero fixes it (diffusers/models/normalization.py)
@@ -31,53 +36,87 @@ class DiT(Family):
         " published for a DDPM schedule",
     )
 
-    def encode_condition(
-        self, checkpoint: Checkpoint, prompt: str | None, class_label: int | None
-    ) -> Condition:
-        classes = self.config["num_embeds_ada_norm"]
-        label = classes if class_label is None else class_label  # the null class comes last
-        if not 0 <= label <= classes:
-            raise InputError(f"class label {label} is out of range", f"choose 0..{classes}")
-        return {"class_labels": torch.tensor([label])}
+    @property
+    def null_class(self) -> int:
+        """It comes after the last class."""
+        return int(self.config["num_embeds_ada_norm"])
+
+    def encode_conditions(
+        self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
+    ) -> list[Condition]:
+        for label in subjects:
+            if not isinstance(label, int) or not 0 <= label <= self.null_class:
+                raise InputError(f"class label {label} is out of range", f"choose 0..{self.null_class}")
+        return [{"class_labels": torch.tensor([label])} for label in subjects]
 
     def reference_inputs(
-        self, condition: Condition, timestep: int, size: tuple[int, int], batch: int
+        self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
     ) -> dict[str, Any]:
         return {
             "timestep": torch.full((batch,), timestep),
             "class_labels": condition["class_labels"].expand(batch),
         }
 
-    def build_trunk(self, weights: Weights, spec: TrunkSpec) -> Trunk:
+    def conditioner(
+        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
+    ) -> Conditioner:
+        return _Conditioner(
+            [
+                self._norm(weights, index, ROWS if index < layer else 2, precision)
+                for index in range(layer + 1)
+            ]
+        )
+
+    def _norm(
+        self, weights: Weights, index: int, rows: int, precision: Precision
+    ) -> tuple[nn.Module, Projection]:
+        """AdaLayerNormZero: linear(silu(embedding of timestep and class)), each block its own."""
+        norm = f"{self.block_name(index)}.norm1"
+        embedding = weights.load_into(
+            lambda: CombinedTimestepLabelEmbeddings(self.null_class, self.channels), f"{norm}.emb"
+        )
+        weight, bias = read_linear(weights, f"{norm}.linear")
+        kept = slice(rows * self.channels)
+        return embedding, Projection(
+            [(weight[kept], None if bias is None else bias[kept])], precision.compute
+        )
+
+    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> StreamTrunk:
         self.require(
             norm_type=("ada_norm_zero",),
             activation_fn=("gelu-approximate",),
             norm_elementwise_affine=(False,),
             upcast_attention=(False,),
         )
-        modulations = [self._modulation(weights, i, spec) for i in range(spec.layer + 1)]
+        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
+        if fixed is not None:
+            rows = fixed["modulation"].split([ROWS] * spec.layer + [2])
         eps = (_NORM1_EPS, self.config["norm_eps"])
         heads = self.config["num_attention_heads"]
         blocks = [
-            Block(weights, f"transformer_blocks.{i}", heads, modulations[i], eps, None, spec.precision)
+            StreamBlock(weights, self.block_name(i), heads, rows[i], eps, None, spec.precision)
             for i in range(spec.layer)
         ]
-        last = modulations[spec.layer]
-        return Trunk(
-            sincos_embedder(weights, self.config, spec.grid, interpolation_scale=1),
-            blocks,
-            ModulatedNorm(last.scale_attention, last.shift_attention, _NORM1_EPS),
-        )
+        embedder = sincos_embedder(weights, self.config, spec.grid, interpolation_scale=1)
+        return StreamTrunk(embedder, blocks, ModulatedNorm(rows[-1], _NORM1_EPS))
 
-    def _modulation(self, weights: Weights, index: int, spec: TrunkSpec) -> Modulation:
-        """AdaLayerNormZero: linear(silu(embedding of timestep and class)), each block its own."""
-        norm = f"transformer_blocks.{index}.norm1"
-        embedding = CombinedTimestepLabelEmbeddings(self.config["num_embeds_ada_norm"], self.channels)
-        weights.load_into(embedding, f"{norm}.emb")
-        vector = embedding(torch.tensor([spec.timestep]), spec.condition["class_labels"], torch.float32)
-        packed = functional.linear(
-            functional.silu(vector),
-            weights.tensor(f"{norm}.linear.weight"),
-            weights.tensor(f"{norm}.linear.bias"),
-        )
-        return Modulation.unpack(packed[0])
+
+class _Conditioner(Conditioner):
+    """Each block embeds timestep and class by itself."""
+
+    inputs = ("class_labels",)
+
+    def __init__(self, norms: list[tuple[nn.Module, Projection]]) -> None:
+        super().__init__()
+        self.embeddings = nn.ModuleList(with_constant_frequencies(embedding) for embedding, _ in norms)
+        self.projections = nn.ModuleList(projection for _, projection in norms)
+
+    def forward(
+        self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        labels = condition["class_labels"]
+        rows = [
+            projection(embedding(timestep, labels, torch.float32))
+            for embedding, projection in zip(self.embeddings, self.projections, strict=True)
+        ]
+        return {"modulation": torch.cat(rows)}

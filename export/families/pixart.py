@@ -1,25 +1,33 @@
-"""PixArt-alpha (Chen et al. 2023): diffusers PixArtTransformer2DModel, T5-conditioned."""
+"""PixArt-alpha and PixArt-Sigma (Chen et al. 2023, 2024): diffusers PixArtTransformer2DModel."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import PixArtAlphaPipeline
 from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.normalization import AdaLayerNormSingle
+from torch import nn
 
-from ditf.export.checkpoint import Checkpoint, Weights
-from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.sincos import sincos_embedder
-from ditf.export.graph.blocks import Block, Modulation
-from ditf.export.graph.layers import ModulatedNorm
-from ditf.export.graph.trunk import Trunk
-from ditf.export.pretrained import load_pipeline
+from ditf.export.graph.condition import Conditioner, with_constant_frequencies
+from ditf.export.graph.layers import Linear, constant, read_linear
+from ditf.export.graph.modulation import ModulatedNorm
+from ditf.export.graph.precision import Precision
+from ditf.export.graph.stream import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
+from ditf.export.graph.trunk import Given
+from ditf.export.pretrained import load_text_pipeline
+from ditf.export.weights import Weights
+
+_MASKED = -10000.0  # what diffusers adds to the logits of a masked token: its weight is exactly 0
+_TEXT_LIMIT = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # max_sequence_length of encode_prompt
 
 
 class PixArt(Family):
-    """PixArt-XL/2 at 256, 512 and 1024 px."""
+    """PixArt-XL/2 at 256, 512, 1024 and 2048 px."""
 
     name = "pixart"
     transformer_class = "PixArtTransformer2DModel"
@@ -33,71 +41,37 @@ class PixArt(Family):
 
     @property
     def _micro_conditions(self) -> bool:
-        """Resolution and aspect ratio beside the timestep; by default only the 1024 px models."""
+        """Resolution and aspect ratio beside the timestep; by default only alpha's 1024 px models."""
         given = self.config.get("use_additional_conditions")
         return self.sample_size == 128 if given is None else bool(given)
 
-    def encode_condition(
-        self, checkpoint: Checkpoint, prompt: str | None, class_label: int | None
-    ) -> Condition:
-        pipeline = load_pipeline(PixArtAlphaPipeline, checkpoint.path, transformer=None, vae=None)
-        pipeline.text_encoder.to(torch.float32)
-        embeds, mask, _, _ = pipeline.encode_prompt(
-            prompt, do_classifier_free_guidance=False, device=torch.device("cpu")
-        )
-        return {"encoder_hidden_states": embeds, "encoder_attention_mask": mask}
+    def encode_conditions(
+        self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
+    ) -> list[Condition]:
+        pipeline = load_text_pipeline(checkpoint, tuple(_TEXT_LIMIT))
+        limit = _TEXT_LIMIT[type(pipeline).__name__]
+        conditions: list[Condition] = []
+        for prompt in map(str, subjects):
+            check_prompt(prompt, pipeline.tokenizer, limit, "T5")
+            embeds, mask, _, _ = pipeline.encode_prompt(
+                prompt, do_classifier_free_guidance=False, device=torch.device("cpu")
+            )
+            conditions.append({"prompt_embeds": embeds, "prompt_attention_mask": mask.to(torch.int64)})
+        return conditions
+
+    def text_tokens(self, condition: Condition) -> int:
+        return int(condition["prompt_attention_mask"].sum())
 
     def reference_inputs(
-        self, condition: Condition, timestep: int, size: tuple[int, int], batch: int
+        self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
     ) -> dict[str, Any]:
-        mask = condition["encoder_attention_mask"]
+        mask = condition["prompt_attention_mask"]
         return {
             "timestep": torch.full((batch,), timestep),
-            "encoder_hidden_states": condition["encoder_hidden_states"].expand(batch, -1, -1),
+            "encoder_hidden_states": condition["prompt_embeds"].expand(batch, -1, -1),
             "encoder_attention_mask": mask.to(torch.float32).expand(batch, -1),
             "added_cond_kwargs": self._added_conditions(size, batch),
         }
-
-    def build_trunk(self, weights: Weights, spec: TrunkSpec) -> Trunk:
-        self.require(
-            norm_type=("ada_norm_single",),
-            activation_fn=("gelu-approximate",),
-            norm_elementwise_affine=(False,),
-            upcast_attention=(False,),
-            attention_type=("default",),
-        )
-        shared = self._shared_modulation(weights, spec.timestep, spec.size)
-        modulations = [
-            Modulation.unpack(shared + weights.tensor(f"transformer_blocks.{i}.scale_shift_table"))
-            for i in range(spec.layer + 1)
-        ]
-        eps = self.config["norm_eps"]
-        heads = self.config["num_attention_heads"]
-        text = self._text_tokens(weights, spec.condition) if spec.layer else None
-        blocks = [
-            Block(weights, f"transformer_blocks.{i}", heads, modulations[i], (eps, eps), text, spec.precision)
-            for i in range(spec.layer)
-        ]
-        scale = self.config.get("interpolation_scale") or max(self.sample_size // 64, 1)
-        last = modulations[spec.layer]
-        return Trunk(
-            sincos_embedder(weights, self.config, spec.grid, scale),
-            blocks,
-            ModulatedNorm(last.scale_attention, last.shift_attention, eps),
-        )
-
-    def _shared_modulation(self, weights: Weights, timestep: int, size: tuple[int, int]) -> torch.Tensor:
-        """AdaLN-single: [6, C], the same for every block, which adds its own table to it."""
-        embedding = AdaLayerNormSingle(self.channels, use_additional_conditions=self._micro_conditions)
-        weights.load_into(embedding, "adaln_single")
-        packed, _ = embedding(
-            torch.tensor([timestep]),
-            self._added_conditions(size, 1),
-            batch_size=1,
-            hidden_dtype=torch.float32,
-        )
-        shared: torch.Tensor = packed.reshape(6, -1)
-        return shared
 
     def _added_conditions(self, size: tuple[int, int], batch: int) -> dict[str, torch.Tensor | None]:
         """As PixArtAlphaPipeline.__call__ makes them."""
@@ -109,12 +83,109 @@ class PixArt(Family):
             "aspect_ratio": torch.tensor([[height / width]], dtype=torch.float32).repeat(batch, 1),
         }
 
-    def _text_tokens(self, weights: Weights, condition: Condition) -> torch.Tensor:
-        """[L, C]: projected caption tokens. Masked ones get -10000 and so weight 0: dropped, exactly."""
-        embeds, mask = condition["encoder_hidden_states"], condition["encoder_attention_mask"]
-        tokens = embeds[0][mask[0].bool()]
-        if self.config.get("caption_channels") is not None:
-            projection = PixArtAlphaTextProjection(self.config["caption_channels"], self.channels)
-            weights.load_into(projection, "caption_projection")
-            tokens = projection(tokens)
-        return tokens
+    def conditioner(
+        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
+    ) -> Conditioner:
+        adaln = weights.load_into(
+            lambda: AdaLayerNormSingle(self.channels, use_additional_conditions=self._micro_conditions),
+            "adaln_single",
+        )
+        tables = [weights.tensor(f"{self.block_name(i)}.scale_shift_table") for i in range(layer + 1)]
+        projection = None
+        if layer and self.config.get("caption_channels") is not None:
+            projection = weights.load_into(
+                lambda: PixArtAlphaTextProjection(self.config["caption_channels"], self.channels),
+                "caption_projection",
+            )
+        keys, values = (
+            [
+                Linear(*read_linear(weights, f"{self.block_name(i)}.attn2.to_{part}"), precision.compute)
+                for i in range(layer)
+            ]
+            for part in "kv"
+        )
+        return _Conditioner(
+            adaln,
+            self._added_conditions(size, 1),
+            torch.cat([*tables[:-1], tables[-1][:2]]),
+            projection,
+            keys,
+            values,
+        )
+
+    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> StreamTrunk:
+        self.require(
+            norm_type=("ada_norm_single",),
+            activation_fn=("gelu-approximate",),
+            norm_elementwise_affine=(False,),
+            upcast_attention=(False,),
+            attention_type=("default",),
+        )
+        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
+        if fixed is not None:
+            rows = fixed["modulation"].split([ROWS] * spec.layer + [2])
+        eps = self.config["norm_eps"]
+        heads = self.config["num_attention_heads"]
+        blocks = []
+        for i in range(spec.layer):
+            name = self.block_name(i)
+            text = None if fixed is None else (fixed["keys"][i], fixed["values"][i])
+            cross: nn.Module
+            if text is not None and FoldedCrossAttention.pays(len(text[0]), heads, self.channels):
+                cross = FoldedCrossAttention(weights, f"{name}.attn2", heads, text, spec.precision)
+            else:
+                cross = CrossAttention(weights, f"{name}.attn2", heads, text, spec.precision)
+            blocks.append(StreamBlock(weights, name, heads, rows[i], (eps, eps), cross, spec.precision))
+        scale = self.config.get("interpolation_scale") or max(self.sample_size // 64, 1)
+        embedder = sincos_embedder(weights, self.config, spec.grid, scale)
+        return StreamTrunk(embedder, blocks, ModulatedNorm(rows[-1], eps))
+
+
+class _Conditioner(Conditioner):
+    """AdaLN-single: [6, C] for every block, which adds its own table; keys and values of the caption.
+
+    Args:
+        adaln: the shared modulation; added: its micro-conditions.
+        tables: [6 k + 2, C] of all blocks.
+        projection: of the caption; None where the config has none or no block reads it.
+        keys, values: linears of each block.
+    """
+
+    def __init__(
+        self,
+        adaln: nn.Module,
+        added: Mapping[str, torch.Tensor | None],
+        tables: torch.Tensor,
+        projection: nn.Module | None,
+        keys: list[Linear],
+        values: list[Linear],
+    ) -> None:
+        super().__init__()
+        self.adaln = with_constant_frequencies(adaln)
+        self.tables = constant(tables)
+        self.projection = projection
+        self.keys = nn.ModuleList(keys)
+        self.values = nn.ModuleList(values)
+        self.added = {name: None if value is None else constant(value) for name, value in added.items()}
+        self.inputs = ("prompt_embeds", "prompt_attention_mask") if keys else ()  # type: ignore[misc]
+
+    def forward(
+        self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        packed, _ = self.adaln(timestep, self.added, batch_size=1, hidden_dtype=torch.float32)
+        shared = packed.unflatten(1, (ROWS, -1))[0]
+        blocks = len(self.keys)
+        rows = torch.cat([shared.repeat(blocks, 1), shared[:2]]) if blocks else shared[:2]
+        given = {"modulation": rows + self.tables}
+        if not blocks:
+            return given
+        text = condition["prompt_embeds"][0]
+        if self.projection is not None:
+            text = self.projection(text)
+        mask = condition["prompt_attention_mask"][0].to(torch.float32)
+        return {
+            **given,
+            "keys": torch.stack([key(text) for key in self.keys]),
+            "values": torch.stack([value(text) for value in self.values]),
+            "text_bias": (1.0 - mask) * _MASKED,
+        }

@@ -1,4 +1,4 @@
-"""The patch embedder DiT and PixArt share: diffusers `PatchEmbed` with a sine-cosine position embedding."""
+"""The patch embedder DiT, PixArt and SD3 share: diffusers `PatchEmbed` with sine-cosine positions."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from typing import Any
 
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from ditf.export.checkpoint import Weights
 from ditf.export.graph.trunk import PatchEmbedder
+from ditf.export.weights import Weights
 
 
 def sincos_embedder(
@@ -24,3 +24,13 @@ def sincos_embedder(
         output_type="pt",
     )
     return PatchEmbedder(weight, weights.tensor("pos_embed.proj.bias"), position.float())
+
+
+def cropped_embedder(weights: Weights, grid: tuple[int, int]) -> PatchEmbedder:
+    """The embedder of a model that stores a square table [1, S * S, C] and crops its middle (SD3)."""
+    table = weights.tensor("pos_embed.pos_embed")
+    side = round(table.shape[1] ** 0.5)
+    top, left = ((side - length) // 2 for length in grid)
+    square = table.reshape(side, side, -1)[top : top + grid[0], left : left + grid[1]]
+    weight = weights.tensor("pos_embed.proj.weight")
+    return PatchEmbedder(weight, weights.tensor("pos_embed.proj.bias"), square.flatten(0, 1))

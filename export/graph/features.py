@@ -5,10 +5,12 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ditf.export.graph.condition import ConditionSource
 from ditf.export.graph.layers import constant
 from ditf.export.graph.trunk import Trunk
-from ditf.export.noise import NoiseLevel
 from ditf.export.reference import FeatureSettings
+
+NOISE = "noise"
 
 
 class FeaturesGraph(nn.Module):
@@ -16,20 +18,23 @@ class FeaturesGraph(nn.Module):
 
     Args:
         encoder: pixels in [-1, 1], float32 [B, 3, H, W] -> x_0 [B, c, h', w'].
+        condition: one of the modules of `graph/condition.py`.
         trunk: x_t -> hidden states.
-        level: of the noise.
         noise: eps [E, c, h', w'].
-        bake_noise: False makes eps a second input of `forward`.
+        bake_noise: False makes eps an input of the graph.
         settings: the feature's definition.
         grid: (h, w) in tokens.
         output: dtype of the features.
+
+    Attributes:
+        inputs: names of what `forward` takes beside the image.
     """
 
     def __init__(
         self,
         encoder: nn.Module,
+        condition: ConditionSource,
         trunk: Trunk,
-        level: NoiseLevel,
         noise: torch.Tensor,
         bake_noise: bool,
         settings: FeatureSettings,
@@ -38,47 +43,47 @@ class FeaturesGraph(nn.Module):
     ) -> None:
         super().__init__()
         self.encoder = encoder
+        self.condition = condition
         self.trunk = trunk
-        self.level = level
         self.ensemble = len(noise)
-        self.noise = constant(level.noise * noise) if bake_noise else None
+        self.noise = constant(noise) if bake_noise else None
+        self.inputs = (*(() if bake_noise else (NOISE,)), *condition.inputs)
         self.adaln = settings.adaln
         self.stage = settings.stage
         self.grid = grid
         self.output = output
         self.keep: nn.Parameter | None = None
         if settings.channels:
-            keep = torch.ones(len(trunk.output_norm.weight))
+            keep = torch.ones(trunk.channels)
             keep[list(settings.channels)] = 0.0
             self.keep = constant(keep)
 
-    def forward(self, image: torch.Tensor, noise: torch.Tensor | None = None) -> torch.Tensor:
+    def forward(self, image: torch.Tensor, *feeds: torch.Tensor) -> torch.Tensor:
         """Features [B, C, h, w].
 
         Args:
             image: uint8 [B, H, W, 3], RGB.
-            noise: eps, float32 [E, c, h', w'], when it is not baked.
+            feeds: one tensor for each of `inputs`; eps is float32 [E, c, h', w'].
         """
+        named = dict(zip(self.inputs, feeds, strict=True))
+        given, signal, noise_scale = self.condition(named)
         pixels = image.to(torch.float32).permute(0, 3, 1, 2) * (1 / 127.5) - 1.0
-        z = self._average(self.trunk(self._add_noise(self.encoder(pixels), noise)))
+        noise = named[NOISE] if self.noise is None else self.noise
+        x_t = self._add_noise(self.encoder(pixels) * signal, noise * noise_scale)
+        z = self._average(self.trunk(x_t, given))
         if self.stage == "before":
             z = self._discard(z)
         if self.adaln:
-            z = self.trunk.output_norm(z)
+            z = self.trunk.modulate(z, given)
         if self.stage == "after":
             z = self._discard(z)
         return z.transpose(1, 2).unflatten(2, self.grid).to(self.output)
 
-    def _add_noise(self, x_0: torch.Tensor, noise: torch.Tensor | None) -> torch.Tensor:
+    def _add_noise(self, x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t [B * E, c, h', w']."""
-        if self.noise is not None:
-            scaled: torch.Tensor = self.noise
-        else:
-            assert noise is not None
-            scaled = self.level.noise * noise
         if self.ensemble == 1:
-            return self.level.signal * x_0 + scaled
-        return (self.level.signal * x_0.unsqueeze(1) + scaled).flatten(0, 1)
+            return x_0 + noise
+        return (x_0.unsqueeze(1) + noise).flatten(0, 1)
 
     def _average(self, tokens: torch.Tensor) -> torch.Tensor:
         """Mean over the ensemble [B, N, C]."""

@@ -5,11 +5,17 @@ Weights are kept [in, out], so that the graph has no Transpose in front of a Mat
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ditf.export.checkpoint import Weights
+from ditf.export.graph.precision import Precision
+from ditf.export.weights import Weights
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of a rotary position embedding, each [N, D / 2]."""
 
 
 def constant(tensor: torch.Tensor) -> nn.Parameter:
@@ -44,38 +50,139 @@ def read_linear(weights: Weights, *names: str) -> tuple[torch.Tensor, torch.Tens
     return weight, torch.cat([weights.tensor(f"{name}.bias") for name in names])
 
 
-class ModulatedNorm(nn.Module):
-    """(1 + scale) * LayerNorm(x) + shift, float32, as one LayerNormalization node.
-
-    With scale and shift fixed they are the norm's own affine parameters: the modulation costs no node
-    and no rounding, and TensorRT computes the whole in float32.
-
-    Args:
-        scale, shift: [C] float32.
-        eps: of the model's own norm.
-    """
-
-    def __init__(self, scale: torch.Tensor, shift: torch.Tensor, eps: float) -> None:
-        super().__init__()
-        self.weight = constant(1.0 + scale)
-        self.bias = constant(shift)
-        self.eps = eps
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.layer_norm(x, self.weight.shape, self.weight, self.bias, self.eps)
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, N, C] -> [B, H, N, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 
-def attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, heads: int) -> torch.Tensor:
-    """Multi-head attention [B, N, C] x [B, M, C] -> [B, N, C].
+def attention(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Multi-head attention [B, H, N, D] x [B, H, M, D] -> [B, N, C].
 
     The query is expected to be scaled by head_dim**-0.5 already: folded into its weights, that is
     free and keeps the logits small in float16. Written out rather than left to torch's exporter,
     which scales query and key separately.
+
+    Args:
+        bias: [M], added to the logits.
     """
-    query, key, value = (_split(x, heads) for x in (query, key, value))
-    weights = torch.softmax(query @ key.transpose(-1, -2), dim=-1)
-    return (weights @ value).transpose(1, 2).flatten(2)
+    logits = query @ key.transpose(-1, -2)
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    return (torch.softmax(logits, dim=-1) @ value).transpose(1, 2).flatten(2)
 
 
-def _split(x: torch.Tensor, heads: int) -> torch.Tensor:
-    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+@dataclass(frozen=True)
+class AttentionNames:
+    """Where one stream of an attention has its tensors, and what is done to query and key.
+
+    Attributes:
+        projections: modules of query, key and value.
+        norms: modules of the query's and the key's RMSNorm over a head; None where there is none.
+        rotary: whether query and key are rotated.
+    """
+
+    projections: tuple[str, str, str]
+    norms: tuple[str, str] | None = None
+    rotary: bool = False
+    eps: float = 1e-6
+
+
+class HeadProjection(nn.Module):
+    """Query, key and value of one stream, as heads: linears, RMSNorm, rotary embedding.
+
+    Interleaved pairs are rotated as two halves: the rows of the query's and the key's weights are
+    permuted alike, which no inner product sees.
+
+    Args:
+        query: False where the stream is only attended to.
+    """
+
+    def __init__(
+        self, weights: Weights, names: AttentionNames, heads: int, precision: Precision, query: bool = True
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = query
+        self.eps = names.eps
+        self.rotary = names.rotary
+        self.dtype = precision.compute
+        self.norm_query: nn.Parameter | None = None
+        self.norm_key: nn.Parameter | None = None
+        parts = []
+        for role, name in zip("qkv", names.projections, strict=True):
+            if role == "q" and not query:
+                continue
+            weight, bias = read_linear(weights, name)
+            head_dim = len(weight) // heads
+            scale = head_dim**-0.5 if role == "q" and names.norms is None else 1.0
+            order = torch.arange(len(weight))
+            if names.rotary and role != "v":
+                order = order.reshape(heads, head_dim // 2, 2).transpose(1, 2).flatten()
+            parts.append((weight[order] * scale, None if bias is None else bias[order] * scale))
+        bias_parts = [bias for _, bias in parts if bias is not None]
+        self.linear = Linear(
+            torch.cat([weight for weight, _ in parts]),
+            torch.cat(bias_parts) if bias_parts else None,
+            precision.compute,
+        )
+        if names.norms is not None:
+            if query:
+                self.norm_query = self._norm_weight(weights, names.norms[0], head_dim, head_dim**-0.5)
+            self.norm_key = self._norm_weight(weights, names.norms[1], head_dim, 1.0)
+
+    def _norm_weight(self, weights: Weights, name: str, head_dim: int, scale: float) -> nn.Parameter:
+        if f"{name}.weight" in weights:
+            weight = weights.tensor(f"{name}.weight")
+        else:
+            weight = torch.ones(head_dim)
+        if self.rotary:
+            weight = weight.reshape(-1, 2).T.flatten()
+        return constant(weight * scale)
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """[B, N, C] -> query (or None), key and value, each [B, H, N, D] in the graph's precision.
+
+        Args:
+            rotary: None for tokens at the origin, which a rotation leaves as they are.
+        """
+        if self.query:
+            query, key, value = self.linear(x).chunk(3, dim=-1)
+            head_query = self._finish(query, self.norm_query, rotary)
+        else:
+            key, value = self.linear(x).chunk(2, dim=-1)
+            head_query = None
+        return head_query, self._finish(key, self.norm_key, rotary), split_heads(value, self.heads)
+
+    def _finish(self, x: torch.Tensor, norm: nn.Parameter | None, rotary: Rotary | None) -> torch.Tensor:
+        """Normalise and rotate, float32: squares of an un-normalised query pass float16's range."""
+        x = split_heads(x, self.heads)
+        if norm is None and rotary is None:
+            return x
+        x = x.to(torch.float32)
+        if norm is not None:
+            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * norm
+        if rotary is not None:
+            x = rotate(x, rotary)
+        return x.to(self.dtype)
+
+
+def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate the two halves of [B, H, N, D] against each other."""
+    cosine, sine = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+class FeedForward(nn.Module):
+    """First half of a diffusers `FeedForward` with gelu-approximate: the hidden activations."""
+
+    def __init__(self, weights: Weights, name: str, precision: Precision) -> None:
+        super().__init__()
+        self.up = Linear(*read_linear(weights, name), precision.compute)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return functional.gelu(self.up(x), approximate="tanh")

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ditf.export.graph.layers import ModulatedNorm, constant
+from ditf.export.graph.layers import constant
+from ditf.export.graph.modulation import ModulatedNorm
+
+Given = Mapping[str, torch.Tensor]
+"""What a condition turns into before it meets the image: `modulation` [R, C], text, ... Empty for a trunk
+that has it as constants. The last two rows of the modulation are block k's shift and scale."""
 
 
 class PatchEmbedder(nn.Module):
@@ -16,38 +22,44 @@ class PatchEmbedder(nn.Module):
 
     Args:
         weight: [C, c, p, p]; bias: [C].
-        position: [N, C], the position embedding at the export's grid.
+        position: [N, C], the position embedding at the export's grid, if the model adds one.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor, position: torch.Tensor) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, position: torch.Tensor | None
+    ) -> None:
         super().__init__()
         self.weight = constant(weight)
-        self.bias = constant(bias)
-        self.position = constant(position)
+        self.bias = None if bias is None else constant(bias)
+        self.position = None if position is None else constant(position)
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         patches = functional.conv2d(latents, self.weight, self.bias, stride=self.weight.shape[-1])
-        return patches.flatten(2).transpose(1, 2) + self.position
+        tokens = patches.flatten(2).transpose(1, 2)
+        return tokens if self.position is None else tokens + self.position
 
 
-class Trunk(nn.Module):
-    """Blocks 0..k-1 of a transformer at a fixed timestep and condition.
+class Trunk(nn.Module, ABC):
+    """Blocks 0..k-1 of a transformer.
 
     Args:
         embedder: latents [B, c, h', w'] -> tokens [B, N, C].
-        blocks: k blocks, each residual -> residual.
         output_norm: block k's own first norm with its modulation; applied by the feature tail.
+        channels: C.
     """
 
-    def __init__(self, embedder: nn.Module, blocks: Sequence[nn.Module], output_norm: ModulatedNorm) -> None:
+    def __init__(self, embedder: nn.Module, output_norm: ModulatedNorm, channels: int) -> None:
         super().__init__()
+        self.channels = channels
         self.embedder = embedder
-        self.blocks = nn.ModuleList(blocks)
         self.output_norm = output_norm
 
-    def forward(self, latents: torch.Tensor) -> torch.Tensor:
-        """Hidden states [B, N, C], float32, that enter block k."""
-        x: torch.Tensor = self.embedder(latents)
-        for block in self.blocks:
-            x = block(x)
-        return x
+    @abstractmethod
+    def forward(self, latents: torch.Tensor, given: Given) -> torch.Tensor:
+        """Hidden states [B, N, C], float32, that enter block k; image tokens only."""
+
+    def modulate(self, z: torch.Tensor, given: Given) -> torch.Tensor:
+        """Block k's own first norm and modulation of [B, N, C]."""
+        rows = given["modulation"][-2:] if "modulation" in given else None
+        modulated: torch.Tensor = self.output_norm(z, rows)
+        return modulated

@@ -57,10 +57,10 @@ def test_other_bundles(ditf, demo_bundle_float32, pixart_bundle):
 @pytest.mark.parametrize(
     "tensor",
     [
-        "blocks.0.attention.qkv.weight",
+        "blocks.0.attention.project.linear.weight",
         "blocks.4.feed_forward.up.weight",
-        "blocks.8.attention.out.weight",
-        "blocks.8.feed_forward.down.weight",
+        "blocks.8.attention.out.linear.weight",
+        "blocks.8.feed_forward_out.linear.weight",
     ],
 )
 def test_one_changed_weight(ditf, copy, tmp_path, tensor):
@@ -78,7 +78,7 @@ def test_one_changed_weight(ditf, copy, tmp_path, tensor):
 
 
 def test_a_weight_of_nan(ditf, copy):
-    change_weight(copy, "blocks.3.attention.qkv.weight", np.nan)
+    change_weight(copy, "blocks.3.attention.project.linear.weight", np.nan)
     sign(copy, "features.onnx.data")
     done = ditf("check", copy, "--json", "check.json")
     assert done.returncode == 1

@@ -32,7 +32,7 @@ def test_the_first_command(ditf, tmp_path):
         (["--layer", "99"], 2, "layers 0..11, or block.0..block.11"),
         (["--size", "100x100"], 2, "nearest are 96x96 and 104x104"),
         (["--size", "large"], 2, "is not HxW"),
-        (["--discard", "many"], 2, "is not auto, none or channels"),
+        (["--discard", "many"], 2, "is not auto, published, none or channels"),
         (["--batch", "some"], 2, "is not a number or dynamic"),
         (["--noise", "pink"], 2, "--noise pink"),
         (["--ensemble", "0"], 2, "--ensemble 0"),

@@ -11,6 +11,8 @@ from ditf.export.checkpoint import open_checkpoint
 from ditf.export.families import FAMILIES, family_of
 from ditf.export.families.base import Blocks
 from ditf.runtime.errors import InputError
+from tests.checkpoints import SAVE
+from tests.export.parity import family_named
 
 FLUX = Blocks((("double", 19), ("single", 38)))
 
@@ -47,6 +49,10 @@ def test_an_unknown_family_lists_the_known_ones(tiny_pixart, tmp_path):
         family_of(checkpoint)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_says_where_its_defaults_come_from(family):
-    assert family.defaults.source
+@pytest.mark.parametrize("name", SAVE)
+def test_every_family_says_where_its_defaults_come_from(checkpoint, name):
+    assert family_named(checkpoint(name)).defaults.source
+
+
+def test_every_family_has_a_tiny_checkpoint(checkpoint):
+    assert {type(family_named(checkpoint(name))) for name in SAVE} == set(FAMILIES)

@@ -25,7 +25,7 @@ def by_hand(tiny_pixart):
     pixels = image.permute(2, 0, 1)[None] / 127.5 - 1
     eps = torch.randn((2, 4, 16, 12), generator=torch.Generator().manual_seed(1))
     with open_checkpoint(str(tiny_pixart)) as checkpoint, torch.no_grad():
-        condition = family_of(checkpoint).encode_condition(checkpoint, "a cat", None)
+        condition = family_of(checkpoint).encode_conditions(checkpoint, ["a cat"], None)[0]
         x_0 = vae.encode(pixels).latent_dist.mean * vae.config.scaling_factor
         x_t = DDPMScheduler(beta_schedule="linear").add_noise(x_0.repeat(2, 1, 1, 1), eps, torch.tensor(300))
         seen = {}
@@ -35,8 +35,8 @@ def by_hand(tiny_pixart):
         )
         transformer(
             x_t,
-            encoder_hidden_states=condition["encoder_hidden_states"].repeat(2, 1, 1),
-            encoder_attention_mask=condition["encoder_attention_mask"].repeat(2, 1),
+            encoder_hidden_states=condition["prompt_embeds"].repeat(2, 1, 1),
+            encoder_attention_mask=condition["prompt_attention_mask"].repeat(2, 1),
             timestep=torch.tensor([TIMESTEP, TIMESTEP]),
             added_cond_kwargs={"resolution": None, "aspect_ratio": None},
         )
@@ -48,9 +48,9 @@ def by_hand(tiny_pixart):
 def reference(tiny_pixart):
     with open_checkpoint(str(tiny_pixart)) as checkpoint:
         family = family_of(checkpoint)
-        condition = family.encode_condition(checkpoint, "a cat", None)
+        condition = family.encode_conditions(checkpoint, ["a cat"], None)[0]
         noise = draw_noise(2, (4, 16, 12), 1)
-        return Reference(checkpoint, family, LAYER, condition, TIMESTEP, SIZE, noise)
+        return Reference(checkpoint, family, LAYER, SIZE, noise).under(condition, TIMESTEP)
 
 
 @pytest.mark.parametrize("stage", ["before", "after"])

@@ -22,9 +22,9 @@ from tests.checkpoints import PIXART_WIDTH
 def test_only_the_modulation_of_block_k_is_read(tiny_pixart, layer):
     with open_checkpoint(str(tiny_pixart)) as checkpoint:
         family = family_of(checkpoint)
-        condition = family.encode_condition(checkpoint, "a cat", None)
         weights = checkpoint.weights("transformer")
-        family.build_trunk(weights, TrunkSpec(layer, condition, 261, (64, 64), (8, 8), FLOAT32))
+        family.conditioner(weights, layer, (64, 64), FLOAT32)
+        family.trunk(weights, TrunkSpec(layer, (64, 64), (8, 8), 5, FLOAT32), None)
     blocks = {name for name in weights.read if name.startswith("transformer_blocks.")}
     beyond = {name for name in blocks if int(name.split(".")[1]) >= layer}
     assert beyond == {f"transformer_blocks.{layer}.scale_shift_table"}

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ditf.runtime.errors import BundleError
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
-FIELDS = [field.name for field in fields(Manifest)]
+OPTIONAL = ("conditions", "guidance", "text_tokens", "removed")  # bundles of earlier versions have none
+FIELDS = [field.name for field in fields(Manifest) if field.name not in OPTIONAL]
 
 json_values = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
@@ -56,6 +57,13 @@ def test_missing_field_is_named(document, tmp_path, name):
     with pytest.raises(BundleError, match="not a ditf manifest" if name == "schema" else name) as caught:
         read_manifest(write(tmp_path, rest))
     assert "export the bundle again" in caught.value.fix
+
+
+def test_fields_that_earlier_bundles_lack(document, tmp_path):
+    rest = {key: value for key, value in document.items() if key not in OPTIONAL}
+    assert read_manifest(write(tmp_path, rest)).conditions == []
+    with pytest.raises(BundleError, match="conditions are missing"):
+        read_manifest(write(tmp_path, {**rest, "conditioning": "bank"}))
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,175 @@
+"""The conditions of an export: which prompts or classes at which timesteps, and what they are called."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.families.base import Condition, Defaults, Family
+from ditf.export.options import ExportOptions
+from ditf.runtime.errors import InputError
+
+NULL_CLASS = "null"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One condition of a bundle.
+
+    Attributes:
+        name: what the runtime calls it.
+        prompt, class_label: one of them; `class_label` None and no prompt is the null class.
+        timestep: diffusion timestep.
+        condition: what the text encoders made of it, once they ran.
+    """
+
+    name: str
+    prompt: str | None
+    class_label: int | None
+    timestep: int
+    condition: Condition
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "prompt": self.prompt,
+            "class_label": self.class_label,
+            "timestep": self.timestep,
+        }
+
+
+def plan_entries(
+    options: ExportOptions, checkpoint: Checkpoint, family: Family, defaults: Defaults
+) -> tuple[Entry, ...]:
+    """The entries an export asks for, not encoded yet: every subject at every timestep.
+
+    Raises:
+        InputError: a prompt for a class-conditional model or the reverse, names that collide, more than
+            one entry to bake.
+    """
+    timesteps = options.timestep or (defaults.timestep,)
+    subjects = (
+        _prompts(options, family, defaults) if family.takes_prompt else _classes(options, checkpoint, family)
+    )
+    entries = tuple(
+        Entry(f"{name}@{timestep}" if len(timesteps) > 1 else name, prompt, label, timestep, {})
+        for (name, prompt, label), timestep in itertools.product(subjects, timesteps)
+    )
+    names = [entry.name for entry in entries]
+    for name in names:
+        if names.count(name) > 1:
+            raise InputError(f"two conditions are called {name!r}", "give every prompt its own name")
+    if options.conditioning == "bake" and len(entries) > 1:
+        raise InputError(
+            f"{len(entries)} conditions cannot be baked into one graph", "add --conditioning bank"
+        )
+    return entries
+
+
+def _prompts(
+    options: ExportOptions, family: Family, defaults: Defaults
+) -> list[tuple[str, str | None, int | None]]:
+    if options.class_label:
+        raise InputError(f"{family.name} is text-conditional and takes no class label", "use --prompt")
+    named = [(prompt, prompt) for prompt in options.prompt]
+    if options.prompts is not None:
+        named += read_prompts(options.prompts)
+    if not named:
+        assert defaults.prompt is not None
+        named = [(defaults.prompt, defaults.prompt)]
+    return [(name, prompt, None) for name, prompt in named]
+
+
+def _classes(
+    options: ExportOptions, checkpoint: Checkpoint, family: Family
+) -> list[tuple[str, str | None, int | None]]:
+    if options.prompt or options.prompts is not None:
+        raise InputError(f"{family.name} is class-conditional and takes no prompt", "use --class-label")
+    if not options.class_label:
+        return [(NULL_CLASS, None, None)]
+    names = checkpoint.class_names()
+    return [(label, None, _class_number(label, names)) for label in options.class_label]
+
+
+def _class_number(label: str, names: Mapping[str, int]) -> int:
+    if label.isdecimal():
+        return int(label)
+    if label in names:
+        return names[label]
+    known = f"{len(names)} names, such as {next(iter(names))!r}" if names else "numbers only"
+    raise InputError(f"no class is called {label!r}", f"this checkpoint has {known}")
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """(name, prompt) of each line `name: prompt`; empty lines and lines that start with # are left out.
+
+    Raises:
+        InputError: unreadable, a line without a name, or no line.
+    """
+    try:
+        lines = path.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"--prompts {path} cannot be read ({error})", "give a text file") from error
+    named = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, colon, prompt = line.partition(":")
+        if not colon or not name.strip() or not prompt.strip():
+            raise InputError(f"{path}, line {number} is not 'name: prompt': {line.strip()[:40]!r}")
+        named.append((name.strip(), prompt.strip()))
+    if not named:
+        raise InputError(f"{path} holds no prompt", "write lines such as: cat: a photo of a cat")
+    return named
+
+
+def encode(
+    entries: Sequence[Entry], family: Family, checkpoint: Checkpoint, guidance: float | None
+) -> tuple[Entry, ...]:
+    """The entries with their conditions, trimmed to the text tokens that matter in any of them.
+
+    Raises:
+        InputError: a prompt too long, a class out of range, an encoder that gives NaN.
+    """
+    subjects: list[str | int] = []
+    for entry in entries:
+        subject = entry.prompt if entry.prompt is not None else entry.class_label
+        subjects.append(family.null_class if subject is None else subject)
+    unique = list(dict.fromkeys(subjects))
+    conditions = dict(zip(unique, family.encode_conditions(checkpoint, unique, guidance), strict=True))
+    for subject, condition in conditions.items():
+        for name, tensor in condition.items():
+            if not torch.isfinite(tensor).all():
+                raise InputError(
+                    f"{name} of {subject!r} holds NaN or infinity", "the text encoder's weights are damaged"
+                )
+    return tuple(
+        replace(entry, condition=conditions[subject])
+        for entry, subject in zip(entries, subjects, strict=True)
+    )
+
+
+def trim(entries: Sequence[Entry], family: Family, tokens: int | None) -> tuple[Entry, ...]:
+    """The entries without the text tokens that are masked in all of them, which is exact.
+
+    Args:
+        tokens: of T5, to trim to (--text-tokens), an approximation.
+    """
+    longest = max(family.text_tokens(entry.condition) for entry in entries)
+    if tokens is not None:
+        longest = min(longest, family.leading_tokens + tokens)
+    return tuple(replace(entry, condition=family.trim_text(entry.condition, longest)) for entry in entries)
+
+
+def describe(entries: Sequence[Entry]) -> str:
+    """For people: what is encoded."""
+    if len(entries) == 1:
+        return f"the condition {json.dumps(entries[0].name)}"
+    return f"{len(entries)} conditions"

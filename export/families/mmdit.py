@@ -1,0 +1,65 @@
+"""What SD3 and FLUX share: a pooled condition for AdaLN, text tokens in a stream of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import nn
+
+from ditf.export.graph.condition import Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.layers import Linear, read_linear
+from ditf.export.graph.precision import Precision
+from ditf.export.weights import Weights
+
+
+class PooledConditioner(Conditioner):
+    """Timestep, pooled text (and guidance) -> modulation; text embeddings -> text tokens.
+
+    Args:
+        weights: of the transformer.
+        embedding: its `time_text_embed`.
+        linears: AdaLN linears and how many rows of each are used, in the order of the rows.
+        context: name of the text embedder, None where no block reads the text.
+        guidance: whether `embedding` takes it.
+        channels: C.
+        precision: of the stacked AdaLN linear and of the text embedder.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        embedding: nn.Module,
+        linears: Sequence[tuple[str, int]],
+        context: str | None,
+        guidance: bool,
+        channels: int,
+        precision: Precision,
+    ) -> None:
+        super().__init__()
+        self.embedding = with_constant_frequencies(embedding)
+        used = []
+        for name, rows in linears:
+            weight, bias = read_linear(weights, name)
+            kept = slice(rows * channels)
+            used.append((weight[kept], None if bias is None else bias[kept]))
+        self.projection = Projection(used, precision.compute)
+        self.context = None
+        if context is not None:
+            self.context = Linear(*read_linear(weights, context), precision.compute)
+        self.guidance = guidance
+        self.inputs = (  # type: ignore[misc]
+            "pooled_prompt_embeds",
+            *(("prompt_embeds",) if context else ()),
+            *(("guidance",) if guidance else ()),
+        )
+
+    def forward(
+        self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        pooled = condition["pooled_prompt_embeds"]
+        middle = (condition["guidance"] * 1000.0,) if self.guidance else ()
+        given = {"modulation": self.projection(self.embedding(timestep, *middle, pooled))}
+        if self.context is not None:
+            given["text"] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
+        return given

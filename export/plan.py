@@ -1,0 +1,162 @@
+"""What an export will do: everything that is decided, and refused, before a weight is read."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from ditf.export.checkpoint import DEMO, Checkpoint
+from ditf.export.conditions import Entry, plan_entries
+from ditf.export.demo import DEMO_DEFAULTS
+from ditf.export.families import family_of
+from ditf.export.families.base import Defaults, Family
+from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
+from ditf.export.latents import LatentSpace
+from ditf.export.noise import draw_noise, noise_level, noise_levels
+from ditf.export.options import ExportOptions
+from ditf.export.pretrained import check_structure
+from ditf.runtime.errors import InputError
+from ditf.runtime.images import list_images
+
+
+@dataclass(frozen=True)
+class Plan:
+    """An export, decided.
+
+    Attributes:
+        entries: the conditions, not encoded yet.
+        levels: signal and noise of every timestep, float64 [T, 2].
+        discard: channels, or None to measure them.
+    """
+
+    options: ExportOptions
+    checkpoint: Checkpoint
+    family: Family
+    latents: LatentSpace
+    layer: int
+    entries: tuple[Entry, ...]
+    guidance: float | None
+    size: tuple[int, int]
+    levels: torch.Tensor
+    discard: tuple[int, ...] | None
+    precision: Precision
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        cell = self.latents.stride * self.family.patch_size
+        return (self.size[0] // cell, self.size[1] // cell)
+
+    @property
+    def output(self) -> Path:
+        if self.options.output is not None:
+            return self.options.output
+        name = Path(self.options.model.rstrip("/")).name
+        suffix = "fp16" if self.options.fp16 else "fp32"
+        return Path("bundles") / f"{name}-l{self.layer}-{suffix}"
+
+    @property
+    def output_dtype(self) -> torch.dtype:
+        """Without the norm the hidden states keep their massive values, which float16 may not hold."""
+        return self.precision.output if self.options.adaln else torch.float32
+
+    def noise(self) -> torch.Tensor:
+        """eps, float32 [E, c, h', w']."""
+        height, width = (length // self.latents.stride for length in self.size)
+        shape = (self.latents.channels, height, width)
+        return draw_noise(self.options.ensemble, shape, self.options.seed)
+
+
+def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
+    """Decide an export.
+
+    Raises:
+        DitfError: options that contradict each other or the checkpoint, or a checkpoint whose config and
+            weights do.
+    """
+    family = family_of(checkpoint)
+    if options.batch != "dynamic" and options.batch < 1:
+        raise InputError(f"batch {options.batch} is out of range", "choose 1 or more, or dynamic")
+    defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
+    default_layer = family.blocks.count // 2 if defaults.layer is None else defaults.layer
+    layer = family.blocks.resolve(options.layer or str(default_layer))
+    discard = _discard(options, family)
+    if options.calibration_images is not None:
+        list_images(options.calibration_images)
+    entries = plan_entries(options, checkpoint, family, defaults)
+    scheduler = checkpoint.config("scheduler")
+    for entry in entries:
+        noise_level(scheduler, entry.timestep)
+    latents = LatentSpace.of(checkpoint, family.latent_channels)
+    size = _size(options.size or defaults.size, family, latents)
+    guidance = _guidance(options, family, defaults)
+    _check_text_tokens(options, family)
+    check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
+    return Plan(
+        options=options,
+        checkpoint=checkpoint,
+        family=family,
+        latents=latents,
+        layer=layer,
+        entries=entries,
+        guidance=guidance,
+        size=size,
+        levels=noise_levels(scheduler),
+        discard=discard,
+        precision=FLOAT16 if options.fp16 else FLOAT32,
+    )
+
+
+def _discard(options: ExportOptions, family: Family) -> tuple[int, ...] | None:
+    if options.discard == "auto":
+        return None
+    if options.discard == "none":
+        return ()
+    if options.discard == "published":
+        published = family.defaults.channels
+        if published is None:
+            raise InputError(
+                f"no massive channels are published for this {family.name}",
+                "use --discard auto, which measures",
+            )
+        return published
+    for channel in options.discard:
+        if not 0 <= channel < family.channels:
+            raise InputError(f"--discard {channel} is out of range", f"channels are 0..{family.channels - 1}")
+    return tuple(sorted(set(options.discard)))
+
+
+def _guidance(options: ExportOptions, family: Family, defaults: Defaults) -> float | None:
+    if family.takes_guidance:
+        return defaults.guidance if options.guidance is None else options.guidance
+    if options.guidance is not None:
+        raise InputError(f"this {family.name} takes no guidance", "leave --guidance out")
+    return None
+
+
+def _check_text_tokens(options: ExportOptions, family: Family) -> None:
+    if options.text_tokens is not None and not family.takes_prompt:
+        raise InputError(f"{family.name} reads no text", "leave --text-tokens out")
+
+
+def _size(size: tuple[int, int] | None, family: Family, latents: LatentSpace) -> tuple[int, int]:
+    cell = latents.stride * family.patch_size
+    if size is None:
+        side = family.sample_size * latents.stride
+        return (side, side)
+    if not all(length >= cell and length % cell == 0 for length in size):
+        below = [max(cell, length // cell * cell) for length in size]
+        above = [-(-max(length, 1) // cell) * cell for length in size]
+        raise InputError(
+            f"size {size[0]}x{size[1]} is not a multiple of {cell} (patch {family.patch_size} x VAE stride"
+            f" {latents.stride})",
+            f"the nearest are {below[0]}x{below[1]} and {above[0]}x{above[1]}",
+        )
+    largest = family.largest_grid
+    if largest is not None and max(size) > largest * cell:
+        raise InputError(
+            f"size {size[0]}x{size[1]} is beyond this model's position embedding",
+            f"choose at most {largest * cell}x{largest * cell}",
+        )
+    return size

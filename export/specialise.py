@@ -1,0 +1,128 @@
+"""Making the features graph of a plan: constants where the condition is fixed, inputs where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ditf.export.conditions import Entry
+from ditf.export.families.base import TrunkSpec
+from ditf.export.graph.condition import (
+    LEVEL,
+    TIMESTEP,
+    BakedCondition,
+    BankedCondition,
+    Conditioner,
+    ConditionSource,
+    LiveCondition,
+)
+from ditf.export.graph.encoder import KLEncoder, PixelEncoder
+from ditf.export.graph.features import NOISE, FeaturesGraph
+from ditf.export.graph.precision import FLOAT32
+from ditf.export.noise import NoiseLevel
+from ditf.export.plan import Plan
+from ditf.export.reference import FeatureSettings
+
+Feeds = dict[str, torch.Tensor]
+
+
+@dataclass(frozen=True)
+class Specialised:
+    """A features graph, and what it is fed beside the image.
+
+    Attributes:
+        graph: the module to trace.
+        feeds: for each entry, one tensor for each of `graph.inputs`.
+        condition_inputs: those of the inputs that belong to the condition.
+        read_by_trunk, read_by_conditioner: names of the tensors of the checkpoint that each read.
+    """
+
+    graph: FeaturesGraph
+    feeds: list[Feeds]
+    condition_inputs: tuple[str, ...]
+    read_by_trunk: set[str]
+    read_by_conditioner: set[str]
+
+
+@torch.no_grad()
+def specialise(
+    plan: Plan, entries: Sequence[Entry], noise: torch.Tensor, settings: FeatureSettings
+) -> Specialised:
+    """The features graph of a plan.
+
+    `bake` runs the family's conditioner now and makes what it says constants; `bank` runs it for every
+    entry and feeds that; `live` traces it.
+
+    Args:
+        entries: encoded and trimmed alike.
+        noise: eps.
+        settings: the feature's definition.
+    """
+    mode = plan.options.conditioning
+    live = mode == "live"
+    conditioner_weights = plan.checkpoint.weights("transformer")
+    conditioner = plan.family.conditioner(
+        conditioner_weights, plan.layer, plan.size, plan.precision if live else FLOAT32
+    ).eval()
+    trunk_weights = plan.checkpoint.weights("transformer")
+    spec = TrunkSpec(
+        plan.layer, plan.size, plan.grid, plan.family.text_length(entries[0].condition), plan.precision
+    )
+    given = [] if live else [_given(conditioner, entry) for entry in entries]
+    trunk = plan.family.trunk(trunk_weights, spec, given[0] if mode == "bake" else None)
+    levels = [plan.levels[entry.timestep].to(torch.float32) for entry in entries]
+    condition: ConditionSource
+    if mode == "bake":
+        signal, noise_scale = plan.levels[entries[0].timestep].tolist()
+        condition = BakedCondition(NoiseLevel(signal, noise_scale))
+        feeds: list[Feeds] = [{}]
+    elif mode == "bank":
+        condition = BankedCondition(tuple(given[0]))
+        feeds = [
+            {**_stored(row, plan.precision.compute), LEVEL: level}
+            for row, level in zip(given, levels, strict=True)
+        ]
+    else:
+        condition = LiveCondition(conditioner, plan.levels.to(torch.float32))
+        feeds = [
+            {
+                **{name: entry.condition[name] for name in conditioner.inputs},
+                TIMESTEP: torch.tensor([entry.timestep]),
+            }
+            for entry in entries
+        ]
+    baked_noise = plan.options.noise == "baked"
+    graph = FeaturesGraph(
+        _encoder(plan), condition, trunk, noise, baked_noise, settings, plan.grid, plan.output_dtype
+    )
+    if not baked_noise:
+        feeds = [{NOISE: noise, **feed} for feed in feeds]
+    return Specialised(
+        graph.eval(),
+        [{name: feed[name] for name in graph.inputs} for feed in feeds],
+        condition.inputs,
+        trunk_weights.read,
+        conditioner_weights.read,
+    )
+
+
+def _given(conditioner: Conditioner, entry: Entry) -> Feeds:
+    made: Feeds = conditioner(torch.tensor([entry.timestep]), entry.condition)
+    return made
+
+
+def _stored(row: Feeds, compute: torch.dtype) -> Feeds:
+    """A row of the bank as it is kept: keys and values in the graph's precision, what adds up in float32."""
+    return {
+        name: tensor.to(compute) if name in ("keys", "values") else tensor for name, tensor in row.items()
+    }
+
+
+def _encoder(plan: Plan) -> nn.Module:
+    latents = plan.latents
+    if not latents.vae:
+        return PixelEncoder()
+    return KLEncoder(latents.load_vae(plan.checkpoint), latents.shift, latents.scale, plan.precision)

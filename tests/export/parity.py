@@ -1,0 +1,83 @@
+"""A graph as a module against hooks on the unmodified model: whole maps, in the graph's own precision."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from ditf.calib.images import golden_pair
+from ditf.calib.parity import feature_parity, worst
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.conditions import encode, trim
+from ditf.export.options import ExportOptions
+from ditf.export.plan import make_plan
+from ditf.export.reference import FeatureSettings, Reference
+from ditf.export.specialise import specialise
+
+SETTINGS = FeatureSettings(channels=(3,))
+PROMPTS = ("a cat", "the head of a dog, seen from the left")
+LABELS = ("7", "0")
+
+
+def subjects(family, count):
+    """Options that name `count` conditions of a family."""
+    return {"prompt": PROMPTS[:count]} if family.takes_prompt else {"class_label": LABELS[:count]}
+
+
+@lru_cache(maxsize=4)
+def expected(folder: Path, layer: str, size, ensemble, count):
+    """What the unmodified model gives, for each of `count` conditions."""
+    plan, entries = planned(folder, layer, size, ensemble, count, "bank", False)
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
+    image = golden_pair(plan.size)[0]
+    maps = []
+    for entry in entries:
+        reference.under(entry.condition, entry.timestep)
+        maps.append(reference.features(reference.hidden_states(image), SETTINGS))
+    return maps
+
+
+def planned(folder, layer, size, ensemble, count, mode, fp16, **changes):
+    """The plan of an export, and its encoded entries."""
+    checkpoint = Checkpoint(folder, str(folder))
+    options = ExportOptions(
+        model=str(folder),
+        layer=layer,
+        size=size,
+        ensemble=ensemble,
+        fp16=fp16,
+        conditioning=mode,
+        discard=SETTINGS.channels,
+        **subjects(family_named(folder), count),
+        **changes,
+    )
+    plan = make_plan(options, checkpoint)
+    with torch.no_grad():
+        entries = encode(plan.entries, plan.family, checkpoint, plan.guidance)
+    return plan, entries
+
+
+@lru_cache
+def family_named(folder):
+    from ditf.export.families import family_of
+
+    return family_of(Checkpoint(folder, str(folder)))
+
+
+def module_parity(folder: Path, layer: str, mode: str, fp16: bool, size=(48, 80), ensemble=1):
+    """The worst metrics over the conditions of a graph, and the plan."""
+    count = 1 if mode == "bake" else 2
+    plan, entries = planned(folder, layer, size, ensemble, count, mode, fp16)
+    made = specialise(plan, trim(entries, plan.family, None), plan.noise(), SETTINGS)
+    image = torch.from_numpy(golden_pair(size)[:1])
+    metrics = []
+    for feeds, reference in zip(made.feeds, expected(folder, layer, size, ensemble, 2), strict=False):
+        with torch.no_grad():
+            actual = made.graph(image, *feeds.values())[0].numpy()
+        assert actual.shape == reference.shape
+        assert actual.dtype == (np.float16 if fp16 else np.float32)
+        metrics.append(feature_parity(actual.transpose(1, 2, 0), reference.transpose(1, 2, 0)))
+    return worst(metrics)

@@ -1,0 +1,100 @@
+"""Bundles of every family on ONNX Runtime against hooks on the unmodified model, and through TensorRT-RTX."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+import ditf
+from ditf.calib.images import golden_pair
+from ditf.calib.parity import feature_parity, worst
+from ditf.engines.tensorrt_rtx import build_engine
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.conditions import encode
+from ditf.export.exporter import export_bundle
+from ditf.export.options import ExportOptions
+from ditf.export.plan import make_plan
+from ditf.export.reference import FeatureSettings, Reference
+from tests.export.parity import family_named, subjects
+
+BUNDLES = [
+    # checkpoint, layer, conditioning, fp16, and what else is unusual
+    ("dit", "2", "bake", True, {"size": (48, 80)}),
+    ("dit", "1", "bank", False, {"ensemble": 3}),
+    ("dit", "2", "live", True, {}),
+    ("pixart", "3", "bake", False, {"ensemble": 3, "batch": "dynamic", "noise": "input"}),
+    ("pixart", "0", "live", True, {}),
+    ("pixart", "2", "live", False, {"size": (80, 48), "batch": "dynamic"}),
+    ("pixart-1024", "2", "live", True, {}),
+    ("sigma", "2", "bank", True, {"size": (48, 80), "ensemble": 3, "noise": "input"}),
+    ("sd3", "3", "bake", True, {"ensemble": 3}),
+    ("sd3", "1", "live", False, {"size": (48, 80)}),
+    ("sd35", "2", "bake", False, {"size": (48, 80), "batch": "dynamic", "ensemble": 3}),
+    ("sd35", "3", "bank", True, {"batch": "dynamic"}),
+    ("sd35-large", "2", "live", True, {}),
+    ("flux", "double.1", "bake", True, {"size": (48, 80)}),
+    ("flux", "single.0", "bank", False, {"size": (64, 64), "ensemble": 3}),
+    ("flux", "single.2", "bake", True, {"size": (48, 80), "batch": "dynamic", "ensemble": 3}),
+    ("flux", "single.2", "live", False, {"size": (80, 48)}),
+    ("schnell", "3", "bank", True, {"size": (64, 64), "noise": "input"}),
+]
+
+
+@pytest.mark.parametrize(("name", "layer", "mode", "fp16", "changes"), BUNDLES)
+def test_bundle(checkpoint, tmp_path, name, layer, mode, fp16, changes):
+    metrics, bundle = parity(checkpoint(name), tmp_path, layer, mode, fp16, **changes)
+    if fp16:
+        assert metrics["cosine_mean"] > 0.999
+        assert metrics["cosine_p01"] > 0.995
+    else:
+        assert metrics["cosine_p01"] > 0.99999
+        assert metrics["relative_error"] < 1e-5  # another order of summation
+    height, width = changes.get("size", (64, 64))
+    profile = {"image": tuple((n, height, width, 3) for n in (1, 2, 4))} if "batch" in changes else None
+    build_engine(bundle / "features.onnx", "sm_89", profile)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"adaln": False}, {"discard_stage": "after"}, {"discard": ()}, {"adaln": False, "discard": ()}],
+    ids=["no-adaln", "discard-after", "discard-none", "raw"],
+)
+def test_ablations(checkpoint, tmp_path, changes):
+    metrics, bundle = parity(checkpoint("pixart"), tmp_path, "2", "bake", True, **changes)
+    assert metrics["cosine_p01"] > 0.995
+    with ditf.load(bundle) as model:
+        features = model.run(golden_pair((64, 64))[:1])
+    if "adaln" in changes:
+        assert features.dtype == np.float32  # z may not fit float16
+    if changes.get("discard_stage") == "after":
+        assert not features[:, 3].any()
+
+
+def parity(folder, tmp_path, layer, mode, fp16, **changes):
+    """The worst metrics over the conditions of a bundle, and its path."""
+    settings = {"size": (64, 64), "discard": (3,), **changes}
+    options = ExportOptions(
+        model=str(folder),
+        layer=layer,
+        fp16=fp16,
+        conditioning=mode,
+        output=tmp_path / "bundle",
+        **subjects(family_named(folder), 1 if mode == "bake" else 2),
+        **settings,
+    )
+    bundle = export_bundle(options)
+    images = golden_pair(settings["size"])
+    plan = make_plan(options, Checkpoint(folder, str(folder)))
+    entries = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
+    chosen = FeatureSettings(options.discard, options.discard_stage, options.adaln)
+    metrics = []
+    with ditf.load(bundle) as model:
+        assert model.conditions == tuple(entry.name for entry in entries)
+        for entry in entries:
+            reference.under(entry.condition, entry.timestep)
+            actual = model.run(images, prompt=entry.name)
+            expected = np.stack([reference.features(reference.hidden_states(i), chosen) for i in images])
+            assert actual.shape == expected.shape
+            metrics.append(feature_parity(actual.transpose(0, 2, 3, 1), expected.transpose(0, 2, 3, 1)))
+    return worst(metrics), bundle

@@ -1,0 +1,73 @@
+"""Every family, layer, conditioning and precision against hooks on the unmodified diffusers model.
+
+Here the graph runs as a PyTorch module in its own precision, which is fast and hides no overflow;
+test_end_to_end.py runs a selection as bundles.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+
+from ditf.calib.images import golden_pair
+from ditf.calib.parity import feature_parity
+from ditf.export.conditions import trim
+from ditf.export.specialise import specialise
+from tests.export.parity import SETTINGS, module_parity, planned
+
+LAYERS = {
+    "dit": (0, 1, 3),
+    "pixart": (0, 1, 3),
+    "pixart-1024": (2,),
+    "sigma": (2,),
+    "sd3": (0, 1, 3),
+    "sd35": (0, 1, 2, 3),  # two attentions in blocks 0 and 1
+    "sd35-large": (2,),
+    "flux": (0, 1, 2, 3, 4),  # two double blocks, then three single ones
+    "schnell": (0, 2, 4),
+}
+CASES = [(name, layer) for name, layers in LAYERS.items() for layer in layers]
+SHAPES = [((64, 64), 3), ((48, 80), 1)]
+
+
+@pytest.mark.parametrize(("name", "layer"), CASES)
+@pytest.mark.parametrize(("size", "ensemble"), SHAPES, ids=["square-ensemble", "not-square"])
+def test_every_mode_and_precision_is_the_unmodified_model(checkpoint, name, layer, size, ensemble):
+    for mode in ("bake", "bank", "live"):
+        exact = module_parity(checkpoint(name), str(layer), mode, False, size, ensemble)
+        assert exact["cosine_p01"] > 0.99999, mode
+        assert exact["relative_error"] < 2e-6, mode  # another order of summation, a few blocks deep
+        half = module_parity(checkpoint(name), str(layer), mode, True, size, ensemble)
+        assert half["cosine_mean"] > 0.999, mode
+        assert half["cosine_p01"] > 0.995, mode
+
+
+@pytest.mark.parametrize("name", ["dit", "pixart", "sd35", "flux"])
+def test_bake_and_bank_agree_to_rounding(checkpoint, name):
+    image = torch.from_numpy(golden_pair((48, 80))[:1])
+    maps = []
+    for mode in ("bake", "bank"):
+        plan, entries = planned(checkpoint(name), "2", (48, 80), 1, 1, mode, False)
+        made = specialise(plan, trim(entries, plan.family, None), plan.noise(), SETTINGS)
+        with torch.no_grad():
+            maps.append(made.graph(image, *made.feeds[0].values())[0].numpy().transpose(1, 2, 0))
+    assert feature_parity(maps[0], maps[1])["relative_error"] < 2e-6
+
+
+@pytest.mark.parametrize("name", ["pixart", "sd35", "flux"])
+def test_conditions_of_a_bank_differ(checkpoint, name):
+    """The prompt reaches the features; else the tests above would pass on a graph that ignores it."""
+    plan, entries = planned(checkpoint(name), "3", (48, 80), 1, 2, "bank", False)
+    made = specialise(plan, trim(entries, plan.family, None), plan.noise(), SETTINGS)
+    image = torch.from_numpy(golden_pair((48, 80))[:1])
+    with torch.no_grad():
+        first, second = (made.graph(image, *feeds.values()).numpy() for feeds in made.feeds)
+    assert np.abs(first - second).max() > 1e-3
+
+
+def test_text_that_no_block_reads_is_no_input(checkpoint):
+    """At layer 0 no text is read: only what modulates block 0 remains."""
+    plan, entries = planned(checkpoint("flux"), "0", (48, 80), 1, 1, "live", False)
+    made = specialise(plan, entries, plan.noise(), SETTINGS)
+    assert made.condition_inputs == ("pooled_prompt_embeds", "guidance", "timestep")
