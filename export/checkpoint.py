@@ -12,11 +12,10 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from ditf.export.weights import SafetensorsWeights, Weights
-from ditf.runtime.errors import InputError, MissingComponent
+from ditf.runtime.errors import InputError
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
-_HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model", "*.jinja")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _AGAIN = "download or save the checkpoint again"
@@ -99,7 +98,7 @@ class Checkpoint:
 
     def loading_variant(self, component: str) -> str | None:
         """The variant to name to `from_pretrained`, which looks for plain files otherwise."""
-        return _variant_of(weight_files(self.path / component, self.variant)[0])
+        return variant_of(weight_files(self.path / component, self.variant)[0])
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:
@@ -146,7 +145,10 @@ def open_checkpoint(
     elif path.exists():
         raise InputError(f"{model} is a file, not a checkpoint directory", "pass its directory")
     elif _HUB_ID.match(model):
-        checkpoint = _download(model, revision, variant)
+        from ditf.export.hub import download
+
+        snapshot = download(model, revision, variant)
+        checkpoint = Checkpoint(snapshot, model, revision=snapshot.name, variant=variant)
     else:
         raise InputError(
             f"{model}: no such directory", "pass a checkpoint directory, a hub id (name/model) or 'demo'"
@@ -154,31 +156,6 @@ def open_checkpoint(
     checkpoint.config("transformer")
     checkpoint.check_complete()
     yield checkpoint
-
-
-def _download(model: str, revision: str | None, variant: str | None) -> Checkpoint:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-
-    try:
-        path = Path(snapshot_download(model, revision=revision, allow_patterns=list(_HUB_FILES)))
-    except GatedRepoError:
-        raise InputError(
-            f"{model} is gated", "accept its licence on its page, then run: hf auth login"
-        ) from None
-    except RevisionNotFoundError:
-        raise InputError(f"{model} has no revision {revision}", "name a branch, tag or commit") from None
-    except RepositoryNotFoundError:
-        raise InputError(
-            f"{model}: no such directory, and no such model on the hub",
-            "check the spelling; a private model needs: hf auth login",
-        ) from None
-    except Exception as error:  # the network's errors share no base class
-        raise MissingComponent(
-            f"{model}: no such directory, and the hub cannot be reached ({type(error).__name__})",
-            "connect to the network, or pass a local checkpoint directory",
-        ) from error
-    return Checkpoint(path, model, revision=path.name, variant=variant)
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
@@ -191,9 +168,9 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     Raises:
         InputError: none, pickles only, a missing shard.
     """
-    indexes = {_variant_of(path): path for path in sorted(folder.glob("*.safetensors.index*.json"))}
+    indexes = {variant_of(path): path for path in sorted(folder.glob("*.safetensors.index*.json"))}
     files = sorted(folder.glob("*.safetensors"))
-    single = {_variant_of(path): path for path in files if not _SHARD.search(path.name)}
+    single = {variant_of(path): path for path in files if not _SHARD.search(path.name)}
     found = indexes.keys() | single.keys()
     if variant is None and found:
         variant = None if None in found else sorted(name for name in found if name is not None)[0]
@@ -213,7 +190,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     raise InputError(f"{folder} has no safetensors weights", "download the checkpoint again")
 
 
-def _variant_of(path: Path) -> str | None:
+def variant_of(path: Path) -> str | None:
     """The part of a name like model.fp16.safetensors or x.safetensors.index.fp16.json; None of plain ones."""
     name = _SHARD.sub("", path.name)
     match = re.fullmatch(r"[^.]+\.safetensors\.index\.([^.]+)\.json|[^.]+\.([^.]+)\.safetensors", name)

@@ -156,13 +156,17 @@ def encode(
     )
 
 
-def trim(entries: Sequence[Entry], family: Family, tokens: int | None) -> tuple[Entry, ...]:
+def trim(
+    entries: Sequence[Entry], family: Family, live: bool = False, tokens: int | None = None
+) -> tuple[Entry, ...]:
     """The entries without the text tokens that are masked in all of them, which is exact.
 
     Args:
+        live: keep the masked ones: another prompt may need them.
         tokens: of T5, to trim to (--text-tokens), an approximation.
     """
-    longest = max(family.text_tokens(entry.condition) for entry in entries)
+    length = family.text_length if live else family.text_tokens
+    longest = max(length(entry.condition) for entry in entries)
     if tokens is not None:
         longest = min(longest, family.leading_tokens + tokens)
     return tuple(replace(entry, condition=family.trim_text(entry.condition, longest)) for entry in entries)

@@ -76,8 +76,11 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
 def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: Report) -> None:
     options = plan.options
     noise = plan.noise()
-    entries = trim(encoded, plan.family, options.text_tokens)
-    observed = _run_reference(folder, plan, encoded, entries, noise, report)
+    live = options.conditioning == "live"
+    whole = trim(encoded, plan.family, live)
+    entries = trim(encoded, plan.family, live, options.text_tokens)
+    cut = plan.family.text_length(entries[0].condition) < plan.family.text_length(whole[0].condition)
+    observed = _run_reference(folder, plan, entries, whole[0] if cut else None, noise, report)
 
     made = specialise(plan, entries, noise, observed.settings)
     report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
@@ -110,7 +113,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         prompt=first.prompt,
         class_label=first.class_label,
         guidance=plan.guidance,
-        text_tokens=options.text_tokens,
+        text_tokens=options.text_tokens if cut else None,
         seed=options.seed,
         ensemble=options.ensemble,
         noise=options.noise,
@@ -147,8 +150,8 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
 def _run_reference(
     folder: Path,
     plan: Plan,
-    encoded: tuple[Entry, ...],
     entries: tuple[Entry, ...],
+    whole: Entry | None,
     noise: torch.Tensor,
     report: Report,
 ) -> _Observed:
@@ -166,7 +169,6 @@ def _run_reference(
     (folder / files.CALIBRATION).write_text(_calibration(plan, statistics), "utf-8")
     report(f"discarding channels {list(settings.channels) or 'none'}; recording golden outputs")
     cases = [Case(index, entries[index]) for index in golden_cases(len(entries))]
-    whole = encoded[0] if options.text_tokens is not None else None
     golden = write_golden(
         folder / files.GOLDEN, reference, golden_pair(plan.size), settings, options.seed, cases, whole
     )

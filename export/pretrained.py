@@ -142,7 +142,9 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     variants = {checkpoint.loading_variant(name) for name in present}
     # Where all have the variant only, it must be named; where some do, from_pretrained finds the others.
     variant = next((name for name in variants if name is not None), None)
-    pipeline = _from_pretrained(pipeline_class, checkpoint.path, transformer=None, vae=None, variant=variant)
+    absent = {name: None for name, entry in checkpoint.index().items() if entry == [None, None]}
+    absent |= {"transformer": None, "vae": None}
+    pipeline = _from_pretrained(pipeline_class, checkpoint.path, variant=variant, **absent)
     for name in present:
         encoder = getattr(pipeline, name, None)
         if encoder is not None:

@@ -42,6 +42,11 @@ def check(
     results = gates(metrics, {**limits, "match_graph_agrees": _GRAPH_LIMIT})
     failed = [gate for gate in results if not gate.ok]
     show(_render(metrics, results))
+    if opened.manifest.text_tokens is not None:
+        show(
+            f"whole_*: against the model with all its text; this bundle keeps {opened.manifest.text_tokens}"
+            " T5 tokens"
+        )
     if not failed:
         show(f"passed: {len(results)} of {len(results)} gates")
     write_json(

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union
 
@@ -122,16 +124,10 @@ def export(
         "output": output,
         "command": state.command,
     }
-    try:
+    with needs_exporter():
         from pydantic import ValidationError
 
-        from ditf.export.exporter import STAGES, export_bundle
         from ditf.export.options import ExportOptions
-        from ditf.export.pretrained import quieten_libraries
-    except ImportError as error:
-        raise missing_extra(
-            (error.name or "a package of the exporter").partition(".")[0], "export"
-        ) from error
     try:
         options = ExportOptions(**values)
     except ValidationError as error:
@@ -140,8 +136,12 @@ def export(
         raise InputError(
             f"{flag} {first['input']}: {first['msg'].lower()}", "see ditf export --help"
         ) from None
-    if not state.verbose:
-        quieten_libraries()
+    with needs_exporter():
+        from ditf.export.pretrained import quieten_libraries
+
+        if not state.verbose:
+            quieten_libraries()  # before the exporter imports what warns
+        from ditf.export.exporter import STAGES, export_bundle
     with stages(STAGES) as report:
         path = export_bundle(options, report)
     manifest = Bundle.open(path).manifest
@@ -152,6 +152,16 @@ def export(
         f" {manifest.channels}x{manifest.grid[0]}x{manifest.grid[1]}, {size_text}"
     )
     write_json(json_file, {"bundle": str(path), "layer": manifest.layer, "layer_name": manifest.layer_name})
+
+
+@contextmanager
+def needs_exporter() -> Iterator[None]:
+    """Turns a failed import into the line that installs what is missing."""
+    try:
+        yield
+    except ImportError as error:
+        package = (error.name or "a package of the exporter").partition(".")[0]
+        raise missing_extra(package, "export") from error
 
 
 def _parse_discard(text: str) -> Union[str, tuple[int, ...]]:

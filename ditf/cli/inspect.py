@@ -15,7 +15,7 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundle import CONDITIONS, Bundle
 from ditf.runtime.manifest import Manifest
 
 
@@ -33,6 +33,18 @@ def inspect(
     show(table(_summary(manifest)))
     show("\nfiles (all hashes as in the manifest)")
     show(table([("  " + name, bytes_text(file["bytes"])) for name, file in manifest.files.items()]))
+    if manifest.conditioning != "bake":
+        show("\ninputs beside the image, of each condition")
+        arrays = opened.read_arrays(CONDITIONS)
+        show(
+            table(
+                [
+                    ("  " + name.partition(".")[2], str(array.dtype), "x".join(map(str, array.shape)))
+                    for name, array in arrays.items()
+                    if name.startswith("0.")
+                ]
+            )
+        )
     show("\nparameters")
     rows: list[tuple[str, ...]] = []
     for part, by_type in manifest.parts.items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -58,7 +59,9 @@ class SD3(Family):
         for prompt in map(str, subjects):
             for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
                 check_prompt(prompt, tokenizer, pipeline.tokenizer_max_length, "CLIP")
-            if pipeline.tokenizer_3 is not None:
+            if pipeline.tokenizer_3 is None:  # the pipeline asks the transformer for the width of its zeros
+                pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self.config))
+            else:
                 check_prompt(prompt, pipeline.tokenizer_3, _T5_TOKENS, "T5")
             embeds, _, pooled, _ = pipeline.encode_prompt(
                 prompt, None, None, do_classifier_free_guidance=False, device=torch.device("cpu")

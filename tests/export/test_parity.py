@@ -49,7 +49,7 @@ def test_bake_and_bank_agree_to_rounding(checkpoint, name):
     maps = []
     for mode in ("bake", "bank"):
         plan, entries = planned(checkpoint(name), "2", (48, 80), 1, 1, mode, False)
-        made = specialise(plan, trim(entries, plan.family, None), plan.noise(), SETTINGS)
+        made = specialise(plan, trim(entries, plan.family), plan.noise(), SETTINGS)
         with torch.no_grad():
             maps.append(made.graph(image, *made.feeds[0].values())[0].numpy().transpose(1, 2, 0))
     assert feature_parity(maps[0], maps[1])["relative_error"] < 2e-6
@@ -59,7 +59,7 @@ def test_bake_and_bank_agree_to_rounding(checkpoint, name):
 def test_conditions_of_a_bank_differ(checkpoint, name):
     """The prompt reaches the features; else the tests above would pass on a graph that ignores it."""
     plan, entries = planned(checkpoint(name), "3", (48, 80), 1, 2, "bank", False)
-    made = specialise(plan, trim(entries, plan.family, None), plan.noise(), SETTINGS)
+    made = specialise(plan, trim(entries, plan.family), plan.noise(), SETTINGS)
     image = torch.from_numpy(golden_pair((48, 80))[:1])
     with torch.no_grad():
         first, second = (made.graph(image, *feeds.values()).numpy() for feeds in made.feeds)
