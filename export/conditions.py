@@ -52,7 +52,7 @@ def plan_entries(
 
     Raises:
         InputError: a prompt for a class-conditional model or the reverse, names that collide, more than
-            one entry to bake.
+            one entry to bake, a class out of range.
     """
     timesteps = options.timestep or (defaults.timestep,)
     subjects = (
@@ -95,11 +95,13 @@ def _classes(
     if not options.class_label:
         return [(NULL_CLASS, None, None)]
     names = checkpoint.class_names()
-    return [(label, None, _class_number(label, names)) for label in options.class_label]
+    return [(label, None, _class_number(label, names, family.null_class)) for label in options.class_label]
 
 
-def _class_number(label: str, names: Mapping[str, int]) -> int:
+def _class_number(label: str, names: Mapping[str, int], last: int) -> int:
     if label.isdecimal():
+        if int(label) > last:
+            raise InputError(f"class label {label} is out of range", f"choose 0..{last}")
         return int(label)
     if label in names:
         return names[label]
@@ -136,7 +138,7 @@ def encode(
     """The entries with their conditions, trimmed to the text tokens that matter in any of them.
 
     Raises:
-        InputError: a prompt too long, a class out of range, an encoder that gives NaN.
+        InputError: a prompt too long, an encoder that gives NaN.
     """
     subjects: list[str | int] = []
     for entry in entries:

@@ -46,8 +46,10 @@ def noise_levels(scheduler: Mapping[str, Any]) -> torch.Tensor:
         InputError: a scheduler of neither kind.
     """
     name = str(scheduler.get("_class_name"))
+    steps = int(scheduler.get("num_train_timesteps", 1000))
+    if steps != 1000:  # what every published model was trained with, and what a timestep means everywhere
+        raise InputError(f"a scheduler of {steps} timesteps is not supported", "supported: 1000")
     if name.startswith("FlowMatch"):
-        steps = int(scheduler.get("num_train_timesteps", 1000))
         noise = torch.arange(steps, dtype=torch.float64) / steps
         return torch.stack([1.0 - noise, noise], dim=1)
     if "beta_schedule" in scheduler:

@@ -9,6 +9,9 @@ import numpy as np
 from ditf.runtime.bundle import CONDITIONS, Bundle
 from ditf.runtime.errors import BundleError, InputError
 
+TIMESTEP = "timestep"
+TIMESTEPS = 1000  # of every supported scheduler
+
 Feeds = dict[str, np.ndarray]
 
 
@@ -95,4 +98,6 @@ class Conditions:
                 )
             if not np.isfinite(array).all():
                 raise InputError(f"{name} holds NaN or infinity")
+            if name == TIMESTEP and not 0 <= int(array[0]) < TIMESTEPS:
+                raise InputError(f"timestep {int(array[0])} is out of range", f"choose 0..{TIMESTEPS - 1}")
         return {**row, **custom}

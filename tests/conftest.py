@@ -72,6 +72,53 @@ def pixart_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -
     )
 
 
+@pytest.fixture(scope="session")
+def bank_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Path:
+    """A float16 bank of the tiny FLUX: two prompts at two timesteps, single-stream blocks, dynamic batch."""
+    prompts = tmp_path_factory.mktemp("prompts") / "prompts.txt"
+    prompts.write_text("cat: a cat\ndog: a dog\n")
+    return _export(
+        tmp_path_factory,
+        "flux-bank",
+        model=str(checkpoint("flux")),
+        layer="single.1",
+        fp16=True,
+        size=(48, 80),
+        conditioning="bank",
+        prompts=prompts,
+        timestep=(90, 260),
+        batch="dynamic",
+    )
+
+
+@pytest.fixture(scope="session")
+def live_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Path:
+    """A float16 live bundle of the tiny FLUX."""
+    return _export(
+        tmp_path_factory,
+        "flux-live",
+        model=str(checkpoint("flux")),
+        layer="2",
+        fp16=True,
+        size=(48, 80),
+        conditioning="live",
+        prompt=("a cat", "a dog"),
+    )
+
+
+@pytest.fixture(scope="session")
+def trimmed_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[str], Path]) -> Path:
+    """A float32 bundle of the tiny SD3.5 that keeps 16 of 256 T5 tokens."""
+    return _export(
+        tmp_path_factory,
+        "sd35-trimmed",
+        model=str(checkpoint("sd35")),
+        layer="2",
+        size=(48, 80),
+        text_tokens=16,
+    )
+
+
 @pytest.fixture
 def ditf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs `ditf ARGUMENTS` in an empty directory, in this process: importing torch takes seconds."""

@@ -161,7 +161,7 @@ class Family(ABC):
         """Run the text encoders on prompts, or look class labels up.
 
         Raises:
-            InputError: a prompt over an encoder's limit, a class label out of range.
+            InputError: a prompt over an encoder's limit.
         """
 
     @property

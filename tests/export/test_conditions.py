@@ -78,6 +78,7 @@ def test_class_labels_by_number_and_name(checkpoint):
     [
         ("dit", {"prompt": "a cat"}, "class-conditional and takes no prompt; use --class-label"),
         ("sd3", {"class_label": "3"}, "text-conditional and takes no class label; use --prompt"),
+        ("dit", {"class_label": "11"}, r"class label 11 is out of range; choose 0\.\.10"),
         ("dit", {"class_label": "poodle"}, "no class is called 'poodle'; this checkpoint has 3 names"),
         ("pixart", {"prompt": ("a", "b")}, "2 conditions cannot be baked into one graph; add --cond"),
         ("pixart", {"prompt": ("a", "a"), "conditioning": "bank"}, "two conditions are called 'a'"),
@@ -92,7 +93,6 @@ def test_what_is_refused(checkpoint, name, options, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("dit", {"class_label": "11"}, r"class label 11 is out of range; choose 0\.\.10"),
         ("pixart", {"prompt": "a" * 120}, "tokens, T5 reads 120; shorten it"),
         ("sd3", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
