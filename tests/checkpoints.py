@@ -9,6 +9,8 @@ from pathlib import Path
 
 import torch
 from diffusers import (
+    AuraFlowPipeline,
+    AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDIMScheduler,
     DiTPipeline,
@@ -31,6 +33,8 @@ from transformers import (
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
+    UMT5Config,
+    UMT5EncoderModel,
 )
 
 PIXART_BLOCKS = 4
@@ -213,6 +217,34 @@ def _save_flux(folder, **config):
     pipeline.save_pretrained(folder)
 
 
+def save_tiny_auraflow(folder: Path) -> None:
+    """AuraFlow: 2 joint and 3 single blocks."""
+    with seeded():
+        transformer = lively(
+            AuraFlowTransformer2DModel(
+                sample_size=16,
+                in_channels=4,
+                out_channels=4,
+                num_mmdit_layers=2,
+                num_single_dit_layers=3,
+                attention_head_dim=16,
+                num_attention_heads=3,
+                joint_attention_dim=32,
+                caption_projection_dim=48,
+                pos_embed_max_size=256,
+            )
+        )
+        config = UMT5Config(vocab_size=140, d_model=32, d_ff=64, d_kv=8, num_layers=2, num_heads=4)
+        pipeline = AuraFlowPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=1.73),
+            vae=tiny_vae(),
+            text_encoder=UMT5EncoderModel(config),
+            tokenizer=tiny_t5_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
 def tiny_vae(**config: object) -> AutoencoderKL:
     """An AutoencoderKL of stride 4 with attention in its middle block."""
     return AutoencoderKL(
@@ -270,5 +302,6 @@ SAVE: dict[str, Callable[[Path], None]] = {
     "sd35-large": save_tiny_sd35_large,
     "flux": save_tiny_flux,
     "schnell": save_tiny_schnell,
+    "auraflow": save_tiny_auraflow,
 }
 """Every tiny checkpoint by name."""

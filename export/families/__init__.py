@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ditf.export.checkpoint import Checkpoint
+from ditf.export.families.auraflow import AuraFlow
 from ditf.export.families.base import Family
 from ditf.export.families.dit import DiT
 from ditf.export.families.flux import Flux
@@ -11,7 +12,7 @@ from ditf.export.families.sd3 import SD3
 from ditf.export.pretrained import class_defaults, current_class
 from ditf.runtime.errors import InputError
 
-FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux)
+FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, AuraFlow)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -55,14 +55,15 @@ class Frequencies(nn.Module):
         super().__init__()
         half = timesteps.num_channels // 2
         exponents = -math.log(10000) * torch.arange(half, dtype=torch.float32)
-        self.frequencies = constant(
-            torch.exp(exponents / (half - timesteps.downscale_freq_shift)).to(device) * timesteps.scale
-        )
+        self.frequencies = constant(torch.exp(exponents / (half - timesteps.downscale_freq_shift)).to(device))
+        self.scale = float(timesteps.scale)
         self.cosine_first = timesteps.flip_sin_to_cos
 
     def forward(self, timesteps: torch.Tensor) -> torch.Tensor:
         """[N] -> [N, channels]."""
         angles = timesteps[:, None].to(torch.float32) * self.frequencies
+        if self.scale != 1.0:
+            angles = angles * self.scale
         waves = [torch.sin(angles), torch.cos(angles)]
         return torch.cat(waves[::-1] if self.cosine_first else waves, dim=-1)
 

@@ -136,14 +136,15 @@ class JointBlock(nn.Module):
         image_names = AttentionNames(
             (f"{attn}.to_q", f"{attn}.to_k", f"{attn}.to_v"),
             (f"{attn}.norm_q", f"{attn}.norm_k") if qk_norm else None,
-            rotary,
+            rotary=rotary,
         )
         text_names = AttentionNames(
             (f"{attn}.add_q_proj", f"{attn}.add_k_proj", f"{attn}.add_v_proj"),
             (f"{attn}.norm_added_q", f"{attn}.norm_added_k") if qk_norm else None,
-            rotary,
+            rotary=rotary,
         )
         fixed = (None,) * DUAL_ROWS if image_rows is None else image_rows
+        self.reads_text = text is None or not last
         slices = [None if image_rows is None else image_rows[start : start + 2] for start in (0, 3, 6)]
         self.last = last
         self.norm_attention = ModulatedNorm(slices[0], eps)
@@ -253,7 +254,7 @@ class JointTrunk(Trunk):
 
     Args:
         embedder: latents -> tokens.
-        doubles, singles: blocks.
+        doubles, singles: blocks; a double's `reads_text` is False if it needs only what it has as constants.
         output_norm: block k's.
         text: [1, L, C] float32, where it is constant.
         rotary: of text and image tokens, [L + N, D / 2], or None.
@@ -273,7 +274,7 @@ class JointTrunk(Trunk):
         super().__init__(embedder, output_norm, embedder.weight.shape[0])
         self.doubles = nn.ModuleList(doubles)
         self.singles = nn.ModuleList(singles)
-        needed = text is not None and (len(singles) > 0 or any(not block.last for block in doubles))
+        needed = len(singles) > 0 or any(block.reads_text for block in doubles)
         self.text = constant(text) if needed and text is not None else None
         used = rotary if rotary is not None and (doubles or singles) else None
         self.cosine = None if used is None else constant(used[0])

@@ -5,7 +5,7 @@ Weights are kept [in, out], so that the graph has no Transpose in front of a Mat
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 
 import torch
 from torch import nn
@@ -80,17 +80,20 @@ class AttentionNames:
     Attributes:
         projections: modules of query, key and value.
         norms: modules of the query's and the key's RMSNorm over a head; None where there is none.
+        centred: they are LayerNorms.
         rotary: whether query and key are rotated.
     """
 
     projections: tuple[str, str, str]
     norms: tuple[str, str] | None = None
+    _: KW_ONLY
+    centred: bool = False
     rotary: bool = False
     eps: float = 1e-6
 
 
 class HeadProjection(nn.Module):
-    """Query, key and value of one stream, as heads: linears, RMSNorm, rotary embedding.
+    """Query, key and value of one stream, as heads: linears, norm, rotary embedding.
 
     Interleaved pairs are rotated as two halves: the rows of the query's and the key's weights are
     permuted alike, which no inner product sees.
@@ -106,6 +109,7 @@ class HeadProjection(nn.Module):
         self.heads = heads
         self.query = query
         self.eps = names.eps
+        self.centred = names.centred
         self.rotary = names.rotary
         self.dtype = precision.compute
         self.norm_query: nn.Parameter | None = None
@@ -163,6 +167,8 @@ class HeadProjection(nn.Module):
         if norm is None and rotary is None:
             return x
         x = x.to(torch.float32)
+        if self.centred:
+            x = x - x.mean(dim=-1, keepdim=True)
         if norm is not None:
             x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * norm
         if rotary is not None:

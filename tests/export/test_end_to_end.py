@@ -36,6 +36,9 @@ BUNDLES = [
     ("flux", "single.0", "bank", False, {"size": (64, 64), "ensemble": 3}),
     ("flux", "single.2", "bake", True, {"size": (48, 80), "batch": "dynamic", "ensemble": 3}),
     ("flux", "single.2", "live", False, {"size": (80, 48)}),
+    ("auraflow", "joint.1", "bank", False, {"size": (48, 80)}),
+    ("auraflow", "single.2", "bake", True, {"ensemble": 3, "batch": "dynamic"}),
+    ("auraflow", "single.0", "live", True, {}),
     ("schnell", "3", "bank", True, {"size": (64, 64), "noise": "input"}),
 ]
 

@@ -1,0 +1,177 @@
+"""AuraFlow (fal 2024): diffusers AuraFlowTransformer2DModel."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
+from torch import nn
+
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
+from ditf.export.graph.auraflow import NORM_EPS, AuraFlowJointBlock, AuraFlowSingleBlock, Stream
+from ditf.export.graph.condition import Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, JointTrunk
+from ditf.export.graph.layers import Linear, constant, read_linear
+from ditf.export.graph.modulation import ModulatedNorm
+from ditf.export.graph.precision import Precision
+from ditf.export.graph.trunk import Given, PatchEmbedder
+from ditf.export.pretrained import load_text_pipeline
+from ditf.export.weights import Weights
+
+_TEXT_TOKENS = 256  # max_sequence_length of AuraFlowPipeline.encode_prompt
+
+
+class AuraFlow(Family):
+    """AuraFlow: joint blocks, then single ones; register tokens before the text; no mask."""
+
+    name = "auraflow"
+    transformer_class = "AuraFlowTransformer2DModel"
+    takes_prompt = True
+    attention_name = "attn"
+    defaults = Defaults(
+        timestep=260,
+        prompt="a photo",
+        source="none published for AuraFlow: half of its depth, and the timestep DiTF published for FLUX,"
+        " which has the same noise schedule",
+    )
+
+    @property
+    def blocks(self) -> Blocks:
+        joint, single = self.config["num_mmdit_layers"], self.config["num_single_dit_layers"]
+        return Blocks((("joint", joint), ("single", single)))
+
+    @property
+    def largest_grid(self) -> int:
+        return math.isqrt(self.config["pos_embed_max_size"])
+
+    def block_name(self, index: int) -> str:
+        kind, number = self.blocks.locate(index)
+        return f"{kind}_transformer_blocks.{number}"
+
+    def encode_conditions(
+        self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
+    ) -> list[Condition]:
+        pipeline = load_text_pipeline(checkpoint, ("AuraFlowPipeline",))
+        conditions: list[Condition] = []
+        for prompt in map(str, subjects):
+            check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "T5")
+            embeds, _, _, _ = pipeline.encode_prompt(
+                prompt, do_classifier_free_guidance=False, device=torch.device("cpu")
+            )
+            conditions.append({"prompt_embeds": embeds})
+        return conditions
+
+    def reference_inputs(
+        self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
+    ) -> dict[str, Any]:
+        return {
+            "timestep": torch.full((batch,), timestep / 1000),
+            "encoder_hidden_states": condition["prompt_embeds"].expand(batch, -1, -1),
+        }
+
+    def _sizes(self, layer: int) -> list[int]:
+        """Modulation rows: image and text of each joint block, then each single block."""
+        joint = min(layer, self.config["num_mmdit_layers"])
+        sizes = [IMAGE_ROWS] * (2 * joint + layer - joint)
+        if 0 < layer <= joint:
+            sizes[-1] = NORM_ROWS
+        return sizes
+
+    def conditioner(
+        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
+    ) -> Conditioner:
+        joint = min(layer, self.config["num_mmdit_layers"])
+        names = [f"{self.block_name(i)}.{norm}" for i in range(joint) for norm in ("norm1", "norm1_context")]
+        names += [f"{self.block_name(i)}.norm1" for i in range(joint, layer + 1)]
+        linears = []
+        for name, rows in zip(names, [*self._sizes(layer), NORM_ROWS], strict=True):
+            weight, bias = read_linear(weights, f"{name}.linear")
+            linears.append((weight[: rows * self.channels], bias))
+        return _Conditioner(weights, self.channels, linears, layer > 0, precision)
+
+    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
+        sizes = self._sizes(spec.layer)
+        rows: Sequence[torch.Tensor | None] = (None,) * (len(sizes) + 1)
+        text = None
+        if fixed is not None:
+            rows = fixed["modulation"].split([*sizes, NORM_ROWS])
+            text = fixed["text"][None] if spec.layer else None
+        heads, joint = self.config["num_attention_heads"], min(spec.layer, self.config["num_mmdit_layers"])
+        doubles, singles = [], []
+        for index in range(spec.layer):
+            name, last = self.block_name(index), index == spec.layer - 1
+            if index < joint:
+                image = Stream(weights, name, heads, spec.precision, rows=rows[2 * index])
+                other = Stream(
+                    weights, name, heads, spec.precision, text=True, rows=rows[2 * index + 1], last=last
+                )
+                doubles.append(AuraFlowJointBlock(image, other, last))
+            else:
+                stream = Stream(weights, name, heads, spec.precision, rows=rows[joint + index])
+                singles.append(AuraFlowSingleBlock(stream, last))
+        return JointTrunk(
+            self._embedder(weights, spec.grid),
+            doubles,
+            singles,
+            ModulatedNorm(rows[-1], NORM_EPS),
+            text,
+            None,
+            sizes,
+        )
+
+    def _embedder(self, weights: Weights, grid: tuple[int, int]) -> PatchEmbedder:
+        """`AuraFlowPatchEmbed`: a linear over patches, and the middle of a learned square of positions."""
+        weight, bias = read_linear(weights, "pos_embed.proj")
+        side = self.largest_grid
+        top, left = (side // 2 - length // 2 for length in grid)
+        square = weights.tensor("pos_embed.pos_embed").reshape(side, side, -1)
+        position = square[top : top + grid[0], left : left + grid[1]].flatten(0, 1)
+        patch = weight.unflatten(1, (-1, self.patch_size, self.patch_size))
+        return PatchEmbedder(patch, bias, position)
+
+
+class _TimeEmbedding(nn.Module):
+    """`time_step_embed` and `time_step_proj` of the transformer, whose time is 0..1."""
+
+    def __init__(self, projection: nn.Module) -> None:
+        super().__init__()
+        self.waves = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0, scale=1000)
+        self.projection = projection
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        return self.projection(self.waves(timestep / 1000))
+
+
+class _Conditioner(Conditioner):
+    """Timestep -> modulation; register tokens and text embeddings -> text tokens."""
+
+    def __init__(
+        self,
+        weights: Weights,
+        channels: int,
+        linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        text: bool,
+        precision: Precision,
+    ) -> None:
+        super().__init__()
+        projection = weights.load_into(lambda: TimestepEmbedding(256, channels), "time_step_proj")
+        self.embedding = with_constant_frequencies(_TimeEmbedding(projection))
+        self.projection = Projection(linears, precision.compute)
+        self.context: Linear | None = None
+        if text:
+            self.context = Linear(*read_linear(weights, "context_embedder"), precision.compute)
+            self.registers = constant(weights.tensor("register_tokens")[0])
+        self.inputs = ("prompt_embeds",) if text else ()  # type: ignore[misc]
+
+    def forward(
+        self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        given = {"modulation": self.projection(self.embedding(timestep))}
+        if self.context is not None:
+            tokens = self.context(condition["prompt_embeds"][0]).to(torch.float32)
+            given["text"] = torch.cat([self.registers, tokens])
+        return given
