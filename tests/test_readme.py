@@ -60,3 +60,23 @@ def test_links_and_pictures_exist(root):
     text = (root / "README.md").read_text("utf-8")
     for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
         assert (root / link).exists(), link
+
+
+def test_the_table_of_parameters(root):
+    """Counted again from the configs."""
+    from ditf.export.counting import count_parameters
+    from ditf.export.published import CONFIGS, example_condition, published_family
+
+    text = (root / "README.md").read_text("utf-8")
+    rows = re.findall(r"^\| ([^|]+) \| (\d+) of \d+ \|(.+)\|$", text, re.MULTILINE)
+    assert len(rows) == 6
+    for name, layer, figures in rows:
+        assert name in CONFIGS
+        family = published_family(name)
+        condition = example_condition(family, 8 if family.name == "pixart" else None)
+        side = family.defaults.size[0] if family.defaults.size else 8 * family.sample_size
+        grid = side // 8 // family.patch_size
+        counts = count_parameters(family, int(layer), (side, side), (grid, grid), condition)
+        expected = [f"{count / 1e9:.2f} B" for count in (counts.whole, counts.live, counts.bake)]
+        expected += [f"{1 - counts.bake / count:.0%}" for count in (counts.live, counts.whole)]
+        assert [figure.strip() for figure in figures.split("|")] == expected, name
