@@ -20,6 +20,7 @@ from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
 from ditf.export.golden import Case, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
+from ditf.export.graph.modulation import gate_counts
 from ditf.export.onnx_file import check_opset, write_onnx
 from ditf.export.options import ExportOptions
 from ditf.export.parts import parameter_parts, removed_parts
@@ -87,6 +88,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, options.precision)
     report(f"tracing {plan.layer} blocks in {plan.precision.name}")
     parts = parameter_parts(made.graph)
+    gates = {"gates": gate_counts(made.graph.trunk)} if options.conditioning == "bake" else {}
     _write_features(folder / files.FEATURES, plan, made)
     _write_conditions(folder, made)
     removed = removed_parts(plan, made)
@@ -128,7 +130,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
             "source": options.discard if isinstance(options.discard, str) else "given",
         },
         precision=options.precision,
-        recipe=plan.precision.recipe,
+        recipe={**plan.precision.recipe, **gates},
         parts=parts,
         removed=removed,
         opset=options.opset,

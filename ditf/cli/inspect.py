@@ -64,6 +64,11 @@ def inspect(
                 ]
             )
         )
+    gates = manifest.recipe.get("gates")
+    if isinstance(gates, dict):
+        show(
+            f"\ngates: {gates.get('folded')} folded into weights, {gates.get('explicit')} explicit in float32"
+        )
     kept = manifest.recipe["float32"]
     show("\nfloat32 in the graph")
     show(table([("  " + name, reason) for name, reason in kept.items()]))

@@ -59,8 +59,10 @@ class GatedLinear(nn.Module):
         super().__init__()
         weight, bias = read_linear(weights, name)
         self.gate: nn.Parameter | None = None
+        self.folded = False
         if gate is not None:
-            if holds_gate(weight, gate, precision.compute):
+            self.folded = holds_gate(weight, gate, precision.compute)
+            if self.folded:
                 weight, bias = weight * gate[:, None], None if bias is None else bias * gate
             else:
                 self.gate = constant(gate)
@@ -71,6 +73,15 @@ class GatedLinear(nn.Module):
         if self.gate is not None:
             gate = self.gate
         return y if gate is None else y * gate
+
+
+def gate_counts(module: nn.Module) -> dict[str, int]:
+    """How many constant gates are folded into weights, and how many are explicit factors."""
+    gated = [m for m in module.modules() if isinstance(m, GatedLinear)]
+    return {
+        "folded": sum(m.folded for m in gated),
+        "explicit": sum(m.gate is not None for m in gated),
+    }
 
 
 def holds_gate(weight: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> bool:

@@ -13,6 +13,7 @@ import torch
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.export.conditions import trim
+from ditf.export.graph.modulation import holds_gate
 from ditf.export.specialise import specialise
 from tests.export.parity import SETTINGS, module_parity, planned
 
@@ -72,3 +73,13 @@ def test_text_that_no_block_reads_is_no_input(checkpoint):
     plan, entries = planned(checkpoint("flux"), "0", (48, 80), 1, 1, "live", False)
     made = specialise(plan, entries, plan.noise(), SETTINGS)
     assert made.condition_inputs == ("pooled_prompt_embeds", "guidance", "timestep")
+
+
+@pytest.mark.parametrize(("gate", "fp16", "folds"), [
+    (0.5, True, True), (0.5, False, True), (3.0, True, False), (1e-5, True, False), (1e-5, False, True),
+    (0.0, True, True),
+])  # fmt: skip
+def test_a_gate_folds_where_its_type_holds_it(gate, fp16, folds):
+    weight = torch.randn(8, 64, generator=torch.Generator().manual_seed(0)) / 8
+    dtype = torch.float16 if fp16 else torch.float32
+    assert holds_gate(weight, torch.full((8,), gate), dtype) is folds

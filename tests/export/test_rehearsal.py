@@ -11,6 +11,7 @@ from ditf.export import demo
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
+from ditf.export.rehearsal import Float32Accumulation
 from ditf.runtime.errors import GateFailed
 from ditf.runtime.manifest import read_manifest
 
@@ -57,3 +58,32 @@ def test_the_rehearsal_is_no_worse_than_the_check(demo_bundle):
     with ditf.load(demo_bundle) as model:
         metrics = golden_metrics(model)
     assert np.isclose(rehearsal["relative_error"], metrics["relative_error"], rtol=1.0)
+
+
+@pytest.mark.parametrize("operation", ["matmul", "batched", "convolution", "with-bias"])
+def test_products_are_float32_inside_and_rounded_once(operation):
+    generator = torch.Generator().manual_seed(0)
+
+    def tensor(*shape):
+        return torch.randn(shape, generator=generator).half()
+
+    call, arguments = {
+        "matmul": (torch.matmul, (tensor(5, 64), tensor(64, 7))),
+        "batched": (torch.matmul, (tensor(2, 3, 5, 64), tensor(2, 3, 64, 7))),
+        "convolution": (torch.nn.functional.conv2d, (tensor(1, 8, 9, 9), tensor(4, 8, 3, 3), tensor(4))),
+        "with-bias": (torch.nn.functional.linear, (tensor(5, 64), tensor(7, 64), tensor(7))),
+    }[operation]
+    with Float32Accumulation():
+        actual = call(*arguments)
+    assert actual.dtype == torch.float16
+    assert torch.equal(actual, call(*(argument.float() for argument in arguments)).half())
+
+
+def test_overflow_is_not_hidden():
+    large = torch.full((1, 64), 200.0, dtype=torch.float16)
+    with Float32Accumulation():
+        assert torch.isinf(large @ large.T).all()
+        assert ((large * 1e-2) @ large.T).isfinite().all()
+    exact = torch.ones(2, 2)
+    with Float32Accumulation():
+        assert (exact @ exact).dtype == torch.float32
