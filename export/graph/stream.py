@@ -124,7 +124,8 @@ class FoldedCrossAttention(nn.Module):
         return tokens * (heads - 1) < channels
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        logits = self.key(x).unflatten(-1, (self.heads, -1)).to(self.value.weight.dtype)
+        # Softmax in float32: logits of an un-normalised residual may be large, and there are few of them.
+        logits = self.key(x).unflatten(-1, (self.heads, -1))
         return self.value(torch.softmax(logits, dim=-1).flatten(2)).to(torch.float32)
 
 
