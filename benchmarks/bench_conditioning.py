@@ -58,7 +58,7 @@ from ditf.export.graph.precision import FLOAT32
 from ditf.export.graph.stream import FoldedCrossAttention
 from ditf.export.graph.trunk import Trunk
 from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
-from ditf.export.pretrained import class_defaults, model_shapes, quieten_libraries
+from ditf.export.pretrained import full_config, model_shapes, quieten_libraries
 from ditf.export.weights import Weights
 
 THREADS = 1
@@ -89,7 +89,7 @@ class Case:
 
     def make_family(self) -> Family:
         """The family with the whole config."""
-        defaults = class_defaults(self.family.transformer_class, {})
+        defaults = full_config(self.family.transformer_class, {})
         return self.family({**defaults, **self.config})
 
     @property

@@ -68,7 +68,7 @@ class Checkpoint:
             InputError: names the first that is missing: a snapshot that was not downloaded to its end.
         """
         for name, entry in self.index().items():
-            named = isinstance(entry, list) and len(entry) == 2 and all(entry)
+            named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
             optional = name in ("safety_checker", "feature_extractor", "image_encoder")
             if named and not optional and not self.has(name):
                 raise InputError(
@@ -79,6 +79,8 @@ class Checkpoint:
     def class_names(self) -> dict[str, int]:
         """{name: number} of the classes, as DiTPipeline reads them; {} where there are none."""
         labels = self.index().get("id2label") or {}
+        if not isinstance(labels, dict) or not all(number.isdecimal() for number in labels):
+            raise InputError(f"id2label of {self.path}/model_index.json is no table of classes", _AGAIN)
         return {
             name.strip(): int(number) for number, names in labels.items() for name in str(names).split(",")
         }
@@ -133,6 +135,10 @@ def open_checkpoint(
     local = model == DEMO or path.exists()
     if revision is not None and local:
         raise InputError(f"--revision is for hub ids, and {model} is local", "leave it out")
+    if variant is not None and model == DEMO:
+        raise InputError("the demo model has no variants", "leave --variant out")
+    if not model:
+        raise InputError("--model is empty", "pass a checkpoint directory, a hub id or 'demo'")
     if model == DEMO:
         from ditf.export.demo import write_demo_checkpoint
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,9 +15,12 @@ import torch
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Condition, Defaults, Family
 from ditf.export.options import ExportOptions
+from ditf.export.pretrained import first_line
 from ditf.runtime.errors import InputError
 
 NULL_CLASS = "null"
+_LARGEST_FILE = 1 << 20  # bytes of a file of prompts
+_MOST_ENTRIES = 1000
 
 
 @dataclass(frozen=True)
@@ -62,10 +66,11 @@ def plan_entries(
         Entry(f"{name}@{timestep}" if len(timesteps) > 1 else name, prompt, label, timestep, {})
         for (name, prompt, label), timestep in itertools.product(subjects, timesteps)
     )
-    names = [entry.name for entry in entries]
-    for name in names:
-        if names.count(name) > 1:
-            raise InputError(f"two conditions are called {name!r}", "give every prompt its own name")
+    for name, count in Counter(entry.name for entry in entries).items():
+        if count > 1:
+            raise InputError(f"two conditions are called {name!r:.60}", "give every prompt its own name")
+    if len(entries) > _MOST_ENTRIES:
+        raise InputError(f"{len(entries)} conditions are too many", f"give at most {_MOST_ENTRIES}")
     if options.conditioning == "bake" and len(entries) > 1:
         raise InputError(
             f"{len(entries)} conditions cannot be baked into one graph", "add --conditioning bank"
@@ -116,7 +121,9 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         InputError: unreadable, a line without a name, or no line.
     """
     try:
-        lines = path.read_text("utf-8").splitlines()
+        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
+            raise OSError("no file" if not path.is_file() else f"larger than {_LARGEST_FILE} bytes")
+        lines = path.read_text("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise InputError(f"--prompts {path} cannot be read ({error})", "give a text file") from error
     named = []
@@ -145,12 +152,20 @@ def encode(
         subject = entry.prompt if entry.prompt is not None else entry.class_label
         subjects.append(family.null_class if subject is None else subject)
     unique = list(dict.fromkeys(subjects))
-    conditions = dict(zip(unique, family.encode_conditions(checkpoint, unique, guidance), strict=True))
+    try:
+        encoded = family.encode_conditions(checkpoint, unique, guidance)
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+        raise InputError(
+            f"the text encoders of {checkpoint.id} fail ({first_line(error)})",
+            "download the checkpoint again",
+        ) from error
+    conditions = dict(zip(unique, encoded, strict=True))
     for subject, condition in conditions.items():
         for name, tensor in condition.items():
             if not torch.isfinite(tensor).all():
                 raise InputError(
-                    f"{name} of {subject!r} holds NaN or infinity", "the text encoder's weights are damaged"
+                    f"{name} of {subject!r:.60} holds NaN or infinity: the text encoder is damaged",
+                    "download the checkpoint again",
                 )
     return tuple(
         replace(entry, condition=conditions[subject])
@@ -177,5 +192,5 @@ def trim(
 def describe(entries: Sequence[Entry]) -> str:
     """For people: what is encoded."""
     if len(entries) == 1:
-        return f"the condition {json.dumps(entries[0].name)}"
+        return f"the condition {json.dumps(entries[0].name[:60])}"
     return f"{len(entries)} conditions"

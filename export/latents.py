@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from diffusers import AutoencoderKL
 
 from ditf.export.checkpoint import Checkpoint
-from ditf.export.pretrained import load_model
+from ditf.export.pretrained import full_config, load_model
 from ditf.runtime.errors import InputError
 
 _SUPPORTED = "AutoencoderKL"
@@ -52,17 +52,24 @@ class LatentSpace:
             raise InputError(
                 f"VAE class {config.get('_class_name')} is not supported", f"supported: {_SUPPORTED}"
             )
+        config = full_config(_SUPPORTED, config)
         if int(config["latent_channels"]) != channels:
             raise InputError(
                 f"the VAE of {checkpoint.id} has {config['latent_channels']} channels, its transformer takes"
                 f" {channels}",
                 "this is not a text-to-image checkpoint, or its parts do not belong together",
             )
+        stages, scale = config["block_out_channels"], config["scaling_factor"]
+        if not stages or not scale:
+            raise InputError(
+                f"the VAE of {checkpoint.id} has block_out_channels={stages}, scaling_factor={scale}",
+                "download the checkpoint again",
+            )
         return cls(
-            stride=2 ** (len(config["block_out_channels"]) - 1),
+            stride=2 ** (len(stages) - 1),
             channels=int(config["latent_channels"]),
             shift=float(config.get("shift_factor") or 0.0),
-            scale=float(config.get("scaling_factor") or 1.0),
+            scale=float(scale),
             vae=True,
         )
 

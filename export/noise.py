@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from diffusers import DDPMScheduler
 
+from ditf.export.pretrained import first_line
 from ditf.runtime.errors import InputError
 
 
@@ -46,7 +47,7 @@ def noise_levels(scheduler: Mapping[str, Any]) -> torch.Tensor:
         InputError: a scheduler of neither kind.
     """
     name = str(scheduler.get("_class_name"))
-    steps = int(scheduler.get("num_train_timesteps", 1000))
+    steps = scheduler.get("num_train_timesteps", 1000)
     if steps != 1000:  # what every published model was trained with, and what a timestep means everywhere
         raise InputError(f"a scheduler of {steps} timesteps is not supported", "supported: 1000")
     if name.startswith("FlowMatch"):
@@ -59,9 +60,19 @@ def noise_levels(scheduler: Mapping[str, Any]) -> torch.Tensor:
 
 
 def ddpm_scheduler(scheduler: Mapping[str, Any]) -> DDPMScheduler:
-    """The forward process that a DDPM-like sampler (DDIM, DPM-Solver, ...) inverts."""
+    """The forward process that a DDPM-like sampler (DDIM, DPM-Solver, ...) inverts.
+
+    Raises:
+        InputError: betas that make none.
+    """
     betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
-    return DDPMScheduler(**{key: scheduler[key] for key in betas if key in scheduler})
+    try:
+        return DDPMScheduler(**{key: scheduler[key] for key in betas if key in scheduler})
+    except Exception as error:  # whatever a config can provoke in someone else's code
+        raise InputError(
+            f"the scheduler's config makes no noise schedule ({first_line(error)})",
+            "download the checkpoint again",
+        ) from error
 
 
 def draw_noise(ensemble: int, shape: tuple[int, int, int], seed: int) -> torch.Tensor:

@@ -20,6 +20,8 @@ from ditf.export.pretrained import check_structure
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images
 
+_MOST_BLOCKS = 1000  # no published model has a tenth; a damaged config should not be built
+
 
 @dataclass(frozen=True)
 class Plan:
@@ -79,8 +81,10 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     if options.batch != "dynamic" and options.batch < 1:
         raise InputError(f"batch {options.batch} is out of range", "choose 1 or more, or dynamic")
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
+    if not 0 < family.blocks.count <= _MOST_BLOCKS:
+        raise InputError(f"{checkpoint.id} has {family.blocks.count} blocks", "download the checkpoint again")
     default_layer = family.blocks.count // 2 if defaults.layer is None else defaults.layer
-    layer = family.blocks.resolve(options.layer or str(default_layer))
+    layer = family.blocks.resolve(str(default_layer) if options.layer is None else options.layer)
     discard = _discard(options, family)
     if options.calibration_images is not None:
         list_images(options.calibration_images)
@@ -143,8 +147,7 @@ def _check_text_tokens(options: ExportOptions, family: Family) -> None:
 def _size(size: tuple[int, int] | None, family: Family, latents: LatentSpace) -> tuple[int, int]:
     cell = latents.stride * family.patch_size
     if size is None:
-        side = family.sample_size * latents.stride
-        return (side, side)
+        size = (family.sample_size * latents.stride,) * 2
     if not all(length >= cell and length % cell == 0 for length in size):
         below = [max(cell, length // cell * cell) for length in size]
         above = [-(-max(length, 1) // cell) * cell for length in size]

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from types import UnionType
+from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import diffusers
 import torch
@@ -29,30 +31,59 @@ def current_class(config: Mapping[str, Any]) -> str:
     return _LEGACY.get((name, str(config.get("norm_type"))), name)
 
 
-def class_defaults(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """Values of a diffusers class for what a config leaves out.
+def full_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with the defaults of its diffusers class for what it leaves out.
 
     Raises:
         MissingComponent: the installed diffusers has no such class, or the config was written by a newer
             one and has keys that this one does not know.
+        InputError: a value of the wrong type, or a negative size.
     """
     found = getattr(diffusers, name, None)
     if found is None:
         raise MissingComponent(f"diffusers {diffusers.__version__} has no {name}", _UPGRADE)
-    known = {
-        key: parameter.default
-        for key, parameter in inspect.signature(found.__init__).parameters.items()
-        if parameter.default is not inspect.Parameter.empty
-    }
+    parameters = inspect.signature(found.__init__).parameters
     written = str(config.get("_diffusers_version", "0"))
-    unknown = [key for key in config if not key.startswith("_") and key not in known]
+    unknown = [key for key in config if not key.startswith("_") and key not in parameters]
     if unknown and _newer(written, diffusers.__version__):
         raise MissingComponent(
             f"{name} has {unknown[0]}={config[unknown[0]]!r}, which diffusers {diffusers.__version__} does"
             f" not know: it was saved by {written}",
             _UPGRADE,
         )
-    return known
+    defaults = {
+        key: parameter.default
+        for key, parameter in parameters.items()
+        if parameter.default is not inspect.Parameter.empty
+    }
+    hints = get_type_hints(found.__init__)
+    for key, value in config.items():
+        if key in hints and not _fits(value, hints[key], defaults.get(key)):
+            raise InputError(
+                f"the config of {name} has {key}={value!r:.60}, which is no {_hint_name(hints[key])}",
+                "download the checkpoint again",
+            )
+    return {**defaults, **config}
+
+
+def _fits(value: Any, hint: Any, default: Any) -> bool:
+    """Whether a JSON value is of an annotated type; what is not a plain annotation is not judged."""
+    if value is None:
+        return default is None or type(None) in get_args(hint)
+    if get_origin(hint) in (Union, UnionType):
+        return any(_fits(value, option, default) for option in get_args(hint) if option is not type(None))
+    if get_origin(hint) in (tuple, list) or hint in (tuple, list):
+        items = [item for item in get_args(hint) if item is not Ellipsis][:1]
+        return isinstance(value, (list, tuple)) and all(_fits(v, item, None) for item in items for v in value)
+    if hint is int:
+        return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+    if hint is float:
+        return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, hint) if hint in (str, bool) else True
+
+
+def _hint_name(hint: Any) -> str:
+    return hint.__name__ if isinstance(hint, type) else str(hint)
 
 
 def _newer(one: str, other: str) -> bool:
@@ -92,11 +123,12 @@ def model_shapes(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, .
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     accepted = inspect.signature(getattr(diffusers, name).__init__).parameters
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             model = getattr(diffusers, name)(**{k: v for k, v in known.items() if k in accepted})
-    except (ValueError, TypeError, RuntimeError, ZeroDivisionError, AttributeError) as error:
+    except Exception as error:  # whatever a config can provoke in someone else's code
         raise InputError(
-            f"{name} cannot be made from its config ({_first_line(error)})", "download the checkpoint again"
+            f"{name} cannot be made from its config ({first_line(error)})", "download the checkpoint again"
         ) from error
     return {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
 
@@ -145,6 +177,9 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     absent = {name: None for name, entry in checkpoint.index().items() if entry == [None, None]}
     absent |= {"transformer": None, "vae": None}
     pipeline = _from_pretrained(pipeline_class, checkpoint.path, variant=variant, **absent)
+    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
+        if getattr(pipeline, name, "not of this pipeline") is None:
+            raise InputError(f"{checkpoint.id} has no {name}", "save or download the whole pipeline")
     for name in present:
         encoder = getattr(pipeline, name, None)
         if encoder is not None:
@@ -155,14 +190,15 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
 def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
     try:
         return loaded.from_pretrained(folder, use_safetensors=True, **options)
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, AttributeError) as error:
+    except Exception as error:  # whatever files can provoke in someone else's code
         raise InputError(
-            f"{loaded.__name__} cannot load {folder} ({_first_line(error)})",
+            f"{loaded.__name__} cannot load {folder} ({first_line(error)})",
             "download or save the checkpoint again, with safetensors weights",
         ) from error
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """What a library says, short enough for one line."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160]
 

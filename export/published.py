@@ -9,7 +9,7 @@ import torch
 
 from ditf.export.families import FAMILIES
 from ditf.export.families.base import Condition, Family
-from ditf.export.pretrained import class_defaults
+from ditf.export.pretrained import full_config
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "DiT-XL/2 512": {"_class_name": "DiTTransformer2DModel", "sample_size": 64, "out_channels": 8},
@@ -62,7 +62,7 @@ def published_family(name: str) -> Family:
     """The family of a published config."""
     config = CONFIGS[name]
     family = next(f for f in FAMILIES if f.transformer_class == config["_class_name"])
-    return family({**class_defaults(family.transformer_class, config), **config})
+    return family(full_config(family.transformer_class, config))
 
 
 def example_condition(family: Family, text_tokens: int | None = None) -> Condition:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -61,14 +63,29 @@ class Bundle:
     def read_array(self, name: str) -> np.ndarray:
         """A verified .npy file of the bundle."""
         self.verify([name])
-        array: np.ndarray = np.load(self.path / name, allow_pickle=False)
-        return array
+        with self._readable(name), (self.path / name).open("rb") as file:
+            array: np.ndarray = np.load(file, allow_pickle=False)
+            return array
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
         """A verified .npz file of the bundle."""
         self.verify([name])
-        with np.load(self.path / name, allow_pickle=False) as arrays:
+        # Opened here: numpy leaves what it cannot read open.
+        with (
+            self._readable(name),
+            (self.path / name).open("rb") as file,
+            np.load(file, allow_pickle=False) as arrays,
+        ):
             return dict(arrays)
+
+    @contextmanager
+    def _readable(self, name: str) -> Iterator[None]:
+        try:
+            yield
+        except (ValueError, OSError, EOFError, BadZipFile) as error:
+            raise BundleError(
+                f"{self.path / name} holds no arrays ({str(error)[:80]})", "export the bundle again"
+            ) from error
 
     def _verify_file(self, path: Path, size: int, digest: str) -> None:
         fix = "copy or export the bundle again"

@@ -9,6 +9,7 @@ import numpy as np
 from ditf.runtime.bundle import CONDITIONS, Bundle
 from ditf.runtime.errors import BundleError, InputError
 
+_OTHERS = ("image", "noise")  # inputs of a graph that are not its condition's
 TIMESTEP = "timestep"
 TIMESTEPS = 1000  # of every supported scheduler
 
@@ -35,8 +36,10 @@ class Conditions:
         if self._mode == "bake":
             return
         arrays = bundle.read_arrays(CONDITIONS)
-        names = sorted({name.partition(".")[2] for name in arrays})
-        if not names or not set(names) <= inputs.keys():
+        names = [name for name in inputs if name not in _OTHERS]
+        if {name.partition(".")[2] for name in arrays} != set(names) or any(
+            array.shape != inputs[name.partition(".")[2]] for name, array in arrays.items()
+        ):
             raise BundleError(f"{bundle.path / CONDITIONS} does not fit the graph", "export the bundle again")
         try:
             self._rows = [
@@ -57,7 +60,7 @@ class Conditions:
 
         Args:
             prompt: name of a condition; None is the first.
-            custom: tensors of a live graph, in place of the condition's.
+            custom: tensors of a live graph, in place of the condition's; those left out are the condition's.
 
         Raises:
             InputError: unknown name, nothing to choose, or tensors the graph does not take.
@@ -87,10 +90,15 @@ class Conditions:
     def _replaced(self, row: Feeds, custom: Mapping[str, np.ndarray]) -> Feeds:
         if self._mode != "live":
             raise InputError("a bank takes its own rows only", "export it with --conditioning live")
-        for name, array in custom.items():
+        if not isinstance(custom, Mapping):
+            raise InputError("embeddings must be a mapping from the graph's inputs to arrays")
+        arrays: Feeds = {}
+        for name, value in custom.items():
             if name not in row:
                 raise InputError(f"the graph has no input {name!r}", f"choose from {', '.join(row)}")
             wanted = row[name]
+            array = _as_array(value, wanted)
+            arrays[name] = array
             if array.shape != wanted.shape or array.dtype != wanted.dtype:
                 raise InputError(
                     f"{name} must be {wanted.dtype} {list(wanted.shape)},"
@@ -100,4 +108,15 @@ class Conditions:
                 raise InputError(f"{name} holds NaN or infinity")
             if name == TIMESTEP and not 0 <= int(array[0]) < TIMESTEPS:
                 raise InputError(f"timestep {int(array[0])} is out of range", f"choose 0..{TIMESTEPS - 1}")
-        return {**row, **custom}
+        return {**row, **arrays}
+
+
+def _as_array(value: object, wanted: np.ndarray) -> np.ndarray:
+    """A number where one number is wanted becomes the array that the graph takes."""
+    try:
+        array = np.asarray(value)
+    except ValueError:
+        array = np.asarray(None)
+    if array.size == wanted.size == 1 and array.ndim <= 1 and array.dtype.kind == wanted.dtype.kind:
+        return array.reshape(wanted.shape).astype(wanted.dtype)
+    return array

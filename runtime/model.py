@@ -96,7 +96,7 @@ class Model:
                 own by default.
             prompt: name of one of `conditions`, of a bundle exported with several.
             embeddings: of a bundle exported with --conditioning live: `prompt_embeds`, `timestep` and so
-                on, in place of the condition's.
+                on, in place of those of `prompt`; `ditf inspect` lists their types and shapes.
 
         Raises:
             InputError: an unreadable image, or noise or a condition the graph does not take.

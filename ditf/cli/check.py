@@ -37,6 +37,9 @@ def check(
     opened.verify(opened.manifest.files)
     with Model(opened, backend) as model:
         say(f"{bundle} on {model.detail} ({model.reason})")
+        known, checked = len(model.conditions), len(opened.manifest.golden.get("conditions", [0]))
+        if known > 1:
+            say(f"features under {checked} of {known} conditions; the worst of each metric counts")
         metrics = golden_metrics(model)
     limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
     results = gates(metrics, {**limits, "match_graph_agrees": _GRAPH_LIMIT})

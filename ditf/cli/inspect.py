@@ -91,19 +91,24 @@ def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
         ),
         ("AdaLN", "yes" if manifest.adaln else "no: plain hidden states"),
         ("conditioning", _conditioning(manifest)),
-        ("timestep", str(manifest.timestep)),
+        ("timestep", _timesteps(manifest)),
         ("noise", f"{manifest.noise}, ensemble of {manifest.ensemble}, seed {manifest.seed}"),
         ("condition", _condition(manifest)),
         *([] if manifest.guidance is None else [("guidance", f"{manifest.guidance:g}")]),
         *([] if manifest.text_tokens is None else [("text", f"cut to {manifest.text_tokens} T5 tokens")]),
         ("opset", str(manifest.opset)),
-        ("made by", manifest.command),
+        ("made by", manifest.command.replace("\n", "\\n")),
         ("with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     ]
 
 
 def _batch(manifest: Manifest) -> str:
     return "B" if manifest.batch == "dynamic" else str(manifest.batch)
+
+
+def _timesteps(manifest: Manifest) -> str:
+    several = sorted({entry["timestep"] for entry in manifest.conditions})
+    return ", ".join(map(str, several or [manifest.timestep]))
 
 
 def _conditioning(manifest: Manifest) -> str:
@@ -115,7 +120,7 @@ def _conditioning(manifest: Manifest) -> str:
 
 
 def _condition(manifest: Manifest) -> str:
-    if len(manifest.conditions) > 1:
+    if manifest.conditioning != "bake":
         names = [repr(entry["name"]) for entry in manifest.conditions]
         more = f" and {len(names) - 8} more" if len(names) > 8 else ""
         return ", ".join(names[:8]) + more

@@ -9,7 +9,7 @@ from ditf.export.families.dit import DiT
 from ditf.export.families.flux import Flux
 from ditf.export.families.pixart import PixArt
 from ditf.export.families.sd3 import SD3
-from ditf.export.pretrained import class_defaults, current_class
+from ditf.export.pretrained import current_class, full_config
 from ditf.runtime.errors import InputError
 
 FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, AuraFlow)
@@ -26,6 +26,8 @@ def family_of(checkpoint: Checkpoint) -> Family:
     name = current_class(config)
     for family in FAMILIES:
         if name == family.transformer_class:
-            return family({**class_defaults(name, config), **config})
+            return family(full_config(name, config))
+    if "_class_name" not in config:
+        raise InputError(f"{checkpoint.id}: transformer/config.json names no class", "save the model again")
     supported = ", ".join(f"{family.name} ({family.transformer_class})" for family in FAMILIES)
     raise InputError(f"{checkpoint.id} is a {name}, which is not supported", f"supported: {supported}")

@@ -58,12 +58,21 @@ class OnnxRuntimeSession:
         }
         self.outputs = tuple(item.name for item in session.get_outputs())
         self._session = session
+        self._path = path
 
     def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         """Run the graph; arrays in and out are in host memory."""
         if self._session is None:
             raise RuntimeError("the session is closed")
-        return dict(zip(self.outputs, self._session.run(list(self.outputs), dict(feeds)), strict=True))
+        try:
+            values = self._session.run(list(self.outputs), dict(feeds))
+        except (MemoryError, KeyboardInterrupt):
+            raise
+        except Exception as error:  # its exceptions share no base class
+            raise BundleError(
+                f"ONNX Runtime cannot run {self._path} ({_first_line(error)})", "export the bundle again"
+            ) from error
+        return dict(zip(self.outputs, values, strict=True))
 
     def close(self) -> None:
         """Drop the session and its memory."""

@@ -41,7 +41,7 @@ def test_prompts_times_timesteps(checkpoint):
 
 def test_a_file_of_prompts(tmp_path, checkpoint):
     file = tmp_path / "prompts.txt"
-    file.write_text("# animals\n\ncat: a photo: of a cat\n  dog :  a dog\n")
+    file.write_text("\ufeff# animals\n\ncat: a photo: of a cat\n  dog :  a dog\n")
     assert read_prompts(file) == [("cat", "a photo: of a cat"), ("dog", "a dog")]
     made = entries(checkpoint("pixart"), conditioning="bank", prompts=file, prompt="a bird")
     assert [entry.name for entry in made] == ["a bird", "cat", "dog"]
@@ -55,6 +55,7 @@ def test_a_file_of_prompts(tmp_path, checkpoint):
         (b"cat: a cat\na dog\n", "line 2 is not 'name: prompt': 'a dog'"),
         (b": a cat\n", "line 1 is not"),
         (b"cat:\n", "line 1 is not"),
+        (b"cat: a cat\n" * 200_000, "larger than"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )

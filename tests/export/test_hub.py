@@ -83,7 +83,7 @@ def hub(monkeypatch):
         (401, "RepoNotFound", InputError, "no such model on the hub"),
         (403, "GatedRepo", InputError, "is gated; accept its licence"),
         (404, "RevisionNotFound", InputError, "has no revision v9"),
-        (500, "", MissingComponent, "the hub cannot be reached"),
+        (400, "", MissingComponent, "the hub cannot be reached"),
     ],
 )
 def test_the_hubs_errors(hub, status, code, error, message):

@@ -11,6 +11,7 @@ from diffusers import FluxPipeline, PixArtAlphaPipeline, SD3Transformer2DModel
 from safetensors.torch import load_file, save_file
 
 from ditf.export.checkpoint import Checkpoint, open_checkpoint
+from ditf.export.conditions import encode
 from ditf.export.exporter import export_bundle
 from ditf.export.families import family_of
 from ditf.export.families.pixart import PixArt
@@ -244,3 +245,58 @@ def test_the_manifest_says_what_was_left_out(checkpoint, tmp_path):
     modulation += [f"{norm}.linear.{part}" for norm in norms for part in ("weight", "bias")]
     expected = sum(weights[name].numel() for name in modulation)
     assert removed["conditioning, now constants"]["parameters"] == expected
+
+
+@pytest.mark.parametrize(
+    ("component", "changes"),
+    [
+        ("transformer", {"num_layers": None}),
+        ("transformer", {"num_layers": 0}),
+        ("transformer", {"num_layers": 100_000_000}),
+        ("transformer", {"sample_size": [16, 16]}),
+        ("transformer", {"sample_size": -16}),
+        ("transformer", {"sample_size": 0}),
+        ("transformer", {"attention_head_dim": 0}),
+        ("transformer", {"norm_eps": "x"}),
+        ("transformer", {"activation_fn": "zzz"}),
+        ("transformer", {"num_attention_heads": True}),
+        ("vae", {"block_out_channels": 8}),
+        ("vae", {"block_out_channels": []}),
+        ("vae", {"shift_factor": "x"}),
+        ("vae", {"scaling_factor": 0}),
+        ("vae", {"scaling_factor": None}),
+        ("scheduler", {"num_train_timesteps": None}),
+        ("scheduler", {"num_train_timesteps": "1000"}),
+        ("scheduler", {"beta_schedule": "foo"}),
+        ("scheduler", {"beta_start": "0.1"}),
+        ("scheduler", {"trained_betas": "x"}),
+    ],
+    ids=str,
+)
+def test_configs_with_wrong_values(copy, component, changes):
+    name = "scheduler_config.json" if component == "scheduler" else "config.json"
+    path = copy / component / name
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+    with pytest.raises(InputError) as caught:
+        plan(copy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("text_encoder/model.safetensors", "cut short"),
+        (
+            "text_encoder/config.json",
+            '{"architectures": ["T5EncoderModel"], "model_type": "t5", "d_model": "32"}',
+        ),
+        ("tokenizer/tokenizer_config.json", '{"tokenizer_class": "T5Tokenizer", "model_max_length": "x"}'),
+        ("model_index.json", '{"_class_name": "PixArtAlphaPipeline", "text_encoder": [null, null]}'),
+        ("model_index.json", '{"_class_name": "PixArtAlphaPipeline"}'),
+    ],
+)
+def test_damaged_text_encoders(copy, name, text):
+    (copy / name).write_text(text)
+    made = plan(copy)
+    with pytest.raises(InputError, match=r"cannot load|fail|has no text_encoder|not a readable"):
+        encode(made.entries, made.family, made.checkpoint, None)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 
@@ -106,6 +107,43 @@ def test_damaged_conditions_are_refused(bank_bundle, tmp_path):
         ditf.load(copy)
     (copy / "conditions.npz").unlink()
     with pytest.raises(BundleError, match=r"conditions\.npz is missing"):
+        ditf.load(copy)
+
+
+@pytest.mark.parametrize("value", [600, [600], np.int32(600), np.array([600])])
+def test_a_number_is_a_timestep(live, value):
+    expected = live.features(IMAGE, embeddings={"timestep": np.array([600])}).array
+    np.testing.assert_array_equal(live.features(IMAGE, embeddings={"timestep": value}).array, expected)
+
+
+@pytest.mark.parametrize(
+    "embeddings", [[1], {"timestep": None}, {"timestep": "x"}, {"timestep": [[1], [2, 3]]}]
+)
+def test_embeddings_that_are_no_arrays(live, embeddings):
+    with pytest.raises(InputError, match=r"timestep must be|embeddings must be"):
+        live.features(IMAGE, embeddings=embeddings)
+
+
+@pytest.mark.parametrize("damage", ["truncated", "empty", "objects", "shapes", "missing"])
+def test_damaged_conditions_that_are_signed_for(bank_bundle, tmp_path, damage):
+    copy = shutil.copytree(bank_bundle, tmp_path / "bundle")
+    path = copy / "conditions.npz"
+    with np.load(path) as file:
+        arrays = dict(file)
+    if damage in ("truncated", "empty"):
+        path.write_bytes(path.read_bytes()[: path.stat().st_size // 2 if damage == "truncated" else 0])
+    else:
+        name = "0.level"
+        changed = {"objects": np.array([None, {}]), "shapes": np.zeros(3, np.float32)}.get(damage)
+        rest = {key: array for key, array in arrays.items() if key != name}
+        np.savez(path, **rest, **({} if changed is None else {name: changed}))
+    manifest = json.loads((copy / "manifest.json").read_text())
+    content = path.read_bytes()
+    manifest["files"]["conditions.npz"] = {
+        "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()
+    }  # fmt: skip
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(BundleError, match=r"conditions\.npz (holds no arrays|does not fit|lacks)"):
         ditf.load(copy)
 
 
