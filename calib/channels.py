@@ -17,18 +17,24 @@ and SD3 the massive ones are 50 to 1000 times the median; ordinary channels stay
 
 FLOAT16_MAX = 65504.0
 
+DEFINITION = f"mean |x| over tokens > {MASSIVE_RATIO:g} x the median channel's"
+
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Statistics of the hidden states that enter one block.
+    """Statistics of the tokens of one stream that enter one block.
 
     Attributes:
         mean_abs: [C], mean |x| over images and tokens; max_abs: [C], the largest |x|.
+        token_share: [C], share of tokens on which |x| passes the limit that its image sets.
+        positive_share: [C], share of tokens on which x > 0.
         images: how many.
     """
 
     mean_abs: np.ndarray
     max_abs: np.ndarray
+    token_share: np.ndarray
+    positive_share: np.ndarray
     images: int
 
     @property
@@ -42,10 +48,18 @@ class ChannelStatistics:
         found: list[int] = np.flatnonzero(self.mean_abs > MASSIVE_RATIO * self.median).tolist()
         return found
 
+    @property
+    def sign_stability(self) -> np.ndarray:
+        """[C], share of tokens that have a channel's usual sign: 0.5 for noise, 1 for a bias."""
+        stability: np.ndarray = np.maximum(self.positive_share, 1.0 - self.positive_share)
+        return stability
+
     def to_json(self) -> dict[str, Any]:
         """For calibration.json."""
+        median = max(self.median, 1e-30)
+        stability = self.sign_stability
         return {
-            "definition": f"mean |x| over image tokens > {MASSIVE_RATIO:g} x the median channel's",
+            "definition": DEFINITION,
             "images": self.images,
             "median_channel": self.median,
             "massive_channels": [
@@ -53,14 +67,62 @@ class ChannelStatistics:
                     "channel": channel,
                     "mean_abs": float(self.mean_abs[channel]),
                     "max_abs": float(self.max_abs[channel]),
-                    "ratio": float(self.mean_abs[channel]) / max(self.median, 1e-30),
+                    "ratio": float(self.mean_abs[channel]) / median,
+                    "token_share": float(self.token_share[channel]),
+                    "sign_stability": float(stability[channel]),
                 }
                 for channel in self.massive
             ],
             "max_abs": float(self.max_abs.max()),
             "headroom_to_65504": FLOAT16_MAX / max(float(self.max_abs.max()), 1e-30),
-            "mean_abs": [round(float(value), 6) for value in self.mean_abs],
+            "mean_abs": [float(f"{value:.6g}") for value in self.mean_abs],
         }
+
+
+class Accumulator:
+    """Collects `ChannelStatistics` one image at a time; memory does not grow with their number."""
+
+    def __init__(self) -> None:
+        self._images = 0
+        self._sums: np.ndarray = np.zeros(0)
+        self._max: np.ndarray = np.zeros(0)
+
+    def add(self, tokens: np.ndarray, where: str) -> None:
+        """One image's tokens [N, C].
+
+        Args:
+            where: what they are, for the error.
+
+        Raises:
+            InputError: they are not finite.
+        """
+        if not np.isfinite(tokens).all():
+            raise InputError(
+                f"{where} are NaN or infinite on calibration image {self._images}",
+                "check the checkpoint's weights",
+            )
+        absolute = np.abs(tokens)
+        mean = absolute.mean(axis=0, dtype=np.float64)
+        limit = MASSIVE_RATIO * float(np.median(mean))
+        sums = np.stack([mean, (absolute > limit).mean(axis=0), (tokens > 0).mean(axis=0)])
+        largest = absolute.max(axis=0)
+        if self._images:
+            self._sums += sums
+            np.maximum(self._max, largest, out=self._max)
+        else:
+            self._sums, self._max = sums, largest
+        self._images += 1
+
+    def finish(self) -> ChannelStatistics:
+        """The statistics of what was added.
+
+        Raises:
+            InputError: nothing was.
+        """
+        if not self._images:
+            raise InputError("calibration needs at least one image")
+        mean, share, positive = self._sums / self._images
+        return ChannelStatistics(mean, self._max, share, positive, self._images)
 
 
 def channel_statistics(hidden_states: Sequence[np.ndarray]) -> ChannelStatistics:
@@ -69,20 +131,10 @@ def channel_statistics(hidden_states: Sequence[np.ndarray]) -> ChannelStatistics
     Raises:
         InputError: no images, or hidden states that are not finite.
     """
-    if not hidden_states:
-        raise InputError("calibration needs at least one image")
-    for index, tokens in enumerate(hidden_states):
-        if not np.isfinite(tokens).all():
-            raise InputError(
-                f"the model's hidden states are NaN or infinite on calibration image {index}",
-                "check the checkpoint's weights",
-            )
-    absolute = [np.abs(tokens) for tokens in hidden_states]
-    return ChannelStatistics(
-        mean_abs=np.mean([tokens.mean(axis=0, dtype=np.float64) for tokens in absolute], axis=0),
-        max_abs=np.max([tokens.max(axis=0) for tokens in absolute], axis=0),
-        images=len(hidden_states),
-    )
+    accumulator = Accumulator()
+    for tokens in hidden_states:
+        accumulator.add(tokens, "the model's hidden states")
+    return accumulator.finish()
 
 
 def measure(reference: Reference, images: Sequence[np.ndarray]) -> ChannelStatistics:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditf.calib.channels import ChannelStatistics, measure
-from ditf.calib.images import golden_pair, procedural_images
+from ditf.calib.images import golden_pair
 from ditf.calib.parity import tolerances
+from ditf.export.calibrate import massive_channels, measured, read_calibration
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
 from ditf.export.golden import Case, golden_cases, write_golden
@@ -31,7 +31,6 @@ from ditf.export.specialise import Specialised, specialise
 from ditf.export.staging import staged
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
-from ditf.runtime.images import fit_image, list_images, open_image
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
 Report = Callable[[str], None]
@@ -65,6 +64,8 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
     report(f"opening {options.model}")
     with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
         plan = make_plan(options, checkpoint)
+        if options.calibration is not None:
+            read_calibration(options.calibration, plan)
         with staged(plan.output) as folder:
             report(f"{plan.family.blocks.describe(plan.layer)}; encoding {describe(plan.entries)}")
             with torch.no_grad():
@@ -159,44 +160,26 @@ def _run_reference(
 ) -> _Observed:
     """Calibrate and write golden.npz with the unmodified model, which is freed on return."""
     options = plan.options
-    images = _calibration_images(options.calibration_images, plan.size)
-    report(f"calibrating on {len(images)} images with the unmodified {plan.family.transformer_class}")
     reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
-    statistics = measure(reference.under(entries[0].condition, entries[0].timestep), images)
+    reference.under(entries[0].condition, entries[0].timestep)
+    if options.calibration is not None:
+        report(f"taking the calibration of {options.calibration}")
+        document = read_calibration(options.calibration, plan)
+    else:
+        report(f"calibrating on images with the unmodified {plan.family.transformer_class}")
+        document = measured(plan, reference)
     settings = FeatureSettings(
-        channels=statistics.massive if plan.discard is None else list(plan.discard),
+        channels=massive_channels(document) if plan.discard is None else list(plan.discard),
         stage=options.discard_stage,
         adaln=options.adaln,
     )
-    (folder / files.CALIBRATION).write_text(_calibration(plan, statistics), "utf-8")
+    (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     report(f"discarding channels {list(settings.channels) or 'none'}; recording golden outputs")
     cases = [Case(index, entries[index]) for index in golden_cases(len(entries))]
     golden = write_golden(
         folder / files.GOLDEN, reference, golden_pair(plan.size), settings, options.seed, cases, whole
     )
     return _Observed(settings, golden)
-
-
-def _calibration(plan: Plan, statistics: ChannelStatistics) -> str:
-    published = plan.family.defaults.channels
-    calibration = {
-        "schema": SCHEMA,
-        "model": plan.checkpoint.id,
-        "layer": plan.layer,
-        "timestep": plan.entries[0].timestep,
-        "condition": plan.entries[0].name,
-        "size": plan.size,
-        "image_source": str(plan.options.calibration_images or "built-in procedural pictures"),
-        "published_channels": None if published is None else list(published),
-        "hidden_states": statistics.to_json(),
-    }
-    return json.dumps(calibration, indent=1) + "\n"
-
-
-def _calibration_images(folder: Path | None, size: tuple[int, int]) -> list[np.ndarray]:
-    if folder is None:
-        return procedural_images(size)
-    return [fit_image(open_image(path), size)[0] for path in list_images(folder)]
 
 
 def _write_features(path: Path, plan: Plan, made: Specialised) -> None:

@@ -26,6 +26,7 @@ class ExportOptions(BaseModel):
         discard: "auto" measures, "published" takes the family's, "none", or channels.
         size: (H, W) in pixels.
         batch: images in one call of the graph, or "dynamic".
+        calibration: what `ditf calibrate` wrote; "auto" takes its channels.
         calibration_images: folder of images instead of the built-in ones.
         output: bundle directory, bundles/<model>-l<k>-<precision> by default.
         command: recorded in the manifest.
@@ -54,6 +55,7 @@ class ExportOptions(BaseModel):
     discard_stage: Literal["before", "after"] = "before"
     batch: Union[int, Literal["dynamic"]] = 1
     opset: int = DEFAULT_OPSET
+    calibration: Optional[Path] = None
     calibration_images: Optional[Path] = None
     output: Optional[Path] = None
     command: str = ""

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ditf.calib.blocks import Entering
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Condition, Family
 from ditf.export.latents import LatentSpace
@@ -59,6 +60,7 @@ class Reference:
     ) -> None:
         transformer_class = getattr(diffusers, family.transformer_class)
         self._family = family
+        self._layer = layer
         self._transformer = load_model(transformer_class, checkpoint, "transformer")
         self._latents = LatentSpace.of(checkpoint, family.latent_channels)
         self._vae = self._latents.load_vae(checkpoint) if self._latents.vae else None
@@ -93,6 +95,45 @@ class Reference:
         self._block_call = (args, kwargs)
         z: np.ndarray = self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy()
         return z
+
+    @torch.no_grad()
+    def trace(self, image: np.ndarray) -> list[Entering]:
+        """What enters blocks 0..k: one pass of the unmodified model, tokens averaged over the ensemble.
+
+        Args:
+            image: uint8 [H, W, 3] at the export's size.
+        """
+        seen: list[tuple[np.ndarray, np.ndarray | None]] = []
+        modulated: list[np.ndarray] = []
+
+        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            tokens = _first(args, kwargs).mean(dim=0)
+            text = kwargs.get("encoder_hidden_states") if self._family.text_stream else None
+            count = self._grid[0] * self._grid[1]
+            head = tokens[:-count] if len(tokens) > count else None
+            own = text.mean(dim=0) if text is not None else head
+            seen.append((tokens[-count:].numpy().copy(), None if own is None else own.numpy().copy()))
+
+        def attending(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            modulated.append(self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy().copy())
+            if module is self._attention:
+                raise _Stop
+
+        handles = []
+        for index in range(self._layer + 1):
+            block = _submodule(self._transformer, self._family.block_name(index))
+            attention = _submodule(block, self._family.attention_name)
+            handles.append(block.register_forward_pre_hook(entering, with_kwargs=True))
+            handles.append(attention.register_forward_pre_hook(attending, with_kwargs=True))
+        try:
+            x_t = self._family.reference_latents(self._add_noise(self._encode(image)))
+            self._transformer(x_t, **self._inputs)
+        except _Stop:
+            pass
+        finally:
+            for handle in handles:
+                handle.remove()
+        return [Entering(*one, after) for one, after in zip(seen, modulated, strict=True)]
 
     def _image_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Of a sequence that text may come before (FLUX's single-stream blocks)."""

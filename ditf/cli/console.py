@@ -58,7 +58,7 @@ FitOption = Annotated[
 ]
 PromptOption = Annotated[
     Optional[str],
-    typer.Option("--prompt", metavar="NAME", help="Condition (prompt or class) of a bundle that has several."),
+    typer.Option("--prompt", metavar="NAME", help="Condition of a bundle that has several: prompt or class."),
 ]
 JsonOption = Annotated[
     Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")

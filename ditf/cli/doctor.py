@@ -28,6 +28,7 @@ _PACKAGES = {
     "safetensors": "export",
     "onnx": "export",
     "onnxscript": "export",
+    "matplotlib": "export",
     "onnxruntime": "onnxruntime",
     "onnxruntime-gpu": "onnxruntime-gpu",
     "tensorrt-rtx": "tensorrt-rtx",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any, Literal, Optional, Union
+from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 
 import typer
 
@@ -23,6 +23,9 @@ from ditf.cli.console import (
 )
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
+
+if TYPE_CHECKING:
+    from ditf.export.options import ExportOptions
 
 
 def export(
@@ -85,6 +88,9 @@ def export(
     ] = False,
     batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Images in one call.")] = "1",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18..25.")] = 20,
+    calibration: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="What ditf calibrate wrote, for --discard auto.")
+    ] = None,
     calibration_images: Annotated[
         Optional[Path], typer.Option(metavar="DIR", help="Images for --discard auto; built-in by default.")
     ] = None,
@@ -120,22 +126,12 @@ def export(
         "adaln": not no_adaln,
         "batch": _parse_batch(batch),
         "opset": opset,
+        "calibration": calibration,
         "calibration_images": calibration_images,
         "output": output,
         "command": state.command,
     }
-    with needs_exporter():
-        from pydantic import ValidationError
-
-        from ditf.export.options import ExportOptions
-    try:
-        options = ExportOptions(**values)
-    except ValidationError as error:
-        first = error.errors()[0]
-        flag = "--" + str(first["loc"][0]).replace("_", "-")
-        raise InputError(
-            f"{flag} {first['input']}: {first['msg'].lower()}", "see ditf export --help"
-        ) from None
+    options = options_of(values)
     with needs_exporter():
         from ditf.export.pretrained import quieten_libraries
 
@@ -152,6 +148,26 @@ def export(
         f" {manifest.channels}x{manifest.grid[0]}x{manifest.grid[1]}, {size_text}"
     )
     write_json(json_file, {"bundle": str(path), "layer": manifest.layer, "layer_name": manifest.layer_name})
+
+
+def options_of(values: dict[str, Any]) -> ExportOptions:
+    """Options checked one by one, before anything heavy is imported.
+
+    Raises:
+        InputError: names the first flag that is wrong.
+    """
+    with needs_exporter():
+        from pydantic import ValidationError
+
+        from ditf.export.options import ExportOptions
+    try:
+        return ExportOptions(**values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        flag = "--" + str(first["loc"][0]).replace("_", "-")
+        raise InputError(
+            f"{flag} {first['input']}: {first['msg'].lower()}", "see ditf export --help"
+        ) from None
 
 
 @contextmanager

@@ -192,6 +192,9 @@ class Family(ABC):
         """Where block `index` is in the transformer and in its weights."""
         return f"transformer_blocks.{index}"
 
+    text_stream: ClassVar[bool] = True
+    """Whether the text has a residual of its own (PixArt's caption is only attended to)."""
+
     attention_name: ClassVar[str] = "attn1"
     """The attention of a block whose first input is its modulated first norm."""
 

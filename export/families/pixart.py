@@ -32,6 +32,7 @@ class PixArt(Family):
     name = "pixart"
     transformer_class = "PixArtTransformer2DModel"
     takes_prompt = True
+    text_stream = False
     defaults = Defaults(
         timestep=261,
         prompt="a photo",

@@ -42,7 +42,7 @@ def test_one_large_token_is_not_a_massive_channel():
 
 def test_ratio_is_a_strict_limit():
     mean_abs = np.array([1.0, 1.0, 1.0, MASSIVE_RATIO, np.nextafter(MASSIVE_RATIO, 11)])
-    assert ChannelStatistics(mean_abs, mean_abs, 1).massive == [4]
+    assert ChannelStatistics(mean_abs, mean_abs, mean_abs, mean_abs, 1).massive == [4]
 
 
 def test_statistics_are_over_tokens_and_images():

@@ -56,7 +56,8 @@ def test_the_default_layer_is_half_of_the_depth(tiny_pixart, tmp_path):
 def test_auto_discard_finds_the_planted_channels(demo_bundle):
     assert read_manifest(demo_bundle).discard["channels"] == sorted(PLANTED)
     calibration = json.loads((demo_bundle / "calibration.json").read_text())
-    massive = calibration["hidden_states"]["massive_channels"]
+    assert len(calibration["layers"]) == 10
+    massive = calibration["layers"][9]["image"]["massive_channels"]
     assert [entry["channel"] for entry in massive] == sorted(PLANTED)
     assert all(entry["ratio"] > 10 for entry in massive)
 
@@ -70,8 +71,9 @@ def test_own_calibration_images(tmp_path):
         ExportOptions(layer="1", size=(64, 64), calibration_images=folder, output=tmp_path / "b")
     )
     calibration = json.loads((bundle / "calibration.json").read_text())
-    assert calibration["hidden_states"]["images"] == 1
-    assert calibration["image_source"] == str(folder)
+    assert calibration["layers"][1]["image"]["images"] == 1
+    assert calibration["images"]["source"] == str(folder)
+    assert calibration["images"]["names"] == ["a.png"]
 
 
 def test_exporting_again_gives_the_same_bytes(demo_bundle, tmp_path):

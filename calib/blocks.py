@@ -1,0 +1,113 @@
+"""Hidden states block by block: where massive channels appear, how large, and how AdaLN meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ditf.calib.channels import Accumulator, ChannelStatistics
+
+
+@dataclass(frozen=True)
+class Entering:
+    """What enters one block, of one image.
+
+    Attributes:
+        image: tokens [N, C], float32; text: tokens [L, C] of a text stream, or None.
+        modulated: [N, C], the image after the block's own first norm and its modulation.
+    """
+
+    image: np.ndarray
+    text: np.ndarray | None
+    modulated: np.ndarray
+
+
+@dataclass(frozen=True)
+class BlockStatistics:
+    """Statistics of what enters one block.
+
+    Attributes:
+        scale: [C], 1 + scale of the block's first norm, recovered from what it made of the image.
+    """
+
+    layer: int
+    name: str
+    image: ChannelStatistics
+    text: ChannelStatistics | None
+    scale: np.ndarray
+
+    def to_json(self) -> dict[str, Any]:
+        """For calibration.json."""
+        return {
+            "layer": self.layer,
+            "name": self.name,
+            "image": self.image.to_json(),
+            "text": None if self.text is None else self.text.to_json(),
+            "scale": [float(f"{value:.4g}") for value in self.scale],
+        }
+
+
+def measure_blocks(traces: Iterable[Sequence[Entering]], names: Sequence[str]) -> list[BlockStatistics]:
+    """Statistics of every block over images, one image at a time.
+
+    Args:
+        traces: for each image, what enters the blocks in order.
+        names: of the blocks, for people.
+
+    Raises:
+        InputError: no images, or NaN; names the first block that has them.
+    """
+    image = [Accumulator() for _ in names]
+    text: dict[int, Accumulator] = {}
+    scales: list[np.ndarray] = []
+    for number, trace in enumerate(traces):
+        for layer, entering in enumerate(trace):
+            image[layer].add(entering.image, f"the image tokens that enter {names[layer]}")
+            if entering.text is not None:
+                where = f"the text tokens that enter {names[layer]}"
+                text.setdefault(layer, Accumulator()).add(entering.text, where)
+            if number == 0:
+                scales.append(_scale(entering))
+    return [
+        BlockStatistics(
+            layer,
+            name,
+            image[layer].finish(),
+            text[layer].finish() if layer in text else None,
+            scales[layer],
+        )
+        for layer, name in enumerate(names)
+    ]
+
+
+def _scale(entering: Entering) -> np.ndarray:
+    """Slope of modulated = slope * LayerNorm(x) + shift, channel by channel: exact, since it is affine."""
+    x = entering.image.astype(np.float64)
+    normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
+    centred = normed - normed.mean(axis=0)
+    modulated = entering.modulated.astype(np.float64)
+    slope: np.ndarray = (centred * (modulated - modulated.mean(axis=0))).sum(axis=0) / np.maximum(
+        (centred * centred).sum(axis=0), 1e-30
+    )
+    return slope
+
+
+def degenerate(images: Sequence[np.ndarray]) -> str | None:
+    """Why pictures say little, if they do."""
+    if all(int(image.max()) == int(image.min()) for image in images):
+        return "every image is of one colour"
+    if len(images) > 1 and all(np.array_equal(image, images[0]) for image in images[1:]):
+        return "the images are identical"
+    return None
+
+
+def mismatches(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
+    """What of a calibration file is not as an export needs it: "timestep 261 instead of 10"."""
+    return [
+        f"{name} {document.get(name)!r} instead of {value!r}"
+        for name, value in wanted.items()
+        if document.get(name) != value
+    ]

@@ -1,0 +1,102 @@
+"""Pictures of what calibration found: where massive channels appear and how AdaLN meets them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditf.calib.channels import FLOAT16_MAX, MASSIVE_RATIO
+
+_COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#8d5a97", "#2e4057")
+
+
+def plot_calibration(document: Mapping[str, Any], path: Path) -> None:
+    """Draw calibration.json: four panels over the layers.
+
+    Channel means of the residual, sorted, one line a layer; the massive channels' ratio to the median, layer
+    by layer; AdaLN's scale on them against all channels; and the largest values against float16's limit.
+
+    Args:
+        document: as `ditf calibrate` writes it.
+        path: PNG, SVG or PDF.
+    """
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 7.5), layout="constrained")
+    axes = figure.subplots(2, 2)
+    layers = document["layers"]
+    channels = _massive_anywhere(layers)
+    _sorted_means(axes[0][0], layers)
+    _ratios(axes[0][1], layers, channels)
+    _modulation(axes[1][0], layers, channels)
+    _largest(axes[1][1], layers)
+    model, condition = document["model"], document["condition"]
+    figure.suptitle(f"{model}: {document['images']['count']} images, t={document['timestep']}, {condition!r}")
+    figure.savefig(path, dpi=110)
+
+
+def _massive_anywhere(layers: list[Mapping[str, Any]]) -> list[int]:
+    """Channels massive in some layer, the strongest first, as many as there are colours."""
+    strongest: dict[int, float] = {}
+    for layer in layers:
+        for entry in layer["image"]["massive_channels"]:
+            channel, ratio = entry["channel"], entry["ratio"]
+            strongest[channel] = max(strongest.get(channel, 0.0), ratio)
+    return sorted(strongest, key=lambda channel: -strongest[channel])[: len(_COLOURS)]
+
+
+def _sorted_means(axis: Any, layers: list[Mapping[str, Any]]) -> None:
+    for index, layer in enumerate(layers):
+        means = np.sort(np.asarray(layer["image"]["mean_abs"]))[::-1]
+        shade = 0.85 - 0.75 * index / max(len(layers) - 1, 1)
+        axis.loglog(np.arange(1, len(means) + 1), np.maximum(means, 1e-9), color=str(shade), linewidth=1)
+    axis.set(title="residual: channels by size (dark: later layers)", xlabel="rank", ylabel="mean |x|")
+
+
+def _ratios(axis: Any, layers: list[Mapping[str, Any]], channels: list[int]) -> None:
+    numbers = [layer["layer"] for layer in layers]
+    for channel, colour in zip(channels, _COLOURS, strict=False):
+        ratios = []
+        for layer in layers:
+            means = np.asarray(layer["image"]["mean_abs"])
+            ratios.append(means[channel] / max(layer["image"]["median_channel"], 1e-30))
+        axis.semilogy(numbers, ratios, color=colour, marker="o", markersize=3, label=f"channel {channel}")
+    axis.axhline(MASSIVE_RATIO, color="black", linewidth=0.8, linestyle="--", label="massive")
+    axis.set(title="mean |x| over the median channel's", xlabel="layer")
+    axis.legend(fontsize=8)
+
+
+def _modulation(axis: Any, layers: list[Mapping[str, Any]], channels: list[int]) -> None:
+    known = [layer for layer in layers if layer.get("scale")]
+    numbers = [layer["layer"] for layer in known]
+    if known:
+        scales = np.abs(np.asarray([layer["scale"] for layer in known]))
+        low, middle, high = np.percentile(scales, (5, 50, 95), axis=1)
+        axis.fill_between(numbers, low, high, color="0.85", label="5 to 95 % of all channels")
+        axis.plot(numbers, middle, color="0.4", label="median channel")
+        for channel, colour in zip(channels, _COLOURS, strict=False):
+            axis.plot(
+                numbers,
+                scales[:, channel],
+                color=colour,
+                marker="o",
+                markersize=3,
+                label=f"channel {channel}",
+            )
+        axis.legend(fontsize=8)
+    axis.set(title="AdaLN: |1 + scale| of each layer's first norm", xlabel="layer")
+
+
+def _largest(axis: Any, layers: list[Mapping[str, Any]]) -> None:
+    numbers = [layer["layer"] for layer in layers]
+    values = [layer["image"]["max_abs"] for layer in layers]
+    axis.semilogy(numbers, values, color="black", marker="o", markersize=3, label="image tokens")
+    text = [(layer["layer"], layer["text"]["max_abs"]) for layer in layers if layer["text"]]
+    if text:
+        axis.semilogy(*zip(*text, strict=True), color="0.5", marker="o", markersize=3, label="text tokens")
+    axis.axhline(FLOAT16_MAX, color="#d1495b", linewidth=0.8, linestyle="--", label="float16's limit")
+    axis.set(title="residual: largest |x|", xlabel="layer")
+    axis.legend(fontsize=8)

@@ -1,0 +1,125 @@
+"""`ditf calibrate`: where a model's massive channels are, and how large its activations get."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ditf.cli.console import (
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    check_writable,
+    parse_size,
+    replacing,
+    say,
+    show,
+    state,
+    table,
+    write_json,
+)
+from ditf.cli.export import needs_exporter, options_of
+from ditf.runtime.errors import InputError, missing_extra
+
+
+def calibrate(
+    model: Annotated[str, typer.Option(help="'demo', a directory saved by diffusers, or a hub id.")] = "demo",
+    layer: Annotated[Optional[str], typer.Option(help="Last layer that is looked at.")] = None,
+    images: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Images; built-in pictures by default.")
+    ] = None,
+    prompt: Annotated[Optional[str], typer.Option(help="For text-conditional models.")] = None,
+    class_label: Annotated[Optional[str], typer.Option(help="For class-conditional models.")] = None,
+    timestep: Annotated[Optional[int], typer.Option(help="Diffusion timestep, 0..999.")] = None,
+    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Input size in pixels.")] = None,
+    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
+    ensemble: Annotated[int, typer.Option(help="Noises averaged.")] = 1,
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="JSON", help="Where the statistics are written.")
+    ] = Path("calibration.json"),
+    plot: Annotated[
+        Optional[Path], typer.Option(metavar="PNG", help="Also draw them, layer by layer.")
+    ] = None,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Run the unmodified model over images and record what enters each block."""
+    check_writable(output, plot, json_file)
+    if plot is not None:
+        _check_plot(plot)
+    values: dict[str, Any] = {
+        "model": model,
+        "layer": layer,
+        "prompt": prompt,
+        "class_label": class_label,
+        "timestep": timestep,
+        "size": None if size is None else parse_size(size),
+        "seed": seed,
+        "ensemble": ensemble,
+        "calibration_images": images,
+    }
+    options = options_of(values)
+    with needs_exporter():
+        from ditf.export.pretrained import quieten_libraries
+
+        if not state.verbose:
+            quieten_libraries()
+        from ditf.export.calibrate import calibrate as run
+    document = run(options, say)
+    with replacing(output) as temporary:
+        temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if plot is not None:
+        from ditf.calib.plot import plot_calibration
+
+        with replacing(plot) as temporary:
+            plot_calibration(document, temporary)
+    if document["images"]["warning"]:
+        say(f"warning: {document['images']['warning']}: the statistics say little")
+    show(_render(document))
+    summary = [{k: layer[k] for k in ("layer", "name")} | _numbers(layer) for layer in document["layers"]]
+    write_json(json_file, {"calibration": str(output), "layers": summary})
+
+
+def _check_plot(path: Path) -> None:
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {path} is no PNG, SVG or PDF", "for example --plot calibration.png")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise missing_extra("matplotlib", "export") from None
+
+
+def _numbers(layer: dict[str, Any]) -> dict[str, Any]:
+    massive = layer["image"]["massive_channels"]
+    return {
+        "massive_channels": [entry["channel"] for entry in massive],
+        "largest_ratio": max((entry["ratio"] for entry in massive), default=None),
+        "max_abs": layer["image"]["max_abs"],
+        "text_max_abs": layer["text"]["max_abs"] if layer["text"] else None,
+    }
+
+
+def _render(document: dict[str, Any]) -> str:
+    rows: list[tuple[str, ...]] = [
+        ("layer", "massive channels (times the median)", "largest |x|", "text", "to 65504")
+    ]
+    for layer in document["layers"]:
+        massive = sorted(layer["image"]["massive_channels"], key=lambda entry: -entry["ratio"])
+        shown = ", ".join(f"{entry['channel']} ({entry['ratio']:.0f})" for entry in massive[:6])
+        more = f" and {len(massive) - 6} more" if len(massive) > 6 else ""
+        text = f"{layer['text']['max_abs']:.4g}" if layer["text"] else ""
+        image = layer["image"]
+        rows.append(
+            (
+                f"{layer['layer']} ({layer['name']})",
+                (shown or "none") + more,
+                f"{image['max_abs']:.4g}",
+                text,
+                f"{image['headroom_to_65504']:.3g}x",
+            )
+        )
+    return table(rows)

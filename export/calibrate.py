@@ -1,0 +1,133 @@
+"""`ditf calibrate`: the activations of the unmodified model, block by block, over images."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ditf.calib.blocks import Entering, degenerate, measure_blocks, mismatches
+from ditf.calib.images import procedural_images
+from ditf.export.checkpoint import open_checkpoint
+from ditf.export.conditions import encode, trim
+from ditf.export.options import ExportOptions
+from ditf.export.plan import Plan, make_plan
+from ditf.export.reference import Reference
+from ditf.runtime.errors import InputError
+from ditf.runtime.images import fit_image, list_images, open_image
+from ditf.runtime.manifest import tool_versions
+
+SCHEMA = 1
+
+Progress = Callable[[str], None]
+
+
+def calibrate(options: ExportOptions, progress: Progress = lambda line: None) -> dict[str, Any]:
+    """Run the unmodified model over images and collect what enters blocks 0..k.
+
+    Args:
+        options: as for an export; `calibration_images` is a folder, the built-in pictures by default.
+        progress: called with a line for people for every image.
+
+    Returns:
+        The document of calibration.json.
+
+    Raises:
+        DitfError: anything wrong with the options, the checkpoint or the images; activations that are NaN or
+            infinite, with the first block that has them.
+    """
+    with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
+        plan = make_plan(options, checkpoint)
+        progress(f"{plan.family.blocks.describe(plan.layer)}; loading the unmodified model")
+        with torch.no_grad():
+            entries = trim(
+                encode(plan.entries, plan.family, checkpoint, plan.guidance), plan.family, False, None
+            )
+        reference = Reference(checkpoint, plan.family, plan.layer, plan.size, plan.noise())
+        return measured(plan, reference.under(entries[0].condition, entries[0].timestep), progress)
+
+
+def measured(plan: Plan, reference: Reference, progress: Progress = lambda line: None) -> dict[str, Any]:
+    """The document, from a reference under its condition."""
+    names, images = calibration_images(plan.options.calibration_images, plan.size)
+    blocks = plan.family.blocks
+    layers = measure_blocks(
+        _traces(reference, names, images, progress),
+        [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)],
+    )
+    return {
+        "schema": SCHEMA,
+        **identity(plan),
+        "images": {
+            "count": len(images),
+            "source": str(plan.options.calibration_images or "built-in procedural pictures"),
+            "names": names,
+            "warning": degenerate(images),
+        },
+        "published_channels": _listed(plan.family.defaults.channels),
+        "layers": [layer.to_json() for layer in layers],
+        "versions": tool_versions("ditf", "torch", "diffusers", "transformers"),
+    }
+
+
+def massive_channels(document: Mapping[str, Any]) -> list[int]:
+    """Massive channels of what enters block k, ascending."""
+    return [entry["channel"] for entry in document["layers"][-1]["image"]["massive_channels"]]
+
+
+def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
+    """A file that `ditf calibrate` wrote, for this very export.
+
+    Raises:
+        InputError: unreadable, not a calibration, or of another model, layer, timestep, condition or size.
+    """
+    fix = "make one with ditf calibrate"
+    try:
+        document = json.loads(path.read_text("utf-8"))
+        channels = massive_channels(document)
+        if any(not 0 <= channel < plan.family.channels for channel in channels):
+            raise ValueError("channels the model does not have")
+    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+        raise InputError(f"--calibration {path} is no calibration ({error!r:.80})", fix) from error
+    wrong = mismatches(document, identity(plan))
+    if wrong:
+        raise InputError(f"--calibration {path} has {wrong[0]}", fix)
+    found: dict[str, Any] = document
+    return found
+
+
+def identity(plan: Plan) -> dict[str, Any]:
+    """What a calibration is of, and what an export that uses it must agree with."""
+    return {
+        "model": plan.checkpoint.id,
+        "revision": plan.checkpoint.revision,
+        "layer": plan.layer,
+        "timestep": plan.entries[0].timestep,
+        "condition": plan.entries[0].name,
+        "size": list(plan.size),
+    }
+
+
+def calibration_images(folder: Path | None, size: tuple[int, int]) -> tuple[list[str], list[np.ndarray]]:
+    """Names and pictures, uint8 [H, W, 3] at `size`: a folder's, or the built-in ones."""
+    if folder is None:
+        pictures = procedural_images(size)
+        return [f"procedural {index}" for index in range(len(pictures))], pictures
+    paths = list_images(folder)
+    return [path.name for path in paths], [fit_image(open_image(path), size)[0] for path in paths]
+
+
+def _traces(
+    reference: Reference, names: Sequence[str], images: Sequence[np.ndarray], progress: Progress
+) -> Iterator[list[Entering]]:
+    for number, (name, image) in enumerate(zip(names, images, strict=True), start=1):
+        progress(f"image {number} of {len(images)}: {name}")
+        yield reference.trace(image)
+
+
+def _listed(channels: Sequence[int] | None) -> list[int] | None:
+    return None if channels is None else list(channels)

@@ -1,0 +1,99 @@
+"""`calibrate` observes the unmodified model, and an export takes what it wrote."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ditf.calib.images import procedural_image
+from ditf.export.calibrate import calibrate
+from ditf.export.exporter import export_bundle
+from ditf.export.options import ExportOptions
+from ditf.export.reference import FeatureSettings, Reference
+from ditf.runtime.errors import InputError
+from ditf.runtime.manifest import read_manifest
+from tests.export.parity import planned
+
+
+LAST = [("dit", "3"), ("pixart", "2"), ("sd35", "3"), ("flux", "4"), ("auraflow", "4")]
+
+
+@pytest.mark.parametrize(("name", "layer"), LAST)
+def test_a_trace_is_what_hooks_on_one_block_see(checkpoint, name, layer):
+    folder = checkpoint(name)
+    plan, entries = planned(folder, layer, (48, 80), 2, 1, "bake", False)
+    image = procedural_image((48, 80), 3)
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
+    trace = reference.under(entries[0].condition, entries[0].timestep).trace(image)
+    assert len(trace) == plan.layer + 1
+    np.testing.assert_array_equal(trace[-1].image, reference.hidden_states(image))
+    assert (trace[1].text is None) == (name in ("dit", "pixart"))
+    one = Reference(plan.checkpoint, plan.family, 1, plan.size, plan.noise())
+    one.under(entries[0].condition, entries[0].timestep)
+    np.testing.assert_array_equal(trace[1].image, one.hidden_states(image))
+
+
+def test_the_scale_is_the_blocks_own(checkpoint):
+    """Against the feature of a single noise: F = (1 + scale) Norm(z) + shift."""
+    plan, entries = planned(checkpoint("sd3"), "2", (48, 80), 1, 1, "bake", False)
+    image = procedural_image((48, 80), 3)
+    reference = Reference(plan.checkpoint, plan.family, 2, plan.size, plan.noise())
+    reference.under(entries[0].condition, entries[0].timestep)
+    last = reference.trace(image)[-1]
+    feature = reference.features(reference.hidden_states(image), FeatureSettings())
+    np.testing.assert_allclose(last.modulated.T.reshape(feature.shape), feature, rtol=1e-4, atol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def calibration(checkpoint, tmp_path_factory):
+    path = tmp_path_factory.mktemp("calibration") / "calibration.json"
+    path.write_text(json.dumps(calibrate(options(checkpoint("flux")))))
+    return path
+
+
+def options(folder, **changes):
+    return ExportOptions(model=str(folder), layer="3", size=(48, 80), prompt="a cat", **changes)
+
+
+def test_every_block_is_there(calibration):
+    document = json.loads(calibration.read_text())
+    assert [layer["name"] for layer in document["layers"]] == ["double.0", "double.1", "single.0", "single.1"]
+    assert document["images"]["count"] == 6
+    assert all(layer["text"] for layer in document["layers"])
+    assert all(len(layer["scale"]) == len(layer["image"]["mean_abs"]) == 48 for layer in document["layers"])
+
+
+def test_an_export_takes_the_channels_of_the_file(checkpoint, calibration, tmp_path):
+    document = json.loads(calibration.read_text())
+    document["layers"][-1]["image"]["massive_channels"] = [{"channel": 11}, {"channel": 30}]
+    edited = tmp_path / "edited.json"
+    edited.write_text(json.dumps(document))
+    bundle = export_bundle(options(checkpoint("flux"), calibration=edited, output=tmp_path / "bundle"))
+    assert read_manifest(bundle).discard["channels"] == [11, 30]
+    assert json.loads((bundle / "calibration.json").read_text()) == document
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"layer": 2}, "has layer 2 instead of 3"),
+        ({"timestep": 5}, "has timestep 5 instead of 260"),
+        ({"size": [64, 64]}, r"has size \[64, 64\] instead of \[48, 80\]"),
+        ({"condition": "a dog"}, "has condition 'a dog' instead of 'a cat'"),
+        ({"model": "other"}, "has model 'other'"),
+        ({"layers": []}, "is no calibration"),
+        ({"layers": [{"image": {"massive_channels": [{"channel": 4800}]}}]}, "is no calibration"),
+        ({"layers": 3}, "is no calibration"),
+    ],
+)
+def test_files_of_something_else(checkpoint, calibration, tmp_path, change, message):
+    other = tmp_path / "other.json"
+    other.write_text(json.dumps({**json.loads(calibration.read_text()), **change}))
+    with pytest.raises(InputError, match=message):
+        export_bundle(options(checkpoint("flux"), calibration=other, output=tmp_path / "bundle"))
+    other.write_text("{")
+    with pytest.raises(InputError, match="is no calibration"):
+        export_bundle(options(checkpoint("flux"), calibration=other, output=tmp_path / "bundle"))
+    assert not (tmp_path / "bundle").exists()
