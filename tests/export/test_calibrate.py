@@ -16,7 +16,6 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.manifest import read_manifest
 from tests.export.parity import planned
 
-
 LAST = [("dit", "3"), ("pixart", "2"), ("sd35", "3"), ("flux", "4"), ("auraflow", "4")]
 
 
