@@ -8,7 +8,6 @@ from typing import Any
 
 import numpy as np
 
-from ditf.calib.reference import Reference
 from ditf.runtime.errors import InputError
 
 MASSIVE_RATIO = 10.0
@@ -135,8 +134,3 @@ def channel_statistics(hidden_states: Sequence[np.ndarray]) -> ChannelStatistics
     for tokens in hidden_states:
         accumulator.add(tokens, "the model's hidden states")
     return accumulator.finish()
-
-
-def measure(reference: Reference, images: Sequence[np.ndarray]) -> ChannelStatistics:
-    """Run the reference over images, uint8 [H, W, 3] each."""
-    return channel_statistics([reference.hidden_states(image) for image in images])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditf.calib.channels import FLOAT16_MAX, MASSIVE_RATIO, ChannelStatistics, channel_statistics, measure
+from ditf.calib.channels import FLOAT16_MAX, MASSIVE_RATIO, ChannelStatistics, channel_statistics
 from ditf.runtime.errors import InputError
 
 
@@ -83,19 +83,6 @@ def test_bad_hidden_states_name_the_image(bad):
 def test_no_images():
     with pytest.raises(InputError, match="at least one image"):
         channel_statistics([])
-
-
-def test_measure_runs_every_image():
-    class Brightness:
-        """A reference whose hidden states are the pixels."""
-
-        def hidden_states(self, image: np.ndarray) -> np.ndarray:
-            return image.reshape(-1, 3).astype(np.float32)
-
-    images = [np.full((2, 2, 3), value, np.uint8) for value in (10, 30)]
-    statistics = measure(Brightness(), images)
-    np.testing.assert_array_equal(statistics.mean_abs, [20.0] * 3)
-    assert statistics.images == 2
 
 
 @settings(deadline=None, derandomize=True, max_examples=40)
