@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,37 +50,49 @@ class BlockStatistics:
         }
 
 
-def measure_blocks(traces: Iterable[Sequence[Entering]], names: Sequence[str]) -> list[BlockStatistics]:
-    """Statistics of every block over images, one image at a time.
+class BlockMeasurement:
+    """Collects the statistics of blocks; neither images nor layers are kept.
 
     Args:
-        traces: for each image, what enters the blocks in order.
         names: of the blocks, for people.
-
-    Raises:
-        InputError: no images, or NaN; names the first block that has them.
     """
-    image = [Accumulator() for _ in names]
-    text: dict[int, Accumulator] = {}
-    scales: list[np.ndarray] = []
-    for number, trace in enumerate(traces):
-        for layer, entering in enumerate(trace):
-            image[layer].add(entering.image, f"the image tokens that enter {names[layer]}")
-            if entering.text is not None:
-                where = f"the text tokens that enter {names[layer]}"
-                text.setdefault(layer, Accumulator()).add(entering.text, where)
-            if number == 0:
-                scales.append(_scale(entering))
-    return [
-        BlockStatistics(
-            layer,
-            name,
-            image[layer].finish(),
-            text[layer].finish() if layer in text else None,
-            scales[layer],
-        )
-        for layer, name in enumerate(names)
-    ]
+
+    def __init__(self, names: Sequence[str]) -> None:
+        self._names = names
+        self._image = [Accumulator() for _ in names]
+        self._text: dict[int, Accumulator] = {}
+        self._scales: dict[int, np.ndarray] = {}
+
+    def add(self, layer: int, entering: Entering) -> None:
+        """What enters block `layer`, of one more image.
+
+        Raises:
+            InputError: NaN or infinity; names the block.
+        """
+        name = self._names[layer]
+        self._image[layer].add(entering.image, f"the image tokens that enter {name}")
+        if entering.text is not None:
+            text = self._text.setdefault(layer, Accumulator())
+            text.add(entering.text, f"the text tokens that enter {name}")
+        if layer not in self._scales:  # the same for every image
+            self._scales[layer] = _scale(entering)
+
+    def finish(self) -> list[BlockStatistics]:
+        """The statistics of every block.
+
+        Raises:
+            InputError: no image was added.
+        """
+        return [
+            BlockStatistics(
+                layer,
+                name,
+                self._image[layer].finish(),
+                self._text[layer].finish() if layer in self._text else None,
+                self._scales[layer],
+            )
+            for layer, name in enumerate(self._names)
+        ]
 
 
 def _scale(entering: Entering) -> np.ndarray:

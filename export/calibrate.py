@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ditf.calib.blocks import Entering, degenerate, measure_blocks, mismatches
+from ditf.calib.blocks import BlockMeasurement, degenerate, mismatches
 from ditf.calib.images import procedural_images
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import encode, trim
@@ -55,10 +55,12 @@ def measured(plan: Plan, reference: Reference, progress: Progress = lambda line:
     """The document, from a reference under its condition."""
     names, images = calibration_images(plan.options.calibration_images, plan.size)
     blocks = plan.family.blocks
-    layers = measure_blocks(
-        _traces(reference, names, images, progress),
-        [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)],
+    measurement = BlockMeasurement(
+        [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)]
     )
+    for number, (name, image) in enumerate(zip(names, images, strict=True), start=1):
+        progress(f"image {number} of {len(images)}: {name}")
+        reference.trace(image, measurement.add)
     return {
         "schema": SCHEMA,
         **identity(plan),
@@ -69,7 +71,7 @@ def measured(plan: Plan, reference: Reference, progress: Progress = lambda line:
             "warning": degenerate(images),
         },
         "published_channels": _listed(plan.family.defaults.channels),
-        "layers": [layer.to_json() for layer in layers],
+        "layers": [layer.to_json() for layer in measurement.finish()],
         "versions": tool_versions("ditf", "torch", "diffusers", "transformers"),
     }
 
@@ -119,14 +121,6 @@ def calibration_images(folder: Path | None, size: tuple[int, int]) -> tuple[list
         return [f"procedural {index}" for index in range(len(pictures))], pictures
     paths = list_images(folder)
     return [path.name for path in paths], [fit_image(open_image(path), size)[0] for path in paths]
-
-
-def _traces(
-    reference: Reference, names: Sequence[str], images: Sequence[np.ndarray], progress: Progress
-) -> Iterator[list[Entering]]:
-    for number, (name, image) in enumerate(zip(names, images, strict=True), start=1):
-        progress(f"image {number} of {len(images)}: {name}")
-        yield reference.trace(image)
 
 
 def _listed(channels: Sequence[int] | None) -> list[int] | None:

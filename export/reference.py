@@ -7,7 +7,7 @@ averaged, discarded hidden states, and what its attention receives is the featur
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,26 +97,27 @@ class Reference:
         return z
 
     @torch.no_grad()
-    def trace(self, image: np.ndarray) -> list[Entering]:
-        """What enters blocks 0..k: one pass of the unmodified model, tokens averaged over the ensemble.
+    def trace(self, image: np.ndarray, visit: Callable[[int, Entering], None]) -> None:
+        """One pass of the unmodified model; tokens are averaged over the ensemble.
 
         Args:
             image: uint8 [H, W, 3] at the export's size.
+            visit: called with each of blocks 0..k and what enters it, in order.
         """
         seen: list[tuple[np.ndarray, np.ndarray | None]] = []
-        modulated: list[np.ndarray] = []
 
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = _first(args, kwargs).mean(dim=0)
             text = kwargs.get("encoder_hidden_states") if self._family.text_stream else None
             count = self._grid[0] * self._grid[1]
             head = tokens[:-count] if len(tokens) > count else None
-            own = text.mean(dim=0) if text is not None else head
-            seen.append((tokens[-count:].numpy().copy(), None if own is None else own.numpy().copy()))
+            own = head if text is None else text.mean(dim=0)
+            seen.append((tokens[-count:].numpy(), None if own is None else own.numpy()))
 
-        def attending(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            modulated.append(self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy().copy())
-            if module is self._attention:
+        def attending(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            modulated = self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy()
+            visit(layer, Entering(*seen.pop(), modulated))
+            if layer == self._layer:
                 raise _Stop
 
         handles = []
@@ -124,7 +125,11 @@ class Reference:
             block = _submodule(self._transformer, self._family.block_name(index))
             attention = _submodule(block, self._family.attention_name)
             handles.append(block.register_forward_pre_hook(entering, with_kwargs=True))
-            handles.append(attention.register_forward_pre_hook(attending, with_kwargs=True))
+            handles.append(
+                attention.register_forward_pre_hook(
+                    lambda module, args, kwargs, layer=index: attending(layer, args, kwargs), with_kwargs=True
+                )
+            )
         try:
             x_t = self._family.reference_latents(self._add_noise(self._encode(image)))
             self._transformer(x_t, **self._inputs)
@@ -133,7 +138,6 @@ class Reference:
         finally:
             for handle in handles:
                 handle.remove()
-        return [Entering(*one, after) for one, after in zip(seen, modulated, strict=True)]
 
     def _image_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
         """Of a sequence that text may come before (FLUX's single-stream blocks)."""

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from ditf.calib.blocks import Entering, degenerate, measure_blocks, mismatches
+from ditf.calib.blocks import BlockMeasurement, Entering, degenerate, mismatches
 from ditf.runtime.errors import InputError
 
 
@@ -16,6 +16,14 @@ def entering(seed, scale=None, planted=0.0, text=None):
     normed = (x - x.mean(1, keepdims=True)) / np.sqrt(x.var(1, keepdims=True) + 1e-6)
     modulated = normed * (np.ones(16) if scale is None else scale) + rng.standard_normal(16)
     return Entering(x, text, modulated.astype(np.float32))
+
+
+def measure_blocks(traces, names):
+    measurement = BlockMeasurement(names)
+    for trace in traces:
+        for layer, one in enumerate(trace):
+            measurement.add(layer, one)
+    return measurement.finish()
 
 
 def test_the_scale_is_recovered_from_what_the_norm_did():
