@@ -63,7 +63,7 @@ from ditf.export.checkpoint import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.families.pixart import PixArt
 from ditf.export.noise import ddpm_scheduler, draw_noise
-from ditf.export.options import ExportOptions
+from ditf.export.options import SHORT_NAMES, ExportOptions
 from ditf.export.pretrained import quieten_libraries
 from ditf.runtime import load
 from ditf.runtime.bundle import FEATURES, FEATURES_DATA
@@ -193,7 +193,7 @@ def export(bundle: Path, checkpoint: Path, layer: int) -> dict[str, Any]:
     options = ExportOptions(
         model=str(checkpoint),
         layer=str(layer),
-        fp16=bundle.name == "fp16",
+        precision=SHORT_NAMES[bundle.name],
         timestep=TIMESTEP,
         prompt=PROMPT,
         seed=SEED,

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ditf.calib.channels import FLOAT16_MAX, MASSIVE_RATIO
+from ditf.calib.recipe import HEADROOM, INNER, LIMIT
 
 _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#8d5a97", "#2e4057")
 
@@ -32,9 +33,9 @@ def plot_calibration(document: Mapping[str, Any], path: Path) -> None:
     _sorted_means(axes[0][0], layers)
     _ratios(axes[0][1], layers, channels)
     _modulation(axes[1][0], layers, channels)
-    _largest(axes[1][1], layers)
-    model, condition = document["model"], document["condition"]
-    figure.suptitle(f"{model}: {document['images']['count']} images, t={document['timestep']}, {condition!r}")
+    _largest(axes[1][1], layers, document["ranges"])
+    what = f"t={document['timestep']}, {document['conditions'][0]!r}"
+    figure.suptitle(f"{document['model']}: {document['images']['count']} images, {what}")
     figure.savefig(path, dpi=110)
 
 
@@ -90,13 +91,45 @@ def _modulation(axis: Any, layers: list[Mapping[str, Any]], channels: list[int])
     axis.set(title="AdaLN: |1 + scale| of each layer's first norm", xlabel="layer")
 
 
-def _largest(axis: Any, layers: list[Mapping[str, Any]]) -> None:
+def _largest(axis: Any, layers: list[Mapping[str, Any]], ranges: list[Mapping[str, Any]]) -> None:
     numbers = [layer["layer"] for layer in layers]
     values = [layer["image"]["max_abs"] for layer in layers]
     axis.semilogy(numbers, values, color="black", marker="o", markersize=3, label="image tokens")
     text = [(layer["layer"], layer["text"]["max_abs"]) for layer in layers if layer["text"]]
     if text:
         axis.semilogy(*zip(*text, strict=True), color="0.5", marker="o", markersize=3, label="text tokens")
+    for stream, style in (("image", "-"), ("text", ":")):
+        emitted = [(n, largest_of(ranges, layer, ("emitted",), stream)) for n, layer in enumerate(layers)]
+        known = [(numbers[n], value) for n, value in emitted if value is not None]
+        if known:
+            label = f"what a branch adds, {stream}"
+            axis.semilogy(
+                *zip(*known, strict=True), style, color="#00798c", marker="s", markersize=3, label=label
+            )
+    inner = [(n, largest_of(ranges, layer, INNER)) for n, layer in enumerate(layers)]
+    known = [(numbers[n], value) for n, value in inner if value is not None]
+    if known:
+        axis.semilogy(
+            *zip(*known, strict=True), color="#edae49", marker="^", markersize=3, label="inside a branch"
+        )
     axis.axhline(FLOAT16_MAX, color="#d1495b", linewidth=0.8, linestyle="--", label="float16's limit")
-    axis.set(title="residual: largest |x|", xlabel="layer")
+    axis.axhline(LIMIT, color="#d1495b", linewidth=0.8, linestyle=":", label=f"{HEADROOM:g} times below")
+    axis.set(title="largest |x| of residual and branches", xlabel="layer")
     axis.legend(fontsize=8)
+
+
+def largest_of(
+    ranges: Sequence[Mapping[str, Any]],
+    layer: Mapping[str, Any],
+    kinds: Sequence[str],
+    stream: str | None = None,
+) -> float | None:
+    """The largest value of some kinds inside one block of calibration.json; None where it has none."""
+    found = [
+        entry["max_abs"]
+        for entry in ranges
+        if entry["kind"] in kinds
+        and entry["name"].startswith(layer["module"] + ".")
+        and stream in (None, entry["stream"])
+    ]
+    return max(found, default=None)

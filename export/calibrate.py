@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 
-from ditf.calib.blocks import BlockMeasurement, degenerate, mismatches
+from ditf.calib.blocks import BlockMeasurement, Entering, degenerate, mismatches
 from ditf.calib.images import procedural_images
+from ditf.calib.recipe import Extent
 from ditf.export.checkpoint import open_checkpoint
-from ditf.export.conditions import encode, trim
+from ditf.export.conditions import Entry, encode, trim
 from ditf.export.options import ExportOptions
 from ditf.export.plan import Plan, make_plan
+from ditf.export.ranges import measure_ranges
 from ditf.export.reference import Reference
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import fit_image, list_images, open_image
@@ -44,24 +47,58 @@ def calibrate(options: ExportOptions, progress: Progress = lambda line: None) ->
         plan = make_plan(options, checkpoint)
         progress(f"{plan.family.blocks.describe(plan.layer)}; loading the unmodified model")
         with torch.no_grad():
-            entries = trim(
-                encode(plan.entries, plan.family, checkpoint, plan.guidance), plan.family, False, None
-            )
-        reference = Reference(checkpoint, plan.family, plan.layer, plan.size, plan.noise())
-        return measured(plan, reference.under(entries[0].condition, entries[0].timestep), progress)
+            encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
+        live = options.conditioning == "live"
+        entries = trim(encoded, plan.family, live, options.text_tokens)
+        noise = plan.noise()
+        reference = Reference(checkpoint, plan.family, plan.layer, plan.size, noise)
+        found = observe(plan, reference.under(entries[0].condition, entries[0].timestep), progress)
+        del reference
+        progress("measuring every value that float16 would hold")
+        return {**found.document, "ranges": ranges_of(plan, found, entries, noise)}
 
 
-def measured(plan: Plan, reference: Reference, progress: Progress = lambda line: None) -> dict[str, Any]:
-    """The document, from a reference under its condition."""
+@dataclass(frozen=True)
+class Observed:
+    """What the unmodified model showed.
+
+    Attributes:
+        document: of calibration.json, but for the ranges.
+        hidden_states: [N, C] float32, what enters block k on the first image.
+    """
+
+    document: dict[str, Any]
+    hidden_states: np.ndarray
+
+
+def ranges_of(
+    plan: Plan, found: Observed, entries: Sequence[Entry], noise: torch.Tensor
+) -> list[dict[str, Any]]:
+    """The ranges for calibration.json, on the images of the calibration."""
+    _, images = calibration_images(plan.options.calibration_images, plan.size)
+    channels = massive_channels(found.document) if plan.discard is None else plan.discard
+    extents = measure_ranges(plan, entries, noise, images, found.hidden_states, channels)
+    return [extent.to_json() for extent in extents]
+
+
+def observe(plan: Plan, reference: Reference, progress: Progress = lambda line: None) -> Observed:
+    """Run a reference under its condition over the calibration images."""
     names, images = calibration_images(plan.options.calibration_images, plan.size)
     blocks = plan.family.blocks
     measurement = BlockMeasurement(
         [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)]
     )
+    last: list[np.ndarray] = []
+
+    def visit(layer: int, entering: Entering) -> None:
+        measurement.add(layer, entering)
+        if layer == plan.layer and not last:
+            last.append(entering.image.copy())
+
     for number, (name, image) in enumerate(zip(names, images, strict=True), start=1):
         progress(f"image {number} of {len(images)}: {name}")
-        reference.trace(image, measurement.add)
-    return {
+        reference.trace(image, visit)
+    document = {
         "schema": SCHEMA,
         **identity(plan),
         "images": {
@@ -71,14 +108,23 @@ def measured(plan: Plan, reference: Reference, progress: Progress = lambda line:
             "warning": degenerate(images),
         },
         "published_channels": _listed(plan.family.defaults.channels),
-        "layers": [layer.to_json() for layer in measurement.finish()],
+        "layers": [
+            {"module": plan.family.block_name(layer.layer), **layer.to_json()}
+            for layer in measurement.finish()
+        ],
         "versions": tool_versions("ditf", "torch", "diffusers", "transformers"),
     }
+    return Observed(document, last[0])
 
 
 def massive_channels(document: Mapping[str, Any]) -> list[int]:
     """Massive channels of what enters block k, ascending."""
     return [entry["channel"] for entry in document["layers"][-1]["image"]["massive_channels"]]
+
+
+def read_extents(document: Mapping[str, Any]) -> list[Extent]:
+    """The ranges of a calibration; KeyError, TypeError or ValueError where they are none."""
+    return [Extent.from_json(entry) for entry in document["ranges"]]
 
 
 def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
@@ -91,6 +137,7 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
         channels = massive_channels(document)
+        read_extents(document)
         if any(not 0 <= channel < plan.family.channels for channel in channels):
             raise ValueError("channels the model does not have")
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
@@ -109,7 +156,9 @@ def identity(plan: Plan) -> dict[str, Any]:
         "revision": plan.checkpoint.revision,
         "layer": plan.layer,
         "timestep": plan.entries[0].timestep,
-        "condition": plan.entries[0].name,
+        "conditioning": plan.options.conditioning,
+        "conditions": [entry.name for entry in plan.entries],
+        "text_tokens": plan.options.text_tokens,
         "size": list(plan.size),
     }
 

@@ -6,7 +6,7 @@ import gc
 import json
 import shlex
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,15 @@ import torch
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import tolerances
-from ditf.export.calibrate import massive_channels, measured, read_calibration
+from ditf.calib.recipe import decide
+from ditf.export.calibrate import (
+    Observed,
+    massive_channels,
+    observe,
+    ranges_of,
+    read_calibration,
+    read_extents,
+)
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
 from ditf.export.golden import Case, golden_cases, write_golden
@@ -41,10 +49,17 @@ STAGES = 8
 
 @dataclass(frozen=True)
 class _Observed:
-    """What the unmodified model told."""
+    """What the unmodified model told.
+
+    Attributes:
+        found: new observations, or None where a calibration was given.
+        document: of calibration.json.
+    """
 
     settings: FeatureSettings
     golden: dict[str, Any]
+    document: dict[str, Any]
+    found: Observed | None
 
 
 def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -> Path:
@@ -83,6 +98,13 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     entries = trim(encoded, plan.family, live, options.text_tokens)
     cut = plan.family.text_length(entries[0].condition) < plan.family.text_length(whole[0].condition)
     observed = _run_reference(folder, plan, entries, whole[0] if cut else None, noise, report)
+    document = observed.document
+    if plan.precision.compute != torch.float32 and observed.found is not None:
+        report("measuring every value that float16 would hold")
+        document["ranges"] = ranges_of(plan, observed.found, entries, noise)
+    if plan.precision.compute == torch.float16:
+        plan = replace(plan, precision=replace(plan.precision, recipe=decide(read_extents(document))))
+    (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
     made = specialise(plan, entries, noise, observed.settings)
     report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
@@ -131,7 +153,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
             "source": options.discard if isinstance(options.discard, str) else "given",
         },
         precision=options.precision,
-        recipe={**plan.precision.recipe, **gates},
+        recipe={**plan.precision.describe(), **gates},
         parts=parts,
         removed=removed,
         opset=options.opset,
@@ -164,22 +186,22 @@ def _run_reference(
     reference.under(entries[0].condition, entries[0].timestep)
     if options.calibration is not None:
         report(f"taking the calibration of {options.calibration}")
-        document = read_calibration(options.calibration, plan)
+        document, found = read_calibration(options.calibration, plan), None
     else:
         report(f"calibrating on images with the unmodified {plan.family.transformer_class}")
-        document = measured(plan, reference)
+        found = observe(plan, reference)
+        document = found.document
     settings = FeatureSettings(
         channels=massive_channels(document) if plan.discard is None else list(plan.discard),
         stage=options.discard_stage,
         adaln=options.adaln,
     )
-    (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     report(f"discarding channels {list(settings.channels) or 'none'}; recording golden outputs")
     cases = [Case(index, entries[index]) for index in golden_cases(len(entries))]
     golden = write_golden(
         folder / files.GOLDEN, reference, golden_pair(plan.size), settings, options.seed, cases, whole
     )
-    return _Observed(settings, golden)
+    return _Observed(settings, golden, document, found)
 
 
 def _write_features(path: Path, plan: Plan, made: Specialised) -> None:

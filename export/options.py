@@ -10,6 +10,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from ditf.export.checkpoint import DEMO
 from ditf.export.onnx_file import DEFAULT_OPSET
 
+SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+"""Precisions by their names on the command line and in a bundle's."""
+
 
 class ExportOptions(BaseModel):
     """Options of one export; None or () means the family's default.
@@ -18,6 +21,7 @@ class ExportOptions(BaseModel):
         model: "demo", a checkpoint directory or a hub id.
         revision: of a hub model; variant: of the weights, such as "fp16".
         layer: "9" or "double.9".
+        precision: of weights, GEMMs and attention.
         conditioning: "bake", "bank" or "live".
         timestep, prompt, class_label: one or, with a bank, several; class labels by number or name.
         prompts: a file of lines `name: prompt`.
@@ -38,7 +42,7 @@ class ExportOptions(BaseModel):
     revision: Optional[str] = None
     variant: Optional[str] = None
     layer: Optional[str] = None
-    fp16: bool = False
+    precision: Literal["float32", "float16", "bfloat16"] = "float32"
     conditioning: Literal["bake", "bank", "live"] = "bake"
     timestep: tuple[int, ...] = ()
     prompt: tuple[str, ...] = ()
@@ -67,7 +71,3 @@ class ExportOptions(BaseModel):
             return ()
         values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         return tuple(map(str, values)) if info.field_name == "class_label" else values
-
-    @property
-    def precision(self) -> Literal["float16", "float32"]:
-        return "float16" if self.fp16 else "float32"

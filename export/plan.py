@@ -12,10 +12,10 @@ from ditf.export.conditions import Entry, plan_entries
 from ditf.export.demo import DEMO_DEFAULTS
 from ditf.export.families import family_of
 from ditf.export.families.base import Defaults, Family
-from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
+from ditf.export.graph.precision import PRECISIONS, Precision
 from ditf.export.latents import LatentSpace
 from ditf.export.noise import draw_noise, noise_level, noise_levels
-from ditf.export.options import ExportOptions
+from ditf.export.options import SHORT_NAMES, ExportOptions
 from ditf.export.pretrained import check_structure
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images
@@ -55,8 +55,8 @@ class Plan:
         if self.options.output is not None:
             return self.options.output
         name = Path(self.options.model.rstrip("/")).name
-        suffix = "fp16" if self.options.fp16 else "fp32"
-        return Path("bundles") / f"{name}-l{self.layer}-{suffix}"
+        short = next(k for k, v in SHORT_NAMES.items() if v == self.options.precision)
+        return Path("bundles") / f"{name}-l{self.layer}-{short}"
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -108,7 +108,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         size=size,
         levels=noise_levels(scheduler),
         discard=discard,
-        precision=FLOAT16 if options.fp16 else FLOAT32,
+        precision=PRECISIONS[options.precision],
     )
 
 

@@ -21,9 +21,11 @@ from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
 from ditf.export.graph.features import FeaturesGraph
 from ditf.runtime.errors import GateFailed
 
+_SHORT = {torch.float16, torch.bfloat16}
+
 
 class Float32Accumulation(TorchDispatchMode):
-    """Matrix products and convolutions of float16 tensors: float32 inside, the result rounded to float16."""
+    """Matrix products and convolutions of 16-bit tensors: float32 inside, the result rounded once."""
 
     _PRODUCTS = frozenset(
         {
@@ -43,11 +45,11 @@ class Float32Accumulation(TorchDispatchMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        half = any(isinstance(arg, torch.Tensor) and arg.dtype == torch.float16 for arg in args)
-        if func not in self._PRODUCTS or not half:
+        types_given = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)} & _SHORT
+        if func not in self._PRODUCTS or not types_given:
             return func(*args, **kwargs)
         wide = (arg.to(torch.float32) if isinstance(arg, torch.Tensor) else arg for arg in args)
-        return func(*wide, **kwargs).to(torch.float16)
+        return func(*wide, **kwargs).to(types_given.pop())
 
 
 @torch.no_grad()
@@ -60,7 +62,7 @@ def rehearse(
         graph: the module that will be traced.
         feeds: for each condition, what the graph takes beside the image.
         golden: golden.npz.
-        precision: "float32" or "float16".
+        precision: its name.
 
     Raises:
         GateFailed: the graph is not the reference in this precision; nothing should be shipped.
@@ -80,7 +82,7 @@ def rehearse(
     limits = {**TOLERANCES[precision], **CEILINGS[precision]}
     for gate in gates(metrics, limits):
         if not gate.ok:
-            fix = "export without --fp16" if precision == "float16" else "this is a defect of ditf"
+            fix = "this is a defect of ditf" if precision == "float32" else "export with --precision fp32"
             raise GateFailed(
                 f"the {precision} graph does not match the model: {gate.name} {gate.value:.6g},"
                 f" limit {gate.limit:g}",

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ditf.calib.recipe import LIMIT
 from ditf.export.conditions import Entry
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.condition import (
@@ -21,12 +22,14 @@ from ditf.export.graph.condition import (
 )
 from ditf.export.graph.encoder import KLEncoder, PixelEncoder
 from ditf.export.graph.features import NOISE, FeaturesGraph
-from ditf.export.graph.precision import FLOAT32
+from ditf.export.graph.precision import FLOAT32, Precision
 from ditf.export.noise import NoiseLevel
 from ditf.export.plan import Plan
 from ditf.export.reference import FeatureSettings
 
 Feeds = dict[str, torch.Tensor]
+
+_COMPUTED = {"keys", "values"}  # rows that attention reads
 
 
 @dataclass(frozen=True)
@@ -73,6 +76,7 @@ def specialise(
     )
     given = [] if live else [_given(conditioner, entry) for entry in entries]
     trunk = plan.family.trunk(trunk_weights, spec, given[0] if mode == "bake" else None)
+    trunk.embedder.residual = plan.precision.residual  # type: ignore[assignment]
     levels = [plan.levels[entry.timestep].to(torch.float32) for entry in entries]
     condition: ConditionSource
     if mode == "bake":
@@ -82,8 +86,7 @@ def specialise(
     elif mode == "bank":
         condition = BankedCondition(tuple(given[0]))
         feeds = [
-            {**_stored(row, plan.precision.compute), LEVEL: level}
-            for row, level in zip(given, levels, strict=True)
+            {**_stored(row, plan.precision), LEVEL: level} for row, level in zip(given, levels, strict=True)
         ]
     else:
         condition = LiveCondition(conditioner, plan.levels.to(torch.float32))
@@ -114,11 +117,12 @@ def _given(conditioner: Conditioner, entry: Entry) -> Feeds:
     return made
 
 
-def _stored(row: Feeds, compute: torch.dtype) -> Feeds:
+def _stored(row: Feeds, precision: Precision) -> Feeds:
     """A row of the bank as it is kept: keys and values in the graph's precision, what adds up in float32."""
-    return {
-        name: tensor.to(compute) if name in ("keys", "values") else tensor for name, tensor in row.items()
-    }
+    dtype = precision.compute
+    if dtype == torch.bfloat16 or any(row[name].abs().max() > LIMIT for name in _COMPUTED & row.keys()):
+        dtype = torch.float32  # numpy has no bfloat16; the attention casts
+    return {name: tensor.to(dtype) if name in _COMPUTED else tensor for name, tensor in row.items()}
 
 
 def _encoder(plan: Plan) -> nn.Module:

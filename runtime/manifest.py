@@ -35,7 +35,8 @@ class Manifest:
         batch: static batch size, or "dynamic".
         adaln: False when the features are the plain hidden states (--no-adaln).
         discard: "channels" (ascending), "stage" ("before" or "after" the norm), "source".
-        precision: "float16" or "float32"; recipe: which tensors have which type.
+        precision: "float32", "float16" or "bfloat16"; recipe: which tensors have which type, and the
+            exceptions that a calibration asked for.
         parts: where the parameters are: {part: {dtype: {"parameters": n, "bytes": n}}}.
         opset: of the ONNX graphs.
         conditioning: "bake": prompt and timestep are constants of the graph; "bank": rows computed from
@@ -67,7 +68,7 @@ class Manifest:
     batch: Union[int, Literal["dynamic"]]
     adaln: bool
     discard: dict[str, Any]
-    precision: Literal["float16", "float32"]
+    precision: Literal["float16", "float32", "bfloat16"]
     recipe: dict[str, Any]
     parts: dict[str, dict[str, dict[str, int]]]
     opset: int

@@ -47,13 +47,13 @@ def tiny_pixart(checkpoint: Callable[[str], Path]) -> Path:
 @pytest.fixture(scope="session")
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's float16 bundle. Read-only: copy it before changing anything."""
-    return _export(tmp_path_factory, "demo-l9-fp16", fp16=True)
+    return _export(tmp_path_factory, "demo-l9-fp16", precision="float16")
 
 
 @pytest.fixture(scope="session")
 def demo_bundle_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's float32 bundle, with a batch of 3."""
-    return _export(tmp_path_factory, "demo-l9-fp32", fp16=False, batch=3)
+    return _export(tmp_path_factory, "demo-l9-fp32", precision="float32", batch=3)
 
 
 @pytest.fixture(scope="session")
@@ -64,7 +64,7 @@ def pixart_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -
         "pixart-l2-fp16",
         model=str(tiny_pixart),
         layer="2",
-        fp16=True,
+        precision="float16",
         size=(48, 80),
         noise="input",
         ensemble=3,
@@ -82,7 +82,7 @@ def bank_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[
         "flux-bank",
         model=str(checkpoint("flux")),
         layer="single.1",
-        fp16=True,
+        precision="float16",
         size=(48, 80),
         conditioning="bank",
         prompts=prompts,
@@ -99,7 +99,7 @@ def live_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callable[[
         "flux-live",
         model=str(checkpoint("flux")),
         layer="2",
-        fp16=True,
+        precision="float16",
         size=(48, 80),
         conditioning="live",
         prompt=("a cat", "a dog"),

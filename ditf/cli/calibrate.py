@@ -8,6 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ditf.calib.recipe import INNER, SHOWN, Extent, decide
 from ditf.cli.console import (
     JsonOption,
     QuietOption,
@@ -31,9 +32,25 @@ def calibrate(
     images: Annotated[
         Optional[Path], typer.Option(metavar="DIR", help="Images; built-in pictures by default.")
     ] = None,
-    prompt: Annotated[Optional[str], typer.Option(help="For text-conditional models.")] = None,
-    class_label: Annotated[Optional[str], typer.Option(help="For class-conditional models.")] = None,
-    timestep: Annotated[Optional[int], typer.Option(help="Diffusion timestep, 0..999.")] = None,
+    conditioning: Annotated[
+        str, typer.Option(metavar="bake|bank|live", help="Of the export that takes the calibration.")
+    ] = "bake",
+    prompt: Annotated[
+        Optional[list[str]], typer.Option(help="For text-conditional models; repeat it for a bank.")
+    ] = None,
+    prompts: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="Prompts for a bank, in lines 'name: prompt'.")
+    ] = None,
+    class_label: Annotated[
+        Optional[list[str]], typer.Option(help="For class-conditional models; repeat it for a bank.")
+    ] = None,
+    guidance: Annotated[
+        Optional[float], typer.Option(help="For guidance-distilled models (FLUX.1-dev).")
+    ] = None,
+    text_tokens: Annotated[Optional[int], typer.Option(help="T5 tokens to keep.")] = None,
+    timestep: Annotated[
+        Optional[list[int]], typer.Option(help="Diffusion timestep, 0..999; repeat it for a bank.")
+    ] = None,
     size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Input size in pixels.")] = None,
     seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
     ensemble: Annotated[int, typer.Option(help="Noises averaged.")] = 1,
@@ -54,8 +71,12 @@ def calibrate(
     values: dict[str, Any] = {
         "model": model,
         "layer": layer,
+        "conditioning": conditioning,
         "prompt": prompt,
+        "prompts": prompts,
         "class_label": class_label,
+        "guidance": guidance,
+        "text_tokens": text_tokens,
         "timestep": timestep,
         "size": None if size is None else parse_size(size),
         "seed": seed,
@@ -80,8 +101,10 @@ def calibrate(
     if document["images"]["warning"]:
         say(f"warning: {document['images']['warning']}: the statistics say little")
     show(_render(document))
+    prediction = _prediction(document)
+    show("\n".join(prediction))
     summary = [{k: layer[k] for k in ("layer", "name")} | _numbers(layer) for layer in document["layers"]]
-    write_json(json_file, {"calibration": str(output), "layers": summary})
+    write_json(json_file, {"calibration": str(output), "layers": summary, "float16": prediction})
 
 
 def _check_plot(path: Path) -> None:
@@ -104,22 +127,49 @@ def _numbers(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _render(document: dict[str, Any]) -> str:
+    """Residual by layer, and of the block that follows what its branches hold and add."""
+    from ditf.calib.plot import largest_of
+
     rows: list[tuple[str, ...]] = [
-        ("layer", "massive channels (times the median)", "largest |x|", "text", "to 65504")
+        (
+            "layer",
+            "massive channels (times the median)",
+            "residual",
+            "text",
+            "inside branches",
+            "branches add",
+        )
     ]
     for layer in document["layers"]:
         massive = sorted(layer["image"]["massive_channels"], key=lambda entry: -entry["ratio"])
         shown = ", ".join(f"{entry['channel']} ({entry['ratio']:.0f})" for entry in massive[:6])
         more = f" and {len(massive) - 6} more" if len(massive) > 6 else ""
         text = f"{layer['text']['max_abs']:.4g}" if layer["text"] else ""
-        image = layer["image"]
+        inside, added = (largest_of(document["ranges"], layer, kinds) for kinds in (INNER, ("emitted",)))
         rows.append(
             (
                 f"{layer['layer']} ({layer['name']})",
                 (shown or "none") + more,
-                f"{image['max_abs']:.4g}",
+                f"{layer['image']['max_abs']:.4g}",
                 text,
-                f"{image['headroom_to_65504']:.3g}x",
+                "" if inside is None else f"{inside:.4g}",
+                "" if added is None else f"{added:.4g}",
             )
         )
     return table(rows)
+
+
+def _prediction(document: dict[str, Any]) -> list[str]:
+    """What --fp16 would make of the ranges, in lines."""
+    extents = [Extent.from_json(entry) for entry in document["ranges"]]
+    try:
+        exceptions = decide(extents).exceptions()
+    except InputError as error:
+        return [f"--fp16 would refuse: {error}"]
+    if not exceptions:
+        tightest = max((e for e in extents if e.kind not in SHOWN), key=lambda e: e.max_abs)
+        return [
+            f"--fp16: nothing out of range; the largest is the {tightest.kind} of {tightest.name},"
+            f" {tightest.headroom:.3g} times below float16's limit"
+        ]
+    return ["--fp16 makes exceptions:"] + [f"  {e['where']}: {e['is']}; {e['why']}" for e in exceptions]

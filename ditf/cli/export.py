@@ -38,7 +38,11 @@ def export(
         Optional[str],
         typer.Option(help="Block whose input is the feature: 9 or single.9."),
     ] = None,
-    fp16: Annotated[bool, typer.Option("--fp16", help="float16 with float32 islands.")] = False,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
+    precision: Annotated[
+        Optional[str],
+        typer.Option(metavar="fp32|fp16|bf16", help="Of weights, GEMMs and attention; fp32 by default."),
+    ] = None,
     conditioning: Annotated[
         str,
         typer.Option(
@@ -109,7 +113,7 @@ def export(
         "revision": revision,
         "variant": variant,
         "layer": layer,
-        "fp16": fp16,
+        "precision": _parse_precision(precision, fp16),
         "conditioning": conditioning,
         "timestep": timestep,
         "prompt": prompt,
@@ -189,6 +193,20 @@ def _parse_discard(text: str) -> Union[str, tuple[int, ...]]:
         raise InputError(
             f"--discard {text!r} is not auto, published, none or channels", "for example 5,41"
         ) from None
+
+
+def _parse_precision(text: Optional[str], fp16: bool) -> str:
+    with needs_exporter():
+        from ditf.export.options import SHORT_NAMES
+    if text is None:
+        text = "fp16" if fp16 else "fp32"
+    if text not in SHORT_NAMES:
+        raise InputError(
+            f"--precision {text!r} is not {', '.join(SHORT_NAMES)}", "for example --precision fp16"
+        )
+    if fp16 and text != "fp16":
+        raise InputError(f"--fp16 and --precision {text} contradict each other", "give one of them")
+    return SHORT_NAMES[text]
 
 
 def _parse_batch(text: str) -> Union[int, Literal["dynamic"]]:

@@ -13,7 +13,7 @@ from torch import nn
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.graph.auraflow import NORM_EPS, AuraFlowJointBlock, AuraFlowSingleBlock, Stream
-from ditf.export.graph.condition import Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
 from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, JointTrunk
 from ditf.export.graph.layers import Linear, constant, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
@@ -160,10 +160,10 @@ class _Conditioner(Conditioner):
         super().__init__()
         projection = weights.load_into(lambda: TimestepEmbedding(256, channels), "time_step_proj")
         self.embedding = with_constant_frequencies(_TimeEmbedding(projection))
-        self.projection = Projection(linears, precision.compute)
+        self.projection = Projection(linears, precision.of(MODULATION))
         self.context: Linear | None = None
         if text:
-            self.context = Linear(*read_linear(weights, "context_embedder"), precision.compute)
+            self.context = Linear(*read_linear(weights, "context_embedder"), torch.float32)
             self.registers = constant(weights.tensor("register_tokens")[0])
         self.inputs = ("prompt_embeds",) if text else ()  # type: ignore[misc]
 

@@ -12,7 +12,7 @@ from torch import nn
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
 from ditf.export.families.sincos import sincos_embedder
-from ditf.export.graph.condition import Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
 from ditf.export.graph.layers import read_linear
 from ditf.export.graph.modulation import ModulatedNorm
 from ditf.export.graph.precision import Precision
@@ -74,7 +74,7 @@ class DiT(Family):
         weight, bias = read_linear(weights, f"{norm}.linear")
         kept = slice(rows * self.channels)
         return embedding, Projection(
-            [(weight[kept], None if bias is None else bias[kept])], precision.compute
+            [(weight[kept], None if bias is None else bias[kept])], precision.of(MODULATION)
         )
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> StreamTrunk:

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ditf.export.graph.condition import Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
 from ditf.export.graph.layers import Linear, read_linear
 from ditf.export.graph.precision import Precision
 from ditf.export.weights import Weights
@@ -23,7 +23,7 @@ class PooledConditioner(Conditioner):
         context: name of the text embedder, None where no block reads the text.
         guidance: whether `embedding` takes it.
         channels: C.
-        precision: of the stacked AdaLN linear and of the text embedder.
+        precision: of the stacked AdaLN linear; the text embedder is float32.
     """
 
     def __init__(
@@ -43,10 +43,10 @@ class PooledConditioner(Conditioner):
             weight, bias = read_linear(weights, name)
             kept = slice(rows * channels)
             used.append((weight[kept], None if bias is None else bias[kept]))
-        self.projection = Projection(used, precision.compute)
+        self.projection = Projection(used, precision.of(MODULATION))
         self.context = None
         if context is not None:
-            self.context = Linear(*read_linear(weights, context), precision.compute)
+            self.context = Linear(*read_linear(weights, context), torch.float32)  # writes the residual
         self.guidance = guidance
         self.inputs = (  # type: ignore[misc]
             "pooled_prompt_embeds",

@@ -18,6 +18,7 @@ from ditf.export.graph.layers import Linear, constant, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.stream import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
+from ditf.export.graph.taps import Where
 from ditf.export.graph.trunk import Given
 from ditf.export.pretrained import load_text_pipeline
 from ditf.export.weights import Weights
@@ -98,10 +99,13 @@ class PixArt(Family):
                 lambda: PixArtAlphaTextProjection(self.config["caption_channels"], self.channels),
                 "caption_projection",
             )
+        blocks = [f"{self.block_name(i)}.attn2" for i in range(layer)]
+        types = {precision.of(block) for block in blocks}  # one for all: they are stacked
+        dtype = types.pop() if len(types) == 1 else torch.float32
         keys, values = (
             [
-                Linear(*read_linear(weights, f"{self.block_name(i)}.attn2.to_{part}"), precision.compute)
-                for i in range(layer)
+                Linear(*read_linear(weights, name), dtype, Where(name, "text"))
+                for name in (f"{block}.to_{part}" for block in blocks)
             ]
             for part in "kv"
         )

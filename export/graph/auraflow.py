@@ -11,8 +11,10 @@ from torch import nn
 
 from ditf.export.graph.joint import Rows
 from ditf.export.graph.layers import AttentionNames, HeadProjection, Linear, Rotary, attention, read_linear
-from ditf.export.graph.modulation import GatedLinear, ModulatedNorm
+from ditf.export.graph.modulation import ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.taps import Stream as Tokens
+from ditf.export.graph.taps import Where, joined, tap
 from ditf.export.weights import Weights
 
 NORM_EPS = 1e-5  # FP32LayerNorm's default
@@ -22,13 +24,15 @@ _QK_EPS = 1e-5  # diffusers Attention's default
 class GatedFeedForward(nn.Module):
     """silu(x A) * (x B), the hidden activations of diffusers' `AuraFlowFeedForward`."""
 
-    def __init__(self, weights: Weights, name: str, precision: Precision) -> None:
+    def __init__(self, weights: Weights, name: str, precision: Precision, stream: Tokens) -> None:
         super().__init__()
-        self.up = Linear(*read_linear(weights, f"{name}.linear_1", f"{name}.linear_2"), precision.compute)
+        names = (f"{name}.linear_1", f"{name}.linear_2")
+        self.where = Where(joined(names), stream)
+        self.up = Linear(*read_linear(weights, *names), precision.of(names[0]), self.where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, hidden = self.up(x).chunk(2, dim=-1)
-        return nn.functional.silu(gate) * hidden
+        return tap(self.where, "hidden", nn.functional.silu(gate) * hidden)
 
 
 class Stream(nn.Module):
@@ -58,20 +62,26 @@ class Stream(nn.Module):
         names = AttentionNames(
             tuple(f"{attn}.{part}" for part in projections),  # type: ignore[arg-type]
             (f"{attn}.{norms[0]}", f"{attn}.{norms[1]}"),
+            stream="text" if text else "image",
             centred=True,
             eps=_QK_EPS,
         )
-        self.norm_attention = ModulatedNorm(None if rows is None else rows[:2], NORM_EPS)
+        tokens: Tokens = "text" if text else "image"
+        self.attended = Where(attn, tokens)
+        self.norm_attention = ModulatedNorm(None if rows is None else rows[:2], NORM_EPS, self.attended)
         self.project = HeadProjection(weights, names, heads, precision, query=not last)
         if last:
             return
         fixed = (None,) * 6 if rows is None else rows
         suffix = "_context" if text else ""
         out = f"{attn}.to_add_out" if text else f"{attn}.to_out.0"
-        self.out = GatedLinear(weights, out, fixed[2], precision)
-        self.norm_feed_forward = ModulatedNorm(None if rows is None else rows[3:5], NORM_EPS)
-        self.feed_forward = GatedFeedForward(weights, f"{name}.ff{suffix}", precision)
-        self.feed_forward_out = GatedLinear(weights, f"{name}.ff{suffix}.out_projection", fixed[5], precision)
+        projection = f"{name}.ff{suffix}.out_projection"
+        self.out = read_gated(weights, out, fixed[2], precision, tokens)
+        self.norm_feed_forward = ModulatedNorm(
+            None if rows is None else rows[3:5], NORM_EPS, Where(projection, tokens)
+        )
+        self.feed_forward = GatedFeedForward(weights, f"{name}.ff{suffix}", precision, tokens)
+        self.feed_forward_out = read_gated(weights, projection, fixed[5], precision, tokens)
 
     def heads_of(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
         heads: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] = self.project(
@@ -97,6 +107,7 @@ class AuraFlowJointBlock(nn.Module):
         self.image = image
         self.text = text
         self.last = last
+        self.attended = Where(image.attended.name, "both")
 
     def forward(
         self,
@@ -113,6 +124,7 @@ class AuraFlowJointBlock(nn.Module):
             torch.cat(queries, dim=2),
             torch.cat([key, text_key], dim=2),
             torch.cat([value, text_value], dim=2),
+            self.attended,
         )
         tokens = x.shape[1]
         x = self.image.update(x, attended[:, :tokens], image_rows)
@@ -132,4 +144,4 @@ class AuraFlowSingleBlock(nn.Module):
         assert query is not None
         if self.last:
             x, query = x[:, -tokens:], query[:, :, -tokens:]
-        return self.stream.update(x, attention(query, key, value), rows)
+        return self.stream.update(x, attention(query, key, value, self.stream.attended), rows)

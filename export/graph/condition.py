@@ -12,10 +12,12 @@ from diffusers.models.embeddings import Timesteps
 from torch import nn
 
 from ditf.export.graph.layers import Linear, constant
+from ditf.export.graph.taps import Where
 from ditf.export.graph.trunk import Given
 from ditf.export.noise import NoiseLevel
 
 LEVEL = "level"
+MODULATION = "modulation"
 TIMESTEP = "timestep"
 
 Levels = tuple[Given, torch.Tensor | float, torch.Tensor | float]
@@ -91,7 +93,10 @@ class Projection(nn.Module):
         super().__init__()
         biases = [bias for _, bias in linears if bias is not None]
         self.linear = Linear(
-            torch.cat([weight for weight, _ in linears]), torch.cat(biases) if biases else None, dtype
+            torch.cat([weight for weight, _ in linears]),
+            torch.cat(biases) if biases else None,
+            dtype,
+            Where(MODULATION, "condition"),
         )
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from diffusers import AutoencoderKL
+from diffusers.models.attention_processor import Attention
+from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.downsampling import Downsample2D
+from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
+from ditf.calib.recipe import Recipe
 from ditf.export.graph.layers import constant
 from ditf.export.graph.precision import Precision
 
@@ -27,6 +34,7 @@ class KLEncoder(nn.Module):
 
     def __init__(self, vae: AutoencoderKL, shift: float, scale: float, precision: Precision) -> None:
         super().__init__()
+        scale_down(vae.encoder, precision.recipe)
         self.encoder = vae.encoder.to(precision.compute)
         self.quant_conv = None if vae.quant_conv is None else vae.quant_conv.to(precision.compute)
         self.channels = vae.config.latent_channels
@@ -35,6 +43,10 @@ class KLEncoder(nn.Module):
         self.dtype = precision.compute
         if precision.compute != torch.float32:
             _keep_group_norms_float32(self.encoder)
+            if precision.recipe.vae_attention_float32:
+                for name, attention in list(attentions(self.encoder)):
+                    parent, _, child = name.rpartition(".")
+                    setattr(self.encoder.get_submodule(parent), child, _Float32Island(attention))
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         moments = self.encoder(pixels.to(self.dtype))
@@ -42,6 +54,57 @@ class KLEncoder(nn.Module):
             moments = self.quant_conv(moments)
         mean = moments[:, : self.channels].to(torch.float32)
         return (mean - self.shift) * self.scale
+
+
+def residual_writers(encoder: Encoder) -> Iterator[tuple[str, nn.Module, bool]]:
+    """What adds to the residual of a diffusers `Encoder`: name, layer, whether it reads the residual itself.
+
+    A layer that reads the residual un-normalised (a shortcut, a downsampling convolution) passes a factor
+    on; of the others weight and bias make it.
+    """
+    yield "conv_in", encoder.conv_in, False
+    for name, module in encoder.named_modules():
+        if isinstance(module, ResnetBlock2D):
+            yield f"{name}.conv2", module.conv2, False
+            if module.conv_shortcut is not None:
+                yield f"{name}.conv_shortcut", module.conv_shortcut, True
+        elif isinstance(module, Downsample2D) and isinstance(module.conv, nn.Conv2d):
+            yield f"{name}.conv", module.conv, True
+        elif isinstance(module, Attention):
+            yield f"{name}.to_out.0", module.to_out[0], False
+
+
+def attentions(encoder: Encoder) -> Iterator[tuple[str, Attention]]:
+    """The attentions of a diffusers `Encoder`, by name."""
+    return ((name, module) for name, module in encoder.named_modules() if isinstance(module, Attention))
+
+
+@torch.no_grad()
+def scale_down(encoder: Encoder, recipe: Recipe) -> None:
+    """Scale the encoder's values by the recipe's powers of two, in place; x_0 stays as it is.
+
+    Group norms do not see a factor on their input once its square is on their epsilon. Everything between
+    the residual's start and the last norm is linear in it, or behind such a norm.
+
+    Args:
+        encoder: of an AutoencoderKL, float32.
+    """
+    factor = 2.0**-recipe.vae_residual
+    if recipe.vae_residual:
+        for _, layer, reads_residual in residual_writers(encoder):
+            for kind, parameter in layer.named_parameters():
+                if kind == "bias" or not reads_residual:
+                    parameter.mul_(factor)
+        encoder.conv_norm_out.eps *= factor**2
+    for name, module in encoder.named_modules():
+        if isinstance(module, Attention):
+            module.group_norm.eps *= factor**2
+        elif isinstance(module, ResnetBlock2D):
+            module.norm1.eps *= factor**2
+            inner = 2.0 ** -recipe.vae_inner.get(f"vae.{name}.conv1", 0)
+            for parameter in module.conv1.parameters():
+                parameter.mul_(inner)
+            module.norm2.eps *= inner**2
 
 
 class _Float32GroupNorm(nn.Module):
@@ -56,6 +119,18 @@ class _Float32GroupNorm(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = nn.functional.group_norm(x.to(torch.float32), self.groups, self.weight, self.bias, self.eps)
+        return y.to(x.dtype)
+
+
+class _Float32Island(nn.Module):
+    """A module computed in float32 between tensors of another type."""
+
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.inner = inner.to(torch.float32)
+
+    def forward(self, x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x.to(torch.float32), *args, **kwargs)
         return y.to(x.dtype)
 
 

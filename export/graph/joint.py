@@ -19,9 +19,10 @@ from ditf.export.graph.layers import (
     attention,
     constant,
 )
-from ditf.export.graph.modulation import GatedLinear, ModulatedNorm
+from ditf.export.graph.modulation import ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.stream import SelfAttention
+from ditf.export.graph.taps import Where
 from ditf.export.graph.trunk import Given, PatchEmbedder, Trunk
 from ditf.export.weights import Weights
 
@@ -71,7 +72,7 @@ class TextStream(nn.Module):
     ) -> None:
         super().__init__()
         self.last = last
-        norm = ModulatedNorm(None if rows is None else rows[:2], eps)
+        norm = ModulatedNorm(None if rows is None else rows[:2], eps, Where(f"{name}.attn", "text"))
         project = HeadProjection(weights, attention_names, heads, precision, query=not last)
         if tokens is None:
             self.norm, self.project = norm, project
@@ -80,10 +81,13 @@ class TextStream(nn.Module):
             self.constant = ConstantProjection(project, norm(tokens))
         if not last:
             fixed = (None,) * IMAGE_ROWS if rows is None else rows
-            self.out = GatedLinear(weights, f"{name}.attn.to_add_out", fixed[2], precision)
-            self.norm_feed_forward = ModulatedNorm(None if rows is None else rows[3:5], eps)
-            self.feed_forward = FeedForward(weights, f"{name}.ff_context.net.0.proj", precision)
-            self.feed_forward_out = GatedLinear(weights, f"{name}.ff_context.net.2", fixed[5], precision)
+            context = f"{name}.ff_context"
+            self.out = read_gated(weights, f"{name}.attn.to_add_out", fixed[2], precision, "text")
+            self.norm_feed_forward = ModulatedNorm(
+                None if rows is None else rows[3:5], eps, Where(context, "text")
+            )
+            self.feed_forward = FeedForward(weights, f"{context}.net.0.proj", precision, "text")
+            self.feed_forward_out = read_gated(weights, f"{context}.net.2", fixed[5], precision, "text")
 
     def heads_of(self, text: torch.Tensor, rows: Rows) -> Pair:
         """Query (None in the last block), key and value, [1 or B, H, L, D]."""
@@ -141,23 +145,25 @@ class JointBlock(nn.Module):
         text_names = AttentionNames(
             (f"{attn}.add_q_proj", f"{attn}.add_k_proj", f"{attn}.add_v_proj"),
             (f"{attn}.norm_added_q", f"{attn}.norm_added_k") if qk_norm else None,
+            stream="text",
             rotary=rotary,
         )
         fixed = (None,) * DUAL_ROWS if image_rows is None else image_rows
         self.reads_text = text is None or not last
         slices = [None if image_rows is None else image_rows[start : start + 2] for start in (0, 3, 6)]
         self.last = last
-        self.norm_attention = ModulatedNorm(slices[0], eps)
+        self.attended = Where(attn, "both")
+        self.norm_attention = ModulatedNorm(slices[0], eps, Where(attn))
         self.project = HeadProjection(weights, image_names, heads, precision)
-        self.out = GatedLinear(weights, f"{attn}.to_out.0", fixed[2], precision)
+        self.out = read_gated(weights, f"{attn}.to_out.0", fixed[2], precision)
         self.norm_dual: ModulatedNorm | None = None
         if dual:
             norms = (f"{name}.attn2.norm_q", f"{name}.attn2.norm_k") if qk_norm else None
-            self.norm_dual = ModulatedNorm(slices[2], eps)
+            self.norm_dual = ModulatedNorm(slices[2], eps, Where(f"{name}.attn2"))
             self.dual = SelfAttention(weights, f"{name}.attn2", heads, fixed[8], precision, norms)
-        self.norm_feed_forward = ModulatedNorm(slices[1], eps)
+        self.norm_feed_forward = ModulatedNorm(slices[1], eps, Where(f"{name}.ff"))
         self.feed_forward = FeedForward(weights, f"{name}.ff.net.0.proj", precision)
-        self.feed_forward_out = GatedLinear(weights, f"{name}.ff.net.2", fixed[5], precision)
+        self.feed_forward_out = read_gated(weights, f"{name}.ff.net.2", fixed[5], precision)
         self.text = TextStream(weights, name, text_names, heads, text_rows, last, text, eps, precision)
 
     def forward(
@@ -182,6 +188,7 @@ class JointBlock(nn.Module):
             torch.cat(joined, dim=2),
             torch.cat([key, _like(text_key, key)], dim=2),
             torch.cat([value, _like(text_value, value)], dim=2),
+            self.attended,
         )
         tokens = x.shape[1]
         dual = None if self.norm_dual is None else self.dual(self.norm_dual(x, second), given[8])
@@ -226,10 +233,11 @@ class SingleBlock(nn.Module):
             rotary=True,
         )
         self.last = last
-        self.norm = ModulatedNorm(None if rows is None else rows[:2], eps)
+        self.attended = Where(attn)
+        self.norm = ModulatedNorm(None if rows is None else rows[:2], eps, Where(attn))
         self.project = HeadProjection(weights, names, heads, precision)
         self.feed_forward = FeedForward(weights, f"{name}.proj_mlp", precision)
-        self.out = GatedLinear(weights, f"{name}.proj_out", None if rows is None else rows[2], precision)
+        self.out = read_gated(weights, f"{name}.proj_out", None if rows is None else rows[2], precision)
 
     def forward(self, x: torch.Tensor, tokens: int, rotary: Rotary, rows: Rows = None) -> torch.Tensor:
         """Text then image [B, L + N, C] -> the same, or [B, N, C] in the last block.
@@ -242,7 +250,9 @@ class SingleBlock(nn.Module):
         query, key, value = self.project(normed, rotary)
         if self.last:
             x, normed, query = x[:, -tokens:], normed[:, -tokens:], query[:, :, -tokens:]
-        hidden = torch.cat([attention(query, key, value), self.feed_forward(normed)], dim=2)
+        attended, hidden = attention(query, key, value, self.attended), self.feed_forward(normed)
+        wider = torch.promote_types(attended.dtype, hidden.dtype)  # the recipe may hold them apart
+        hidden = torch.cat([attended.to(wider), hidden.to(wider)], dim=2)
         return x + self.out(hidden, None if rows is None else rows[2])
 
 
@@ -303,4 +313,4 @@ class JointTrunk(Trunk):
 
     def _text(self, given: Given, x: torch.Tensor) -> torch.Tensor:
         text = given["text"][None] if "text" in given else self.text
-        return x[:, :0] if text is None else text.expand(x.shape[0], -1, -1)
+        return x[:, :0] if text is None else text.expand(x.shape[0], -1, -1).to(x.dtype)

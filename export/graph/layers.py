@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.taps import Stream, Where, joined, tap
 from ditf.export.weights import Weights
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -30,16 +31,24 @@ class Linear(nn.Module):
         weight: [out, in], as torch.nn.Linear keeps it, float32.
         bias: [out] float32, or None.
         dtype: type of the product.
+        where: for the taps; None for what is float32 in any recipe.
     """
 
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype) -> None:
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, where: Where | None = None
+    ) -> None:
         super().__init__()
+        self.where = where
         self.weight = constant(weight.T.to(dtype))
         self.bias = None if bias is None else constant(bias.to(dtype))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = x.to(self.weight.dtype) @ self.weight
-        return y if self.bias is None else y + self.bias
+        y = tap(self.where, "input", x.to(self.weight.dtype)) @ self.weight
+        tap(self.where, "weight", self.weight)
+        if self.bias is not None:
+            tap(self.where, "weight", self.bias)
+            y = y + self.bias
+        return tap(self.where, "output", y)
 
 
 def read_linear(weights: Weights, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -56,7 +65,11 @@ def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
 
 
 def attention(
-    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, bias: torch.Tensor | None = None
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    where: Where | None,
+    bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """Multi-head attention [B, H, N, D] x [B, H, M, D] -> [B, N, C].
 
@@ -65,12 +78,14 @@ def attention(
     which scales query and key separately.
 
     Args:
+        where: for the taps.
         bias: [M], added to the logits.
     """
     logits = query @ key.transpose(-1, -2)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    return (torch.softmax(logits, dim=-1) @ value).transpose(1, 2).flatten(2)
+    attended = torch.softmax(tap(where, "logits", logits), dim=-1) @ value
+    return tap(where, "attended", attended).transpose(1, 2).flatten(2)
 
 
 @dataclass(frozen=True)
@@ -82,11 +97,13 @@ class AttentionNames:
         norms: modules of the query's and the key's RMSNorm over a head; None where there is none.
         centred: they are LayerNorms.
         rotary: whether query and key are rotated.
+        stream: whose tokens they are.
     """
 
     projections: tuple[str, str, str]
     norms: tuple[str, str] | None = None
     _: KW_ONLY
+    stream: Stream = "image"
     centred: bool = False
     rotary: bool = False
     eps: float = 1e-6
@@ -111,7 +128,9 @@ class HeadProjection(nn.Module):
         self.eps = names.eps
         self.centred = names.centred
         self.rotary = names.rotary
-        self.dtype = precision.compute
+        self.dtype = precision.of(names.projections[0])
+        used = names.projections if query else names.projections[1:]
+        self.where = Where(joined(used), names.stream)
         self.norm_query: nn.Parameter | None = None
         self.norm_key: nn.Parameter | None = None
         parts = []
@@ -129,7 +148,8 @@ class HeadProjection(nn.Module):
         self.linear = Linear(
             torch.cat([weight for weight, _ in parts]),
             torch.cat(bias_parts) if bias_parts else None,
-            precision.compute,
+            self.dtype,
+            self.where,
         )
         if names.norms is not None:
             if query:
@@ -155,11 +175,12 @@ class HeadProjection(nn.Module):
         """
         if self.query:
             query, key, value = self.linear(x).chunk(3, dim=-1)
-            head_query = self._finish(query, self.norm_query, rotary)
+            head_query = tap(self.where, "query", self._finish(query, self.norm_query, rotary))
         else:
             key, value = self.linear(x).chunk(2, dim=-1)
             head_query = None
-        return head_query, self._finish(key, self.norm_key, rotary), split_heads(value, self.heads)
+        head_key = tap(self.where, "key", self._finish(key, self.norm_key, rotary))
+        return head_query, head_key, split_heads(value, self.heads)
 
     def _finish(self, x: torch.Tensor, norm: nn.Parameter | None, rotary: Rotary | None) -> torch.Tensor:
         """Normalise and rotate, float32: squares of an un-normalised query pass float16's range."""
@@ -186,9 +207,10 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 class FeedForward(nn.Module):
     """First half of a diffusers `FeedForward` with gelu-approximate: the hidden activations."""
 
-    def __init__(self, weights: Weights, name: str, precision: Precision) -> None:
+    def __init__(self, weights: Weights, name: str, precision: Precision, stream: Stream = "image") -> None:
         super().__init__()
-        self.up = Linear(*read_linear(weights, name), precision.compute)
+        self.where = Where(name, stream)
+        self.up = Linear(*read_linear(weights, name), precision.of(name), self.where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return functional.gelu(self.up(x), approximate="tanh")
+        return tap(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))

@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from ditf.export.graph.layers import Linear, constant, read_linear
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.taps import Stream, Where, tap
 from ditf.export.weights import Weights
 
 FOLD_ERROR = 4e-4
@@ -27,11 +28,13 @@ class ModulatedNorm(nn.Module):
     Args:
         rows: shift and scale, [2, C] float32, or None when they are given.
         eps: of the model's own norm.
+        where: for the taps; None for block k's, which the calibration of channels looks at.
     """
 
-    def __init__(self, rows: torch.Tensor | None, eps: float) -> None:
+    def __init__(self, rows: torch.Tensor | None, eps: float, where: Where | None = None) -> None:
         super().__init__()
         self.eps = eps
+        self.where = where
         self.weight = None if rows is None else constant(1.0 + rows[1])
         self.bias = None if rows is None else constant(rows[0])
 
@@ -41,38 +44,77 @@ class ModulatedNorm(nn.Module):
             weight, bias = self.weight, self.bias
         else:
             weight, bias = 1.0 + rows[1], rows[0]  # type: ignore[assignment]
+        # A residual of another type than float32 is for comparison only (`ditf.export.graph.precision`).
+        x = tap(self.where, "norm input", x).to(torch.float32)
         return functional.layer_norm(x, weight.shape, weight, bias, self.eps)
 
 
 class GatedLinear(nn.Module):
-    """gate * (x W + b), float32 out: the last linear of a branch.
+    """gate * (x W + b), as the residual is: the last linear of a branch.
 
-    A constant gate is folded into W and b where their type holds it (`fold_gate`), else it stays an
-    explicit float32 factor.
+    A constant gate is folded into W and b where their type holds it (`holds_gate`), else it stays an
+    explicit float32 factor. Where the recipe scales the linear by 2**-s, the factor 2**s follows in float32.
 
     Args:
-        name: of the linear in `weights`.
+        weight: [C, in] float32; bias: [C] or None.
+        name: of the linear in the checkpoint.
         gate: [C] float32, or None when it is given, or when the branch has none.
+
+    Attributes:
+        exponent: s.
+        subnormal: weights that the scale pushed out of float16's normal range.
     """
 
-    def __init__(self, weights: Weights, name: str, gate: torch.Tensor | None, precision: Precision) -> None:
+    def __init__(
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        name: str,
+        gate: torch.Tensor | None,
+        precision: Precision,
+        stream: Stream = "image",
+    ) -> None:
         super().__init__()
-        weight, bias = read_linear(weights, name)
+        dtype = precision.of(name)
+        self.where = Where(name, stream)
+        self.residual = precision.residual
         self.gate: nn.Parameter | None = None
-        self.folded = False
-        if gate is not None:
-            self.folded = holds_gate(weight, gate, precision.compute)
-            if self.folded:
-                weight, bias = weight * gate[:, None], None if bias is None else bias * gate
-            else:
-                self.gate = constant(gate)
-        self.linear = Linear(weight, bias, precision.compute)
+        self.folded = gate is not None and precision.fold_gates and holds_gate(weight, gate, dtype)
+        self.exponent = precision.recipe.exponent(name, self.folded)
+        self.subnormal = 0
+        if gate is not None and self.folded:
+            weight, bias = weight * gate[:, None], None if bias is None else bias * gate
+        elif gate is not None:
+            self.gate = constant(gate * 2.0**self.exponent)
+        if self.exponent:
+            before = count_subnormal(weight)
+            factor = 2.0**-self.exponent
+            weight, bias = weight * factor, None if bias is None else bias * factor
+            self.subnormal = count_subnormal(weight) - before
+        self.linear = Linear(weight, bias, dtype)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        y: torch.Tensor = self.linear(x).to(torch.float32)
+        for parameter in self.linear.parameters():
+            tap(self.where, "scaled weight", parameter)
+        y = tap(self.where, "emitted", self.linear(tap(self.where, "input", x)).to(torch.float32))
         if self.gate is not None:
-            gate = self.gate
-        return y if gate is None else y * gate
+            y = y * tap(self.where, "gate", self.gate)
+        elif self.exponent:
+            y = y * 2.0**self.exponent
+        if gate is not None:
+            y = y * tap(self.where, "gate", gate)
+        return tap(self.where, "gated", y).to(self.residual)
+
+
+def read_gated(
+    weights: Weights,
+    name: str,
+    gate: torch.Tensor | None,
+    precision: Precision,
+    stream: Stream = "image",
+) -> GatedLinear:
+    """The gated linear of this name in the checkpoint."""
+    return GatedLinear(*read_linear(weights, name), name, gate, precision, stream)
 
 
 def gate_counts(module: nn.Module) -> dict[str, int]:
@@ -87,13 +129,21 @@ def gate_counts(module: nn.Module) -> dict[str, int]:
 def holds_gate(weight: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> bool:
     """Whether a gate folded into the rows of `weight` [C, in] costs no accuracy in `dtype`.
 
-    In float32 always. In float16 not where a small gate would push a row into the subnormals, nor where
-    a gate above 1 would make what the linear emits larger than what the model was seen to emit.
+    In float32 and bfloat16 always. In float16 not where a small gate would push a row into the subnormals,
+    nor where a gate above 1 would make the linear emit more than the model was seen to emit.
     """
-    if dtype == torch.float32 or weight.is_meta:
+    if dtype != torch.float16 or weight.is_meta:  # bfloat16 has float32's range
         return True
     if gate.abs().max() > 1:
         return False
     folded = weight * gate[:, None]
     error = (folded.to(dtype).to(torch.float32) - folded).norm(dim=1)
     return bool((error <= FOLD_ERROR * folded.norm(dim=1)).all())
+
+
+def count_subnormal(weight: torch.Tensor) -> int:
+    """Values below float16's smallest normal number, zeros apart."""
+    if weight.is_meta:
+        return 0
+    size = weight.abs()
+    return int(((size > 0) & (size < torch.finfo(torch.float16).smallest_normal)).sum())

@@ -1,21 +1,27 @@
-"""Precision of a graph: what `--fp16` means, in one place (design, section 6)."""
+"""Precision of a graph: what `--precision` means, in one place (design, section 6)."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+
+from ditf.calib.recipe import Recipe
+from ditf.export.graph.taps import branch_of
 
 KEPT_FLOAT32 = {
     "residual": "grows through the network; massive channels pass 65504 in large models",
     "norms and modulation": "squares of massive channels overflow float16",
     "gates": "small values lose their mantissa in float16",
-    "embedders": "patch, position and noise write the residual",
+    "embedders": "patch, position, text and noise write the residual",
     "cross-attention query": "its GEMM reads the residual un-normalised",
     "tail": "ensemble mean, discard and the last norm read the residual",
+    "VAE group norms": "their squares overflow float16",
 }
-"""What stays float32 in a float16 graph, and why."""
+"""What stays float32 whatever the precision, and why. What a calibration adds is in `Recipe`."""
+
+_COMPUTED = ["weights", "GEMMs", "attention", "feed-forward", "VAE convolutions"]
 
 
 @dataclass(frozen=True)
@@ -23,25 +29,42 @@ class Precision:
     """Types of a graph.
 
     Attributes:
-        name: "float16" or "float32", as in the manifest.
+        name: as in the manifest.
         compute: dtype of weights, GEMMs, convolutions and attention.
         output: dtype of the features.
+        residual: dtype of the residual stream.
+        fold_gates: False leaves every gate an explicit factor, to see what it meets.
+        recipe: exceptions that a calibration asks for.
     """
 
     name: str
     compute: torch.dtype
     output: torch.dtype
+    residual: torch.dtype = torch.float32
+    fold_gates: bool = True
+    recipe: Recipe = field(default_factory=Recipe)
 
-    @property
-    def recipe(self) -> dict[str, Any]:
+    def of(self, name: str) -> torch.dtype:
+        """Type that a module of the checkpoint computes in."""
+        return torch.float32 if branch_of(name) in self.recipe.float32 else self.compute
+
+    def describe(self) -> dict[str, Any]:
         """For the manifest: which tensors have which type, and why."""
         if self.compute == torch.float32:
-            return {"float32": {"everything": "exported without --fp16"}}
+            return {"float32": {"everything": "exported without --precision"}}
         return {
-            "float16": ["weights", "GEMMs", "attention", "feed-forward", "VAE convolutions"],
-            "float32": {**KEPT_FLOAT32, "VAE group norms": "their squares overflow float16"},
+            str(self.compute).removeprefix("torch."): _COMPUTED,
+            "float32": dict(KEPT_FLOAT32),
+            "exceptions": self.recipe.exceptions(),
         }
 
 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)
 FLOAT16 = Precision("float16", torch.float16, torch.float16)
+BFLOAT16 = Precision("bfloat16", torch.bfloat16, torch.float16)
+"""Features are normalised: float16 holds them, with three bits more, and numpy knows it."""
+
+MEASURING = Precision("float32", torch.float32, torch.float32, fold_gates=False)
+"""For a graph whose values are looked at."""
+
+PRECISIONS = {precision.name: precision for precision in (FLOAT32, FLOAT16, BFLOAT16)}

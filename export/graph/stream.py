@@ -20,8 +20,9 @@ from ditf.export.graph.layers import (
     read_linear,
     split_heads,
 )
-from ditf.export.graph.modulation import GatedLinear, ModulatedNorm
+from ditf.export.graph.modulation import GatedLinear, ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.taps import Where, tap
 from ditf.export.graph.trunk import Given, PatchEmbedder, Trunk
 from ditf.export.weights import Weights
 
@@ -43,11 +44,12 @@ class SelfAttention(nn.Module):
         super().__init__()
         names = AttentionNames((f"{name}.to_q", f"{name}.to_k", f"{name}.to_v"), norms)
         self.project = HeadProjection(weights, names, heads, precision)
-        self.out = GatedLinear(weights, f"{name}.to_out.0", gate, precision)
+        self.where = Where(name)
+        self.out = read_gated(weights, f"{name}.to_out.0", gate, precision)
 
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = self.project(x)
-        return self.out(attention(query, key, value), gate)
+        return self.out(attention(query, key, value, self.where), gate)
 
 
 class CrossAttention(nn.Module):
@@ -71,10 +73,11 @@ class CrossAttention(nn.Module):
         weight, bias = read_linear(weights, f"{name}.to_q")
         scale = (len(weight) // heads) ** -0.5
         self.query = Linear(weight * scale, None if bias is None else bias * scale, torch.float32)
-        self.dtype = precision.compute
+        self.where = Where(name)
+        self.dtype = precision.of(name)
         self.key = None if text is None else constant(text[0].to(self.dtype))
         self.value = None if text is None else constant(text[1].to(self.dtype))
-        self.out = Linear(*read_linear(weights, f"{name}.to_out.0"), precision.compute)
+        self.out = read_gated(weights, f"{name}.to_out.0", None, precision)
         self.heads = heads
 
     def forward(
@@ -86,9 +89,12 @@ class CrossAttention(nn.Module):
             assert self.value is not None
             text = (self.key, self.value, None)
         key, value, bias = text
-        query = split_heads(self.query(x).to(self.dtype), self.heads)
-        key, value = (split_heads(t.to(self.dtype)[None], self.heads) for t in (key, value))
-        return self.out(attention(query, key, value, bias)).to(torch.float32)
+        query = split_heads(tap(self.where, "query", self.query(x).to(self.dtype)), self.heads)
+        key, value = (
+            split_heads(tap(self.where, "key", t.to(self.dtype)[None]), self.heads) for t in (key, value)
+        )
+        attended: torch.Tensor = self.out(attention(query, key, value, self.where, bias))
+        return attended
 
 
 class FoldedCrossAttention(nn.Module):
@@ -113,9 +119,10 @@ class FoldedCrossAttention(nn.Module):
         if bias is not None:
             folded_bias = (key @ (bias.reshape(heads, -1, 1) * key.shape[-1] ** -0.5)).flatten()
         self.key = Linear((key @ query).flatten(0, 1), folded_bias, torch.float32)  # reads the residual
-        weight, bias = read_linear(weights, f"{name}.to_out.0")
+        last = f"{name}.to_out.0"
+        weight, bias = read_linear(weights, last)
         out = weight.unflatten(1, (heads, -1)).permute(1, 2, 0)  # [H, D, C]
-        self.value = Linear((value @ out).flatten(0, 1).T, bias, precision.compute)
+        self.value = GatedLinear((value @ out).flatten(0, 1).T, bias, last, None, precision)
         self.heads = heads
 
     @staticmethod
@@ -126,7 +133,8 @@ class FoldedCrossAttention(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         # Softmax in float32: logits of an un-normalised residual may be large, and there are few of them.
         logits = self.key(x).unflatten(-1, (self.heads, -1))
-        return self.value(torch.softmax(logits, dim=-1).flatten(2)).to(torch.float32)
+        attended: torch.Tensor = self.value(torch.softmax(logits, dim=-1).flatten(2))
+        return attended
 
 
 class StreamBlock(nn.Module):
@@ -153,12 +161,16 @@ class StreamBlock(nn.Module):
     ) -> None:
         super().__init__()
         fixed = (None,) * ROWS if rows is None else rows
-        self.norm_attention = ModulatedNorm(None if rows is None else rows[0:2], eps[0])
+        self.norm_attention = ModulatedNorm(
+            None if rows is None else rows[0:2], eps[0], Where(f"{name}.attn1")
+        )
         self.attention = SelfAttention(weights, f"{name}.attn1", heads, fixed[2], precision)
         self.cross_attention = cross_attention
-        self.norm_feed_forward = ModulatedNorm(None if rows is None else rows[3:5], eps[1])
+        self.norm_feed_forward = ModulatedNorm(
+            None if rows is None else rows[3:5], eps[1], Where(f"{name}.ff")
+        )
         self.feed_forward = FeedForward(weights, f"{name}.ff.net.0.proj", precision)
-        self.feed_forward_out = GatedLinear(weights, f"{name}.ff.net.2", fixed[5], precision)
+        self.feed_forward_out = read_gated(weights, f"{name}.ff.net.2", fixed[5], precision)
 
     def forward(
         self, x: torch.Tensor, rows: torch.Tensor | None = None, text: tuple[torch.Tensor, ...] | None = None

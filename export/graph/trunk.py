@@ -23,7 +23,12 @@ class PatchEmbedder(nn.Module):
     Args:
         weight: [C, c, p, p]; bias: [C].
         position: [N, C], the position embedding at the export's grid, if the model adds one.
+
+    Attributes:
+        residual: type of the tokens.
     """
+
+    residual = torch.float32
 
     def __init__(
         self, weight: torch.Tensor, bias: torch.Tensor | None, position: torch.Tensor | None
@@ -36,7 +41,7 @@ class PatchEmbedder(nn.Module):
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         patches = functional.conv2d(latents, self.weight, self.bias, stride=self.weight.shape[-1])
         tokens = patches.flatten(2).transpose(1, 2)
-        return tokens if self.position is None else tokens + self.position
+        return (tokens if self.position is None else tokens + self.position).to(self.residual)
 
 
 class Trunk(nn.Module, ABC):

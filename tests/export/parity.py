@@ -48,7 +48,7 @@ def planned(folder, layer, size, ensemble, count, mode, fp16, **changes):
         layer=layer,
         size=size,
         ensemble=ensemble,
-        fp16=fp16,
+        precision="float16" if fp16 else "float32",
         conditioning=mode,
         discard=SETTINGS.channels,
         **subjects(family_named(folder), count),

@@ -79,7 +79,7 @@ def parity(folder, tmp_path, layer, mode, fp16, **changes):
     options = ExportOptions(
         model=str(folder),
         layer=layer,
-        fp16=fp16,
+        precision="float16" if fp16 else "float32",
         conditioning=mode,
         output=tmp_path / "bundle",
         **subjects(family_named(folder), 1 if mode == "bake" else 2),

@@ -77,13 +77,13 @@ def test_own_calibration_images(tmp_path):
 
 
 def test_exporting_again_gives_the_same_bytes(demo_bundle, tmp_path):
-    again = export_bundle(ExportOptions(layer="block.9", fp16=True, output=tmp_path / "again"))
+    again = export_bundle(ExportOptions(layer="block.9", precision="float16", output=tmp_path / "again"))
     for name in ("features.onnx", "features.onnx.data", "match.onnx", "calibration.json"):
         assert (again / name).read_bytes() == (demo_bundle / name).read_bytes(), name
 
 
 def test_the_seed_changes_the_noise_only(demo_bundle, tmp_path):
-    other = export_bundle(ExportOptions(layer="9", fp16=True, seed=1, output=tmp_path / "other"))
+    other = export_bundle(ExportOptions(layer="9", precision="float16", seed=1, output=tmp_path / "other"))
     image = np.load(demo_bundle / "golden.npz")["images"][0]
     with ditf.load(demo_bundle) as a, ditf.load(other) as b:
         first, second = a.features(image).array, b.features(image).array
@@ -99,7 +99,9 @@ def test_the_demo_shows_what_the_discard_is_for(demo_bundle, tmp_path):
     y, x = (grid.ravel() for grid in np.mgrid[20:480:40, 80:720:40])
     truth = np.stack([x - disparity[y, x], y], axis=1)
     known = np.isfinite(truth).all(axis=1)
-    kept = export_bundle(ExportOptions(layer="9", fp16=True, discard="none", output=tmp_path / "kept"))
+    kept = export_bundle(
+        ExportOptions(layer="9", precision="float16", discard="none", output=tmp_path / "kept")
+    )
     share = {}
     for name, bundle in (("discarded", demo_bundle), ("kept", kept)):
         with ditf.load(bundle) as model:

@@ -62,7 +62,9 @@ def test_weights_lie_in_one_file_beside_the_graph(demo_bundle):
 
 @pytest.mark.parametrize("opset", [18, 25])
 def test_opsets(tmp_path, tiny_pixart, opset):
-    options = ExportOptions(model=str(tiny_pixart), layer="1", fp16=True, opset=opset, output=tmp_path / "b")
+    options = ExportOptions(
+        model=str(tiny_pixart), layer="1", precision="float16", opset=opset, output=tmp_path / "b"
+    )
     model = onnx.load(str(export_bundle(options) / "features.onnx"), load_external_data=False)
     assert {item.version for item in model.opset_import if not item.domain} == {opset}
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from diffusers import DiTTransformer2DModel
 
+from ditf.calib.recipe import Recipe
 from ditf.export import demo
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.exporter import export_bundle
@@ -31,20 +32,35 @@ def test_massive_residuals_survive(tmp_path, value):
     """A residual beyond float16: it is float32, and the channel is found and discarded."""
     model = plant(tmp_path / "planted", "pos_embed.proj", value)
     options = ExportOptions(
-        model=str(model), layer="2", timestep=10, fp16=True, size=(64, 64), output=tmp_path / "b"
+        model=str(model), layer="2", timestep=10, precision="float16", size=(64, 64), output=tmp_path / "b"
     )
     manifest = read_manifest(export_bundle(options))
     assert 7 in manifest.discard["channels"]
     assert manifest.rehearsal["cosine_mean"] > 0.999
 
 
-def test_a_branch_beyond_float16_is_refused(tmp_path):
+@pytest.mark.parametrize("value", [1e5, 1e6])
+def test_a_branch_beyond_float16_is_scaled(tmp_path, value):
     """What a float16 GEMM cannot emit; ONNX Runtime's CPU kernels would hide it."""
+    name = "transformer_blocks.0.ff.net.2"
+    model = plant(tmp_path / "planted", name, value)
+    options = ExportOptions(
+        model=str(model), layer="2", timestep=10, precision="float16", size=(64, 64), output=tmp_path / "b"
+    )
+    manifest = read_manifest(export_bundle(options))
+    exceptions = [entry for entry in manifest.recipe["exceptions"] if entry["where"] == name]
+    assert [entry["is"].startswith("scaled by 2**-") for entry in exceptions] == [True]
+    assert manifest.rehearsal["cosine_mean"] > 0.999
+
+
+def test_a_graph_that_overflows_all_the_same_is_not_shipped(tmp_path, monkeypatch):
+    """Were the recipe wrong, the graph's own arithmetic would say so."""
+    monkeypatch.setattr("ditf.export.exporter.decide", lambda extents: Recipe())
     model = plant(tmp_path / "planted", "transformer_blocks.0.ff.net.2", 1e6)
     options = ExportOptions(
-        model=str(model), layer="2", timestep=10, fp16=True, size=(64, 64), output=tmp_path / "b"
+        model=str(model), layer="2", timestep=10, precision="float16", size=(64, 64), output=tmp_path / "b"
     )
-    with pytest.raises(GateFailed, match=r"the float16 graph does not match.*without --fp16") as caught:
+    with pytest.raises(GateFailed, match=r"the float16 graph does not match.*--precision fp32") as caught:
         export_bundle(options)
     assert caught.value.exit_code == 1
     assert not (tmp_path / "b").exists()

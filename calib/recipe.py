@@ -1,0 +1,176 @@
+"""The precision recipe: from measured ranges to what float16 may compute, in one readable place.
+
+1. Every value that float16 would hold keeps a margin of `HEADROOM` to its largest number: other images
+   than the measured ones reach further.
+2. A branch whose last linear alone emits too much: its weights and bias are scaled by a power of two, which
+   rounds nothing but subnormals, and the scale is undone in float32, where the residual is.
+3. A branch with anything else out of range (a linear's input, a query, a logit) computes in float32.
+4. The VAE encoder's residual between group norms is scaled as a whole: a group norm does not see a factor
+   on its input once its epsilon has it too. Convolutions between two norms likewise, each by its own power.
+   Its attention computes in float32 where its logits may overflow.
+5. Features out of range, or values that are not finite: no float16 graph is made.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ditf.calib.channels import FLOAT16_MAX
+from ditf.runtime.errors import InputError
+
+HEADROOM = 8.0
+LIMIT = FLOAT16_MAX / HEADROOM
+
+INNER = ("weight", "input", "output", "query", "key", "logits", "attended", "hidden")
+"""Kinds of values inside a branch, in the order they are computed."""
+
+LAST = ("scaled weight", "emitted", "gated")
+"""Of a branch's last linear: parameters, what it emits with its gate apart, and with the gate folded in."""
+
+SHOWN = ("norm input", "gate")
+"""Kinds that are float32 in any recipe, measured for people."""
+
+VAE_RESIDUAL, VAE_INNER, VAE_LOGITS = "vae residual", "vae inner", "vae logits"
+FEATURES = "features"
+
+
+@dataclass(frozen=True)
+class Extent:
+    """The largest |x| that was seen of one value.
+
+    Attributes:
+        name: the module of the checkpoint that computes it; branch: what it is recovered with.
+        kind: one of `INNER`, `LAST`, `SHOWN`, the VAE's or `FEATURES`.
+        stream: "image", "text", "both" or "condition".
+    """
+
+    name: str
+    branch: str
+    kind: str
+    stream: str
+    max_abs: float
+
+    @property
+    def headroom(self) -> float:
+        """Times that float16's largest number is larger."""
+        return FLOAT16_MAX / max(self.max_abs, 1e-30)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "branch": self.branch,
+            "kind": self.kind,
+            "stream": self.stream,
+            "max_abs": self.max_abs,
+            "headroom": self.headroom,
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Extent:
+        """Raises: KeyError, TypeError, ValueError where it is no extent."""
+        name, branch, kind, stream = (document[key] for key in ("name", "branch", "kind", "stream"))
+        if not all(isinstance(text, str) for text in (name, branch, kind, stream)):
+            raise TypeError(f"{name!r:.60} is no name")
+        return cls(name, branch, kind, stream, float(document["max_abs"]))
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What departs from the precision asked for.
+
+    Attributes:
+        float32: branches that compute in float32, and why.
+        emitted, gated: {linear: s}: its weights carry 2**-s when its gate is apart, or folded in.
+        vae_residual: s of the VAE encoder's residual; vae_inner: of its convolutions between norms.
+        vae_attention_float32: why the VAE's attention is float32; "" where it is not.
+        reasons: of the scales, by name.
+    """
+
+    float32: Mapping[str, str] = field(default_factory=dict)
+    emitted: Mapping[str, int] = field(default_factory=dict)
+    gated: Mapping[str, int] = field(default_factory=dict)
+    vae_residual: int = 0
+    vae_inner: Mapping[str, int] = field(default_factory=dict)
+    vae_attention_float32: str = ""
+    reasons: Mapping[str, str] = field(default_factory=dict)
+
+    def exponent(self, name: str, folded: bool) -> int:
+        """S of a branch's last linear; 0 for none."""
+        return (self.gated if folded else self.emitted).get(name, 0)
+
+    def exceptions(self) -> list[dict[str, str]]:
+        """For the manifest and for people: where, what, why."""
+        rows = [("float32", branch, reason) for branch, reason in self.float32.items()]
+        scaled = {**self.emitted, **self.gated, **self.vae_inner}
+        rows += [(f"scaled by 2**-{scaled[name]}", name, self.reasons[name]) for name in scaled]
+        if self.vae_residual:
+            rows.append((f"scaled by 2**-{self.vae_residual}", "VAE residual", self.reasons[VAE_RESIDUAL]))
+        if self.vae_attention_float32:
+            rows.append(("float32", "VAE attention", self.vae_attention_float32))
+        return [{"where": where, "is": what, "why": why} for what, where, why in rows]
+
+
+def decide(extents: Sequence[Extent]) -> Recipe:
+    """The recipe for float16.
+
+    Raises:
+        InputError: values that no recipe brings into float16's range; names the first.
+    """
+    for extent in extents:
+        if not math.isfinite(extent.max_abs):
+            raise InputError(
+                f"the {extent.kind} of {extent.name} is not finite on the calibration images",
+                "check the checkpoint's weights",
+            )
+        if extent.kind == FEATURES and extent.max_abs > LIMIT:
+            raise InputError(
+                f"the features reach {extent.max_abs:.3g}, which leaves no margin to float16's 65504",
+                "export with --precision fp32",
+            )
+    float32: dict[str, str] = {}
+    for extent in extents:
+        if extent.kind in INNER and extent.max_abs > LIMIT:
+            float32.setdefault(extent.branch, _reason(extent))
+    emitted, emitted_why = _exponents(e for e in extents if e.kind in ("emitted", "scaled weight"))
+    gated, gated_why = _exponents(e for e in extents if e.kind in ("gated", "scaled weight"))
+    kept = {extent.name for extent in extents if extent.branch in float32}
+    vae_inner, vae_why = _exponents(e for e in extents if e.kind == VAE_INNER)
+    residual = [extent for extent in extents if extent.kind == VAE_RESIDUAL]
+    worst = max(residual, key=lambda extent: extent.max_abs, default=None)
+    logits = [extent for extent in extents if extent.kind == VAE_LOGITS and extent.max_abs > LIMIT]
+    reasons = {**gated_why, **emitted_why, **vae_why}
+    if worst is not None and worst.max_abs > LIMIT:
+        reasons[VAE_RESIDUAL] = _reason(worst)
+    return Recipe(
+        float32=float32,
+        emitted={name: s for name, s in emitted.items() if name not in kept},
+        gated={name: s for name, s in gated.items() if name not in kept},
+        vae_residual=0 if worst is None else power_of_two(worst.max_abs),
+        vae_inner=vae_inner,
+        vae_attention_float32=_reason(logits[0]) if logits else "",
+        reasons=reasons,
+    )
+
+
+def power_of_two(max_abs: float) -> int:
+    """The least s >= 0 with max_abs * 2**-s inside the limit."""
+    return max(0, math.ceil(math.log2(max(max_abs, 1e-30) / LIMIT)))
+
+
+def _exponents(extents: Iterable[Extent]) -> tuple[dict[str, int], dict[str, str]]:
+    """{name: s} of the values that need a scale, and why."""
+    exponents: dict[str, int] = {}
+    reasons: dict[str, str] = {}
+    for extent in extents:
+        if power_of_two(extent.max_abs) > exponents.get(extent.name, 0):
+            exponents[extent.name] = power_of_two(extent.max_abs)
+            reasons[extent.name] = _reason(extent)
+    return exponents, reasons
+
+
+def _reason(extent: Extent) -> str:
+    stream = f" ({extent.stream} tokens)" if extent.stream == "text" else ""
+    return f"{extent.kind} of {extent.name}{stream} reaches {extent.max_abs:.3g}"
