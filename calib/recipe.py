@@ -78,39 +78,61 @@ class Extent:
 
 
 @dataclass(frozen=True)
+class Scale:
+    """Weights and bias carry 2**-exponent, and why; an exponent of 0 is no scale."""
+
+    exponent: int = 0
+    reason: str = ""
+
+
+_UNSCALED = Scale()
+
+
+@dataclass(frozen=True)
 class Recipe:
     """What departs from the precision asked for.
 
     Attributes:
         float32: branches that compute in float32, and why.
-        emitted, gated: {linear: s}: its weights carry 2**-s when its gate is apart, or folded in.
-        vae_residual: s of the VAE encoder's residual; vae_inner: of its convolutions between norms.
+        emitted, gated: scales of branches' last linears, by name, with the gate apart or folded in.
+        vae_residual: of the VAE encoder's residual; vae_inner: of its convolutions between norms, by name.
         vae_attention_float32: why the VAE's attention is float32; "" where it is not.
-        reasons: of the scales, by name.
     """
 
     float32: Mapping[str, str] = field(default_factory=dict)
-    emitted: Mapping[str, int] = field(default_factory=dict)
-    gated: Mapping[str, int] = field(default_factory=dict)
-    vae_residual: int = 0
-    vae_inner: Mapping[str, int] = field(default_factory=dict)
+    emitted: Mapping[str, Scale] = field(default_factory=dict)
+    gated: Mapping[str, Scale] = field(default_factory=dict)
+    vae_residual: Scale = _UNSCALED
+    vae_inner: Mapping[str, Scale] = field(default_factory=dict)
     vae_attention_float32: str = ""
-    reasons: Mapping[str, str] = field(default_factory=dict)
 
-    def exponent(self, name: str, folded: bool) -> int:
-        """S of a branch's last linear; 0 for none."""
-        return (self.gated if folded else self.emitted).get(name, 0)
+    def scale(self, name: str, folded: bool) -> Scale:
+        """Of a branch's last linear."""
+        return (self.gated if folded else self.emitted).get(name, _UNSCALED)
 
-    def exceptions(self) -> list[dict[str, str]]:
-        """For the manifest and for people: where, what, why."""
+    def exceptions(self, used: Mapping[str, Scale] | None = None) -> list[dict[str, str]]:
+        """For the manifest and for people: where, what it is, why.
+
+        Args:
+            used: scales of the last linears as they were built; before that, those with the gate folded in
+                where there are both.
+        """
+        if used is None:
+            used = {**self.emitted, **self.gated}
+        scales = {**used, **self.vae_inner}
+        if self.vae_residual.exponent:
+            scales["VAE residual"] = self.vae_residual
         rows = [("float32", branch, reason) for branch, reason in self.float32.items()]
-        scaled = {**self.emitted, **self.gated, **self.vae_inner}
-        rows += [(f"scaled by 2**-{scaled[name]}", name, self.reasons[name]) for name in scaled]
-        if self.vae_residual:
-            rows.append((f"scaled by 2**-{self.vae_residual}", "VAE residual", self.reasons[VAE_RESIDUAL]))
+        rows += [(f"scaled by 2**-{scale.exponent}", name, scale.reason) for name, scale in scales.items()]
         if self.vae_attention_float32:
             rows.append(("float32", "VAE attention", self.vae_attention_float32))
         return [{"where": where, "is": what, "why": why} for what, where, why in rows]
+
+    def summary(self) -> str:
+        """In a line."""
+        exceptions = [f"{entry['where']} {entry['is']}" for entry in self.exceptions()]
+        more = f" and {len(exceptions) - 4} more" if len(exceptions) > 4 else ""
+        return ", ".join(exceptions[:4]) + more if exceptions else "nothing out of float16's range"
 
 
 def decide(extents: Sequence[Extent]) -> Recipe:
@@ -134,24 +156,17 @@ def decide(extents: Sequence[Extent]) -> Recipe:
     for extent in extents:
         if extent.kind in INNER and extent.max_abs > LIMIT:
             float32.setdefault(extent.branch, _reason(extent))
-    emitted, emitted_why = _exponents(e for e in extents if e.kind in ("emitted", "scaled weight"))
-    gated, gated_why = _exponents(e for e in extents if e.kind in ("gated", "scaled weight"))
-    kept = {extent.name for extent in extents if extent.branch in float32}
-    vae_inner, vae_why = _exponents(e for e in extents if e.kind == VAE_INNER)
+    halves = [extent for extent in extents if extent.branch not in float32]
     residual = [extent for extent in extents if extent.kind == VAE_RESIDUAL]
-    worst = max(residual, key=lambda extent: extent.max_abs, default=None)
+    widest = max(_scales(residual).values(), key=lambda scale: scale.exponent, default=_UNSCALED)
     logits = [extent for extent in extents if extent.kind == VAE_LOGITS and extent.max_abs > LIMIT]
-    reasons = {**gated_why, **emitted_why, **vae_why}
-    if worst is not None and worst.max_abs > LIMIT:
-        reasons[VAE_RESIDUAL] = _reason(worst)
     return Recipe(
         float32=float32,
-        emitted={name: s for name, s in emitted.items() if name not in kept},
-        gated={name: s for name, s in gated.items() if name not in kept},
-        vae_residual=0 if worst is None else power_of_two(worst.max_abs),
-        vae_inner=vae_inner,
+        emitted=_scales(e for e in halves if e.kind in ("emitted", "scaled weight")),
+        gated=_scales(e for e in halves if e.kind in ("gated", "scaled weight")),
+        vae_residual=widest,
+        vae_inner=_scales(e for e in extents if e.kind == VAE_INNER),
         vae_attention_float32=_reason(logits[0]) if logits else "",
-        reasons=reasons,
     )
 
 
@@ -160,15 +175,14 @@ def power_of_two(max_abs: float) -> int:
     return max(0, math.ceil(math.log2(max(max_abs, 1e-30) / LIMIT)))
 
 
-def _exponents(extents: Iterable[Extent]) -> tuple[dict[str, int], dict[str, str]]:
-    """{name: s} of the values that need a scale, and why."""
-    exponents: dict[str, int] = {}
-    reasons: dict[str, str] = {}
+def _scales(extents: Iterable[Extent]) -> dict[str, Scale]:
+    """By name, of the values that need a scale."""
+    scales: dict[str, Scale] = {}
     for extent in extents:
-        if power_of_two(extent.max_abs) > exponents.get(extent.name, 0):
-            exponents[extent.name] = power_of_two(extent.max_abs)
-            reasons[extent.name] = _reason(extent)
-    return exponents, reasons
+        exponent = power_of_two(extent.max_abs)
+        if exponent > scales.get(extent.name, _UNSCALED).exponent:
+            scales[extent.name] = Scale(exponent, _reason(extent))
+    return scales
 
 
 def _reason(extent: Extent) -> str:

@@ -28,7 +28,7 @@ from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
 from ditf.export.golden import Case, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
-from ditf.export.graph.modulation import gate_counts
+from ditf.export.graph.modulation import gate_counts, scales, subnormal_weights
 from ditf.export.onnx_file import check_opset, write_onnx
 from ditf.export.options import ExportOptions
 from ditf.export.parts import parameter_parts, removed_parts
@@ -43,8 +43,8 @@ from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_ve
 
 Report = Callable[[str], None]
 
-STAGES = 8
-"""Times that `export_bundle` reports a stage."""
+STAGES = {"float32": 8, "bfloat16": 9, "float16": 10}
+"""Times that `export_bundle` reports a stage, by precision."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
 
     Args:
         options: what to export.
-        report: called with a line for people at the start of each of `STAGES` stages.
+        report: called with a line for people at the start of each of `STAGES[precision]` stages.
 
     Returns:
         The bundle's directory. It is written beside its place and renamed when complete.
@@ -99,11 +99,13 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     cut = plan.family.text_length(entries[0].condition) < plan.family.text_length(whole[0].condition)
     observed = _run_reference(folder, plan, entries, whole[0] if cut else None, noise, report)
     document = observed.document
-    if plan.precision.compute != torch.float32 and observed.found is not None:
-        report("measuring every value that float16 would hold")
-        document["ranges"] = ranges_of(plan, observed.found, entries, noise)
+    if plan.precision.compute != torch.float32:
+        report("measuring every value that a 16-bit graph would hold")
+        if observed.found is not None:
+            document["ranges"] = ranges_of(plan, observed.found, entries, noise)
     if plan.precision.compute == torch.float16:
         plan = replace(plan, precision=replace(plan.precision, recipe=decide(read_extents(document))))
+        report(f"recipe: {plan.precision.recipe.summary()}")
     (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
     made = specialise(plan, entries, noise, observed.settings)
@@ -111,7 +113,11 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, options.precision)
     report(f"tracing {plan.layer} blocks in {plan.precision.name}")
     parts = parameter_parts(made.graph)
-    gates = {"gates": gate_counts(made.graph.trunk)} if options.conditioning == "bake" else {}
+    recipe = plan.precision.describe(scales(made.graph.trunk))
+    if options.conditioning == "bake":
+        recipe["gates"] = gate_counts(made.graph.trunk)
+    if plan.precision.recipe.exceptions():
+        recipe["subnormal_weights"] = subnormal_weights(made.graph.trunk)
     _write_features(folder / files.FEATURES, plan, made)
     _write_conditions(folder, made)
     removed = removed_parts(plan, made)
@@ -153,7 +159,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
             "source": options.discard if isinstance(options.discard, str) else "given",
         },
         precision=options.precision,
-        recipe={**plan.precision.describe(), **gates},
+        recipe=recipe,
         parts=parts,
         removed=removed,
         opset=options.opset,

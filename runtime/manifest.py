@@ -147,6 +147,9 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"{name} is {value!r}")
     if not isinstance(manifest.recipe.get("float32"), dict):
         raise ValueError("recipe has no float32 part")
+    for exception in manifest.recipe.get("exceptions", []):
+        if not {"where", "is", "why"} <= dict(exception).keys():
+            raise ValueError(f"recipe has an exception {exception!r:.60}")
     for part, by_type in manifest.parts.items():
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
             raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -25,6 +26,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
+from safetensors.torch import load_file, save_file
 from transformers import (
     CLIPTextConfig,
     CLIPTextModel,
@@ -305,3 +307,15 @@ SAVE: dict[str, Callable[[Path], None]] = {
     "auraflow": save_tiny_auraflow,
 }
 """Every tiny checkpoint by name."""
+
+
+def planted(source: Path, folder: Path, part: str, biases: dict[str, float]) -> Path:
+    """A copy of a checkpoint with the bias of some modules set to a value at outputs 3 and 5."""
+    shutil.copytree(source, folder)
+    path = folder / part / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    for module, value in biases.items():
+        bias = tensors[f"{module}.bias"]
+        bias[3], bias[5] = value, -value
+    save_file(tensors, path, {"format": "pt"})
+    return folder

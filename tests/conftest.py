@@ -57,6 +57,12 @@ def demo_bundle_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def bfloat16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's bfloat16 bundle, two layers of it."""
+    return _export(tmp_path_factory, "demo-l2-bf16", precision="bfloat16", layer="2", size=(64, 64))
+
+
+@pytest.fixture(scope="session")
 def pixart_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -> Path:
     """A float16 bundle of the tiny PixArt, with noise as an input and a dynamic batch, not square."""
     return _export(

@@ -142,7 +142,7 @@ def export(
         if not state.verbose:
             quieten_libraries()  # before the exporter imports what warns
         from ditf.export.exporter import STAGES, export_bundle
-    with stages(STAGES) as report:
+    with stages(STAGES[options.precision]) as report:
         path = export_bundle(options, report)
     manifest = Bundle.open(path).manifest
     size_text = bytes_text(sum(file["bytes"] for file in manifest.files.values()))

@@ -72,6 +72,10 @@ def inspect(
     kept = manifest.recipe["float32"]
     show("\nfloat32 in the graph")
     show(table([("  " + name, reason) for name, reason in kept.items()]))
+    exceptions = manifest.recipe.get("exceptions")
+    if exceptions:
+        show("\nexceptions that the calibration asked for")
+        show(table([("  " + e["where"], e["is"], e["why"]) for e in exceptions]))
     write_json(json_file, {"bundle": str(bundle), "manifest": asdict(manifest)})
 
 

@@ -12,7 +12,7 @@ from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
 from torch import nn
 
-from ditf.calib.recipe import Recipe
+from ditf.calib.recipe import Recipe, Scale
 from ditf.export.graph.layers import constant
 from ditf.export.graph.precision import Precision
 
@@ -89,8 +89,8 @@ def scale_down(encoder: Encoder, recipe: Recipe) -> None:
     Args:
         encoder: of an AutoencoderKL, float32.
     """
-    factor = 2.0**-recipe.vae_residual
-    if recipe.vae_residual:
+    factor = 2.0**-recipe.vae_residual.exponent
+    if recipe.vae_residual.exponent:
         for _, layer, reads_residual in residual_writers(encoder):
             for kind, parameter in layer.named_parameters():
                 if kind == "bias" or not reads_residual:
@@ -101,7 +101,7 @@ def scale_down(encoder: Encoder, recipe: Recipe) -> None:
             module.group_norm.eps *= factor**2
         elif isinstance(module, ResnetBlock2D):
             module.norm1.eps *= factor**2
-            inner = 2.0 ** -recipe.vae_inner.get(f"vae.{name}.conv1", 0)
+            inner = 2.0 ** -recipe.vae_inner.get(f"vae.{name}.conv1", Scale()).exponent
             for parameter in module.conv1.parameters():
                 parameter.mul_(inner)
             module.norm2.eps *= inner**2

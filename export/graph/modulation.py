@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ditf.calib.recipe import Scale
 from ditf.export.graph.layers import Linear, constant, read_linear
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.taps import Stream, Where, tap
@@ -61,7 +62,7 @@ class GatedLinear(nn.Module):
         gate: [C] float32, or None when it is given, or when the branch has none.
 
     Attributes:
-        exponent: s.
+        scale: 2**-s, and why.
         subnormal: weights that the scale pushed out of float16's normal range.
     """
 
@@ -80,15 +81,15 @@ class GatedLinear(nn.Module):
         self.residual = precision.residual
         self.gate: nn.Parameter | None = None
         self.folded = gate is not None and precision.fold_gates and holds_gate(weight, gate, dtype)
-        self.exponent = precision.recipe.exponent(name, self.folded)
+        self.scale = precision.recipe.scale(name, self.folded) if dtype == torch.float16 else Scale()
         self.subnormal = 0
         if gate is not None and self.folded:
             weight, bias = weight * gate[:, None], None if bias is None else bias * gate
         elif gate is not None:
-            self.gate = constant(gate * 2.0**self.exponent)
-        if self.exponent:
+            self.gate = constant(gate * 2.0**self.scale.exponent)
+        if self.scale.exponent:
             before = count_subnormal(weight)
-            factor = 2.0**-self.exponent
+            factor = 2.0**-self.scale.exponent
             weight, bias = weight * factor, None if bias is None else bias * factor
             self.subnormal = count_subnormal(weight) - before
         self.linear = Linear(weight, bias, dtype)
@@ -99,8 +100,8 @@ class GatedLinear(nn.Module):
         y = tap(self.where, "emitted", self.linear(tap(self.where, "input", x)).to(torch.float32))
         if self.gate is not None:
             y = y * tap(self.where, "gate", self.gate)
-        elif self.exponent:
-            y = y * 2.0**self.exponent
+        elif self.scale.exponent:
+            y = y * 2.0**self.scale.exponent
         if gate is not None:
             y = y * tap(self.where, "gate", gate)
         return tap(self.where, "gated", y).to(self.residual)
@@ -139,6 +140,17 @@ def holds_gate(weight: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> 
     folded = weight * gate[:, None]
     error = (folded.to(dtype).to(torch.float32) - folded).norm(dim=1)
     return bool((error <= FOLD_ERROR * folded.norm(dim=1)).all())
+
+
+def scales(module: nn.Module) -> dict[str, Scale]:
+    """The recipe's scales as they were built, by name of the linear."""
+    gated = (m for m in module.modules() if isinstance(m, GatedLinear))
+    return {m.where.name: m.scale for m in gated if m.scale.exponent}
+
+
+def subnormal_weights(module: nn.Module) -> int:
+    """Weights that scales pushed out of float16's normal range."""
+    return sum(m.subnormal for m in module.modules() if isinstance(m, GatedLinear))
 
 
 def count_subnormal(weight: torch.Tensor) -> int:

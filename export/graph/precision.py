@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ditf.calib.recipe import Recipe
+from ditf.calib.recipe import Recipe, Scale
 from ditf.export.graph.taps import branch_of
 
 KEPT_FLOAT32 = {
@@ -48,14 +49,18 @@ class Precision:
         """Type that a module of the checkpoint computes in."""
         return torch.float32 if branch_of(name) in self.recipe.float32 else self.compute
 
-    def describe(self) -> dict[str, Any]:
-        """For the manifest: which tensors have which type, and why."""
+    def describe(self, used: Mapping[str, Scale]) -> dict[str, Any]:
+        """For the manifest: which tensors have which type, and why.
+
+        Args:
+            used: scales of linears as they were built.
+        """
         if self.compute == torch.float32:
             return {"float32": {"everything": "exported without --precision"}}
         return {
             str(self.compute).removeprefix("torch."): _COMPUTED,
             "float32": dict(KEPT_FLOAT32),
-            "exceptions": self.recipe.exceptions(),
+            "exceptions": self.recipe.exceptions(used),
         }
 
 

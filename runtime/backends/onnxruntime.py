@@ -44,6 +44,12 @@ class OnnxRuntimeSession:
         try:
             session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
         except Exception as error:  # its exceptions share no base class
+            if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
+                raise MissingComponent(
+                    f"ONNX Runtime {onnxruntime.__version__} has no kernel on {', '.join(wanted)} for"
+                    f" {path} ({_first_line(error)})",
+                    "run it where there is a GPU, or export with --precision fp16",
+                ) from error
             raise BundleError(
                 f"ONNX Runtime {onnxruntime.__version__} refuses {path} ({_first_line(error)})",
                 "export the bundle again with the installed versions",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -10,12 +11,18 @@ import time
 
 import pytest
 
+from ditf.export.demo import write_demo_checkpoint
+from ditf.runtime.manifest import read_manifest
+from tests.checkpoints import planted
+
+FEED_FORWARD = "transformer_blocks.0.ff.net.2"
+
 
 def test_the_first_command(ditf, tmp_path):
     done = ditf("export", "--layer", "9", "--fp16", "--size", "64x64", "--json", "export.json")
     assert done.returncode == 0, done.stderr
     assert "layer 9 = block.9 of 12" in done.stdout
-    assert "[8/8" in done.stderr  # plain lines in a log
+    assert "[10/10" in done.stderr  # plain lines in a log
     bundle = tmp_path / "bundles" / "demo-l9-fp16"
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["command"] == "ditf export --layer 9 --fp16 --size 64x64 --json export.json"
@@ -101,3 +108,38 @@ def test_two_exports_at_once_leave_one_bundle(tmp_path):
         time.sleep(0.5)
     assert [process.wait(120) for process in processes] == [0, 0]
     assert [path.name for path in tmp_path.iterdir()] == ["b"]
+
+
+def test_a_bfloat16_bundle(ditf, bfloat16_bundle):
+    """Its features are float16; a CPU has no kernels for it, and says so."""
+    manifest = read_manifest(bfloat16_bundle)
+    assert manifest.precision == "bfloat16"
+    assert manifest.rehearsal["cosine_p01"] > 0.999
+    assert "bfloat16" in manifest.parts["feed-forward"]
+    done = ditf("check", bfloat16_bundle)
+    assert done.returncode == 3
+    assert "has no kernel on CPUExecutionProvider" in done.stderr
+    assert "--precision fp16" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--precision", "fp8"], "--precision 'fp8' is not fp32, fp16, bf16"),
+        (["--precision", "bf16", "--fp16"], "contradict"),
+    ],
+)
+def test_precisions_that_are_not(ditf, arguments, message):
+    done = ditf("export", *arguments)
+    assert done.returncode == 2
+    assert message in done.stderr
+
+
+def test_exceptions_are_printed_and_inspected(ditf, tmp_path):
+    write_demo_checkpoint(tmp_path / "demo")
+    planted(tmp_path / "demo", tmp_path / "planted", "transformer", {FEED_FORWARD: 1e6})
+    done = ditf("export", "--model", "planted", "--layer", "2", "--fp16", "--size", "64x64", "-o", "b")
+    assert done.returncode == 0, done.stderr
+    assert re.search(rf"recipe: .*{FEED_FORWARD} scaled by 2\*\*-\d", done.stderr)
+    shown = ditf("inspect", "b").stdout
+    assert re.search(rf"{FEED_FORWARD} +scaled by 2\*\*-\d +(gated|emitted) of .* reaches 1e\+06", shown)

@@ -50,6 +50,12 @@ def test_the_parsed_network_is_typed_as_the_recipe_says(demo_bundle):
     assert by_kind["NORMALIZATION"] == {"FLOAT"}
 
 
+def test_bfloat16_is_really_there(bfloat16_bundle):
+    layers = build_engine(bfloat16_bundle / "features.onnx", "sm_89").layers
+    assert {layer.dtype for layer in layers if layer.kind == "MATRIX_MULTIPLY"} == {"BF16"}
+    assert {layer.dtype for layer in layers if layer.kind == "NORMALIZATION"} == {"FLOAT"}
+
+
 def test_a_graph_it_cannot_parse_is_refused_with_its_reason(tmp_path):
     node = onnx.helper.make_node("NoSuchOperator", ["x"], ["y"])
     value = onnx.helper.make_tensor_value_info
