@@ -9,7 +9,7 @@ and how close the graph, run in its own arithmetic in PyTorch, comes to the unmo
     bfloat16        --precision bf16
 
 Accuracy is 1 - the 1st percentile of the tokens' cosines, and the share of 64 matches within a pixel of the
-model's own. Writes benchmarks/results/planted.json and prints the table of docs/precision.md.
+model's own. Writes benchmarks/results/planted.json and the table in docs/precision.md.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from provenance import provenance, say, write_result
+from provenance import provenance, say, write_result, write_table
 from torch import nn
 
 from ditf.calib.images import golden_pair
@@ -110,6 +110,7 @@ def main() -> None:
                 say(f"{place.label if place else 'nothing planted'} {value:g}")
                 cases.append(run(Path(folder), place, value))
     write_result("planted", origin, {"layer": LAYER, "size": SIZE, "cases": cases}, rows(cases))
+    write_table("precision.md", "planted", rows(cases))
 
 
 def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
@@ -256,7 +257,15 @@ def rows(cases: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
         )
         found = {None: "", True: "yes", False: "no"}[case["found"]]
         sides = [verdict(case["sides"][side]) for side in SIDES]
-        lines.append((case["place"] or "nothing", f"{case['value']:.0e}", found, recipe or "none", *sides))
+        lines.append(
+            (
+                case["place"] or "nothing",
+                f"{case['value']:.0e}" if case["place"] else "",
+                found,
+                recipe or "none",
+                *sides,
+            )
+        )
     return lines
 
 

@@ -34,6 +34,7 @@ from provenance import (
     say,
     summary,
     write_result,
+    write_table,
 )
 
 from ditf.calib.parity import feature_parity
@@ -99,6 +100,8 @@ def main() -> None:
     result = {"case": case.to_json(), "timing": disturbance, "sides": results, "seconds_ratio": ratio}
     name = "residual" if arguments.geometry == "full" else f"residual-{arguments.geometry}"
     write_result(name, origin, result, rows(results))
+    if arguments.geometry == "full":
+        write_table("precision.md", "residual", rows(results))
 
 
 @torch.no_grad()

@@ -169,6 +169,19 @@ def write_result(
     return path
 
 
+def write_table(document: str, name: str, rows: list[tuple[str, ...]]) -> None:
+    """Put a table between `<!-- name -->` and `<!-- /name -->` in a document of docs/."""
+    path = RESULTS.parent.parent / "docs" / document
+    lines = ["| " + " | ".join(cell or " " for cell in row) + " |" for row in rows]
+    lines.insert(1, "|" + "---|" * len(rows[0]))
+    start, end = f"<!-- {name} -->", f"<!-- /{name} -->"
+    before, _, rest = path.read_text("utf-8").partition(start)
+    _, found, after = rest.partition(end)
+    if not found:
+        raise ValueError(f"{path} has no {start} ... {end}")
+    path.write_text("\n".join([before + start, "", *lines, "", end + after]), "utf-8")
+
+
 def _proc_field(path: Path, name: str) -> str:
     """The first value of a field in a file of /proc; "" where there is no such file or field."""
     try:

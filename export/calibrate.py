@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ditf.calib.blocks import BlockMeasurement, Entering, degenerate, mismatches
-from ditf.calib.images import procedural_images
+from ditf.calib.images import COUNT, procedural_images
 from ditf.calib.recipe import Extent
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, encode, trim
@@ -27,6 +27,16 @@ from ditf.runtime.manifest import tool_versions
 SCHEMA = 1
 
 Progress = Callable[[str], None]
+
+
+def stage_count(options: ExportOptions) -> int:
+    """Times that `calibrate` reports progress: loading, every image, and the ranges.
+
+    Raises:
+        InputError: a folder that is none, or has no images.
+    """
+    folder = options.calibration_images
+    return 2 + (COUNT if folder is None else len(list_images(folder)))
 
 
 def calibrate(options: ExportOptions, progress: Progress = lambda line: None) -> dict[str, Any]:

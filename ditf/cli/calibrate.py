@@ -18,6 +18,7 @@ from ditf.cli.console import (
     replacing,
     say,
     show,
+    stages,
     state,
     table,
     write_json,
@@ -90,7 +91,9 @@ def calibrate(
         if not state.verbose:
             quieten_libraries()
         from ditf.export.calibrate import calibrate as run
-    document = run(options, say)
+        from ditf.export.calibrate import stage_count
+    with stages(stage_count(options)) as report:
+        document = run(options, report)
     with replacing(output) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     if plot is not None:

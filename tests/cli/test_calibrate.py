@@ -14,6 +14,7 @@ def test_the_demo_model(ditf, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "2 (block.2)" in done.stdout
+    assert "[7/8" in done.stderr
     assert "image 6 of 6" in done.stderr
     layers = json.loads((tmp_path / "j.json").read_text())["layers"]
     assert [layer["massive_channels"] for layer in layers] == [[5, 41]] * 3
