@@ -3,9 +3,16 @@
 from __future__ import annotations
 
 import json
+import re
+import signal
+import subprocess
+import sys
 
 import pytest
 from PIL import Image
+
+from ditf.export.demo import write_demo_checkpoint
+from tests.checkpoints import planted
 
 
 def test_the_demo_model(ditf, tmp_path):
@@ -48,3 +55,44 @@ def test_errors_are_one_line(ditf, tmp_path, arguments, message):
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
     assert not (tmp_path / "calibration.json").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_run_leaves_nothing(tmp_path, number):
+    command = [sys.executable, "-m", "ditf", "calibrate", "--layer", "9", "--plot", "c.png"]
+    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "image 2 of 6" in line:
+                break
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 128 + number
+    assert "Traceback" not in rest
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_fp16_would_do_is_said(ditf, tmp_path):
+    write_demo_checkpoint(tmp_path / "demo")
+    biases = {"transformer_blocks.0.ff.net.2": 1e6, "transformer_blocks.1.attn1.to_v": 1e5}
+    planted(tmp_path / "demo", tmp_path / "planted", "transformer", biases)
+    done = ditf(
+        "calibrate",
+        "--model",
+        "planted",
+        "--layer",
+        "2",
+        "--size",
+        "64x64",
+        "-o",
+        "c.json",
+        "--json",
+        "j.json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "--fp16 makes exceptions:" in done.stdout
+    assert re.search(r"transformer_blocks\.0\.ff\.net\.2: scaled by 2\*\*-\d; ", done.stdout)
+    assert (
+        "  transformer_blocks.1.attn1: float32; output of transformer_blocks.1.attn1.to_q+to_k+to_v"
+        in done.stdout
+    )
+    assert json.loads((tmp_path / "j.json").read_text())["float16"] == done.stdout.splitlines()[-3:]
