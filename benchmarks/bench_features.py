@@ -66,7 +66,7 @@ from ditf.export.noise import ddpm_scheduler, draw_noise
 from ditf.export.options import SHORT_NAMES, ExportOptions
 from ditf.export.pretrained import quieten_libraries
 from ditf.runtime import load
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA
+from ditf.runtime.bundle import FEATURES, FEATURES_DATA, GOLDEN
 
 THREADS = 1
 PROMPT = "a bird"  # 8 tokens of the tokenizer below; the other 112 of the 120 are masked
@@ -346,7 +346,7 @@ def check(folder: Path) -> dict[str, dict[str, float]]:
     metrics = {}
     for name in BUNDLES:
         with load(folder / name, backend="onnxruntime") as model:
-            metrics[name] = golden_metrics(model)
+            metrics[name] = golden_metrics(model, model.bundle.read_arrays(GOLDEN))[0]
             metrics[f"{name} in PyTorch, rehearsed"] = model.manifest.rehearsal
     return metrics
 

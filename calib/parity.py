@@ -16,6 +16,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "relative_error": 1e-4,
         "channel_error": 3e-4,
         "matches_within_1px": 0.98,
+        "matches_within_patch": 0.99,
     },
     "float16": {
         "cosine_mean": 0.999,
@@ -24,6 +25,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "relative_error": 1e-3,
         "channel_error": 3e-3,
         "matches_within_1px": 0.9,
+        "matches_within_patch": 0.95,
     },
     "bfloat16": {
         "cosine_mean": 0.99,
@@ -32,6 +34,7 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "relative_error": 8e-3,
         "channel_error": 2.4e-2,
         "matches_within_1px": 0.6,
+        "matches_within_patch": 0.8,
     },
 }
 """Gates per precision. Cosines and shares are least values, errors largest. Errors are what rounding
@@ -45,20 +48,24 @@ CEILINGS: dict[str, dict[str, float]] = {
 }
 """Errors no measurement excuses: at 5e-2 a cosine of 0.999 is just possible."""
 
+DISPLACEMENT = {"float32": 0.25, "float16": 2.0, "bfloat16": 4.0}
+"""Largest mean displacement of matches in cells of the features: few may jump, none may drift."""
+
 MEASURED_MARGIN = 8.0
 """Limit of an error over its measured value: room for another backend's kernels, not for a mistake."""
 
-_AT_MOST = frozenset({"relative_error", "channel_error", "max_abs_error"})
+_AT_MOST = frozenset({"relative_error", "channel_error", "max_abs_error", "match_displacement"})
 
 
-def tolerances(precision: str, measured: Mapping[str, float]) -> dict[str, float]:
+def tolerances(precision: str, measured: Mapping[str, float], cell: float) -> dict[str, float]:
     """Gates for a bundle: its precision's, with errors widened to the margin over what was measured.
 
     Args:
-        precision: "float32" or "float16".
+        precision: its name.
         measured: feature parity of the same graph run honestly in that precision at export.
+        cell: side of a cell of the features, px.
     """
-    limits = dict(TOLERANCES[precision])
+    limits = {**TOLERANCES[precision], "match_displacement": DISPLACEMENT[precision] * cell}
     for name, ceiling in CEILINGS[precision].items():
         limits[name] = min(ceiling, max(limits[name], MEASURED_MARGIN * measured[name]))
     return limits

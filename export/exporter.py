@@ -37,9 +37,10 @@ from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import rehearse
 from ditf.export.specialise import Specialised, specialise
 from ditf.export.staging import staged
+from ditf.export.trace import write_trace
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
-from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
+from ditf.runtime.manifest import DYNAMIC_EXAMPLE, NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
 Report = Callable[[str], None]
 
@@ -118,7 +119,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         recipe["gates"] = gate_counts(made.graph.trunk)
     if plan.precision.recipe.exceptions():
         recipe["subnormal_weights"] = subnormal_weights(made.graph.trunk)
-    _write_features(folder / files.FEATURES, plan, made)
+    _write_features(folder, plan, made)
     _write_conditions(folder, made)
     removed = removed_parts(plan, made)
     del made
@@ -165,7 +166,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         opset=options.opset,
         conditioning=options.conditioning,
         conditions=[entry.to_json() for entry in plan.entries],
-        tolerances=tolerances(options.precision, measured),
+        tolerances=tolerances(options.precision, measured, plan.size[0] / plan.grid[0]),
         rehearsal=measured,
         golden=observed.golden,
         versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
@@ -210,16 +211,19 @@ def _run_reference(
     return _Observed(settings, golden, document, found)
 
 
-def _write_features(path: Path, plan: Plan, made: Specialised) -> None:
-    # torch.export would specialise a dynamic dimension of 1.
+def _write_features(folder: Path, plan: Plan, made: Specialised) -> None:
+    """features.onnx, and what its program computes on the first golden image."""
     dynamic = plan.options.batch == "dynamic"
-    batch = 2 if plan.options.batch == "dynamic" else plan.options.batch
+    batch = DYNAMIC_EXAMPLE if plan.options.batch == "dynamic" else plan.options.batch
     inputs = {"image": torch.zeros((batch, *plan.size, 3), dtype=torch.uint8), **made.feeds[0]}
     shapes: tuple[Any, ...] | None = None
     if dynamic:
         image = {0: torch.export.Dim("batch")}
         shapes = (image, tuple({} for _ in made.feeds[0])) if made.feeds[0] else (image,)
-    write_onnx(made.graph, inputs, ["features"], path, plan.options.opset, shapes)
+    traced = write_onnx(made.graph, inputs, ["features"], folder / files.FEATURES, plan.options.opset, shapes)
+    inputs["image"] = torch.from_numpy(golden_pair(plan.size)[:1].repeat(batch, axis=0))
+    with np.load(folder / files.GOLDEN) as golden:
+        write_trace(folder / files.TRACE, traced, inputs, golden, plan.grid, plan.options.ensemble)
 
 
 def _write_conditions(folder: Path, made: Specialised) -> None:

@@ -20,6 +20,7 @@ MAX_ROWS = 512  # per image
 MAX_CASES = 8
 _ROW_BYTES = 4 << 20  # of all rows; with two 960 px images the file stays below 8 MB
 _OTHER_BYTES = 1 << 20  # of the rows of all conditions but the first
+_HIDDEN_BYTES = 1 << 20  # of what enters the blocks
 _CHANNELS_AT_ONCE = 64
 
 
@@ -50,8 +51,9 @@ def write_golden(
     The file holds images uint8 [2, H, W, 3]; rows int64 [2, R], sampled token indices, and features
     float32 [2, R, C] at them, under the first condition; points float32 [P, 2] in the first image, and
     match_points [P, 2] and match_scores [P] in the second. For the condition with index i > 0: rows_i
-    [S] and features_i [S, C] of the first image. Of a bundle that approximates: whole_features [2, R, C]
-    and whole_match_points [P, 2], what the model gives without the approximation.
+    [S] and features_i [S, C] of the first image. What enters blocks 0..k on the first image under the
+    first condition: hidden_rows [H] and hidden_states [k + 1, H, C]. Of a bundle that approximates:
+    whole_features [2, R, C] and whole_match_points [P, 2], what the model gives without the approximation.
 
     Args:
         whole: the first condition without the approximation, if there is one.
@@ -60,6 +62,8 @@ def write_golden(
         What it holds, for the manifest.
     """
     maps = _maps(reference, cases[0].entry, images, settings)
+    entering: list[np.ndarray] = []
+    reference.trace(images[0], lambda layer, found: entering.append(found.image))
     channels, h, w = maps[0].shape
     rng = np.random.default_rng(seed)
     count = max(1, min(h * w, MAX_ROWS, _ROW_BYTES // (4 * channels * len(maps))))
@@ -75,6 +79,9 @@ def write_golden(
         "match_points": match_points,
         "match_scores": match_scores,
     }
+    few = max(1, min(h * w, _HIDDEN_BYTES // entering[0][0].nbytes // len(entering)))
+    arrays["hidden_rows"] = np.sort(np.random.default_rng(seed).choice(h * w, few, replace=False))
+    arrays["hidden_states"] = np.stack([tokens[arrays["hidden_rows"]] for tokens in entering])
     if whole is not None:
         exact = _maps(reference, whole, images, settings)
         arrays["whole_features"] = _take(exact, rows)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,23 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ditf.export.naming import name_values
 from ditf.runtime.errors import InputError
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 26)  # torch's exporter writes an invalid Split at 17 and silently stamps 18 at 26
+
+
+@dataclass(frozen=True)
+class Traced:
+    """What was written, as PyTorch can run it.
+
+    Attributes:
+        names: {node of the program: value in the file}.
+    """
+
+    program: torch.export.ExportedProgram
+    names: dict[str, str]
 
 
 def check_opset(opset: int) -> None:
@@ -38,7 +52,7 @@ def write_onnx(
     path: Path,
     opset: int,
     dynamic_shapes: dict[str, Any] | tuple[Any, ...] | None = None,
-) -> None:
+) -> Traced:
     """Trace `module` and write `path` and, if it has weights, `path`.data.
 
     Args:
@@ -61,9 +75,12 @@ def write_onnx(
             verbose=False,
         )
         assert program is not None
+        assert program.exported_program is not None
+        names = name_values(program.model)
         _strip_metadata(program.model)
         program.save(path, external_data=any(True for _ in module.parameters()))
-    check_onnx(path, opset)
+        check_onnx(path, opset)
+    return Traced(program.exported_program, names)
 
 
 def _strip_metadata(model: ir.Model) -> None:

@@ -20,6 +20,7 @@ FEATURES_DATA = "features.onnx.data"
 MATCH = "match.onnx"
 GOLDEN = "golden.npz"
 CALIBRATION = "calibration.json"
+TRACE = "trace.npz"
 NOISE = "noise.npy"  # only with --noise input
 CONDITIONS = "conditions.npz"  # only with --conditioning bank or live
 

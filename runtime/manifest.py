@@ -14,7 +14,17 @@ from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type
 from ditf.runtime.errors import BundleError
 
 SCHEMA = 1
+DYNAMIC_EXAMPLE = 2
+"""Batch that a graph with a dynamic one is traced at: torch.export would specialise 1."""
 NAME = "manifest.json"
+
+
+HIDDEN_STATES = "hidden_states."
+
+
+def hidden_states_name(block: int) -> str:
+    """Name of the value of features.onnx that enters a block."""
+    return f"{HIDDEN_STATES}{block}"
 
 
 @dataclass(frozen=True)

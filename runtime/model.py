@@ -11,14 +11,14 @@ from typing import Union
 import numpy as np
 
 from ditf.runtime import backends
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
-from ditf.runtime.conditions import Conditions
-from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
+from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
 from ditf.runtime.manifest import Manifest
 from ditf.runtime.match_graph import run_match_graph
 from ditf.runtime.matching import Matches, PointsLike, match_points
+from ditf.runtime.runner import FeaturesRunner
 
 logger = logging.getLogger(__name__)
 
@@ -53,18 +53,9 @@ class Model:
         self.backend, self._module, self.reason = backends.choose(backend)
         bundle.verify([FEATURES, FEATURES_DATA])
         self._features = self._module.open_session(bundle.path / FEATURES)
-        batch = None if self.manifest.batch == "dynamic" else self.manifest.batch
-        if self._features.inputs.get("image") != (batch, *self.manifest.size, 3):
-            raise BundleError(
-                f"{bundle.path}: {FEATURES} takes {self._features.inputs}, its manifest says otherwise",
-                "export the bundle again",
-            )
-        self._conditions = Conditions(bundle, self._features.inputs)
+        self._runner = FeaturesRunner(bundle, self._features)
         self._match: backends.Session | None = None
         self._closed = False
-        self._noise: np.ndarray | None = None
-        if self.manifest.noise == "input":
-            self._noise = bundle.read_array(NOISE)
         logger.info("%s on %s: %s (%s)", bundle.path, self.backend, self.detail, self.reason)
 
     @property
@@ -79,7 +70,7 @@ class Model:
     @property
     def conditions(self) -> tuple[str, ...]:
         """Names of the conditions `features` can be asked for, the default first."""
-        return self._conditions.names
+        return self._runner.conditions
 
     def features(
         self,
@@ -143,20 +134,7 @@ class Model:
         Returns:
             [n, C, h, w], float16 or float32 as the bundle was exported.
         """
-        feeds = {**self._noise_feed(noise), **self._conditions.feeds(prompt, embeddings)}
-        batch = self.manifest.batch
-        if batch == "dynamic":
-            return self._features.run({"image": pixels, **feeds})["features"]
-        assert isinstance(batch, int)
-        chunks = []
-        for start in range(0, len(pixels), batch):
-            chunk = pixels[start : start + batch]
-            short = batch - len(chunk)
-            if short:  # a static batch is filled up by repeating its last image
-                chunk = np.concatenate([chunk, np.repeat(chunk[-1:], short, axis=0)])
-            output = self._features.run({"image": chunk, **feeds})["features"]
-            chunks.append(output[: batch - short])
-        return np.concatenate(chunks)
+        return self._runner.run(pixels, noise, prompt, embeddings)
 
     def match(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
         """The target pixel of the highest cosine for each source point; see `match_points`."""
@@ -188,21 +166,6 @@ class Model:
         traceback: TracebackType | None,
     ) -> None:
         self.close()
-
-    def _noise_feed(self, noise: np.ndarray | None) -> dict[str, np.ndarray]:
-        if self._noise is None:
-            if noise is not None:
-                raise InputError("this bundle's noise is baked in", "export it with --noise input")
-            return {}
-        if noise is None:
-            return {"noise": self._noise}
-        if noise.shape != self._noise.shape or noise.dtype != np.float32:
-            raise InputError(
-                f"noise must be float32 {list(self._noise.shape)}, got {noise.dtype} {list(noise.shape)}"
-            )
-        if not np.isfinite(noise).all():
-            raise InputError("the noise holds NaN or infinity")
-        return {"noise": noise}
 
 
 def _crop(

@@ -13,6 +13,7 @@ from ditf.cli.console import (
     JsonOption,
     QuietOption,
     VerboseOption,
+    check_picture,
     check_writable,
     parse_size,
     replacing,
@@ -24,7 +25,7 @@ from ditf.cli.console import (
     write_json,
 )
 from ditf.cli.export import needs_exporter, options_of
-from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.errors import InputError
 
 
 def calibrate(
@@ -68,7 +69,7 @@ def calibrate(
     """Run the unmodified model over images and record what enters each block."""
     check_writable(output, plot, json_file)
     if plot is not None:
-        _check_plot(plot)
+        check_picture(plot, "export")
     values: dict[str, Any] = {
         "model": model,
         "layer": layer,
@@ -108,15 +109,6 @@ def calibrate(
     show("\n".join(prediction))
     summary = [{k: layer[k] for k in ("layer", "name")} | _numbers(layer) for layer in document["layers"]]
     write_json(json_file, {"calibration": str(output), "layers": summary, "float16": prediction})
-
-
-def _check_plot(path: Path) -> None:
-    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
-        raise InputError(f"--plot {path} is no PNG, SVG or PDF", "for example --plot calibration.png")
-    try:
-        import matplotlib  # noqa: F401
-    except ImportError:
-        raise missing_extra("matplotlib", "export") from None
 
 
 def _numbers(layer: dict[str, Any]) -> dict[str, Any]:

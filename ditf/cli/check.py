@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
-import numpy as np
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
-from ditf.calib.parity import TOLERANCES, Gate, feature_parity, gates, match_parity, worst
+import typer
+
+from ditf.calib.golden import GoldenResult, golden_result, image_size
+from ditf.calib.parity import TOLERANCES, Gate, gates, match_parity
+from ditf.cli.check_where import Report, check_bisect, check_ladder, check_ranges
 from ditf.cli.console import (
     BackendOption,
     BundleArgument,
     JsonOption,
     QuietOption,
     VerboseOption,
+    check_picture,
     check_writable,
+    replacing,
     say,
     show,
     table,
@@ -27,85 +34,102 @@ _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher
 def check(
     bundle: BundleArgument,
     backend: BackendOption = "auto",
+    ranges: Annotated[
+        bool, typer.Option("--ranges", help="How large every 16-bit value gets, instead of parity.")
+    ] = False,
+    ladder: Annotated[
+        bool, typer.Option("--ladder", help="Parity step by step, from PyTorch to the backend.")
+    ] = False,
+    bisect: Annotated[bool, typer.Option("--bisect", help="The first block and value that are off.")] = False,
+    plot: Annotated[
+        Optional[Path], typer.Option(metavar="PNG", help="Draw errors over the image, cosines, matches.")
+    ] = None,
     json_file: JsonOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Run the golden images through a bundle and gate the result: exit 1 if it is off."""
-    check_writable(json_file, inputs=(bundle,))
+    check_writable(json_file, plot, inputs=(bundle,))
+    if plot is not None:
+        check_picture(plot, "check")
     opened = Bundle.open(bundle)
     opened.verify(opened.manifest.files)
-    with Model(opened, backend) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
-        known, checked = len(model.conditions), len(opened.manifest.golden.get("conditions", [0]))
-        if known > 1:
-            say(f"features under {checked} of {known} conditions; the worst of each metric counts")
-        metrics = golden_metrics(model)
     limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
-    results = gates(metrics, {**limits, "match_graph_agrees": _GRAPH_LIMIT})
-    failed = [gate for gate in results if not gate.ok]
-    show(_render(metrics, results))
-    if opened.manifest.text_tokens is not None:
-        show(
-            f"whole_*: against the model with all its text; this bundle keeps {opened.manifest.text_tokens}"
-            " T5 tokens"
-        )
-    if not failed:
-        show(f"passed: {len(results)} of {len(results)} gates")
+    golden = opened.read_arrays(GOLDEN)
+    report = Report()
+    if ranges:
+        check_ranges(opened, golden, report)
+    if ladder:
+        check_ladder(opened, golden, backend, limits, report)
+    if bisect:
+        check_bisect(opened, golden, limits, report)
+    if not (ranges or ladder or bisect) or plot is not None:
+        _check_parity(opened, golden, backend, limits, plot, report)
     write_json(
         json_file,
         {
             "bundle": str(bundle),
-            "backend": model.detail,
             "precision": opened.manifest.precision,
-            "metrics": metrics,
-            "gates": [gate.to_json() for gate in results],
+            **report.document,
+            "gates": report.gates,
         },
-        ok=not failed,
+        ok=not report.failures,
     )
+    if report.failures:
+        raise GateFailed(f"{bundle}: {'; '.join(report.failures)}", "export it again")
+
+
+def _check_parity(
+    bundle: Bundle,
+    golden: dict[str, Any],
+    backend: str,
+    limits: dict[str, float],
+    plot: Optional[Path],
+    report: Report,
+) -> None:
+    """Parity of the backend, and its pictures."""
+    with Model(bundle, backend) as model:
+        say(f"{bundle.path} on {model.detail} ({model.reason})")
+        known, checked = len(model.conditions), len(bundle.manifest.golden.get("conditions", [0]))
+        if known > 1:
+            say(f"features under {checked} of {known} conditions; the worst of each metric counts")
+        metrics, result = golden_metrics(model, golden)
+        report.document["backend"] = model.detail
+    results = gates(metrics, {**limits, "match_graph_agrees": _GRAPH_LIMIT})
+    failed = [gate for gate in results if not gate.ok]
+    show(_render(metrics, results))
+    if bundle.manifest.text_tokens is not None:
+        show(
+            f"whole_*: against the model with all its text; this bundle keeps {bundle.manifest.text_tokens}"
+            " T5 tokens"
+        )
+    if not failed:
+        show(f"passed: {len(results)} of {len(results)} gates")
+    report.document["metrics"] = metrics
+    report.gates += [gate.to_json() for gate in results]
     if failed:
         names = ", ".join(f"{gate.name} {gate.value:.6g} (limit {gate.limit:g})" for gate in failed)
-        raise GateFailed(f"{bundle} does not match its model: {names}", "export it again")
+        report.failures.append(f"does not match its model: {names}")
+    if plot is not None:
+        from ditf.calib.plot_parity import plot_parity
+
+        with replacing(plot) as temporary:
+            plot_parity(golden, result, bundle.manifest.grid, limits, temporary)
+        say(f"drew {plot}")
 
 
-def golden_metrics(model: Model) -> dict[str, float]:
-    """Every parity metric of a bundle on its golden data.
-
-    Of the features the worst over the conditions that golden.npz has. Of a bundle that approximates also
-    what the approximation costs: whole_*, against the model without it.
-    """
-    golden = model.bundle.read_arrays(GOLDEN)
-    maps = model.run(golden["images"])
-    rows = _rows(maps, golden["rows"])
-    measured = [feature_parity(rows, golden["features"])]
-    for index, name in enumerate(model.conditions):
-        if f"rows_{index}" in golden:
-            one = model.run(golden["images"][:1], prompt=name)
-            measured.append(
-                feature_parity(_rows(one, golden[f"rows_{index}"][None])[0], golden[f"features_{index}"])
-            )
-    metrics = worst(measured)
-    if not np.isfinite(maps).all():
-        return metrics  # NaN metrics fail their gates; there is nothing to match
-    height, width = golden["images"].shape[1:3]
-    source, target = (FeatureMap(array, (height, width)) for array in maps)
-    cell = (height / maps.shape[2], width / maps.shape[3])
-    found = model.match(source, target, golden["points"])
-    metrics |= match_parity(found.points, golden["match_points"], cell)
-    by_graph = model.match_with_graph(source, target, golden["points"])
-    agreement = match_parity(by_graph.points, found.points, cell)
-    metrics["match_graph_agrees"] = agreement["matches_within_1px"]
-    if "whole_features" in golden:
-        cost = feature_parity(rows, golden["whole_features"])
-        cost |= match_parity(found.points, golden["whole_match_points"], cell)
-        metrics |= {f"whole_{name}": value for name, value in cost.items()}
-    return metrics
-
-
-def _rows(maps: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    """Token rows [n, R, C] of maps [n, C, h, w] at indices [n, R]."""
-    tokens = maps.reshape(len(maps), maps.shape[1], -1).transpose(0, 2, 1)
-    return np.take_along_axis(tokens, rows[:, :, None], axis=1)
+def golden_metrics(model: Model, golden: dict[str, Any]) -> tuple[dict[str, float], GoldenResult]:
+    """Every parity metric of an opened bundle, match.onnx's agreement among them, and what they are of."""
+    result = golden_result(golden, model.run, model.conditions)
+    metrics = dict(result.metrics)
+    if result.matches is not None:
+        size = image_size(golden)
+        source, target = (FeatureMap(array, size) for array in result.pair)
+        by_graph = model.match_with_graph(source, target, golden["points"])
+        cell = (size[0] / source.array.shape[1], size[1] / source.array.shape[2])
+        agreement = match_parity(by_graph.points, result.matches.points, cell)
+        metrics["match_graph_agrees"] = agreement["matches_within_1px"]
+    return metrics, result
 
 
 def _render(metrics: dict[str, float], results: list[Gate]) -> str:

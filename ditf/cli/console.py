@@ -17,7 +17,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.runtime.errors import InputError
+from ditf.runtime.errors import InputError, missing_extra
 
 SCHEMA = 1  # of every --json document
 
@@ -136,6 +136,24 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
             raise InputError(f"{path.parent} is not a directory", "make it first")
         if not os.access(path.parent, os.W_OK):
             raise InputError(f"{path.parent} cannot be written", "choose another path")
+
+
+def check_picture(path: Path, extra: str) -> None:
+    """Reject a --plot that cannot be drawn, before the work starts.
+
+    Args:
+        extra: the one that brings matplotlib.
+
+    Raises:
+        InputError: not a format that is drawn.
+        MissingComponent: matplotlib is not installed.
+    """
+    if path.suffix.lower() not in (".png", ".svg", ".pdf"):
+        raise InputError(f"--plot {path} is no PNG, SVG or PDF", f"for example --plot {path.stem}.png")
+    try:
+        import matplotlib  # noqa: F401
+    except ImportError:
+        raise missing_extra("matplotlib", extra) from None
 
 
 @contextmanager

@@ -127,8 +127,10 @@ class AuraFlowJointBlock(nn.Module):
             self.attended,
         )
         tokens = x.shape[1]
-        x = self.image.update(x, attended[:, :tokens], image_rows)
-        return x, text if self.last else self.text.update(text, attended[:, tokens:], text_rows)
+        # The text first: the image's residual is the last that the block adds up (`export.naming`).
+        if not self.last:
+            text = self.text.update(text, attended[:, tokens:], text_rows)
+        return self.image.update(x, attended[:, :tokens], image_rows), text
 
 
 class AuraFlowSingleBlock(nn.Module):

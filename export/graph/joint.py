@@ -195,9 +195,10 @@ class JointBlock(nn.Module):
         x = x + self.out(attended[:, :tokens], given[2])
         if dual is not None:
             x = x + dual
-        x = x + self.feed_forward_out(self.feed_forward(self.norm_feed_forward(x, tail)), given[5])
+        # The text first: the image's residual is the last that the block adds up (`export.naming`).
         if not self.last:
             text = self.text.update(text, attended[:, tokens:], text_rows)
+        x = x + self.feed_forward_out(self.feed_forward(self.norm_feed_forward(x, tail)), given[5])
         return x, text
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from ditf.calib.parity import (
     CEILINGS,
+    DISPLACEMENT,
     MEASURED_MARGIN,
     TOLERANCES,
     Gate,
@@ -19,7 +20,7 @@ from ditf.calib.parity import (
     tolerances,
 )
 
-LEAST = ("cosine_mean", "cosine_p01", "cosine_min", "matches_within_1px")
+LEAST = ("cosine_mean", "cosine_p01", "cosine_min", "matches_within_1px", "matches_within_patch")
 MOST = ("relative_error", "channel_error", "max_abs_error")
 FEATURES = ("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error")
 
@@ -157,13 +158,14 @@ def test_gates_are_the_limits_that_were_measured():
 def test_tolerances_widen_with_measurement(precision):
     before = copy.deepcopy(TOLERANCES)
     exact = {"relative_error": 0.0, "channel_error": 0.0, "cosine_min": 1.0}
-    assert tolerances(precision, exact) == TOLERANCES[precision]
+    base = {**TOLERANCES[precision], "match_displacement": 8 * DISPLACEMENT[precision]}
+    assert tolerances(precision, exact, 8) == base
     least = TOLERANCES[precision]["relative_error"]
     measured = {"relative_error": least / 4, "channel_error": 1e-6, "cosine_min": 0.5, "max_abs_error": 9.0}
-    limits = tolerances(precision, measured)
-    assert limits == {**TOLERANCES[precision], "relative_error": MEASURED_MARGIN * least / 4}
-    assert tolerances(precision, {**measured, "relative_error": 0.5}) == {
-        **TOLERANCES[precision],
+    limits = tolerances(precision, measured, 8)
+    assert limits == {**base, "relative_error": MEASURED_MARGIN * least / 4}
+    assert tolerances(precision, {**measured, "relative_error": 0.5}, 8) == {
+        **base,
         "relative_error": CEILINGS[precision]["relative_error"],
     }
     assert before == TOLERANCES
@@ -171,7 +173,7 @@ def test_tolerances_widen_with_measurement(precision):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_measurement_does_not_open_the_gates(bad):
-    limits = tolerances("float16", {"relative_error": bad, "channel_error": bad})
+    limits = tolerances("float16", {"relative_error": bad, "channel_error": bad}, 8)
     assert not any(gate.ok for gate in gates({"relative_error": 1e9, "channel_error": 1e9}, limits))
 
 
@@ -180,7 +182,7 @@ def test_wrong_scale_does_not_excuse_itself(expected, precision):
     # What the exporter's rehearsal does: the gates of a measurement, widened by that same measurement. The
     # cosines are blind to a scale, so an error that no rounding explains has to fail by itself.
     metrics = feature_parity(expected * np.float32(1.5), expected)
-    assert not all(gate.ok for gate in gates(metrics, tolerances(precision, metrics)))
+    assert not all(gate.ok for gate in gates(metrics, tolerances(precision, metrics, 8)))
 
 
 def test_match_parity():

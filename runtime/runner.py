@@ -1,0 +1,103 @@
+"""Feeding a features graph: batches of the bundle's size, its noise, its conditions."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Protocol
+
+import numpy as np
+
+from ditf.runtime.bundle import FEATURES, NOISE, Bundle
+from ditf.runtime.conditions import Conditions, Feeds
+from ditf.runtime.errors import BundleError, InputError
+
+
+class FeaturesSession(Protocol):
+    """What a runner needs of an opened features.onnx."""
+
+    @property
+    def inputs(self) -> Mapping[str, tuple[int | None, ...]]:
+        """{name: shape}; None for a dynamic dimension."""
+
+    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
+        """Outputs by name."""
+
+
+class FeaturesRunner:
+    """A bundle's features graph in a session.
+
+    Attributes:
+        conditions: names of the conditions, the default first.
+
+    Raises:
+        BundleError: the graph is not the manifest's.
+    """
+
+    def __init__(self, bundle: Bundle, session: FeaturesSession) -> None:
+        manifest = bundle.manifest
+        self._batch = manifest.batch
+        self._session = session
+        batch = None if manifest.batch == "dynamic" else manifest.batch
+        if session.inputs.get("image") != (batch, *manifest.size, 3):
+            raise BundleError(
+                f"{bundle.path}: {FEATURES} takes {dict(session.inputs)}, its manifest says otherwise",
+                "export the bundle again",
+            )
+        self._conditions = Conditions(bundle, session.inputs)
+        self.conditions = self._conditions.names
+        self._noise = bundle.read_array(NOISE) if manifest.noise == "input" else None
+
+    def feeds(
+        self,
+        noise: np.ndarray | None = None,
+        prompt: str | None = None,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+    ) -> Feeds:
+        """What the graph takes beside the image; see `Model.features`."""
+        return {**self._noise_feed(noise), **self._conditions.feeds(prompt, embeddings)}
+
+    def batches(self, pixels: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
+        """Images [n, H, W, 3] as the graph takes them, and how many of each batch are asked for.
+
+        A static batch is filled up by repeating its last image.
+        """
+        if self._batch == "dynamic":
+            yield pixels, len(pixels)
+            return
+        assert isinstance(self._batch, int)
+        for start in range(0, len(pixels), self._batch):
+            chunk = pixels[start : start + self._batch]
+            short = self._batch - len(chunk)
+            if short:
+                chunk = np.concatenate([chunk, np.repeat(chunk[-1:], short, axis=0)])
+            yield chunk, self._batch - short
+
+    def run(
+        self,
+        pixels: np.ndarray,
+        noise: np.ndarray | None = None,
+        prompt: str | None = None,
+        embeddings: Mapping[str, np.ndarray] | None = None,
+    ) -> np.ndarray:
+        """Features [n, C, h, w] of uint8 images [n, H, W, 3]; see `Model.run`."""
+        feeds = self.feeds(noise, prompt, embeddings)
+        chunks = [
+            self._session.run({"image": chunk, **feeds})["features"][:wanted]
+            for chunk, wanted in self.batches(pixels)
+        ]
+        return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
+
+    def _noise_feed(self, noise: np.ndarray | None) -> Feeds:
+        if self._noise is None:
+            if noise is not None:
+                raise InputError("this bundle's noise is baked in", "export it with --noise input")
+            return {}
+        if noise is None:
+            return {"noise": self._noise}
+        if noise.shape != self._noise.shape or noise.dtype != np.float32:
+            raise InputError(
+                f"noise must be float32 {list(self._noise.shape)}, got {noise.dtype} {list(noise.shape)}"
+            )
+        if not np.isfinite(noise).all():
+            raise InputError("the noise holds NaN or infinity")
+        return {"noise": noise}
