@@ -146,7 +146,7 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
             graph = graph_of(
                 replace(plan, precision=replace(precision, recipe=recipe)), entry, noise, settings
             )
-            result["sides"][label] = accuracy(graph, images, expected)
+            result["sides"][label] = accuracy(graph, images, expected, SIZE)
         except DitfError as error:
             result["sides"][label] = {"refused": str(error)}
     return result
@@ -168,7 +168,10 @@ def graph_of(
 
 
 def accuracy(
-    graph: Callable[[np.ndarray], np.ndarray], images: np.ndarray, expected: Sequence[np.ndarray]
+    graph: Callable[[np.ndarray], np.ndarray],
+    images: np.ndarray,
+    expected: Sequence[np.ndarray],
+    size: tuple[int, int],
 ) -> dict[str, float]:
     """Features and matches of a side against the model's."""
     actual = [graph(image) for image in images]
@@ -177,9 +180,9 @@ def accuracy(
     if not np.isfinite(tokens[0]).all():
         return {"cosine_p01": math.nan, "matches_within_1px": math.nan}
     rng = np.random.default_rng(0)
-    points = np.stack([rng.integers(0, SIZE[1], POINTS), rng.integers(0, SIZE[0], POINTS)], axis=1)
-    found, wanted = (published_match(maps[0], maps[1], points, SIZE)[0] for maps in (actual, expected))
-    cell = (SIZE[0] / actual[0].shape[1], SIZE[1] / actual[0].shape[2])
+    points = np.stack([rng.integers(0, size[1], POINTS), rng.integers(0, size[0], POINTS)], axis=1)
+    found, wanted = (published_match(maps[0], maps[1], points, size)[0] for maps in (actual, expected))
+    cell = (size[0] / actual[0].shape[1], size[1] / actual[0].shape[2])
     return metrics | match_parity(found, wanted, cell)
 
 

@@ -25,7 +25,7 @@ MARGIN = 8.0
 """Limit of a boundary's error over what PyTorch had there at export, in the graph's own precision."""
 
 LEAST = 1e-5  # a limit below float32's rounding would be crossed by another order of summation
-VALUE_LIMITS = {"float32": 1e-2, "float16": 0.3, "bfloat16": 2.0}
+VALUE_LIMITS = {"float32": 1e-2, "float16": 0.3, "bfloat16": 2.0, "int8": 0.5}
 """Largest `worst_error` of sketches that rounding explains: some ten times what good bundles show."""
 
 _AT_ONCE = 64  # values fetched in one run: whole tensors are large

@@ -27,6 +27,15 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "matches_within_1px": 0.9,
         "matches_within_patch": 0.95,
     },
+    "int8": {
+        "cosine_mean": 0.99,
+        "cosine_p01": 0.97,
+        "cosine_min": 0.9,
+        "relative_error": 2e-2,
+        "channel_error": 6e-2,
+        "matches_within_1px": 0.6,
+        "matches_within_patch": 0.8,
+    },
     "bfloat16": {
         "cosine_mean": 0.99,
         "cosine_p01": 0.97,
@@ -45,10 +54,11 @@ CEILINGS: dict[str, dict[str, float]] = {
     "float32": {"relative_error": 1e-3, "channel_error": 3e-3},
     "float16": {"relative_error": 5e-2, "channel_error": 0.15},
     "bfloat16": {"relative_error": 0.15, "channel_error": 0.5},
+    "int8": {"relative_error": 0.15, "channel_error": 0.5},
 }
 """Errors no measurement excuses: at 5e-2 a cosine of 0.999 is just possible."""
 
-DISPLACEMENT = {"float32": 0.25, "float16": 2.0, "bfloat16": 4.0}
+DISPLACEMENT = {"float32": 0.25, "float16": 2.0, "bfloat16": 4.0, "int8": 4.0}
 """Largest mean displacement of matches in cells of the features: few may jump, none may drift."""
 
 MEASURED_MARGIN = 8.0

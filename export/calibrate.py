@@ -65,7 +65,7 @@ def calibrate(options: ExportOptions, progress: Progress = lambda line: None) ->
         found = observe(plan, reference.under(entries[0].condition, entries[0].timestep), progress)
         del reference
         progress("measuring every value that float16 would hold")
-        return {**found.document, "ranges": ranges_of(plan, found, entries, noise)}
+        return {**found.document, **ranges_of(plan, found, entries, noise)}
 
 
 @dataclass(frozen=True)
@@ -81,14 +81,17 @@ class Observed:
     hidden_states: np.ndarray
 
 
-def ranges_of(
-    plan: Plan, found: Observed, entries: Sequence[Entry], noise: torch.Tensor
-) -> list[dict[str, Any]]:
-    """The ranges for calibration.json, on the images of the calibration."""
+def ranges_of(plan: Plan, found: Observed, entries: Sequence[Entry], noise: torch.Tensor) -> dict[str, Any]:
+    """For calibration.json, on its images: `ranges`, and `inputs`, maxima of linears' input channels."""
     _, images = calibration_images(plan.options.calibration_images, plan.size)
     channels = massive_channels(found.document) if plan.discard is None else plan.discard
-    extents = measure_ranges(plan, entries, noise, images, found.hidden_states, channels)
-    return [extent.to_json() for extent in extents]
+    extents, maxima = measure_ranges(plan, entries, noise, images, found.hidden_states, channels)
+    return {
+        "ranges": [extent.to_json() for extent in extents],
+        "inputs": {
+            name: [float(f"{value:.3g}") for value in values.tolist()] for name, values in maxima.items()
+        },
+    }
 
 
 def observe(plan: Plan, reference: Reference, progress: Progress = lambda line: None) -> Observed:
@@ -137,6 +140,11 @@ def read_extents(document: Mapping[str, Any]) -> list[Extent]:
     return [Extent.from_json(entry) for entry in document["ranges"]]
 
 
+def read_maxima(document: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Maxima of the inputs of linears; KeyError, TypeError or ValueError where they are none."""
+    return {name: torch.tensor(values, dtype=torch.float32) for name, values in document["inputs"].items()}
+
+
 def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
     """A file that `ditf calibrate` wrote, for this very export.
 
@@ -148,6 +156,7 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
         document = json.loads(path.read_text("utf-8"))
         channels = massive_channels(document)
         read_extents(document)
+        read_maxima(document)
         if any(not 0 <= channel < plan.family.channels for channel in channels):
             raise ValueError("channels the model does not have")
     except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:

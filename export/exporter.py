@@ -23,6 +23,7 @@ from ditf.export.calibrate import (
     ranges_of,
     read_calibration,
     read_extents,
+    read_maxima,
 )
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
@@ -44,7 +45,7 @@ from ditf.runtime.manifest import DYNAMIC_EXAMPLE, NAME, SCHEMA, Manifest, read_
 
 Report = Callable[[str], None]
 
-STAGES = {"float32": 8, "bfloat16": 9, "float16": 10}
+STAGES = {"float32": 8, "bfloat16": 9, "float16": 10, "int8": 10}
 """Times that `export_bundle` reports a stage, by precision."""
 
 
@@ -103,9 +104,11 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     if plan.precision.compute != torch.float32:
         report("measuring every value that a 16-bit graph would hold")
         if observed.found is not None:
-            document["ranges"] = ranges_of(plan, observed.found, entries, noise)
+            document.update(ranges_of(plan, observed.found, entries, noise))
     if plan.precision.compute == torch.float16:
-        plan = replace(plan, precision=replace(plan.precision, recipe=decide(read_extents(document))))
+        recipe = decide(read_extents(document))
+        maxima = read_maxima(document) if options.precision == "int8" else None
+        plan = replace(plan, precision=replace(plan.precision, recipe=recipe, maxima=maxima))
         report(f"recipe: {plan.precision.recipe.summary()}")
     (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
@@ -114,11 +117,11 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, options.precision)
     report(f"tracing {plan.layer} blocks in {plan.precision.name}")
     parts = parameter_parts(made.graph)
-    recipe = plan.precision.describe(scales(made.graph.trunk))
+    described = plan.precision.describe(scales(made.graph.trunk))
     if options.conditioning == "bake":
-        recipe["gates"] = gate_counts(made.graph.trunk)
+        described["gates"] = gate_counts(made.graph.trunk)
     if plan.precision.recipe.exceptions():
-        recipe["subnormal_weights"] = subnormal_weights(made.graph.trunk)
+        described["subnormal_weights"] = subnormal_weights(made.graph.trunk)
     _write_features(folder, plan, made)
     _write_conditions(folder, made)
     removed = removed_parts(plan, made)
@@ -160,7 +163,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
             "source": options.discard if isinstance(options.discard, str) else "given",
         },
         precision=options.precision,
-        recipe=recipe,
+        recipe=described,
         parts=parts,
         removed=removed,
         opset=options.opset,

@@ -14,6 +14,7 @@ import onnx_ir as ir
 import torch
 from torch import nn
 
+from ditf.export.graph.quantised import TRANSLATIONS
 from ditf.export.naming import name_values
 from ditf.runtime.errors import InputError
 
@@ -72,6 +73,7 @@ def write_onnx(
             input_names=list(inputs),
             output_names=list(outputs),
             dynamic_shapes=dynamic_shapes,
+            custom_translation_table=TRANSLATIONS,
             verbose=False,
         )
         assert program is not None

@@ -10,7 +10,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 from ditf.export.checkpoint import DEMO
 from ditf.export.onnx_file import DEFAULT_OPSET
 
-SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
 """Precisions by their names on the command line and in a bundle's."""
 
 
@@ -42,7 +42,7 @@ class ExportOptions(BaseModel):
     revision: Optional[str] = None
     variant: Optional[str] = None
     layer: Optional[str] = None
-    precision: Literal["float32", "float16", "bfloat16"] = "float32"
+    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     conditioning: Literal["bake", "bank", "live"] = "bake"
     timestep: tuple[int, ...] = ()
     prompt: tuple[str, ...] = ()

@@ -92,6 +92,8 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     scheduler = checkpoint.config("scheduler")
     for entry in entries:
         noise_level(scheduler, entry.timestep)
+    if options.precision == "int8" and options.opset < 19:
+        raise InputError(f"int8 needs opset 19, not {options.opset}", "leave --opset out")
     latents = LatentSpace.of(checkpoint, family.latent_channels)
     size = _size(options.size or defaults.size, family, latents)
     guidance = _guidance(options, family, defaults)

@@ -15,6 +15,7 @@ from ditf.calib.recipe import FEATURES, VAE_INNER, VAE_LOGITS, VAE_RESIDUAL, Ext
 from ditf.export.conditions import Entry
 from ditf.export.graph.encoder import KLEncoder, attentions, residual_writers
 from ditf.export.graph.features import FeaturesGraph
+from ditf.export.graph.layers import Linear
 from ditf.export.graph.precision import MEASURING
 from ditf.export.graph.taps import Where, branch_of, recording
 from ditf.export.plan import Plan
@@ -34,7 +35,7 @@ def measure_ranges(
     images: Sequence[np.ndarray],
     hidden_states: np.ndarray,
     channels: Sequence[int],
-) -> list[Extent]:
+) -> tuple[list[Extent], dict[str, torch.Tensor]]:
     """Run the graph of a plan in float32 over images, under every condition.
 
     Gates stay explicit, so that what a linear emits is seen with and without its gate.
@@ -46,6 +47,9 @@ def measure_ranges(
             condition, float32 [N, C]: the graph whose values are measured is the model.
         channels: discarded before the norm.
 
+    Returns:
+        The extents, and the largest |x| of every input channel [C_in] of the trunk's linears by path.
+
     Raises:
         GateFailed: the graph's hidden states are not the model's.
     """
@@ -54,7 +58,9 @@ def measure_ranges(
     seen = _Largest(plan.grid[0] * plan.grid[1])
     with recording(seen.record):  # what is constant is computed now
         made = specialise(replace(plan, precision=MEASURING), entries, noise, bare)
-    with recording(seen.record), _watching(made.graph.encoder, seen):
+    maxima: dict[str, torch.Tensor] = {}
+    watched = _watching(made.graph.encoder, seen), _watching_inputs(made.graph.trunk, maxima)
+    with recording(seen.record), watched[0], watched[1]:
         for number, image in enumerate(images):
             for feeds in made.feeds:
                 z = (
@@ -65,7 +71,7 @@ def measure_ranges(
                 if number == 0 and feeds is made.feeds[0]:
                     _compare(z[0].numpy(), hidden_states)
                 seen.add(FEATURES, FEATURES, "image", _features(made.graph, z, feeds, channels))
-    return seen.extents()
+    return seen.extents(), maxima
 
 
 def _features(
@@ -144,6 +150,26 @@ def _watching(encoder: nn.Module, seen: _Largest) -> Iterator[None]:
                 watch(module, name, VAE_INNER)
         for name, attention in attentions(encoder.encoder):
             handles += _watch_logits(attention, f"vae.{name}", seen)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watching_inputs(trunk: nn.Module, maxima: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Hooks on the linears of a trunk, which keep the maxima of their input channels."""
+
+    def keep(name: str, x: torch.Tensor) -> None:
+        largest = x.abs().flatten(0, -2).amax(dim=0)
+        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: keep(name, args[0]))
+        for name, module in trunk.named_modules()
+        if isinstance(module, Linear)
+    ]
     try:
         yield
     finally:

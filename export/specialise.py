@@ -23,6 +23,7 @@ from ditf.export.graph.condition import (
 from ditf.export.graph.encoder import KLEncoder, PixelEncoder
 from ditf.export.graph.features import NOISE, FeaturesGraph
 from ditf.export.graph.precision import FLOAT32, Precision
+from ditf.export.graph.quantised import quantise
 from ditf.export.noise import NoiseLevel
 from ditf.export.plan import Plan
 from ditf.export.reference import FeatureSettings
@@ -76,6 +77,8 @@ def specialise(
     )
     given = [] if live else [_given(conditioner, entry) for entry in entries]
     trunk = plan.family.trunk(trunk_weights, spec, given[0] if mode == "bake" else None)
+    if plan.precision.maxima is not None:
+        quantise(trunk, plan.precision.maxima, plan.precision.smooth)
     trunk.embedder.residual = plan.precision.residual  # type: ignore[assignment]
     levels = [plan.levels[entry.timestep].to(torch.float32) for entry in entries]
     condition: ConditionSource

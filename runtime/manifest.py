@@ -45,7 +45,7 @@ class Manifest:
         batch: static batch size, or "dynamic".
         adaln: False when the features are the plain hidden states (--no-adaln).
         discard: "channels" (ascending), "stage" ("before" or "after" the norm), "source".
-        precision: "float32", "float16" or "bfloat16"; recipe: which tensors have which type, and the
+        precision: "float32", "float16", "bfloat16" or "int8"; recipe: which tensors have which type, and the
             exceptions that a calibration asked for.
         parts: where the parameters are: {part: {dtype: {"parameters": n, "bytes": n}}}.
         opset: of the ONNX graphs.
@@ -78,7 +78,7 @@ class Manifest:
     batch: Union[int, Literal["dynamic"]]
     adaln: bool
     discard: dict[str, Any]
-    precision: Literal["float16", "float32", "bfloat16"]
+    precision: Literal["float16", "float32", "bfloat16", "int8"]
     recipe: dict[str, Any]
     parts: dict[str, dict[str, dict[str, int]]]
     opset: int

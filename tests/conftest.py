@@ -63,6 +63,12 @@ def bfloat16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def int8_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The demo model's int8 bundle, three layers of it."""
+    return _export(tmp_path_factory, "demo-l3-int8", precision="int8", layer="3", size=(64, 64))
+
+
+@pytest.fixture(scope="session")
 def pixart_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -> Path:
     """A float16 bundle of the tiny PixArt, with noise as an input and a dynamic batch, not square."""
     return _export(

@@ -41,7 +41,7 @@ def export(
     fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
     precision: Annotated[
         Optional[str],
-        typer.Option(metavar="fp32|fp16|bf16", help="Of weights, GEMMs and attention; fp32 by default."),
+        typer.Option(metavar="fp32|fp16|bf16|int8", help="Of weights, GEMMs and attention; fp32 by default."),
     ] = None,
     conditioning: Annotated[
         str,

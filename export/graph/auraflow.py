@@ -6,6 +6,8 @@ feed-forward says is added to what entered the block.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 from torch import nn
 
@@ -13,6 +15,7 @@ from ditf.export.graph.joint import Rows
 from ditf.export.graph.layers import AttentionNames, HeadProjection, Linear, Rotary, attention, read_linear
 from ditf.export.graph.modulation import ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.smoothing import Columns, Smoothing
 from ditf.export.graph.taps import Stream as Tokens
 from ditf.export.graph.taps import Where, joined, tap
 from ditf.export.weights import Weights
@@ -56,6 +59,7 @@ class Stream(nn.Module):
         last: bool = False,
     ) -> None:
         super().__init__()
+        self.last = last
         attn = f"{name}.attn"
         projections = ("add_q_proj", "add_k_proj", "add_v_proj") if text else ("to_q", "to_k", "to_v")
         norms = ("norm_added_q", "norm_added_k") if text else ("norm_q", "norm_k")
@@ -96,6 +100,15 @@ class Stream(nn.Module):
         updated: torch.Tensor = x + self.feed_forward_out(hidden, given[5])
         return updated
 
+    def smoothings(self) -> Iterator[Smoothing]:
+        yield Smoothing(self.project.channels, [Columns("project.linear")], norm="norm_attention")
+        if self.last:
+            return
+        yield Smoothing(self.project.channels, [Columns("feed_forward.up")], norm="norm_feed_forward")
+        hidden = int(self.feed_forward_out.linear.weight.shape[0])  # linear in the second half of `up`
+        made = [Columns("feed_forward.up", hidden)]
+        yield Smoothing(hidden, [Columns("feed_forward_out.linear")], makers=made)
+
 
 class AuraFlowJointBlock(nn.Module):
     """`AuraFlowJointTransformerBlock`; called as `graph.joint.JointBlock`."""
@@ -132,6 +145,11 @@ class AuraFlowJointBlock(nn.Module):
             text = self.text.update(text, attended[:, tokens:], text_rows)
         return self.image.update(x, attended[:, :tokens], image_rows), text
 
+    def smoothings(self) -> Iterator[Smoothing]:
+        readers = [Columns("image.out.linear"), *([] if self.last else [Columns("text.out.linear")])]
+        makers = [self.image.project.values("image.project"), self.text.project.values("text.project")]
+        yield Smoothing(self.image.project.channels, readers, makers=makers)
+
 
 class AuraFlowSingleBlock(nn.Module):
     """`AuraFlowSingleTransformerBlock`; called as `graph.joint.SingleBlock`."""
@@ -147,3 +165,7 @@ class AuraFlowSingleBlock(nn.Module):
         if self.last:
             x, query = x[:, -tokens:], query[:, :, -tokens:]
         return self.stream.update(x, attention(query, key, value, self.stream.attended), rows)
+
+    def smoothings(self) -> Iterator[Smoothing]:
+        made = [self.stream.project.values("stream.project")]
+        yield Smoothing(self.stream.project.channels, [Columns("stream.out.linear")], makers=made)

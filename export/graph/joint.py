@@ -6,7 +6,7 @@ output, its feed-forward. Where the text that enters the first block is constant
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -21,6 +21,7 @@ from ditf.export.graph.layers import (
 )
 from ditf.export.graph.modulation import ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.smoothing import Columns, Smoothing
 from ditf.export.graph.stream import SelfAttention
 from ditf.export.graph.taps import Where
 from ditf.export.graph.trunk import Given, PatchEmbedder, Trunk
@@ -103,6 +104,13 @@ class TextStream(nn.Module):
         hidden = self.norm_feed_forward(text, None if rows is None else rows[3:5])
         updated: torch.Tensor = text + self.feed_forward_out(self.feed_forward(hidden), given[5])
         return updated
+
+    def smoothings(self) -> Iterator[Smoothing]:
+        if self.constant is None:
+            yield Smoothing(self.project.channels, [Columns("project.linear")], norm="norm")
+        if not self.last:
+            channels = int(self.feed_forward.up.weight.shape[0])
+            yield Smoothing(channels, [Columns("feed_forward.up")], norm="norm_feed_forward")
 
 
 class JointBlock(nn.Module):
@@ -201,6 +209,20 @@ class JointBlock(nn.Module):
         x = x + self.feed_forward_out(self.feed_forward(self.norm_feed_forward(x, tail)), given[5])
         return x, text
 
+    def smoothings(self) -> Iterator[Smoothing]:
+        channels = self.project.channels
+        yield Smoothing(channels, [Columns("project.linear")], norm="norm_attention")
+        yield Smoothing(channels, [Columns("feed_forward.up")], norm="norm_feed_forward")
+        if self.norm_dual is not None:
+            yield Smoothing(channels, [Columns("dual.project.linear")], norm="norm_dual")
+        readers, makers = [Columns("out.linear")], [self.project.values("project")]
+        if not self.last:
+            readers.append(Columns("text.out.linear"))
+        if self.text.constant is None:
+            makers.append(self.text.project.values("text.project"))
+        constants = () if self.text.constant is None else ("text.constant.value",)
+        yield Smoothing(channels, readers, makers=makers, constants=constants)
+
 
 def _like(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     """Constant text heads [1, H, L, D] for every image of the batch."""
@@ -255,6 +277,12 @@ class SingleBlock(nn.Module):
         wider = torch.promote_types(attended.dtype, hidden.dtype)  # the recipe may hold them apart
         hidden = torch.cat([attended.to(wider), hidden.to(wider)], dim=2)
         return x + self.out(hidden, None if rows is None else rows[2])
+
+    def smoothings(self) -> Iterator[Smoothing]:
+        channels = self.project.channels
+        yield Smoothing(channels, [Columns("project.linear"), Columns("feed_forward.up")], norm="norm")
+        # Of what the output reads, the values come first, the feed-forward's activations second.
+        yield Smoothing(channels, [Columns("out.linear")], makers=[self.project.values("project")])
 
 
 class JointTrunk(Trunk):

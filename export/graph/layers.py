@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.smoothing import Columns
 from ditf.export.graph.taps import Stream, Where, joined, tap
 from ditf.export.weights import Weights
 
@@ -155,6 +156,19 @@ class HeadProjection(nn.Module):
             if query:
                 self.norm_query = self._norm_weight(weights, names.norms[0], head_dim, head_dim**-0.5)
             self.norm_key = self._norm_weight(weights, names.norms[1], head_dim, 1.0)
+
+    @property
+    def channels(self) -> int:
+        """C, of each of query, key and value."""
+        return int(self.linear.weight.shape[1]) // (3 if self.query else 2)
+
+    def values(self, path: str) -> Columns:
+        """The linear's columns of the value.
+
+        Args:
+            path: of this module in the block.
+        """
+        return Columns(f"{path}.linear", self.channels * (2 if self.query else 1))
 
     def _norm_weight(self, weights: Weights, name: str, head_dim: int, scale: float) -> nn.Parameter:
         if f"{name}.weight" in weights:

@@ -38,16 +38,30 @@ class ModulatedNorm(nn.Module):
         self.where = where
         self.weight = None if rows is None else constant(1.0 + rows[1])
         self.bias = None if rows is None else constant(rows[0])
+        self.smooth: nn.Parameter | None = None
 
     def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
         if rows is None:
             assert self.weight is not None
             weight, bias = self.weight, self.bias
         else:
-            weight, bias = 1.0 + rows[1], rows[0]  # type: ignore[assignment]
+            scale, shift = 1.0 + rows[1], rows[0]
+            if self.smooth is not None:
+                scale, shift = scale * self.smooth, shift * self.smooth
+            weight, bias = scale, shift  # type: ignore[assignment]
         # A residual of another type than float32 is for comparison only (`ditf.export.graph.precision`).
         x = tap(self.where, "norm input", x).to(torch.float32)
         return functional.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+    @torch.no_grad()
+    def divide(self, factor: torch.Tensor) -> None:
+        """Divide what the norm gives by a factor [C] for each channel, in place."""
+        if self.weight is None:
+            self.smooth = constant(1.0 / factor)
+            return
+        assert self.bias is not None
+        self.weight.div_(factor)
+        self.bias.div_(factor)
 
 
 class GatedLinear(nn.Module):

@@ -23,6 +23,8 @@ KEPT_FLOAT32 = {
 """What stays float32 whatever the precision, and why. What a calibration adds is in `Recipe`."""
 
 _COMPUTED = ["weights", "GEMMs", "attention", "feed-forward", "VAE convolutions"]
+_QUANTISED = ["weights of linears, per output channel", "their inputs, per tensor, smoothed where free"]
+_NOT_QUANTISED = ["attention", "VAE convolutions", "linears that the exceptions name"]
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,8 @@ class Precision:
         residual: dtype of the residual stream.
         fold_gates: False leaves every gate an explicit factor, to see what it meets.
         recipe: exceptions that a calibration asks for.
+        maxima: of the inputs of linears, by path in the trunk, where those are quantised to int8.
+        smooth: False for a naive quantisation, to compare with.
     """
 
     name: str
@@ -44,6 +48,8 @@ class Precision:
     residual: torch.dtype = torch.float32
     fold_gates: bool = True
     recipe: Recipe = field(default_factory=Recipe)
+    maxima: Mapping[str, torch.Tensor] | None = None
+    smooth: bool = True
 
     def of(self, name: str) -> torch.dtype:
         """Type that a module of the checkpoint computes in."""
@@ -57,8 +63,10 @@ class Precision:
         """
         if self.compute == torch.float32:
             return {"float32": {"everything": "exported without --precision"}}
+        short = str(self.compute).removeprefix("torch.")
         return {
-            str(self.compute).removeprefix("torch."): _COMPUTED,
+            **({"int8": _QUANTISED} if self.maxima else {}),
+            short: _NOT_QUANTISED if self.maxima else _COMPUTED,
             "float32": dict(KEPT_FLOAT32),
             "exceptions": self.recipe.exceptions(used),
         }
@@ -69,7 +77,10 @@ FLOAT16 = Precision("float16", torch.float16, torch.float16)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, torch.float16)
 """Features are normalised: float16 holds them, with three bits more, and numpy knows it."""
 
+INT8 = Precision("int8", torch.float16, torch.float16)
+"""Float16, whose linears are quantised once their inputs are measured (`maxima`)."""
+
 MEASURING = Precision("float32", torch.float32, torch.float32, fold_gates=False)
 """For a graph whose values are looked at."""
 
-PRECISIONS = {precision.name: precision for precision in (FLOAT32, FLOAT16, BFLOAT16)}
+PRECISIONS = {precision.name: precision for precision in (FLOAT32, FLOAT16, BFLOAT16, INT8)}

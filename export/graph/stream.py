@@ -5,7 +5,7 @@ Every block maps the float32 residual [B, N, C] to the float32 residual.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import nn
@@ -22,6 +22,7 @@ from ditf.export.graph.layers import (
 )
 from ditf.export.graph.modulation import GatedLinear, ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
+from ditf.export.graph.smoothing import Columns, Smoothing
 from ditf.export.graph.taps import Where, tap
 from ditf.export.graph.trunk import Given, PatchEmbedder, Trunk
 from ditf.export.weights import Weights
@@ -50,6 +51,10 @@ class SelfAttention(nn.Module):
     def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
         query, key, value = self.project(x)
         return self.out(attention(query, key, value, self.where), gate)
+
+    def smoothings(self) -> Iterator[Smoothing]:
+        made = [self.project.values("project")]
+        yield Smoothing(self.project.channels, [Columns("out.linear")], makers=made)
 
 
 class CrossAttention(nn.Module):
@@ -181,6 +186,11 @@ class StreamBlock(nn.Module):
         if self.cross_attention is not None:
             x = x + (self.cross_attention(x) if text is None else self.cross_attention(x, text))
         return x + self.feed_forward_out(self.feed_forward(self.norm_feed_forward(x, tail)), given[5])
+
+    def smoothings(self) -> Iterator[Smoothing]:
+        channels = self.attention.project.channels
+        yield Smoothing(channels, [Columns("attention.project.linear")], norm="norm_attention")
+        yield Smoothing(channels, [Columns("feed_forward.up")], norm="norm_feed_forward")
 
 
 class StreamTrunk(Trunk):

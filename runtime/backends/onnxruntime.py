@@ -42,7 +42,9 @@ class OnnxRuntimeSession:
         available = onnxruntime.get_available_providers()
         wanted = [provider for provider in _WANTED if provider in available]
         try:
-            session = onnxruntime.InferenceSession(str(path), options, providers=wanted)
+            session = onnxruntime.InferenceSession(
+                str(path), options, providers=wanted, disabled_optimizers=_disabled(path)
+            )
         except Exception as error:  # its exceptions share no base class
             if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
                 raise MissingComponent(
@@ -83,6 +85,12 @@ class OnnxRuntimeSession:
     def close(self) -> None:
         """Drop the session and its memory."""
         self._session = None
+
+
+def _disabled(path: Path) -> list[str]:
+    """Optimisations to leave out: one that would turn a quantised graph's products into float ones."""
+    quantised = b"DequantizeLinear" in path.read_bytes()  # weights lie in another file
+    return ["MatMulAddFusion"] if quantised else []
 
 
 def _first_line(error: Exception) -> str:

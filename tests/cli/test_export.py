@@ -125,7 +125,7 @@ def test_a_bfloat16_bundle(ditf, bfloat16_bundle):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--precision", "fp8"], "--precision 'fp8' is not fp32, fp16, bf16"),
+        (["--precision", "fp8"], "--precision 'fp8' is not fp32, fp16, bf16, int8"),
         (["--precision", "bf16", "--fp16"], "contradict"),
     ],
 )

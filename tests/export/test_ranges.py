@@ -42,13 +42,16 @@ class Measured:
         self.hidden_states = reference.hidden_states(self.images[0])
         self.expected = reference.features(self.hidden_states, SETTINGS)
 
-    def ranges(self):
+    def measure(self):
         return measure_ranges(
             self.plan, self.entries, self.noise, self.images, self.hidden_states, SETTINGS.channels
         )
 
-    def parity(self, recipe):
-        plan = replace(self.plan, precision=replace(FLOAT16, recipe=recipe))
+    def ranges(self):
+        return self.measure()[0]
+
+    def parity(self, recipe, precision=FLOAT16):
+        plan = replace(self.plan, precision=replace(precision, recipe=recipe))
         made = specialise(plan, self.entries, self.noise, SETTINGS)
         with torch.no_grad(), Float32Accumulation():
             actual = made.graph(torch.from_numpy(self.images[0])[None], *made.feeds[0].values())[0]

@@ -1,0 +1,224 @@
+"""INT8 beside massive activations: naive, smoothed, and what float16 and float32 give on the same model.
+
+A DiT of the real diffusers class with random weights, in pixels, cut at layer 4. Planted: in every block two
+channels of the first norm's scale, and two of the values, are massive, as AdaLN and attention make them
+in trained models. Accuracy is of the module in its own arithmetic in PyTorch against the unmodified model in
+float32; time is of the ONNX file on ONNX Runtime, one thread, processor time, sides in turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import torch
+from bench_conditioning import graph_bytes
+from bench_planted import accuracy
+from diffusers import DDPMScheduler, DiTTransformer2DModel
+from provenance import (
+    interleave,
+    paired_ratio,
+    pin_threads,
+    provenance,
+    say,
+    summary,
+    write_result,
+    write_table,
+)
+
+from ditf.calib.images import golden_pair
+from ditf.calib.recipe import Extent, decide
+from ditf.cli.console import bytes_text
+from ditf.engines.tensorrt_rtx import build_engine
+from ditf.export.calibrate import massive_channels, observe, ranges_of, read_maxima
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.conditions import Entry
+from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8, Precision
+from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
+from ditf.export.options import ExportOptions
+from ditf.export.plan import Plan, make_plan
+from ditf.export.pretrained import quieten_libraries
+from ditf.export.reference import FeatureSettings, Reference
+from ditf.export.rehearsal import Float32Accumulation
+from ditf.export.specialise import specialise
+
+THREADS = 1
+SIDE, PATCH = 256, 8
+LAYER = 4
+CHANNELS = (7, 29)
+SCALE, VALUE = 20.0, 60.0  # planted: 1 + scale of the norm, bias of the values
+FLOAT16_SIDE, NAIVE, SMOOTHED = "float16", "int8, naive", "int8, smoothed"
+
+
+def main() -> None:
+    """Both checkpoints, all sides."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--heads", type=int, default=16, help="of 72 channels: 16 is PixArt-XL's width")
+    parser.add_argument("--repeats", type=int, default=5)
+    arguments = parser.parse_args()
+    quieten_libraries()
+    pin_threads(THREADS)
+    torch.set_num_threads(THREADS)
+    origin = provenance(THREADS)
+    cases = []
+    for planted in (False, True):
+        say("planted" if planted else "nothing planted")
+        with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
+            cases.append(run(Path(folder), arguments.heads, planted, arguments.repeats))
+    result = {"layer": LAYER, "side": SIDE, "patch": PATCH, "width": 72 * arguments.heads, "cases": cases}
+    write_result("int8", origin, result, rows(cases))
+    write_table("precision.md", "int8", rows(cases))
+
+
+def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]:
+    """Accuracy, bytes and time of every side of one checkpoint."""
+    write_checkpoint(folder, heads, planted)
+    options = ExportOptions(model=str(folder), layer=str(LAYER), precision="int8", timestep=(10,))
+    plan = make_plan(options, Checkpoint(folder, str(folder)))
+    entry = replace(plan.entries[0], condition={"class_labels": torch.tensor([1])})
+    noise = plan.noise()
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
+    reference.under(entry.condition, entry.timestep)
+    observed = observe(plan, reference)
+    settings = FeatureSettings(channels=massive_channels(observed.document))
+    images = golden_pair(plan.size)
+    expected = [reference.features(reference.hidden_states(image), settings) for image in images]
+    del reference
+    ranges = ranges_of(plan, observed, (entry,), noise)
+    recipe = decide([Extent.from_json(extent) for extent in ranges["ranges"]])
+    maxima = read_maxima(ranges)
+    sides = {
+        "float32": FLOAT32,
+        FLOAT16_SIDE: replace(FLOAT16, recipe=recipe),
+        NAIVE: replace(INT8, recipe=recipe, maxima=maxima, smooth=False),
+        SMOOTHED: replace(INT8, recipe=recipe, maxima=maxima),
+    }
+    found: dict[str, Any] = {}
+    sessions = {}
+    for side, precision in sides.items():
+        say(side)
+        path = folder / f"{side.replace(', ', '-')}.onnx"
+        metrics = write_graph(path, plan, precision, entry, noise, settings, images, expected)
+        found[side] = {"metrics": metrics, "bytes": graph_bytes(path)}
+        if precision.maxima is not None:
+            found[side]["rtx_bytes"] = len(build_engine(path, "sm_89").plan)
+        sessions[side] = open_session(path, quantised=precision.maxima is not None)
+    seconds, disturbance = interleave(
+        {
+            side: (lambda number, session=session: session.run(None, {"image": images[number % 2][None]}))
+            for side, session in sessions.items()
+        },
+        repeats,
+    )
+    for side, values in seconds.items():
+        found[side]["seconds"] = summary(values)
+        found[side]["float16_over_this"] = paired_ratio(seconds[FLOAT16_SIDE], values)
+    return {"planted": planted, "recipe": recipe.exceptions(), "timing": disturbance, "sides": found}
+
+
+def write_graph(
+    path: Path,
+    plan: Plan,
+    precision: Precision,
+    entry: Entry,
+    noise: torch.Tensor,
+    settings: FeatureSettings,
+    images: np.ndarray,
+    expected: list[np.ndarray],
+) -> dict[str, float]:
+    """Write the graph of a side; its accuracy."""
+    graph = specialise(replace(plan, precision=precision), (entry,), noise, settings).graph
+
+    @torch.no_grad()
+    def features(image: np.ndarray) -> np.ndarray:
+        with Float32Accumulation():
+            answer: np.ndarray = graph(torch.from_numpy(image.copy())[None])[0].to(torch.float32).numpy()
+        return answer
+
+    inputs = {"image": torch.zeros((1, *plan.size, 3), dtype=torch.uint8)}
+    write_onnx(graph, inputs, ["features"], path, DEFAULT_OPSET)
+    return accuracy(features, images, expected, plan.size)
+
+
+def open_session(path: Path, quantised: bool) -> Any:
+    """As the runtime opens a graph, on one thread."""
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = THREADS
+    options.log_severity_level = 3
+    return onnxruntime.InferenceSession(
+        str(path),
+        options,
+        providers=["CPUExecutionProvider"],
+        disabled_optimizers=["MatMulAddFusion"] if quantised else [],
+    )
+
+
+def write_checkpoint(folder: Path, heads: int, planted: bool) -> None:
+    """A DiT in pixels, with massive channels in norms and values or without."""
+    torch.manual_seed(0)
+    model = DiTTransformer2DModel(
+        num_attention_heads=heads,
+        attention_head_dim=72,
+        in_channels=3,
+        out_channels=3,
+        num_layers=LAYER + 1,
+        sample_size=SIDE,
+        patch_size=PATCH,
+        num_embeds_ada_norm=1,
+    )
+    with torch.no_grad():
+        model.pos_embed.proj.weight *= 6.0
+        for parameter in model.transformer_blocks.parameters():
+            if parameter.ndim > 1:
+                parameter.mul_(1.5)  # so that every branch counts
+        if planted:
+            width = 72 * heads
+            for block in model.transformer_blocks:
+                for channel, sign in zip(CHANNELS, (1, -1), strict=True):
+                    block.norm1.linear.bias[width + channel] = SCALE * sign
+                    block.attn1.to_v.bias[channel] = VALUE * sign
+    model.save_pretrained(folder / "transformer")
+    DDPMScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
+
+
+def rows(cases: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The table."""
+    lines: list[tuple[str, ...]] = [
+        (
+            "model",
+            "",
+            "1 - cosine p01",
+            "error",
+            "within 1 px",
+            "within a patch",
+            "bytes",
+            "time",
+            "x float16",
+        )
+    ]
+    for case in cases:
+        for side, found in case["sides"].items():
+            metrics = found["metrics"]
+            lines.append(
+                (
+                    "planted" if case["planted"] else "unplanted",
+                    side,
+                    f"{1 - metrics['cosine_p01']:.1e}",
+                    f"{metrics['relative_error']:.1e}",
+                    f"{metrics['matches_within_1px']:.0%}",
+                    f"{metrics['matches_within_patch']:.0%}",
+                    bytes_text(found["bytes"]),
+                    f"{found['seconds']['median']:.2f} s",
+                    f"{found['float16_over_this']['median']:.2f}",
+                )
+            )
+    return lines
+
+
+if __name__ == "__main__":
+    main()
