@@ -7,6 +7,7 @@ and how close the graph, run in its own arithmetic in PyTorch, comes to the unmo
     all float16     the same graph with its residual in float16 and no recipe: a naive half export
     float16         --precision fp16: float32 residual, and the recipe of `ditf.calib.recipe`
     bfloat16        --precision bf16
+    int8            --precision int8
 
 Accuracy is 1 - the 1st percentile of the tokens' cosines, and the share of 64 matches within a pixel of the
 model's own. Writes benchmarks/results/planted.json and the table in docs/precision.md.
@@ -36,11 +37,11 @@ from torch import nn
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, match_parity
 from ditf.calib.recipe import Extent, Recipe, decide
-from ditf.export.calibrate import massive_channels, observe, ranges_of
+from ditf.export.calibrate import massive_channels, observe, ranges_of, read_maxima
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import Entry
 from ditf.export.golden import POINTS, published_match
-from ditf.export.graph.precision import BFLOAT16, FLOAT16, Precision
+from ditf.export.graph.precision import BFLOAT16, FLOAT16, INT8, Precision
 from ditf.export.options import ExportOptions
 from ditf.export.plan import Plan, make_plan
 from ditf.export.pretrained import quieten_libraries
@@ -53,7 +54,8 @@ VALUES = (1e2, 1e4, 6e4, 1e5, 1e6)
 CHANNELS = (7, 29)  # the second is planted with the other sign
 LAYER, SIZE, TEXT = 4, (256, 256), 24
 NAIVE = Precision("all float16", torch.float16, torch.float16, residual=torch.float16)
-SIDES = {"all float16": NAIVE, "float16": FLOAT16, "bfloat16": BFLOAT16}
+SIDES = {"all float16": NAIVE, "float16": FLOAT16, "bfloat16": BFLOAT16, "int8": INT8}
+_BY_RECIPE = ("float16", "int8")
 
 
 @dataclass(frozen=True)
@@ -129,7 +131,7 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
     images = golden_pair(SIZE)
     expected = [reference.features(reference.hidden_states(image), settings) for image in images]
     del reference
-    document = {**observed.document, "ranges": ranges_of(plan, observed, (entry,), noise)}
+    document = {**observed.document, **ranges_of(plan, observed, (entry,), noise)}
     result: dict[str, Any] = {
         "place": place.label if place else "",
         "value": value,
@@ -139,13 +141,14 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
     }
     for label, precision in SIDES.items():
         try:
-            recipe = Recipe()
-            if label == "float16":
+            recipe, maxima = Recipe(), None
+            if label in _BY_RECIPE:
                 recipe = decide([Extent.from_json(extent) for extent in document["ranges"]])
                 result["recipe"] = recipe.exceptions()
-            graph = graph_of(
-                replace(plan, precision=replace(precision, recipe=recipe)), entry, noise, settings
-            )
+            if label == "int8":
+                maxima = read_maxima(document)
+            side = replace(precision, recipe=recipe, maxima=maxima)
+            graph = graph_of(replace(plan, precision=side), entry, noise, settings)
             result["sides"][label] = accuracy(graph, images, expected, SIZE)
         except DitfError as error:
             result["sides"][label] = {"refused": str(error)}

@@ -73,7 +73,7 @@ def test_a_baked_bundle_has_nothing_to_choose(demo_bundle):
 
 
 def test_a_live_graph_takes_the_embeddings_of_another_prompt(live):
-    feeds = live._conditions.feeds("a dog")
+    feeds = live._runner.feeds(prompt="a dog")
     own = live.features(IMAGE, embeddings=feeds).array
     np.testing.assert_array_equal(own, live.features(IMAGE, prompt="a dog").array)
     assert np.abs(own.astype(np.float32) - live.features(IMAGE).array).max() > 1e-2

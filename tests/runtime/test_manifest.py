@@ -91,7 +91,7 @@ def test_fields_that_earlier_bundles_lack(document, tmp_path):
         ("batch", 1.5),
         ("adaln", 1),
         ("discard", [5, 41]),
-        ("precision", "int8"),
+        ("precision", "int4"),
         ("parts", {"vae": {"float16": 3}}),
         ("tolerances", {"cosine_min": "0.98"}),
         ("tolerances", {"cosine_min": True}),
