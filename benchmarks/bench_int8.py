@@ -34,7 +34,8 @@ from provenance import (
 from ditf.calib.images import golden_pair
 from ditf.calib.recipe import Extent, decide
 from ditf.cli.console import bytes_text
-from ditf.engines.tensorrt_rtx import build_engine
+from ditf.engines.compile import BuildOptions, compile_plan
+from ditf.engines.flavour import load
 from ditf.export.calibrate import massive_channels, observe, ranges_of, read_maxima
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import Entry
@@ -106,7 +107,9 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
         metrics = write_graph(path, plan, precision, entry, noise, settings, images, expected)
         found[side] = {"metrics": metrics, "bytes": graph_bytes(path)}
         if precision.maxima is not None:
-            found[side]["rtx_bytes"] = len(build_engine(path, "sm_89").plan)
+            found[side]["rtx_bytes"] = len(
+                compile_plan(load("tensorrt-rtx"), path, BuildOptions("sm_89")).plan
+            )
         sessions[side] = open_session(path, quantised=precision.maxima is not None)
     seconds, disturbance = interleave(
         {

@@ -39,7 +39,8 @@ from provenance import (
 
 from ditf.calib.parity import feature_parity
 from ditf.cli.console import bytes_text
-from ditf.engines.tensorrt_rtx import build_engine
+from ditf.engines.compile import BuildOptions, compile_plan
+from ditf.engines.flavour import load
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
 from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
@@ -75,7 +76,7 @@ def main() -> None:
                 actual = module(latents[0]).to(torch.float32).numpy()
             write_onnx(module, {"latents": latents[0]}, ["features"], path, DEFAULT_OPSET)
             del module
-            engine = build_engine(path, "sm_89")
+            engine = compile_plan(load("tensorrt-rtx"), path, BuildOptions("sm_89"))
             kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
             results[side] = {
                 "nodes": len(kinds),

@@ -37,11 +37,11 @@ from ditf.export.plan import Plan, make_plan
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import rehearse
 from ditf.export.specialise import Specialised, specialise
-from ditf.export.staging import staged
 from ditf.export.trace import write_trace
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
 from ditf.runtime.manifest import DYNAMIC_EXAMPLE, NAME, SCHEMA, Manifest, read_manifest, tool_versions
+from ditf.runtime.staging import staged
 
 Report = Callable[[str], None]
 
@@ -122,7 +122,9 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         described["gates"] = gate_counts(made.graph.trunk)
     if plan.precision.recipe.exceptions():
         described["subnormal_weights"] = subnormal_weights(made.graph.trunk)
-    _write_features(folder, plan, made)
+    products = _write_features(folder, plan, made)
+    if plan.precision.compute != torch.float32:
+        described["float32_products"] = products
     _write_conditions(folder, made)
     removed = removed_parts(plan, made)
     del made
@@ -214,8 +216,8 @@ def _run_reference(
     return _Observed(settings, golden, document, found)
 
 
-def _write_features(folder: Path, plan: Plan, made: Specialised) -> None:
-    """features.onnx, and what its program computes on the first golden image."""
+def _write_features(folder: Path, plan: Plan, made: Specialised) -> list[str]:
+    """features.onnx, and what its program computes on the first golden image; its float32 products."""
     dynamic = plan.options.batch == "dynamic"
     batch = DYNAMIC_EXAMPLE if plan.options.batch == "dynamic" else plan.options.batch
     inputs = {"image": torch.zeros((batch, *plan.size, 3), dtype=torch.uint8), **made.feeds[0]}
@@ -227,6 +229,7 @@ def _write_features(folder: Path, plan: Plan, made: Specialised) -> None:
     inputs["image"] = torch.from_numpy(golden_pair(plan.size)[:1].repeat(batch, axis=0))
     with np.load(folder / files.GOLDEN) as golden:
         write_trace(folder / files.TRACE, traced, inputs, golden, plan.grid, plan.options.ensemble)
+    return traced.float32_products
 
 
 def _write_conditions(folder: Path, made: Specialised) -> None:

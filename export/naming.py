@@ -48,7 +48,8 @@ def name_values(model: ir.Model) -> dict[str, str]:
 def _scope(node: ir.Node) -> str:
     """Path of the module that a node belongs to."""
     listed = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
-    return listed[-2] if len(listed) > 1 else ""
+    scope = listed[-2] if len(listed) > 1 else ""
+    return "" if scope.startswith("_empty") else scope  # torch's word for none
 
 
 def _unique(base: str, taken: Counter[str]) -> str:

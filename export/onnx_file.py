@@ -28,10 +28,12 @@ class Traced:
 
     Attributes:
         names: {node of the program: value in the file}.
+        float32_products: names of the file's matrix products in float32.
     """
 
     program: torch.export.ExportedProgram
     names: dict[str, str]
+    float32_products: list[str]
 
 
 def check_opset(opset: int) -> None:
@@ -79,10 +81,12 @@ def write_onnx(
         assert program is not None
         assert program.exported_program is not None
         names = name_values(program.model)
+        products = [node for node in program.model.graph if node.op_type in ("MatMul", "Gemm")]
+        wide = [str(node.name) for node in products if node.outputs[0].dtype == ir.DataType.FLOAT]
         _strip_metadata(program.model)
         program.save(path, external_data=any(True for _ in module.parameters()))
         check_onnx(path, opset)
-    return Traced(program.exported_program, names)
+    return Traced(program.exported_program, names, wide)
 
 
 def _strip_metadata(model: ir.Model) -> None:

@@ -140,7 +140,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
                 continue
             raise KeyError(f"no field {name!r}")
         value = document[name]
-        if not _conforms(value, hint):
+        if not conforms(value, hint):
             raise TypeError(f"{name} is {value!r:.60}")
         values[name] = tuple(value) if get_origin(hint) is tuple else value
     manifest = Manifest(**values)
@@ -164,16 +164,16 @@ def _check_values(manifest: Manifest) -> None:
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
             raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")
     for condition in manifest.conditions:
-        if not (_conforms(condition.get("name"), str) and _conforms(condition.get("timestep"), int)):
+        if not (conforms(condition.get("name"), str) and conforms(condition.get("timestep"), int)):
             raise ValueError(f"conditions hold {condition!r:.60}")
     if manifest.conditioning != "bake" and not manifest.conditions:
         raise ValueError("conditions are missing")
     for name, entry in manifest.files.items():
-        if not (_conforms(entry.get("bytes"), int) and _conforms(entry.get("sha256"), str)):
+        if not (conforms(entry.get("bytes"), int) and conforms(entry.get("sha256"), str)):
             raise ValueError(f"files[{name!r}] is {entry!r:.60}")
 
 
-def _conforms(value: Any, hint: Any) -> bool:
+def conforms(value: Any, hint: Any) -> bool:
     """Whether a JSON value is of an annotated type (a tuple is a JSON list of its length)."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
@@ -181,15 +181,15 @@ def _conforms(value: Any, hint: Any) -> bool:
     if origin is Literal:
         return value in arguments
     if origin is Union:
-        return any(_conforms(value, argument) for argument in arguments)
+        return any(conforms(value, argument) for argument in arguments)
     if origin is tuple:
         return (
-            isinstance(value, list) and len(value) == len(arguments) and all(map(_conforms, value, arguments))
+            isinstance(value, list) and len(value) == len(arguments) and all(map(conforms, value, arguments))
         )
     if origin is list:
-        return isinstance(value, list) and all(_conforms(v, arguments[0]) for v in value)
+        return isinstance(value, list) and all(conforms(v, arguments[0]) for v in value)
     if origin is dict:
-        return isinstance(value, dict) and all(_conforms(v, arguments[1]) for v in value.values())
+        return isinstance(value, dict) and all(conforms(v, arguments[1]) for v in value.values())
     if hint is float:
         return isinstance(value, (int, float)) and not isinstance(value, bool)
     return type(value) is hint

@@ -35,7 +35,7 @@ def test_the_contracts_hold(root):
         ("runtime/images.py", "import torch"),
         ("calib/parity.py", "import ditf.engines"),
         ("calib/channels.py", "import torch"),
-        ("engines/tensorrt_rtx.py", "import ditf.export"),
+        ("engines/build.py", "import ditf.export"),
         ("ditf/cli/check.py", "import torch"),
     ],
 )

@@ -112,6 +112,24 @@ def stages(total: int) -> Iterator[Callable[[str], None]]:
             yield lambda stage: progress.update(task, description=stage, advance=1)
 
 
+@contextmanager
+def steps() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress of work that counts its own steps: a bar on a terminal, nothing in a log or with --quiet.
+
+    Yields a function to call with a description, the steps done and the steps in all.
+    """
+    if state.quiet or not sys.stderr.isatty():
+        yield lambda phase, done, total: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
+
+
 def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
     """Reject outputs that cannot be written, before the work starts.
 

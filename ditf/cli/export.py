@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 
 import typer
 
+from ditf.cli.build import TargetOption, build_targets
 from ditf.cli.console import (
     JsonOption,
     QuietOption,
@@ -21,6 +22,7 @@ from ditf.cli.console import (
     state,
     write_json,
 )
+from ditf.engines.flavour import choose
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
 
@@ -102,6 +104,8 @@ def export(
         Optional[Path],
         typer.Option("--output", "-o", metavar="DIR", help="bundles/<model>-l<k>-<precision> by default."),
     ] = None,
+    build: Annotated[bool, typer.Option("--build", help="Then build an engine, as ditf build does.")] = False,
+    target: TargetOption = None,
     json_file: JsonOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -136,6 +140,10 @@ def export(
         "command": state.command,
     }
     options = options_of(values)
+    if target is not None and not build:
+        raise InputError("--target is of an engine", "add --build")
+    if build:
+        choose("auto")  # or fail before the long work
     with needs_exporter():
         from ditf.export.pretrained import quieten_libraries
 
@@ -151,7 +159,16 @@ def export(
         f"{path}: {manifest.layer_name}, {manifest.precision}, {height}x{width} px ->"
         f" {manifest.channels}x{manifest.grid[0]}x{manifest.grid[1]}, {size_text}"
     )
-    write_json(json_file, {"bundle": str(path), "layer": manifest.layer, "layer_name": manifest.layer_name})
+    built = build_targets(Bundle.open(path), "auto", target) if build else []
+    write_json(
+        json_file,
+        {
+            "bundle": str(path),
+            "layer": manifest.layer,
+            "layer_name": manifest.layer_name,
+            "engines": [str(one.folder) for one in built],
+        },
+    )
 
 
 def options_of(values: dict[str, Any]) -> ExportOptions:

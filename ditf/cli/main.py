@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn, Optional
 import typer
 
 import ditf
-from ditf.cli import calibrate, check, doctor, export, features, inspect, match
+from ditf.cli import build, calibrate, check, doctor, export, features, inspect, match
 from ditf.cli.console import state
 from ditf.runtime.errors import DitfError
 
@@ -32,6 +32,8 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("export")(export.export)
+app.command("build")(build.build)
+app.add_typer(build.engines, name="engines")
 app.command("calibrate")(calibrate.calibrate)
 app.command("check")(check.check)
 app.command("match")(match.match)

@@ -102,7 +102,11 @@ def load_backend(name: str) -> Backend:
 
 def _named(name: str) -> tuple[str, Backend, str]:
     if name in PLANNED:
-        raise MissingComponent(f"backend {name} is not in this version of ditf", "use --backend onnxruntime")
+        raise MissingComponent(
+            f"{name} engines are built by this version of ditf, but not run: that needs an NVIDIA driver"
+            " and a backend that is to come",
+            "use --backend onnxruntime",
+        )
     if name not in BACKENDS:
         raise InputError(f"unknown backend {name!r}", f"choose auto or {', '.join(BACKENDS)}")
     module = load_backend(name)

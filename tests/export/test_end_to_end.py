@@ -8,13 +8,13 @@ import pytest
 import ditf
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, worst
-from ditf.engines.tensorrt_rtx import build_engine
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import encode
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
 from ditf.export.plan import make_plan
 from ditf.export.reference import FeatureSettings, Reference
+from tests.engines.rtx import build_engine
 from tests.export.parity import family_named, subjects
 
 BUNDLES = [

@@ -8,10 +8,10 @@ import pytest
 
 from ditf.calib.bisect import bisect
 from ditf.calib.onnx_twin import widened
-from ditf.engines.tensorrt_rtx import build_engine
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
 from ditf.runtime.bundle import Bundle
+from tests.engines.rtx import build_engine
 from tests.export.parity import family_named, subjects
 
 CASES = [

@@ -13,7 +13,6 @@ from onnx import numpy_helper
 
 from ditf.calib.parity import feature_parity
 from ditf.calib.recipe import Recipe
-from ditf.engines.tensorrt_rtx import build_engine
 from ditf.export.exporter import export_bundle
 from ditf.export.graph.layers import Linear
 from ditf.export.graph.precision import FLOAT32, INT8
@@ -23,6 +22,7 @@ from ditf.export.specialise import specialise
 from ditf.runtime.errors import InputError
 from ditf.runtime.manifest import read_manifest
 from tests.checkpoints import planted
+from tests.engines.rtx import build_engine
 from tests.export.parity import SETTINGS, subjects
 from tests.export.parity import family_named as family_of
 from tests.export.test_ranges import Measured

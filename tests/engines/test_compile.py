@@ -5,9 +5,9 @@ from __future__ import annotations
 import onnx
 import pytest
 
-from ditf.engines.tensorrt_rtx import build_engine
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.manifest import read_manifest
+from tests.engines.rtx import build_engine
 
 
 def match_profile(bundle):

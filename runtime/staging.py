@@ -13,18 +13,22 @@ from ditf.runtime.manifest import NAME as MANIFEST
 
 
 @contextmanager
-def staged(target: Path) -> Iterator[Path]:
+def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
     """A temporary sibling of `target` that takes its place when the block ends well.
 
-    An existing bundle at `target` is replaced whole, its engines included; whatever goes wrong, it is
+    What is at `target` is replaced whole, of a bundle its engines included; whatever goes wrong, it is
     kept as it was and the temporary directory is removed. What a killed process left is removed by
     the next one.
 
+    Args:
+        marker: the file that shows that `target` may be replaced: of a bundle its manifest.
+
     Raises:
-        InputError: `target` exists and is no bundle, or its parent cannot be written.
+        InputError: `target` exists without the marker, or its parent cannot be written.
     """
-    if target.exists() and not (target / MANIFEST).is_file():
-        raise InputError(f"{target} exists and is not a bundle", "choose another --output, or move it away")
+    if target.exists() and not (target / marker).is_file():
+        what = "is not a bundle" if marker == MANIFEST else f"has no {marker}"
+        raise InputError(f"{target} exists and {what}", "choose another --output, or move it away")
     temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

@@ -8,8 +8,8 @@ import sys
 
 import pytest
 
-from ditf.export.staging import staged
 from ditf.runtime.errors import InputError
+from ditf.runtime.staging import staged
 
 
 def make_bundle(path, text):

@@ -1,0 +1,196 @@
+"""`ditf build` and `ditf engines`: engines for the GPU that is here, or ahead of time."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Annotated, Any, Optional
+
+import typer
+
+from ditf.cli.console import (
+    BundleArgument,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    bytes_text,
+    check_writable,
+    say,
+    show,
+    steps,
+    table,
+    write_json,
+)
+from ditf.engines.build import Built, prune
+from ditf.engines.build import build as build_bundle
+from ditf.engines.compile import BuildOptions
+from ditf.engines.flavour import choose
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.engines import engine_folders, read_record
+from ditf.runtime.errors import BundleError, InputError
+
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
+
+TargetOption = Annotated[
+    Optional[str],
+    typer.Option(
+        metavar="sm_89,...|portable",
+        help="GPUs to build for ahead of time (tensorrt-rtx); portable by default.",
+    ),
+]
+
+
+def build(
+    bundle: BundleArgument,
+    backend: Annotated[
+        str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx", help="What builds; auto says which.")
+    ] = "auto",
+    target: TargetOption = None,
+    batch: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="N|MIN,USUAL,MAX", help="Of a bundle exported with --batch dynamic; 1 by default."
+        ),
+    ] = None,
+    level: Annotated[
+        Optional[int], typer.Option(min=0, max=5, help="Builder optimisation level; TensorRT's default.")
+    ] = None,
+    workspace: Annotated[
+        Optional[str],
+        typer.Option(metavar="BYTES", help="Scratch memory on the GPU, such as 2GB; all of it."),
+    ] = None,
+    hardware_compatible: Annotated[
+        bool, typer.Option("--hardware-compatible", help="For Ampere and newer, not this GPU alone.")
+    ] = False,
+    version_compatible: Annotated[
+        bool, typer.Option("--version-compatible", help="For newer versions of TensorRT too.")
+    ] = False,
+    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan without weights.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Build TensorRT engines of a bundle: the second time there is nothing to do."""
+    check_writable(json_file, inputs=(bundle,))
+    opened = Bundle.open(bundle)
+    sizes = _parse_batch(batch)
+    options = {
+        "level": level,
+        "workspace": None if workspace is None else parse_bytes(workspace),
+        "hardware_compatible": hardware_compatible,
+        "version_compatible": version_compatible,
+        "strip_weights": strip_weights,
+    }
+    built = build_targets(opened, backend, target, sizes, options, force)
+    write_json(json_file, {"bundle": str(bundle), "engines": [_document(one) for one in built]})
+
+
+def build_targets(
+    bundle: Bundle,
+    backend: str,
+    target: Optional[str],
+    batch: Sequence[int] = (),
+    options: Optional[dict[str, Any]] = None,
+    force: bool = False,
+) -> list[Built]:
+    """Build for every target of a comma-separated list, and say what came of it."""
+    flavour, trt = choose(backend)
+    say(f"{flavour.name} {trt.__version__}" + (" (auto)" if backend == "auto" else ""))
+    built = []
+    for one in [None] if target is None else target.split(","):
+        with steps() as step:
+            settings = BuildOptions(target=one, **(options or {}))
+            made = build_bundle(bundle, flavour, trt, settings, batch, force, say, step)
+        record = made.record
+        plans = ", ".join(f"{name} {bytes_text(plan['bytes'])}" for name, plan in record.plans.items())
+        took = "was there" if made.reused else f"built in {sum(record.seconds.values()):.1f} s"
+        left = "".join(f"; no {name}: {why}" for name, why in record.left_out.items())
+        show(f"{made.folder}: {plans}, {took}{left}")
+        built.append(made)
+    return built
+
+
+engines = typer.Typer(help="List a bundle's engines, or remove those that do not fit.", add_completion=False)
+
+
+@engines.command("list")
+def list_engines(
+    bundle: BundleArgument,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """What engines a bundle has, for which GPU and version, and whether they are of its graphs."""
+    check_writable(json_file, inputs=(bundle,))
+    opened = Bundle.open(bundle)
+    rows: list[tuple[str, ...]] = [("engine", "built with", "for", "batch", "bytes", "state")]
+    document = []
+    for folder in engine_folders(opened.path):
+        try:
+            record = read_record(folder)
+        except BundleError as error:
+            rows.append((folder.name, "", "", "", "", error.problem))
+            document.append({"key": folder.name, "state": error.problem})
+            continue
+        state = record.stale(opened) or "fits the bundle"
+        size = sum(plan["bytes"] for plan in record.plans.values())
+        where = record.target or record.gpu or ""
+        batch = ",".join(map(str, dict.fromkeys(record.batch)))
+        rows.append(
+            (folder.name, f"{record.flavour} {record.version}", where, batch, bytes_text(size), state)
+        )
+        document.append({"key": record.key, "state": state, "target": where, "bytes": size})
+    show(table(rows) if len(rows) > 1 else f"{bundle} has no engines; build one: ditf build {bundle}")
+    write_json(json_file, {"bundle": str(bundle), "engines": document})
+
+
+@engines.command("prune")
+def prune_engines(
+    bundle: BundleArgument,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Remove engines that are damaged, or of other graphs than the bundle's."""
+    check_writable(json_file, inputs=(bundle,))
+    opened = Bundle.open(bundle)
+    removed = prune(opened, engine_folders(opened.path))
+    for folder, why in removed:
+        show(f"removed {folder}: {why}")
+    if not removed:
+        show("nothing to remove")
+    write_json(
+        json_file, {"bundle": str(bundle), "removed": [{"key": f.name, "why": why} for f, why in removed]}
+    )
+
+
+def parse_bytes(text: str) -> int:
+    """A size such as "2GB" or "500M"; powers of ten.
+
+    Raises:
+        InputError: not a size.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.lower())
+    if not match or float(match[1]) == 0:
+        raise InputError(f"size {text!r} is not a number of bytes", "for example 2GB")
+    return int(float(match[1]) * _UNITS[match[2]])
+
+
+def _parse_batch(text: Optional[str]) -> tuple[int, ...]:
+    if text is None:
+        return ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(f"--batch {text!r} is not numbers", "for example --batch 1,4,8") from None
+
+
+def _document(built: Built) -> dict[str, Any]:
+    return {
+        "folder": str(built.folder),
+        "reused": built.reused,
+        "plans": built.record.plans,
+        "seconds": built.record.seconds,
+        "peak_bytes": built.record.peak_bytes,
+    }

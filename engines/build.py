@@ -1,0 +1,258 @@
+"""`ditf build`: a bundle's graphs become an engine, once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
+from ditf.engines.flavour import PORTABLE, TARGETS, Flavour
+from ditf.engines.gpu import gpu_name
+from ditf.engines.network import LayerType, Profile, audit
+from ditf.engines.timing_cache import TimingCache, cache_path
+from ditf.runtime.bundle import FEATURES, MATCH, Bundle, sha256
+from ditf.runtime.engines import (
+    ENGINES,
+    FEATURES_PLAN,
+    MATCH_PLAN,
+    RECORD,
+    SCHEMA,
+    EngineRecord,
+    read_record,
+    sources,
+)
+from ditf.runtime.errors import BundleError, InputError, MissingComponent
+from ditf.runtime.staging import staged
+
+POINTS = (1, 64, 1024)
+IMAGE_SIDES = (1, 640, 4096)
+"""Ranges of match.plan: points, and rows or columns of the target image; smallest, usual, largest."""
+
+_NO_FLOAT32_PRODUCTS = "sm_75"  # TensorRT-RTX has no float32 GEMM for it
+
+
+@dataclass(frozen=True)
+class Built:
+    """An engine on disk, and whether it was there before."""
+
+    folder: Path
+    record: EngineRecord
+    reused: bool
+
+
+def build(
+    bundle: Bundle,
+    flavour: Flavour,
+    trt: Any,
+    options: BuildOptions,
+    batch: Sequence[int] = (),
+    force: bool = False,
+    report: Report = lambda line: None,
+    step: Step = lambda phase, done, total: None,
+) -> Built:
+    """Build features.plan and match.plan of a bundle, or find them.
+
+    Args:
+        bundle: its files are verified first.
+        trt: the flavour's module.
+        batch: smallest, usual and largest, or one for all, of a bundle with a dynamic batch.
+        force: build again what is there.
+        report: called with what the work is at; step: with how far the compiler is.
+
+    Raises:
+        DitfError: options that do not fit the bundle, no GPU for a flavour that needs one, a graph that is
+            refused, a network whose types are not the bundle's, a full disk.
+    """
+    sizes = _batch(bundle, batch)
+    target = _target(flavour, options)
+    gpu = gpu_name() if target == "" else None
+    key = engine_key(bundle, flavour, trt.__version__, target, gpu, sizes, options)
+    folder = bundle.path / ENGINES / key
+    if not force and folder.is_dir():
+        try:
+            record = read_record(folder)
+            verify_plans(folder, record)
+            return Built(folder, record, reused=True)
+        except BundleError as error:
+            report(f"{error.problem}: building it again")
+    bundle.verify(bundle.manifest.files)
+    cache = None
+    if not flavour.ahead and gpu is not None:
+        cache = TimingCache(cache_path(flavour.name, trt.__version__, gpu))
+    with staged(folder, RECORD) as temporary:
+        plans, left_out, seconds = {}, {}, {}
+        for plan, onnx, profiles in (
+            (FEATURES_PLAN, FEATURES, _features_profiles(bundle, sizes)),
+            (MATCH_PLAN, MATCH, [_match_profile(bundle)]),
+        ):
+            if plan == MATCH_PLAN and target == _NO_FLOAT32_PRODUCTS:
+                left_out[plan] = f"{flavour.name} has no float32 products for {target}: numpy matches"
+                continue
+            report(f"{plan} for {target or gpu}")
+            start = time.perf_counter()
+
+            def check(layers: tuple[LayerType, ...], onnx: str = onnx) -> None:
+                if onnx == FEATURES:
+                    recipe = bundle.manifest.recipe
+                    audit(layers, bundle.manifest.precision, recipe.get("float32_products", []))
+
+            try:
+                compiled = compile_plan(trt, bundle.path / onnx, options, profiles, check, cache, step)
+            except BundleError as error:
+                raise _explained(error, bundle, target) from error
+            (temporary / plan).write_bytes(compiled.plan)
+            seconds[plan] = round(time.perf_counter() - start, 3)
+            plans[plan] = {"bytes": len(compiled.plan), "sha256": sha256(temporary / plan)}
+        record = EngineRecord(
+            schema=SCHEMA,
+            key=key,
+            flavour=flavour.name,
+            version=trt.__version__,
+            target=target,
+            gpu=gpu,
+            onnx=sources(bundle),
+            batch=list(sizes),
+            options=options.to_json(),
+            plans=plans,
+            left_out=left_out,
+            seconds=seconds,
+            peak_bytes=_peak_bytes(),
+        )
+        (temporary / RECORD).write_text(record.to_json(), "utf-8")
+    if cache is not None and cache.warning:
+        report(f"warning: {cache.warning}")
+    return Built(folder, record, reused=False)
+
+
+def engine_key(
+    bundle: Bundle,
+    flavour: Flavour,
+    version: str,
+    target: str,
+    gpu: str | None,
+    batch: Sequence[int],
+    options: BuildOptions,
+) -> str:
+    """Name of the engine: readable, and different wherever anything that matters is."""
+    matters = [sources(bundle), flavour.name, version, target, gpu, list(batch), options.to_json()]
+    digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:8]
+    where = target or "".join(c if c.isalnum() else "-" for c in (gpu or "gpu").lower())
+    return f"{flavour.name}-{version}-{where}-b{'-'.join(map(str, dict.fromkeys(batch)))}-{digest}"
+
+
+def verify_plans(folder: Path, record: EngineRecord) -> None:
+    """Check an engine's plans against its record, before anything deserialises them.
+
+    Raises:
+        BundleError: one is missing, truncated, or another's.
+    """
+    for name, listed in record.plans.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing", "build it again: ditf build --force")
+        size = path.stat().st_size
+        if size != listed["bytes"]:
+            word = "truncated" if size < listed["bytes"] else "longer than it was"
+            raise BundleError(f"{path} is {word}", "build it again: ditf build --force")
+        if sha256(path) != listed["sha256"]:
+            raise BundleError(f"{path} is not the plan that was built", "build it again: ditf build --force")
+
+
+def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
+    """Remove engines that no build of this bundle made, or that are damaged; what and why."""
+    removed = []
+    for folder in folders:
+        try:
+            record = read_record(folder)
+            verify_plans(folder, record)
+            why = record.stale(bundle)
+        except BundleError as error:
+            why = error.problem
+        if why:
+            shutil.rmtree(folder)
+            removed.append((folder, why))
+    return removed
+
+
+def _batch(bundle: Bundle, batch: Sequence[int]) -> tuple[int, int, int]:
+    own = bundle.manifest.batch
+    if own != "dynamic":
+        if batch and set(batch) != {own}:
+            raise InputError(
+                f"--batch does not fit: this bundle's batch is {own}", "export it with --batch dynamic"
+            )
+        return (own, own, own)
+    sizes = tuple(batch) or (1,)
+    if list(sizes) != sorted(sizes) or len(sizes) not in (1, 3) or sizes[0] < 1:
+        raise InputError(
+            f"--batch {','.join(map(str, sizes))} is neither one size nor smallest, usual and largest",
+            "for example --batch 1,4,8",
+        )
+    return (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+
+
+def _target(flavour: Flavour, options: BuildOptions) -> str:
+    """The target, checked: "" is the GPU that is here."""
+    if flavour.ahead:
+        target = options.target or PORTABLE
+        if target not in (*TARGETS, PORTABLE):
+            raise InputError(f"unknown target {target!r}", f"choose {', '.join((*TARGETS, PORTABLE))}")
+        return target
+    if options.target is not None:
+        raise InputError(
+            f"{flavour.name} builds for the GPU that is here",
+            "leave --target out, or use --backend tensorrt-rtx",
+        )
+    if gpu_name() is None:
+        raise MissingComponent(
+            f"{flavour.name} builds on the GPU that will run the engine, and there is no driver here",
+            "build on the device, or ahead of time with --backend tensorrt-rtx --target",
+        )
+    return ""
+
+
+def _features_profiles(bundle: Bundle, sizes: tuple[int, int, int]) -> list[Profile]:
+    if bundle.manifest.batch != "dynamic":
+        return []
+    height, width = bundle.manifest.size
+    smallest, usual, largest = ((size, height, width, 3) for size in sizes)
+    return [{"image": (smallest, usual, largest)}]
+
+
+def _match_profile(bundle: Bundle) -> Profile:
+    h, w = bundle.manifest.grid
+
+    def over(sizes: tuple[int, int, int], cells: int) -> tuple[tuple[int, int], ...]:
+        return tuple((size, cells) for size in sizes)
+
+    return {
+        "point_rows": over(POINTS, h),  # type: ignore[dict-item]
+        "point_columns": over(POINTS, w),  # type: ignore[dict-item]
+        "rows": over(IMAGE_SIDES, h),  # type: ignore[dict-item]
+        "columns": over(IMAGE_SIDES, w),  # type: ignore[dict-item]
+    }
+
+
+def _explained(error: BundleError, bundle: Bundle, target: str) -> BundleError:
+    """A refusal with what is known of its cause."""
+    if target == _NO_FLOAT32_PRODUCTS:
+        kept = bundle.manifest.recipe.get("float32_products", [])
+        what = f"{kept[0]} is one" if kept else "this bundle is float32"
+        return BundleError(
+            f"TensorRT-RTX has no float32 products for {target}, and {what} ({error.problem})",
+            "export with --precision fp16, or build on the device with TensorRT",
+        )
+    return error
+
+
+def _peak_bytes() -> int:
+    """The largest this process has been."""
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

@@ -1,0 +1,158 @@
+"""A parsed network becomes a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ditf.engines.flavour import PORTABLE, TARGETS, has
+from ditf.engines.network import LayerType, Network, Profile
+from ditf.engines.timing_cache import TimingCache
+from ditf.runtime.errors import BundleError, InputError, MissingComponent
+
+Report = Callable[[str], None]
+Step = Callable[[str, int, int], None]
+"""Called with what the compiler is at, steps done, and steps in all."""
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """How plans are compiled.
+
+    Attributes:
+        target: compute capability such as "sm_89", or "portable"; None is the GPU that is here.
+        level: TensorRT's builder optimisation level, 0..5; None is its default.
+        workspace: bytes of scratch memory on the GPU; None is all of it.
+        hardware_compatible: runs on Ampere and newer; version_compatible: on newer versions of TensorRT.
+        strip_weights: a plan without weights, to be refitted from the bundle.
+    """
+
+    target: str | None = None
+    level: int | None = None
+    workspace: int | None = None
+    hardware_compatible: bool = False
+    version_compatible: bool = False
+    strip_weights: bool = False
+
+    def to_json(self) -> dict[str, Any]:
+        """What was asked for beside the target."""
+        return {name: value for name, value in asdict(self).items() if value and name != "target"}
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A plan's bytes, and the network it was compiled from."""
+
+    plan: bytes
+    layers: tuple[LayerType, ...]
+
+
+def compile_plan(
+    trt: Any,
+    onnx: Path,
+    options: BuildOptions,
+    profiles: Sequence[Profile] = (),
+    check: Callable[[tuple[LayerType, ...]], None] = lambda layers: None,
+    cache: TimingCache | None = None,
+    step: Step = lambda phase, done, total: None,
+) -> Compiled:
+    """Parse and compile a graph, strongly typed.
+
+    Args:
+        profiles: ranges of dynamic inputs.
+        check: called with the parsed network's layers before the long work starts.
+        step: called as the compiler's outermost phase goes on.
+
+    Raises:
+        InputError: unknown target.
+        MissingComponent: this version cannot do what is asked for.
+        BundleError: the parser or the compiler refuses the graph; holds their first message.
+    """
+    network = Network(trt, onnx)
+    layers = network.layers
+    check(layers)
+    config = network.builder.create_builder_config()
+    _set_target(trt, config, options.target)
+    _set_options(trt, config, options)
+    for profile in profiles:
+        shapes = network.builder.create_optimization_profile()
+        for name, (smallest, usual, largest) in profile.items():
+            shapes.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(shapes)
+    if has(trt, "IProgressMonitor"):
+        config.progress_monitor = _monitor(trt, step)
+    if cache is not None:
+        cache.attach(config)
+    plan = network.builder.build_serialized_network(network.network, config)
+    if plan is None:  # there is no exception
+        raise BundleError(
+            f"{trt.__name__} cannot compile {onnx.name} for {options.target or 'this GPU'}"
+            f" ({network.log.last})"
+        )
+    if cache is not None:
+        cache.keep(config)
+    return Compiled(bytes(plan), layers)
+
+
+def _set_target(trt: Any, config: Any, target: str | None) -> None:
+    if target is None or target == PORTABLE:
+        return
+    if target not in TARGETS:
+        raise InputError(f"unknown target {target!r}", f"choose {', '.join((*TARGETS, PORTABLE))}")
+    capability = target.replace("_", "").upper()
+    ahead = has(trt, "IBuilderConfig.num_compute_capabilities")
+    ahead = ahead and has(trt, "IBuilderConfig.set_compute_capability")
+    if not (ahead and has(trt, f"ComputeCapability.{capability}")):
+        raise MissingComponent(
+            f"{trt.__name__} {trt.__version__} builds for the GPU that is there, not for {target}",
+            "leave --target out, or use --backend tensorrt-rtx",
+        )
+    config.num_compute_capabilities = 1
+    config.set_compute_capability(getattr(trt.ComputeCapability, capability), 0)
+
+
+def _set_options(trt: Any, config: Any, options: BuildOptions) -> None:
+    if options.level is not None:
+        config.builder_optimization_level = options.level
+    if options.workspace is not None:
+        config.set_memory_pool_limit(trt.MemoryPoolType.WORKSPACE, options.workspace)
+    if options.hardware_compatible:
+        _require(trt, "HardwareCompatibilityLevel.AMPERE_PLUS", "--hardware-compatible")
+        config.hardware_compatibility_level = trt.HardwareCompatibilityLevel.AMPERE_PLUS
+    if options.version_compatible:
+        _require(trt, "BuilderFlag.VERSION_COMPATIBLE", "--version-compatible")
+        config.set_flag(trt.BuilderFlag.VERSION_COMPATIBLE)
+    if options.strip_weights:
+        _require(trt, "BuilderFlag.STRIP_PLAN", "--strip-weights")
+        config.set_flag(trt.BuilderFlag.STRIP_PLAN)
+
+
+def _require(trt: Any, name: str, flag: str) -> None:
+    if not has(trt, name):
+        raise MissingComponent(f"{trt.__name__} {trt.__version__} has no {flag}", f"leave {flag} out")
+
+
+def _monitor(trt: Any, step: Step) -> Any:
+    """Follows the builder's outermost phase: there are hundreds of inner ones."""
+
+    class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.IProgressMonitor.__init__(self)
+            self.totals: dict[str, int] = {}
+
+        def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
+            if parent_phase is None:
+                self.totals[phase_name] = num_steps
+                step(phase_name, 0, num_steps)
+
+        def step_complete(self, phase_name: str, done: int) -> bool:
+            if phase_name in self.totals:
+                step(phase_name, done + 1, self.totals[phase_name])
+            return True
+
+        def phase_finish(self, phase_name: str) -> None:
+            pass
+
+    return Monitor()

@@ -1,0 +1,119 @@
+"""Parsing an ONNX file with TensorRT, and looking at what came of it before anything is built."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditf.runtime.errors import BundleError, GateFailed
+from ditf.runtime.manifest import HIDDEN_STATES
+
+Shape = tuple[int, ...]
+Profile = Mapping[str, tuple[Shape, Shape, Shape]]
+"""{input: (smallest, usual, largest shape)} for inputs with dynamic dimensions."""
+
+_SHORT = {"float16": "HALF", "bfloat16": "BF16", "int8": "HALF"}
+
+
+@dataclass(frozen=True)
+class LayerType:
+    """A layer of the parsed network.
+
+    Attributes:
+        name: of the node that it came from; kind: its type.
+        value: name of its first output; dtype: that output's type.
+    """
+
+    name: str
+    kind: str
+    value: str
+    dtype: str
+
+
+class Network:
+    """A parsed network and its builder.
+
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+        onnx: the graph; its weights lie beside it.
+
+    Raises:
+        BundleError: the parser refuses the graph; holds its first message.
+    """
+
+    def __init__(self, trt: Any, onnx: Path) -> None:
+        self.log = _Log(trt)
+        self.builder = trt.Builder(self.log.logger)
+        self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        parser = trt.OnnxParser(self.network, self.log.logger)
+        if not parser.parse_from_file(str(onnx)):
+            reason = _parse_error(parser) or self.log.last
+            raise BundleError(f"{trt.__name__} cannot parse {onnx.name} ({reason})")
+
+    @property
+    def layers(self) -> tuple[LayerType, ...]:
+        """In the network's order; those without an output are left out."""
+        found = []
+        for index in range(self.network.num_layers):
+            layer = self.network.get_layer(index)
+            if layer.num_outputs:
+                output = layer.get_output(0)
+                found.append(LayerType(layer.name, layer.type.name, output.name, output.dtype.name))
+        return tuple(found)
+
+
+def audit(layers: Collection[LayerType], precision: str, float32_products: Collection[str]) -> None:
+    """Check that a features network has the types its bundle promises.
+
+    Args:
+        precision: of the bundle.
+        float32_products: names of the products that are float32 by the bundle's recipe.
+
+    Raises:
+        GateFailed: names the layer: a product that is not 16-bit, or a residual or norm that is.
+    """
+    short = _SHORT.get(precision)
+    if short is None:
+        return
+    kept = set(float32_products)
+    for one in layers:
+        wanted = None
+        if one.kind == "MATRIX_MULTIPLY" and one.name.startswith("trunk.") and one.name not in kept:
+            wanted = short
+        elif one.kind == "NORMALIZATION" or one.value.startswith(HIDDEN_STATES):
+            wanted = "FLOAT"
+        if wanted is not None and one.dtype != wanted:
+            raise GateFailed(
+                f"the parsed network computes {one.name} in {one.dtype}, and {precision} means {wanted}",
+                "export the bundle again",
+            )
+    if precision == "int8" and not any(one.kind == "QUANTIZE" for one in layers):
+        raise GateFailed("the parsed network of an int8 bundle quantises nothing", "export the bundle again")
+
+
+def _parse_error(parser: Any) -> str:
+    """The first error, with the operator it is about; "" if the parser kept none."""
+    if not parser.num_errors:
+        return ""
+    error = parser.get_error(0)
+    return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
+
+
+class _Log:
+    """Keeps TensorRT's last error message instead of printing it."""
+
+    def __init__(self, trt: Any) -> None:
+        log = self
+        self.last = "no message"
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.Severity.ERROR:
+                    log.last = message.split("\n")[0][:300]
+
+        self.logger = Logger()

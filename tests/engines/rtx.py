@@ -1,0 +1,11 @@
+"""TensorRT-RTX as the tests use it: it needs no GPU to build."""
+
+from __future__ import annotations
+
+from ditf.engines.compile import BuildOptions, compile_plan
+from ditf.engines.flavour import load
+
+
+def build_engine(onnx, target=None, profile=None):
+    """A plan and its layers, for a target or any."""
+    return compile_plan(load("tensorrt-rtx"), onnx, BuildOptions(target), [profile] if profile else [])

@@ -1,0 +1,289 @@
+"""`ditf build` on a machine with no GPU: real TensorRT-RTX engines."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from ditf.engines.build import build, engine_key, verify_plans
+from ditf.engines.compile import BuildOptions
+from ditf.engines.flavour import FLAVOURS, TARGETS, choose, has, load
+from ditf.engines.network import LayerType, Network, audit
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.engines import read_record
+from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
+
+RTX = FLAVOURS["tensorrt-rtx"]
+
+
+@pytest.fixture
+def copy(demo_bundle, tmp_path):
+    return Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+
+
+@pytest.fixture(scope="module")
+def built(demo_bundle, tmp_path_factory):
+    """The demo bundle with an engine for sm_89. Read-only."""
+    folder = tmp_path_factory.mktemp("built") / "bundle"
+    bundle = Bundle.open(shutil.copytree(demo_bundle, folder))
+    return bundle, build(bundle, RTX, load("tensorrt-rtx"), BuildOptions("sm_89"))
+
+
+def make(bundle, target="sm_89", **changes):
+    return build(bundle, RTX, load("tensorrt-rtx"), BuildOptions(target), **changes)
+
+
+def test_the_record_says_what_the_engine_is(built):
+    bundle, made = built
+    record = read_record(made.folder)
+    assert record == made.record
+    assert (record.target, record.gpu, record.batch) == ("sm_89", None, [1, 1, 1])
+    assert record.onnx["features.onnx"] == bundle.manifest.files["features.onnx"]["sha256"]
+    assert set(record.plans) == {"features.plan", "match.plan"} == set(record.seconds)
+    assert record.stale(bundle) == ""
+    assert made.folder.name == record.key
+
+
+def test_the_second_time_there_is_nothing_to_do(built):
+    bundle, made = built
+    before = (made.folder / "features.plan").stat().st_mtime_ns
+    again = make(bundle)
+    assert again.reused
+    assert (again.folder / "features.plan").stat().st_mtime_ns == before
+
+
+def test_building_again_gives_the_same_bytes(copy, built):
+    """Of the features. TensorRT-RTX lists the independent casts of match.onnx in an order that changes."""
+    again, before = make(copy, force=True).record.plans, built[1].record.plans
+    assert again["features.plan"] == before["features.plan"]
+    assert again["match.plan"]["bytes"] == before["match.plan"]["bytes"]
+
+
+@pytest.mark.parametrize("target", [*TARGETS, "portable"])
+def test_every_target(copy, target):
+    record = make(copy, target).record
+    assert record.target == target
+    # TensorRT-RTX has no float32 GEMM for Turing: match.plan is left out, with its reason.
+    assert ("match.plan" in record.plans) == (target != "sm_75")
+    assert bool(record.left_out) == (target == "sm_75")
+
+
+def test_a_float32_bundle_for_turing_is_refused_with_its_reason(demo_bundle_float32, tmp_path):
+    bundle = Bundle.open(shutil.copytree(demo_bundle_float32, tmp_path / "bundle"))
+    with pytest.raises(BundleError, match=r"no float32 products for sm_75.*--precision fp16"):
+        make(bundle, "sm_75")
+    assert not (bundle.path / "engines").exists() or not list((bundle.path / "engines").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("fixture", "batch"),
+    [("pixart_bundle", (1, 4, 8)), ("bank_bundle", (2,)), ("live_bundle", ()), ("int8_bundle", ())],
+)
+def test_other_bundles(request, tmp_path, fixture, batch):
+    bundle = Bundle.open(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "bundle"))
+    record = make(bundle, batch=batch).record
+    assert record.batch == [batch[0], batch[len(batch) // 2], batch[-1]] if batch else [1, 1, 1]
+
+
+@pytest.mark.parametrize("batch", [(4, 1), (1, 2), (0,), (1, 2, 3, 4)])
+def test_batches_that_are_none(pixart_bundle, batch):
+    with pytest.raises(InputError, match="neither one size nor smallest"):
+        make(Bundle.open(pixart_bundle), batch=batch)
+
+
+def test_a_batch_for_a_static_bundle(built):
+    with pytest.raises(InputError, match=r"batch is 1.*--batch dynamic"):
+        make(built[0], batch=(1, 4, 8))
+
+
+def test_an_unknown_target(built):
+    with pytest.raises(InputError, match="unknown target 'sm_1'"):
+        make(built[0], "sm_1")
+
+
+def test_the_key_changes_with_everything_that_matters(built):
+    bundle, _ = built
+    options = BuildOptions("sm_89")
+
+    def key(**changes):
+        given = {"version": "1.7", "target": "sm_89", "gpu": None, "batch": (1, 1, 1), "options": options}
+        return engine_key(bundle, RTX, **{**given, **changes})
+
+    others = [
+        key(version="1.8"),
+        key(target="sm_80"),
+        key(batch=(1, 4, 8)),
+        key(options=replace(options, level=5)),
+        key(options=replace(options, strip_weights=True)),
+        key(gpu="Orin"),
+    ]
+    assert len({key(), *others}) == 1 + len(others)
+    assert key() == key()
+
+
+def test_damaged_engines_are_noticed_and_built_again(copy):
+    made = make(copy)
+    plan = made.folder / "features.plan"
+    content = plan.read_bytes()
+    for damage, message in (
+        (content[:-1], "truncated"),
+        (content[:-1] + b"x", "is not the plan that was built"),
+        (content + b"x", "longer"),
+    ):
+        plan.write_bytes(damage)
+        with pytest.raises(BundleError, match=message):
+            verify_plans(made.folder, made.record)
+    assert not make(copy).reused
+    shutil.copy(made.folder / "match.plan", plan)  # another's plan
+    assert not make(copy).reused
+    assert plan.read_bytes() == content
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 9}'])
+def test_a_damaged_record(copy, content):
+    made = make(copy)
+    (made.folder / "engine.json").write_text(content)
+    with pytest.raises(BundleError):
+        read_record(made.folder)
+    assert not make(copy).reused
+
+
+def test_types_that_are_not_the_bundles_fail_before_building(built):
+    bundle, _ = built
+    network = Network(load("tensorrt-rtx"), bundle.path / "features.onnx")
+    layers = list(network.layers)
+    audit(layers, "float16", [])
+    product = next(i for i, one in enumerate(layers) if one.kind == "MATRIX_MULTIPLY")
+    residual = next(i for i, one in enumerate(layers) if one.value == "hidden_states.3")
+    for index, dtype in ((product, "FLOAT"), (residual, "HALF")):
+        changed = [*layers]
+        changed[index] = replace(layers[index], dtype=dtype)
+        with pytest.raises(GateFailed, match=f"computes {layers[index].name} in {dtype}"):
+            audit(changed, "float16", [])
+        audit(changed, "float32", [])
+    audit([replace(layers[product], dtype="FLOAT")], "float16", [layers[product].name])
+    with pytest.raises(GateFailed, match="quantises nothing"):
+        audit([LayerType("trunk.x", "SOFTMAX", "x", "HALF")], "int8", [])
+
+
+def test_a_float32_graph_in_a_float16_bundle_is_refused(copy, demo_bundle_float32):
+    """Signed for: only the network tells."""
+    for name in ("features.onnx", "features.onnx.data"):
+        shutil.copy(demo_bundle_float32 / name, copy.path / name)
+    theirs = json.loads((demo_bundle_float32 / "manifest.json").read_text())["files"]
+    document = json.loads((copy.path / "manifest.json").read_text())
+    document["files"].update({n: theirs[n] for n in ("features.onnx", "features.onnx.data")})
+    (copy.path / "manifest.json").write_text(json.dumps(document))
+    with pytest.raises(GateFailed, match="in FLOAT, and float16 means HALF"):
+        make(Bundle.open(copy.path))
+
+
+def test_full_tensorrt_is_not_here():
+    with pytest.raises(MissingComponent, match=r"tensorrt is not installed; on Jetson it comes with JetPack"):
+        load("tensorrt")
+    with pytest.raises(InputError, match="builds no engines"):
+        load("onnxruntime")
+    assert choose("auto")[0] is RTX
+
+
+@pytest.mark.parametrize(
+    ("code", "message"),
+    [
+        (
+            "raise ImportError('libnvinfer.so.10: cannot open shared object file')",
+            "half installed .*libnvinfer",
+        ),
+        ("", "half installed .*no Builder"),
+    ],
+)
+def test_a_half_installed_tensorrt(tmp_path, monkeypatch, code, message):
+    (tmp_path / "tensorrt.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(MissingComponent, match=message):
+        load("tensorrt")
+    sys.modules.pop("tensorrt", None)
+
+
+def test_what_a_version_lacks_is_asked_for():
+    trt = load("tensorrt-rtx")
+    assert has(trt, "BuilderFlag.STRIP_PLAN")
+    assert not has(trt, "BuilderFlag.FP16")
+    assert not has(trt, "NoSuchClass.NAME")
+
+
+def test_the_command_line(ditf, copy, tmp_path):
+    done = ditf("build", "bundle", "--target", "sm_80,portable", "--json", "build.json")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("built in") == 2
+    report = json.loads((tmp_path / "build.json").read_text())
+    assert [one["reused"] for one in report["engines"]] == [False, False]
+    assert ditf("build", "bundle", "--target", "sm_80").stdout.rstrip().endswith("was there")
+    listed = ditf("engines", "list", "bundle")
+    assert listed.stdout.count("fits the bundle") == 2
+    manifest = json.loads((copy.path / "manifest.json").read_text())
+    manifest["files"]["match.onnx"]["sha256"] = "0" * 64
+    (copy.path / "manifest.json").write_text(json.dumps(manifest))
+    assert "built from another match.onnx" in ditf("engines", "list", "bundle").stdout
+    pruned = ditf("engines", "prune", "bundle")
+    assert pruned.stdout.count("removed") == 2
+    assert "has no engines" in ditf("engines", "list", "bundle").stdout
+    assert "nothing to remove" in ditf("engines", "prune", "bundle").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--backend", "tensorrt"], 3, "tensorrt is not installed"),
+        (["--backend", "onnxruntime"], 2, "builds no engines"),
+        (["--target", "sm_1"], 2, "unknown target"),
+        (["--batch", "one"], 2, "is not numbers"),
+        (["--workspace", "much"], 2, "is not a number of bytes"),
+        (["--level", "9"], 2, "level"),
+    ],
+)
+def test_errors_are_one_line(ditf, copy, arguments, code, message):
+    done = ditf("build", "bundle", *arguments, "--quiet")
+    assert done.returncode == code
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
+def test_running_an_engine_says_what_it_needs(ditf, built):
+    done = ditf("check", built[0].path, "--backend", "tensorrt-rtx", "--quiet")
+    assert done.returncode == 3
+    assert "needs an NVIDIA driver" in done.stderr
+
+
+def test_export_and_build_in_one_go(ditf, tmp_path):
+    done = ditf(
+        "export", "--layer", "2", "--fp16", "--size", "64x64", "-o", "b", "--build", "--target", "sm_89"
+    )
+    assert done.returncode == 0, done.stderr
+    assert "features.plan" in done.stdout
+    assert ditf("export", "--target", "sm_89").returncode == 2
+
+
+def test_a_killed_build_leaves_nothing(copy):
+    command = [sys.executable, "-m", "ditf", "build", str(copy.path), "--target", "sm_89"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        for line in process.stderr:
+            if "features.plan for" in line:
+                break
+        process.send_signal(signal.SIGTERM)
+        process.stderr.read()
+    assert process.returncode in (143, -15)
+    assert make(copy).reused is False  # and clears up what was left, if anything was
+    assert [path.name for path in (copy.path / "engines").iterdir()] == [make(copy).folder.name]
+
+
+def test_two_builds_at_once(copy):
+    command = [sys.executable, "-m", "ditf", "build", str(copy.path), "--target", "sm_89", "-q"]
+    processes = [subprocess.Popen(command) for _ in range(2)]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert make(copy).reused
