@@ -44,6 +44,10 @@ def check(
     plot: Annotated[
         Optional[Path], typer.Option(metavar="PNG", help="Draw errors over the image, cosines, matches.")
     ] = None,
+    polygraphy: Annotated[
+        Optional[Path],
+        typer.Option("--export-polygraphy", metavar="DIR", help="Write golden data as Polygraphy reads it."),
+    ] = None,
     json_file: JsonOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
@@ -63,7 +67,12 @@ def check(
         check_ladder(opened, golden, backend, limits, report)
     if bisect:
         check_bisect(opened, golden, limits, report)
-    if not (ranges or ladder or bisect) or plot is not None:
+    if polygraphy is not None:
+        from ditf.calib.polygraphy_data import export_polygraphy
+
+        for path in export_polygraphy(opened, golden, polygraphy):
+            show(f"wrote {path}")
+    if not (ranges or ladder or bisect or polygraphy) or plot is not None:
         _check_parity(opened, golden, backend, limits, plot, report)
     write_json(
         json_file,

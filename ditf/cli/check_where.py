@@ -13,6 +13,7 @@ from ditf.calib.onnx_twin import widened
 from ditf.calib.parity import gates
 from ditf.cli.console import show, table
 from ditf.runtime.bundle import FEATURES, Bundle
+from ditf.runtime.engines import engine_folders
 from ditf.runtime.runner import FeaturesRunner
 
 _SHOWN = 10  # largest values
@@ -63,8 +64,9 @@ def check_ladder(
         cells = (f"{metrics[name]:.8g}" if name in metrics else "" for name in _COLUMNS)
         verdict = "" if rung.metrics is None else "FAILED" if rung.failed(limits) else "ok"
         rows.append((rung.name, *cells, verdict, rung.note))
-    if not (bundle.path / "engines").is_dir():
-        rows.append(("TensorRT engine", *("" for _ in _COLUMNS), "", "not run: the bundle has none"))
+    engines = engine_folders(bundle.path)
+    why = "this version builds engines, and does not run them" if engines else "the bundle has none"
+    rows.append(("TensorRT engine", *("" for _ in _COLUMNS), "", f"not run: {why}"))
     show(table(rows))
     first = first_off(rungs, limits)
     report.document["ladder"] = {

@@ -16,6 +16,7 @@ from ditf.cli.console import (
     write_json,
 )
 from ditf.runtime.bundle import CONDITIONS, Bundle
+from ditf.runtime.engines import engine_folders
 from ditf.runtime.manifest import Manifest
 
 
@@ -45,6 +46,10 @@ def inspect(
                 ]
             )
         )
+    engines = engine_folders(opened.path)
+    if engines:
+        show("\nengines")
+        show(table([("  " + folder.name,) for folder in engines]))
     show("\nparameters")
     rows: list[tuple[str, ...]] = []
     for part, by_type in manifest.parts.items():
