@@ -155,11 +155,14 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
     try:
         document = json.loads(path.read_text("utf-8"))
         channels = massive_channels(document)
-        read_extents(document)
-        read_maxima(document)
+        if plan.precision.compute != torch.float32:
+            if "ranges" not in document:
+                raise InputError(f"--calibration {path} has no ranges: it is a float32 bundle's", fix)
+            read_extents(document)
+            read_maxima(document)
         if any(not 0 <= channel < plan.family.channels for channel in channels):
             raise ValueError("channels the model does not have")
-    except (OSError, ValueError, KeyError, TypeError, IndexError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
         raise InputError(f"--calibration {path} is no calibration ({error!r:.80})", fix) from error
     wrong = mismatches(document, identity(plan))
     if wrong:

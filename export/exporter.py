@@ -5,8 +5,10 @@ from __future__ import annotations
 import gc
 import json
 import shlex
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +132,8 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     del made
     gc.collect()
     report("tracing the matcher")
-    _write_match(folder / files.MATCH, plan)
+    matcher = _match_onnx(plan.family.channels, plan.grid, plan.output_dtype, options.opset)
+    (folder / files.MATCH).write_bytes(matcher)
     if options.noise == "input":
         np.save(folder / files.NOISE, noise.numpy())
 
@@ -243,9 +246,11 @@ def _write_conditions(folder: Path, made: Specialised) -> None:
         np.savez(folder / files.CONDITIONS, allow_pickle=False, **arrays)
 
 
-def _write_match(path: Path, plan: Plan) -> None:
-    h, w = plan.grid
-    features = torch.zeros((1, plan.family.channels, h, w), dtype=plan.output_dtype)
+@lru_cache(maxsize=8)
+def _match_onnx(channels: int, grid: tuple[int, int], dtype: torch.dtype, opset: int) -> bytes:
+    """match.onnx, which has no weights: the same for every layer of a model, and traced once a process."""
+    h, w = grid
+    features = torch.zeros((1, channels, h, w), dtype=dtype)
     height, width, points = 48, 40, 5  # examples: these dimensions are dynamic
     tensors = (
         features,
@@ -264,6 +269,7 @@ def _write_match(path: Path, plan: Plan) -> None:
         "rows": {0: torch.export.Dim("height")},
         "columns": {0: torch.export.Dim("width")},
     }
-    write_onnx(
-        MatchGraph(), dict(zip(INPUTS, tensors, strict=True)), OUTPUTS, path, plan.options.opset, shapes
-    )
+    with tempfile.TemporaryDirectory(prefix="ditf-match-") as folder:
+        path = Path(folder) / files.MATCH
+        write_onnx(MatchGraph(), dict(zip(INPUTS, tensors, strict=True)), OUTPUTS, path, opset, shapes)
+        return path.read_bytes()

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 import re
+import shlex
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -31,19 +32,19 @@ def workplace(tmp_path_factory, root, tiny_pixart):
     return folder
 
 
-def test_shell_and_python_blocks(root, workplace):
-    """One shell for all of them, as a reader has; `make` and `pip` lines are run by CI itself."""
+def test_shell_and_python_blocks(root, workplace, monkeypatch):
+    """In the order of the page, in one process: each `ditf` alone would import torch for seconds."""
+    from ditf.cli.main import run
+
+    monkeypatch.chdir(workplace)
+    handler = signal.getsignal(signal.SIGTERM)
     lines = [line for block in blocks(root, "sh") for line in block.splitlines()]
-    skipped = ("make ", "pip install ", "git clone ", "cd ")
-    script = "\n".join(line for line in lines if not line.startswith(skipped))
-    assert "ditf-export" in script
-    assert "ditf match" in script
-    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    done = subprocess.run(
-        ["bash", "-euo", "pipefail", "-c", script],
-        cwd=workplace, env=environment, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
+    commands = [shlex.split(line, comments=True) for line in lines]
+    ours = [command for command in commands if command[0] in ("ditf", "ditf-export")]
+    assert {command[0] for command in commands} - {"make", "pip"} == {"ditf", "ditf-export"}
+    for program, *arguments in ours:
+        assert run([*(["export"] if program == "ditf-export" else []), *arguments]) == 0, arguments
+    signal.signal(signal.SIGTERM, handler)
     for block in blocks(root, "python"):
         done = subprocess.run(
             [sys.executable, "-W", "error", "-c", block], cwd=workplace, capture_output=True, text=True

@@ -101,8 +101,25 @@ def test_files_of_something_else(checkpoint, calibration, tmp_path, change, mess
     other = tmp_path / "other.json"
     other.write_text(json.dumps({**json.loads(calibration.read_text()), **change}))
     with pytest.raises(InputError, match=message):
-        export_bundle(options(checkpoint("flux"), calibration=other, output=tmp_path / "bundle"))
+        export_bundle(
+            options(checkpoint("flux"), calibration=other, precision="float16", output=tmp_path / "bundle")
+        )
     other.write_text("{")
     with pytest.raises(InputError, match="is no calibration"):
-        export_bundle(options(checkpoint("flux"), calibration=other, output=tmp_path / "bundle"))
+        export_bundle(
+            options(checkpoint("flux"), calibration=other, precision="float16", output=tmp_path / "bundle")
+        )
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_float32_bundles_calibration_has_no_ranges(checkpoint, calibration, tmp_path):
+    document = json.loads(calibration.read_text())
+    del document["ranges"], document["inputs"]
+    bare = tmp_path / "bare.json"
+    bare.write_text(json.dumps(document))
+    half = options(checkpoint("flux"), calibration=bare, precision="float16", output=tmp_path / "bundle")
+    with pytest.raises(
+        InputError, match="has no ranges: it is a float32 bundle's; make one with ditf calibrate"
+    ):
+        export_bundle(half)
+    export_bundle(options(checkpoint("flux"), calibration=bare, output=tmp_path / "bundle"))
