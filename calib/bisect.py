@@ -85,6 +85,7 @@ def bisect(bundle: Bundle, twin: Twin, golden: Golden, features_ok: bool) -> Bis
     if "hidden_states" not in golden or TRACE not in bundle.manifest.files:
         raise BundleError(f"{bundle.path} has no {TRACE}", "export it again with this version")
     trace = bundle.read_arrays(TRACE)
+    _check_arrays(bundle, golden, trace)
     names = [hidden_states_name(index) for index in range(len(golden["hidden_states"]))]
     outputs = _run(bundle, twin, names)
     rows = golden["hidden_rows"]
@@ -105,6 +106,18 @@ def bisect(bundle: Bundle, twin: Twin, golden: Golden, features_ok: bool) -> Bis
     segment = _segment(trace, twin, names, first)
     limit = VALUE_LIMITS[bundle.manifest.precision]
     return Bisection(boundaries, _values(bundle, twin, segment, limit), place)
+
+
+def _check_arrays(bundle: Bundle, golden: Golden, trace: Mapping[str, np.ndarray]) -> None:
+    """Refuse files that no export wrote."""
+    fits = {"names", "lengths", "values", "boundaries"} <= trace.keys() and "hidden_rows" in golden
+    fits = fits and golden["hidden_states"].shape[1:2] == golden["hidden_rows"].shape
+    fits = fits and len(trace["names"]) == len(trace["lengths"])
+    fits = fits and len(trace["boundaries"]) == len(golden["hidden_states"])
+    if not (fits and int(trace["lengths"].sum()) == len(trace["values"])):
+        raise BundleError(
+            f"{bundle.path}: {TRACE} and {GOLDEN} do not fit together", "export the bundle again"
+        )
 
 
 def _segment(

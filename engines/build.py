@@ -35,6 +35,7 @@ IMAGE_SIDES = (1, 640, 4096)
 """Ranges of match.plan: points, and rows or columns of the target image; smallest, usual, largest."""
 
 _NO_FLOAT32_PRODUCTS = "sm_75"  # TensorRT-RTX has no float32 GEMM for it
+_NOT_AHEAD = ("hardware_compatible", "version_compatible", "strip_weights")  # need a driver, or say nothing
 
 
 @dataclass(frozen=True)
@@ -200,6 +201,13 @@ def _batch(bundle: Bundle, batch: Sequence[int]) -> tuple[int, int, int]:
 def _target(flavour: Flavour, options: BuildOptions) -> str:
     """The target, checked: "" is the GPU that is here."""
     if flavour.ahead:
+        for name in _NOT_AHEAD:
+            if getattr(options, name):
+                flag = "--" + name.replace("_", "-")
+                raise InputError(
+                    f"{flavour.name} builds without a GPU and has no {flag}",
+                    f"leave {flag} out; see --target portable",
+                )
         target = options.target or PORTABLE
         if target not in (*TARGETS, PORTABLE):
             raise InputError(f"unknown target {target!r}", f"choose {', '.join((*TARGETS, PORTABLE))}")

@@ -38,7 +38,9 @@ class BuildOptions:
 
     def to_json(self) -> dict[str, Any]:
         """What was asked for beside the target."""
-        return {name: value for name, value in asdict(self).items() if value and name != "target"}
+        given = asdict(self)
+        del given["target"]
+        return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
@@ -89,7 +91,8 @@ def compile_plan(
     if plan is None:  # there is no exception
         raise BundleError(
             f"{trt.__name__} cannot compile {onnx.name} for {options.target or 'this GPU'}"
-            f" ({network.log.last})"
+            f" ({network.log.last})",
+            "try other options, or export the bundle again with this version",
         )
     if cache is not None:
         cache.keep(config)

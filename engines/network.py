@@ -50,7 +50,9 @@ class Network:
         parser = trt.OnnxParser(self.network, self.log.logger)
         if not parser.parse_from_file(str(onnx)):
             reason = _parse_error(parser) or self.log.last
-            raise BundleError(f"{trt.__name__} cannot parse {onnx.name} ({reason})")
+            raise BundleError(
+                f"{trt.__name__} cannot parse {onnx.name} ({reason})", "export the bundle again"
+            )
 
     @property
     def layers(self) -> tuple[LayerType, ...]:

@@ -164,3 +164,12 @@ def test_a_picture_of_another_kind(ditf, demo_bundle):
     done = ditf("check", demo_bundle, "--plot", "check.gif")
     assert done.returncode == 2
     assert "is no PNG, SVG or PDF" in done.stderr
+
+
+def test_a_trace_that_no_export_wrote(ditf, copied):
+    bundle = copied("demo_bundle")
+    np.savez(bundle / "trace.npz", names=np.array(["a"]))
+    sign(bundle, "trace.npz")
+    done = ditf("check", bundle, "--bisect")
+    assert done.returncode == 2
+    assert "trace.npz and golden.npz do not fit together" in done.stderr

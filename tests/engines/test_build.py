@@ -245,6 +245,8 @@ def test_the_command_line(ditf, copy, tmp_path):
         (["--batch", "one"], 2, "is not numbers"),
         (["--workspace", "much"], 2, "is not a number of bytes"),
         (["--level", "9"], 2, "level"),
+        (["--strip-weights"], 2, "has no --strip-weights"),
+        (["--version-compatible"], 2, "has no --version-compatible"),
     ],
 )
 def test_errors_are_one_line(ditf, copy, arguments, code, message):
@@ -287,3 +289,11 @@ def test_two_builds_at_once(copy):
     processes = [subprocess.Popen(command) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert make(copy).reused
+
+
+@pytest.mark.parametrize("options", [["--workspace", "2GB"], ["--level", "0"]])
+def test_options_of_the_builder(ditf, copy, options):
+    assert ditf("build", "bundle", "--target", "sm_89").returncode == 0
+    done = ditf("build", "bundle", "--target", "sm_89", *options)
+    assert done.returncode == 0, done.stderr
+    assert "built in" in done.stdout  # another engine
