@@ -35,7 +35,6 @@ from ditf.calib.images import golden_pair
 from ditf.calib.recipe import Extent, decide
 from ditf.cli.console import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.engines.flavour import load
 from ditf.export.calibrate import massive_channels, observe, ranges_of, read_maxima
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import Entry
@@ -47,6 +46,7 @@ from ditf.export.pretrained import quieten_libraries
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import Float32Accumulation
 from ditf.export.specialise import specialise
+from ditf.runtime.flavour import load
 
 THREADS = 1
 SIDE, PATCH = 256, 8

@@ -40,12 +40,12 @@ from provenance import (
 from ditf.calib.parity import feature_parity
 from ditf.cli.console import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.engines.flavour import load
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
 from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
 from ditf.export.pretrained import model_shapes, quieten_libraries
 from ditf.export.rehearsal import Float32Accumulation
+from ditf.runtime.flavour import load
 
 THREADS = 1
 SIDES = {"float32 residual": FLOAT16, "float16 residual": replace(FLOAT16, residual=torch.float16)}

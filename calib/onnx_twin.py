@@ -9,7 +9,7 @@ infinity, products accumulated in float32 and rounded once (`rounded`).
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -104,6 +104,7 @@ class TwinSession:
 
     twin: Twin
     inputs: dict[str, tuple[int | None, ...]] = field(init=False)
+    batches: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         import onnx
@@ -131,8 +132,8 @@ class TwinSession:
             for item in self._session.get_inputs()
         }
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Every output by name."""
+    def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, np.ndarray]:
+        """Every output by name, in host memory."""
         names = [item.name for item in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
 

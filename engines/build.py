@@ -7,32 +7,35 @@ import json
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
-from ditf.engines.flavour import PORTABLE, TARGETS, Flavour
-from ditf.engines.gpu import gpu_name
 from ditf.engines.network import LayerType, Profile, audit
-from ditf.engines.timing_cache import TimingCache, cache_path
+from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.bundle import FEATURES, MATCH, Bundle, sha256
 from ditf.runtime.engines import (
     ENGINES,
     FEATURES_PLAN,
+    IMAGE_SIDES,
     MATCH_PLAN,
+    POINTS,
     RECORD,
     SCHEMA,
     EngineRecord,
+    cache_file,
     read_record,
     sources,
+    verify_plans,
 )
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
+from ditf.runtime.flavour import PORTABLE, TARGETS, Flavour
+from ditf.runtime.gpu import find_gpu
 from ditf.runtime.staging import staged
 
-POINTS = (1, 64, 1024)
-IMAGE_SIDES = (1, 640, 4096)
-"""Ranges of match.plan: points, and rows or columns of the target image; smallest, usual, largest."""
+Profiles = tuple[tuple[int, int, int], ...]
+"""Smallest, usual and largest batch of each profile."""
 
 _NO_FLOAT32_PRODUCTS = "sm_75"  # TensorRT-RTX has no float32 GEMM for it
 _NOT_AHEAD = ("hardware_compatible", "version_compatible", "strip_weights")  # need a driver, or say nothing
@@ -52,7 +55,7 @@ def build(
     flavour: Flavour,
     trt: Any,
     options: BuildOptions,
-    batch: Sequence[int] = (),
+    batch: Sequence[Sequence[int]] = (),
     force: bool = False,
     report: Report = lambda line: None,
     step: Step = lambda phase, done, total: None,
@@ -62,7 +65,7 @@ def build(
     Args:
         bundle: its files are verified first.
         trt: the flavour's module.
-        batch: smallest, usual and largest, or one for all, of a bundle with a dynamic batch.
+        batch: of a bundle with a dynamic batch: smallest, usual and largest, or one for all, of each profile.
         force: build again what is there.
         report: called with what the work is at; step: with how far the compiler is.
 
@@ -72,8 +75,8 @@ def build(
     """
     sizes = _batch(bundle, batch)
     target = _target(flavour, options)
-    gpu = gpu_name() if target == "" else None
-    key = engine_key(bundle, flavour, trt.__version__, target, gpu, sizes, options)
+    gpu = find_gpu() if target == "" else None
+    key = engine_key(bundle, flavour, trt.__version__, target, str(gpu or ""), sizes, options)
     folder = bundle.path / ENGINES / key
     if not force and folder.is_dir():
         try:
@@ -85,12 +88,12 @@ def build(
     bundle.verify(bundle.manifest.files)
     cache = None
     if not flavour.ahead and gpu is not None:
-        cache = TimingCache(cache_path(flavour.name, trt.__version__, gpu))
+        cache = TimingCache(cache_file("timing", flavour.name, trt.__version__, str(gpu)))
     with staged(folder, RECORD) as temporary:
         plans, left_out, seconds = {}, {}, {}
-        for plan, onnx, profiles in (
-            (FEATURES_PLAN, FEATURES, _features_profiles(bundle, sizes)),
-            (MATCH_PLAN, MATCH, [_match_profile(bundle)]),
+        for plan, onnx, profiles, given in (
+            (FEATURES_PLAN, FEATURES, _features_profiles(bundle, sizes), options),
+            (MATCH_PLAN, MATCH, [_match_profile(bundle)], replace(options, workspace=None)),
         ):
             if plan == MATCH_PLAN and target == _NO_FLOAT32_PRODUCTS:
                 left_out[plan] = f"{flavour.name} has no float32 products for {target}: numpy matches"
@@ -104,7 +107,7 @@ def build(
                     audit(layers, bundle.manifest.precision, recipe.get("float32_products", []))
 
             try:
-                compiled = compile_plan(trt, bundle.path / onnx, options, profiles, check, cache, step)
+                compiled = compile_plan(trt, bundle.path / onnx, given, profiles, check, cache, step)
             except BundleError as error:
                 raise _explained(error, bundle, target) from error
             (temporary / plan).write_bytes(compiled.plan)
@@ -116,9 +119,10 @@ def build(
             flavour=flavour.name,
             version=trt.__version__,
             target=target,
-            gpu=gpu,
+            gpu=None if gpu is None else str(gpu),
+            driver=None if gpu is None else gpu.driver,
             onnx=sources(bundle),
-            batch=list(sizes),
+            batch=[list(size) for size in sizes],
             options=options.to_json(),
             plans=plans,
             left_out=left_out,
@@ -136,33 +140,16 @@ def engine_key(
     flavour: Flavour,
     version: str,
     target: str,
-    gpu: str | None,
-    batch: Sequence[int],
+    gpu: str,
+    batch: Profiles,
     options: BuildOptions,
 ) -> str:
     """Name of the engine: readable, and different wherever anything that matters is."""
-    matters = [sources(bundle), flavour.name, version, target, gpu, list(batch), options.to_json()]
+    matters = [sources(bundle), flavour.name, version, target, gpu, batch, options.to_json()]
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:8]
-    where = target or "".join(c if c.isalnum() else "-" for c in (gpu or "gpu").lower())
-    return f"{flavour.name}-{version}-{where}-b{'-'.join(map(str, dict.fromkeys(batch)))}-{digest}"
-
-
-def verify_plans(folder: Path, record: EngineRecord) -> None:
-    """Check an engine's plans against its record, before anything deserialises them.
-
-    Raises:
-        BundleError: one is missing, truncated, or another's.
-    """
-    for name, listed in record.plans.items():
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(f"{path} is missing", "build it again: ditf build --force")
-        size = path.stat().st_size
-        if size != listed["bytes"]:
-            word = "truncated" if size < listed["bytes"] else "longer than it was"
-            raise BundleError(f"{path} is {word}", "build it again: ditf build --force")
-        if sha256(path) != listed["sha256"]:
-            raise BundleError(f"{path} is not the plan that was built", "build it again: ditf build --force")
+    where = target or "".join(c if c.isalnum() else "-" for c in gpu.lower())
+    sizes = "-".join(str(size) for profile in batch for size in dict.fromkeys(profile))
+    return f"{flavour.name}-{version}-{where}-b{sizes}-{digest}"
 
 
 def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
@@ -181,21 +168,23 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
     return removed
 
 
-def _batch(bundle: Bundle, batch: Sequence[int]) -> tuple[int, int, int]:
+def _batch(bundle: Bundle, batch: Sequence[Sequence[int]]) -> Profiles:
     own = bundle.manifest.batch
     if own != "dynamic":
-        if batch and set(batch) != {own}:
+        if any(set(sizes) != {own} for sizes in batch):
             raise InputError(
                 f"--batch does not fit: this bundle's batch is {own}", "export it with --batch dynamic"
             )
-        return (own, own, own)
-    sizes = tuple(batch) or (1,)
-    if list(sizes) != sorted(sizes) or len(sizes) not in (1, 3) or sizes[0] < 1:
-        raise InputError(
-            f"--batch {','.join(map(str, sizes))} is neither one size nor smallest, usual and largest",
-            "for example --batch 1,4,8",
-        )
-    return (sizes[0], sizes[len(sizes) // 2], sizes[-1])
+        return ((own, own, own),)
+    profiles = []
+    for sizes in batch or ((1,),):
+        if list(sizes) != sorted(sizes) or len(sizes) not in (1, 3) or sizes[0] < 1:
+            raise InputError(
+                f"--batch {','.join(map(str, sizes))} is neither one size nor smallest, usual and largest",
+                "for example --batch 1,4,8, or --batch 1 --batch 8 for two profiles",
+            )
+        profiles.append((sizes[0], sizes[len(sizes) // 2], sizes[-1]))
+    return tuple(profiles)
 
 
 def _target(flavour: Flavour, options: BuildOptions) -> str:
@@ -217,7 +206,7 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
             f"{flavour.name} builds for the GPU that is here",
             "leave --target out, or use --backend tensorrt-rtx",
         )
-    if gpu_name() is None:
+    if find_gpu() is None:
         raise MissingComponent(
             f"{flavour.name} builds on the GPU that will run the engine, and there is no driver here",
             "build on the device, or ahead of time with --backend tensorrt-rtx --target",
@@ -225,12 +214,14 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
     return ""
 
 
-def _features_profiles(bundle: Bundle, sizes: tuple[int, int, int]) -> list[Profile]:
+def _features_profiles(bundle: Bundle, batch: Profiles) -> list[Profile]:
     if bundle.manifest.batch != "dynamic":
         return []
     height, width = bundle.manifest.size
-    smallest, usual, largest = ((size, height, width, 3) for size in sizes)
-    return [{"image": (smallest, usual, largest)}]
+    return [
+        {"image": ((low, height, width, 3), (usual, height, width, 3), (high, height, width, 3))}
+        for low, usual, high in batch
+    ]
 
 
 def _match_profile(bundle: Bundle) -> Profile:

@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from ditf.engines.flavour import PORTABLE, TARGETS, has
 from ditf.engines.network import LayerType, Network, Profile
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
+from ditf.runtime.flavour import PORTABLE, TARGETS, has
 
 Report = Callable[[str], None]
 Step = Callable[[str, int, int], None]
@@ -24,7 +24,7 @@ class BuildOptions:
     Attributes:
         target: compute capability such as "sm_89", or "portable"; None is the GPU that is here.
         level: TensorRT's builder optimisation level, 0..5; None is its default.
-        workspace: bytes of scratch memory on the GPU; None is all of it.
+        workspace: bytes of scratch memory on the GPU for features.plan; None is all of it.
         hardware_compatible: runs on Ampere and newer; version_compatible: on newer versions of TensorRT.
         strip_weights: a plan without weights, to be refitted from the bundle.
     """
@@ -79,15 +79,18 @@ def compile_plan(
     _set_target(trt, config, options.target)
     _set_options(trt, config, options)
     for profile in profiles:
-        shapes = network.builder.create_optimization_profile()
+        optimization_profile = network.builder.create_optimization_profile()
         for name, (smallest, usual, largest) in profile.items():
-            shapes.set_shape(name, smallest, usual, largest)
-        config.add_optimization_profile(shapes)
+            optimization_profile.set_shape(name, smallest, usual, largest)
+        config.add_optimization_profile(optimization_profile)
+    monitor = None
     if has(trt, "IProgressMonitor"):
-        config.progress_monitor = _monitor(trt, step)
+        monitor = config.progress_monitor = _monitor(trt, step)
     if cache is not None:
         cache.attach(config)
     plan = network.builder.build_serialized_network(network.network, config)
+    if monitor is not None and monitor.raised is not None:
+        raise monitor.raised
     if plan is None:  # there is no exception
         raise BundleError(
             f"{trt.__name__} cannot compile {onnx.name} for {options.target or 'this GPU'}"
@@ -138,22 +141,33 @@ def _require(trt: Any, name: str, flag: str) -> None:
 
 
 def _monitor(trt: Any, step: Step) -> Any:
-    """Follows the builder's outermost phase: there are hundreds of inner ones."""
+    """Follows the builder's outermost phase: there are hundreds of inner ones.
+
+    What is raised in here, as by Ctrl-C, must not pass through the builder, which would drop it: it is kept
+    in `raised`, and the build is called off.
+    """
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
+            self.raised: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            if parent_phase is None:
-                self.totals[phase_name] = num_steps
-                step(phase_name, 0, num_steps)
+            try:
+                if parent_phase is None:
+                    self.totals[phase_name] = num_steps
+                    step(phase_name, 0, num_steps)
+            except BaseException as error:
+                self.raised = error
 
         def step_complete(self, phase_name: str, done: int) -> bool:
-            if phase_name in self.totals:
-                step(phase_name, done + 1, self.totals[phase_name])
-            return True
+            try:
+                if phase_name in self.totals:
+                    step(phase_name, done + 1, self.totals[phase_name])
+            except BaseException as error:
+                self.raised = error
+            return self.raised is None
 
         def phase_finish(self, phase_name: str) -> None:
             pass

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ditf.runtime.errors import BundleError, GateFailed
+from ditf.runtime.flavour import Log
 from ditf.runtime.manifest import HIDDEN_STATES
 
 Shape = tuple[int, ...]
@@ -44,7 +45,7 @@ class Network:
     """
 
     def __init__(self, trt: Any, onnx: Path) -> None:
-        self.log = _Log(trt)
+        self.log = Log(trt)
         self.builder = trt.Builder(self.log.logger)
         self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self.network, self.log.logger)
@@ -101,21 +102,3 @@ def _parse_error(parser: Any) -> str:
         return ""
     error = parser.get_error(0)
     return f"{error.node_operator()} {error.node_name()}: {error.desc()}"
-
-
-class _Log:
-    """Keeps TensorRT's last error message instead of printing it."""
-
-    def __init__(self, trt: Any) -> None:
-        log = self
-        self.last = "no message"
-
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
-
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= trt.ILogger.Severity.ERROR:
-                    log.last = message.split("\n")[0][:300]
-
-        self.logger = Logger()

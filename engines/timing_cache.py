@@ -64,10 +64,3 @@ class TimingCache:
         except OSError:
             content = b""
         return config.create_timing_cache(content)
-
-
-def cache_path(flavour: str, version: str, gpu: str) -> Path:
-    """Where timings of a GPU and version are kept."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    name = "".join(c if c.isalnum() or c in ".-" else "_" for c in f"{flavour}-{version}-{gpu}")
-    return root / "ditf" / "timing" / f"{name}.cache"

@@ -1,20 +1,31 @@
-"""engine.json: what an engine is, read before anything of it is deserialised. Standard library only."""
+"""Engines of a bundle: what engine.json says, and which of them fits here. Nothing is deserialised."""
 
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
+from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle, sha256
 from ditf.runtime.errors import BundleError
+from ditf.runtime.flavour import PORTABLE
+from ditf.runtime.gpu import Gpu, version_text
 from ditf.runtime.manifest import conforms
 
 SCHEMA = 1
 ENGINES = "engines"
 RECORD = "engine.json"
 FEATURES_PLAN, MATCH_PLAN = "features.plan", "match.plan"
+PLANS = {FEATURES: FEATURES_PLAN, MATCH: MATCH_PLAN}
+
+POINTS = (1, 16, 16)
+IMAGE_SIDES = (1, 640, 2048)
+"""Ranges of match.plan: points at a time, and rows or columns of the target image; smallest, usual,
+largest. TensorRT may reserve memory for the largest, here 1 GB."""
+
+_OLDEST_COMPATIBLE = "sm_80"  # what hardware compatibility reaches down to
 
 
 @dataclass(frozen=True)
@@ -24,9 +35,10 @@ class EngineRecord:
     Attributes:
         key: of what it was made from; its directory's name.
         flavour: "tensorrt" or "tensorrt-rtx"; version: of the library that built it.
-        target: compute capability, "portable", or "" for the GPU that was there; gpu: that GPU's name.
+        target: compute capability, "portable", or "" for the GPU that was there.
+        gpu: that GPU, "NVIDIA Orin sm_87"; driver: the newest CUDA version of its driver, 12060 for 12.6.
         onnx: {file of the bundle: sha256} of what it was built from.
-        batch: smallest, usual and largest batch.
+        batch: smallest, usual and largest batch of each profile of features.plan.
         options: of the build.
         plans: {file: {"bytes": n, "sha256": hex}}.
         left_out: {plan: why} of what could not be built for the target.
@@ -39,8 +51,9 @@ class EngineRecord:
     version: str
     target: str
     gpu: Optional[str]
+    driver: Optional[int]
     onnx: dict[str, str]
-    batch: list[int]
+    batch: list[list[int]]
     options: dict[str, Any]
     plans: dict[str, dict[str, Any]]
     left_out: dict[str, str]
@@ -56,6 +69,37 @@ class EngineRecord:
             if bundle.manifest.files.get(name, {}).get("sha256") != digest:
                 return f"built from another {name}"
         return ""
+
+    def misfit(self, bundle: Bundle, gpu: Gpu, version: str) -> str:
+        """Why the engine cannot run here; "" where it can.
+
+        Args:
+            version: of the library of its flavour that is installed.
+        """
+        stale = self.stale(bundle)
+        if stale:
+            return stale
+        if self.target not in ("", PORTABLE, gpu.target):
+            return f"built for {self.target}, this GPU is {gpu}"
+        if self.target == "" and self.gpu != str(gpu):
+            newer = _capability(gpu.target) >= _capability(_OLDEST_COMPATIBLE)
+            if not (self.options.get("hardware_compatible") and newer):
+                return f"built on {self.gpu}, this GPU is {gpu}"
+        if self.driver is not None and self.driver > gpu.driver:
+            return (
+                f"built under a driver of CUDA {version_text(self.driver)}, here it is"
+                f" {version_text(gpu.driver)}"
+            )
+        if self.version != version:
+            kept = self.options.get("version_compatible") and _same_major_and_newer(version, self.version)
+            if not kept:
+                return f"built with {self.flavour} {self.version}, installed is {version}"
+        return ""
+
+    @property
+    def batch_text(self) -> str:
+        """Batches for people: "1", "1-8", "1 and 8"."""
+        return " and ".join("-".join(map(str, dict.fromkeys((low, high)))) for low, _, high in self.batch)
 
 
 def sources(bundle: Bundle) -> dict[str, str]:
@@ -90,6 +134,81 @@ def read_record(folder: Path) -> EngineRecord:
         if item.name not in document or not conforms(document[item.name], hints[item.name]):
             raise BundleError(f"{path} has no valid {item.name}", fix)
     return EngineRecord(**{item.name: document[item.name] for item in fields(EngineRecord)})
+
+
+def verify_plans(folder: Path, record: EngineRecord) -> None:
+    """Check an engine's plans against its record, before anything deserialises them.
+
+    Raises:
+        BundleError: one is missing, truncated, or another's.
+    """
+    for name, listed in record.plans.items():
+        path = folder / name
+        if not path.is_file():
+            raise BundleError(f"{path} is missing", "build it again: ditf build --force")
+        size = path.stat().st_size
+        if size != listed["bytes"]:
+            word = "truncated" if size < listed["bytes"] else "longer than it was"
+            raise BundleError(f"{path} is {word}", "build it again: ditf build --force")
+        if sha256(path) != listed["sha256"]:
+            raise BundleError(f"{path} is not the plan that was built", "build it again: ditf build --force")
+
+
+def engine_of(bundle: Bundle, flavour: str) -> bool:
+    """Whether a bundle has an engine of a flavour, fitting or not."""
+    return any(_flavour_of(folder) == flavour for folder in engine_folders(bundle.path))
+
+
+def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple[Path, EngineRecord]:
+    """The engine to run here: of those that fit, one for this very GPU before a portable one.
+
+    Raises:
+        BundleError: none fits; says what differs, and the command that builds one.
+    """
+    fix = f"run: ditf build {bundle.path} --backend {flavour}"
+    misfits, fitting = [], []
+    for folder in engine_folders(bundle.path):
+        if _flavour_of(folder) not in (flavour, None):
+            continue
+        try:
+            record = read_record(folder)
+        except BundleError as error:
+            misfits.append(error.problem)
+            continue
+        if record.flavour != flavour:
+            continue
+        why = record.misfit(bundle, gpu, version)
+        if why:
+            misfits.append(f"{folder.name} was {why}")
+        else:
+            fitting.append((record.target == PORTABLE, folder, record))
+    if not fitting:
+        what = "; ".join(misfits) or "it has none"
+        raise BundleError(f"{bundle.path} has no {flavour} engine that runs here: {what}", fix)
+    _, folder, record = min(fitting, key=lambda one: (one[0], one[1]))
+    verify_plans(folder, record)
+    return folder, record
+
+
+def cache_file(kind: str, *name: str) -> Path:
+    """A file in the user's cache: "timing", "kernels"."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(name))
+    return root / "ditf" / kind / f"{plain}.cache"
+
+
+def _flavour_of(folder: Path) -> str | None:
+    """From the directory's name, which begins with it; None if it does not."""
+    return next((f for f in ("tensorrt-rtx", "tensorrt") if folder.name.startswith(f"{f}-")), None)
+
+
+def _capability(target: str) -> int:
+    return int(target.removeprefix("sm_"))
+
+
+def _same_major_and_newer(version: str, built: str) -> bool:
+    here, there = ([int(part) for part in text.split(".")[:3]] for text in (version, built))
+    return here[0] == there[0] and here >= there
 
 
 def engine_folders(bundle: Path) -> list[Path]:

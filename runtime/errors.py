@@ -29,6 +29,10 @@ class BundleError(DitfError):
     """A bundle that is incomplete, altered, or made by a newer ditf."""
 
 
+class NoPlan(BundleError):
+    """An engine that was built without a plan of the graph that is asked for."""
+
+
 class GateFailed(DitfError):
     """A measured value is outside its tolerance."""
 

@@ -2,51 +2,109 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from typing import Protocol, Union
 
 import numpy as np
 
 from ditf.runtime.errors import InputError
 
 
-@dataclass(frozen=True)
+class Resident(Protocol):
+    """An array in a device's memory."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+
+    @property
+    def dtype(self) -> np.dtype: ...
+
+    def numpy(self) -> np.ndarray:
+        """A copy in host memory."""
+
+    def reshape(self, *shape: int) -> Resident:
+        """The same memory in another shape."""
+
+
 class FeatureMap:
     """Features of one image.
 
-    Attributes:
-        array: [C, h, w], float16 or float32, channels first, row 0 at the top.
+    Args:
+        array: [C, h, w], float16 or float32, channels first, row 0 at the top; or the same in a device's
+            memory, of which only the first rows and columns that hold some of `extent` count.
         image_size: (H, W) of the original image in pixels.
         extent: (rows, columns) of the map, in cells, that the image covers: (h, w) unless the image
             was padded (`fit="pad"`), when the last row or column is covered in part.
 
+    Attributes:
+        image_size: as given.
+        cells: the extent.
+        resident: the array in a device's memory, uncropped; None where it was given in host memory.
+
     Raises:
-        InputError: `array` is not a 3-D float array, or holds NaN or infinity.
+        InputError: `array` is not a 3-D float array, or holds NaN or infinity. Of an array in a device's
+            memory the values are looked at when they are fetched.
     """
 
-    array: np.ndarray
-    image_size: tuple[int, int]
-    extent: tuple[float, float] | None = None
-
-    def __post_init__(self) -> None:
-        array = self.array
-        if array.ndim != 3 or array.dtype.kind != "f" or 0 in array.shape:
-            raise InputError(
-                f"a feature map must be a float array [C, h, w], got {array.dtype} {list(array.shape)}"
-            )
-        if not np.isfinite(array).all():
-            raise InputError(
-                "the features hold NaN or infinity",
-                "run `ditf check` on the bundle; if it was exported with --fp16, export it in float32",
-            )
-        if min(self.image_size) < 1:
-            raise InputError(f"image_size must be positive, got {self.image_size}")
-        if self.extent is None:
-            object.__setattr__(self, "extent", (float(array.shape[1]), float(array.shape[2])))
-        elif not all(0 < e <= n for e, n in zip(self.extent, array.shape[1:], strict=True)):
-            raise InputError(f"extent {self.extent} does not lie in the map's {array.shape[1:]} cells")
+    def __init__(
+        self,
+        array: Union[np.ndarray, Resident],
+        image_size: tuple[int, int],
+        extent: tuple[float, float] | None = None,
+    ) -> None:
+        shape, dtype = tuple(array.shape), array.dtype
+        if len(shape) != 3 or dtype.kind != "f" or 0 in shape:
+            raise InputError(f"a feature map must be a float array [C, h, w], got {dtype} {list(shape)}")
+        if min(image_size) < 1:
+            raise InputError(f"image_size must be positive, got {image_size}")
+        if extent is not None and not all(0 < e <= n for e, n in zip(extent, shape[1:], strict=True)):
+            raise InputError(f"extent {extent} does not lie in the map's {shape[1:]} cells")
+        self.image_size = image_size
+        self.cells = (float(shape[1]), float(shape[2])) if extent is None else extent
+        self.resident: Resident | None = None
+        self._array: np.ndarray | None = None
+        if isinstance(array, np.ndarray):
+            self._array = _checked(array)
+        else:
+            self.resident = array
 
     @property
-    def cells(self) -> tuple[float, float]:
-        """`extent`, never None."""
-        assert self.extent is not None  # set in __post_init__
-        return self.extent
+    def array(self) -> np.ndarray:
+        """The features in host memory, [C, h, w]; fetched from the device the first time."""
+        if self._array is None:
+            assert self.resident is not None
+            rows, columns = self.grid
+            self._array = _checked(np.ascontiguousarray(self.resident.numpy()[:, :rows, :columns]))
+        return self._array
+
+    @property
+    def channels(self) -> int:
+        """C."""
+        held = self.resident if self._array is None else self._array
+        assert held is not None
+        return int(held.shape[0])
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """(h, w) of `array`."""
+        if self._array is None:
+            return math.ceil(self.cells[0]), math.ceil(self.cells[1])
+        return self._array.shape[1], self._array.shape[2]
+
+    def __repr__(self) -> str:
+        height, width = self.image_size
+        return f"FeatureMap({self.channels} channels over {self.cells} cells, of {width}x{height} px)"
+
+
+def _checked(array: np.ndarray) -> np.ndarray:
+    if not np.isfinite(array).all():
+        raise not_finite()
+    return array
+
+
+def not_finite() -> InputError:
+    """The error for features that hold NaN or infinity."""
+    return InputError(
+        "the features hold NaN or infinity",
+        "run `ditf check` on the bundle; if it was exported with --fp16, export it in float32",
+    )

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ditf.runtime.backends import Session
+from ditf.runtime.engines import POINTS
 from ditf.runtime.errors import InputError
-from ditf.runtime.features import FeatureMap
+from ditf.runtime.features import FeatureMap, not_finite
 from ditf.runtime.matching import (
-    CHUNK,
     Matches,
     PointsLike,
     check_channels,
     check_points,
     interpolation_inputs,
 )
-
-_SCORES = 1 << 24  # scores the graph may hold at a time, 64 MiB of float32 and about four times that in all
 
 
 def run_match_graph(
@@ -37,22 +37,32 @@ def run_match_graph(
     checked = check_points(points, source.image_size)
     point_rows, point_columns, rows, columns = interpolation_inputs(source, target, checked)
     fixed = {
-        "source": _fill(source.array, grid)[None],
-        "target": _fill(target.array, grid)[None],
+        "source": _whole(source, grid),
+        "target": _whole(target, grid),
         "rows": _widen(rows, grid[0]),
         "columns": _widen(columns, grid[1]),
     }
     point_rows, point_columns = _widen(point_rows, grid[0]), _widen(point_columns, grid[1])
     found, scores = [np.zeros((0, 2), np.float32)], [np.zeros(0, np.float32)]
-    step = max(1, min(CHUNK, _SCORES // (len(rows) * len(columns))))
+    step = POINTS[-1]
     for start in range(0, len(checked), step):
         chunk = slice(start, start + step)
         output = session.run(
             {**fixed, "point_rows": point_rows[chunk], "point_columns": point_columns[chunk]}
         )
+        if not np.isfinite(output["scores"]).all():  # maps in a device's memory are looked at here
+            raise not_finite()
         found.append(output["points"])
         scores.append(output["scores"])
     return Matches(np.concatenate(found), np.concatenate(scores))
+
+
+def _whole(features: FeatureMap, grid: tuple[int, int]) -> Any:
+    """A map at the graph's size, [1, C, h, w], where it is."""
+    resident = features.resident
+    if resident is not None and resident.shape[1:] == grid:
+        return resident.reshape(1, *resident.shape)
+    return _fill(features.array, grid)[None]
 
 
 def _fill(array: np.ndarray, grid: tuple[int, int]) -> np.ndarray:

@@ -82,15 +82,18 @@ def interpolation_inputs(
         point_rows [N, h], point_columns [N, w]: weights of the source's cells for each point;
         rows [H, h'], columns [W, w']: upsampling of the target to its image. All float32.
     """
-    _, h, w = source.array.shape
-    point_rows = upsampling_matrix(source.image_size[0], h, source.cells[0])
-    point_columns = upsampling_matrix(source.image_size[1], w, source.cells[1])
-    _, h, w = target.array.shape
+    (source_rows, source_columns), (target_rows, target_columns) = (
+        [
+            upsampling_matrix(pixels, cells, extent)
+            for pixels, cells, extent in zip(one.image_size, one.grid, one.cells, strict=True)
+        ]
+        for one in (source, target)
+    )
     return (
-        sample_rows(point_rows, points[:, 1]),
-        sample_rows(point_columns, points[:, 0]),
-        upsampling_matrix(target.image_size[0], h, target.cells[0]),
-        upsampling_matrix(target.image_size[1], w, target.cells[1]),
+        sample_rows(source_rows, points[:, 1]),
+        sample_rows(source_columns, points[:, 0]),
+        target_rows,
+        target_columns,
     )
 
 
@@ -134,9 +137,9 @@ def check_channels(source: FeatureMap, target: FeatureMap) -> None:
     Raises:
         InputError: they do not.
     """
-    if len(source.array) != len(target.array):
+    if source.channels != target.channels:
         raise InputError(
-            f"the maps have {len(source.array)} and {len(target.array)} channels",
+            f"the maps have {source.channels} and {target.channels} channels",
             "compute both with the same bundle",
         )
 

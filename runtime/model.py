@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
@@ -11,9 +12,10 @@ from typing import Union
 import numpy as np
 
 from ditf.runtime import backends
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
-from ditf.runtime.errors import InputError
-from ditf.runtime.features import FeatureMap
+from ditf.runtime.bundle import FEATURES, MATCH, Bundle
+from ditf.runtime.engines import IMAGE_SIDES
+from ditf.runtime.errors import InputError, NoPlan
+from ditf.runtime.features import FeatureMap, Resident
 from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
 from ditf.runtime.manifest import Manifest
 from ditf.runtime.match_graph import run_match_graph
@@ -50,11 +52,11 @@ class Model:
             raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
         self.bundle = bundle
         self.fit = fit
-        self.backend, self._module, self.reason = backends.choose(backend)
-        bundle.verify([FEATURES, FEATURES_DATA])
-        self._features = self._module.open_session(bundle.path / FEATURES)
+        self.backend, self._module, self.reason = backends.choose(bundle, backend)
+        self._features = self._module.open_session(bundle, FEATURES)
         self._runner = FeaturesRunner(bundle, self._features)
         self._match: backends.Session | None = None
+        self._opening = threading.Lock()
         self._closed = False
         logger.info("%s on %s: %s (%s)", bundle.path, self.backend, self.detail, self.reason)
 
@@ -111,7 +113,7 @@ class Model:
             sizes.append((image.height, image.width))
         if not pixels:
             return []
-        maps = self.run(np.stack(pixels), noise, prompt, embeddings)
+        maps = self._runner.maps(np.stack(pixels), self._runner.feeds(noise, prompt, embeddings))
         engine = self.manifest.size
         return [
             _crop(array, pixels_covered, engine, size)
@@ -137,17 +139,37 @@ class Model:
         return self._runner.run(pixels, noise, prompt, embeddings)
 
     def match(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
-        """The target pixel of the highest cosine for each source point; see `match_points`."""
+        """The target pixel of the highest cosine for each source point; see `match_points`.
+
+        Maps that are in a device's memory are matched there.
+        """
+        if source.resident is not None and target.resident is not None and self._matches_there(target):
+            return self.match_with_graph(source, target, points)
         return match_points(source, target, points)
 
     def match_with_graph(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
-        """The same through match.onnx on this backend."""
-        if self._closed:
-            raise RuntimeError("the model is closed")
-        if self._match is None:
-            self.bundle.verify([MATCH])
-            self._match = self._module.open_session(self.bundle.path / MATCH)
-        return run_match_graph(self._match, self.manifest.grid, source, target, points)
+        """The same through match.onnx on this backend.
+
+        Raises:
+            NoPlan: the engine was built without it.
+        """
+        return run_match_graph(self._match_session(), self.manifest.grid, source, target, points)
+
+    def _matches_there(self, target: FeatureMap) -> bool:
+        """Whether the backend has a plan of match.onnx for images of this size."""
+        try:
+            self._match_session()
+        except NoPlan:
+            return False
+        return max(target.image_size) <= IMAGE_SIDES[-1]
+
+    def _match_session(self) -> backends.Session:
+        with self._opening:
+            if self._closed:
+                raise RuntimeError("the model is closed")
+            if self._match is None:
+                self._match = self._module.open_session(self.bundle, MATCH)
+            return self._match
 
     def close(self) -> None:
         """Free the sessions; using the model afterwards is an error."""
@@ -169,9 +191,9 @@ class Model:
 
 
 def _crop(
-    array: np.ndarray, covered: tuple[int, int], engine: tuple[int, int], size: tuple[int, int]
+    array: np.ndarray | Resident, covered: tuple[int, int], engine: tuple[int, int], size: tuple[int, int]
 ) -> FeatureMap:
-    """The part of a map that the image covers.
+    """The part of a map that the image covers; one in a device's memory is left whole there.
 
     Args:
         array: [C, h, w].
@@ -180,7 +202,9 @@ def _crop(
         size: (H, W) of the original image.
     """
     _, h, w = array.shape
+    extent = (h * covered[0] / engine[0], w * covered[1] / engine[1])
+    if not isinstance(array, np.ndarray):
+        return FeatureMap(array, size, extent)
     # Whole cells in integers: in floats, h * (rows / H) can round up into the padding.
     rows, columns = -(-h * covered[0] // engine[0]), -(-w * covered[1] // engine[1])
-    extent = (h * covered[0] / engine[0], w * covered[1] / engine[1])
     return FeatureMap(np.ascontiguousarray(array[:, :rows, :columns]), size, extent)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Protocol
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -19,8 +19,12 @@ class FeaturesSession(Protocol):
     def inputs(self) -> Mapping[str, tuple[int | None, ...]]:
         """{name: shape}; None for a dynamic dimension."""
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Outputs by name."""
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]:
+        """See `ditf.runtime.backends.Session`."""
+
+    def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, Any]:
+        """Outputs by name; see `ditf.runtime.backends.Session`."""
 
 
 class FeaturesRunner:
@@ -35,7 +39,7 @@ class FeaturesRunner:
 
     def __init__(self, bundle: Bundle, session: FeaturesSession) -> None:
         manifest = bundle.manifest
-        self._batch = manifest.batch
+        self._ranges = session.batches if manifest.batch == "dynamic" else ((manifest.batch, manifest.batch),)
         self._session = session
         batch = None if manifest.batch == "dynamic" else manifest.batch
         if session.inputs.get("image") != (batch, *manifest.size, 3):
@@ -59,18 +63,15 @@ class FeaturesRunner:
     def batches(self, pixels: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
         """Images [n, H, W, 3] as the graph takes them, and how many of each batch are asked for.
 
-        A static batch is filled up by repeating its last image.
+        A batch that is too small is filled up by repeating its last image.
         """
-        if self._batch == "dynamic":
-            yield pixels, len(pixels)
-            return
-        assert isinstance(self._batch, int)
-        for start in range(0, len(pixels), self._batch):
-            chunk = pixels[start : start + self._batch]
-            short = self._batch - len(chunk)
-            if short:
-                chunk = np.concatenate([chunk, np.repeat(chunk[-1:], short, axis=0)])
-            yield chunk, self._batch - short
+        start = 0
+        for wanted, size in split(len(pixels), self._ranges):
+            chunk = pixels[start : start + wanted]
+            start += wanted
+            if size > wanted:
+                chunk = np.concatenate([chunk, np.repeat(chunk[-1:], size - wanted, axis=0)])
+            yield chunk, wanted
 
     def run(
         self,
@@ -87,6 +88,18 @@ class FeaturesRunner:
         ]
         return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
+    def maps(self, pixels: np.ndarray, feeds: Feeds) -> Iterator[Any]:
+        """Features [C, h, w] of each image, where the session leaves them.
+
+        Args:
+            pixels: uint8 [n, H, W, 3].
+            feeds: as `feeds` makes them.
+        """
+        for chunk, wanted in self.batches(pixels):
+            array = self._session.run({"image": chunk, **feeds}, keep=("features",))["features"]
+            for index in range(wanted):
+                yield array[index]
+
     def _noise_feed(self, noise: np.ndarray | None) -> Feeds:
         if self._noise is None:
             if noise is not None:
@@ -101,3 +114,23 @@ class FeaturesRunner:
         if not np.isfinite(noise).all():
             raise InputError("the noise holds NaN or infinity")
         return {"noise": noise}
+
+
+def split(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, int]]:
+    """Cut a number of images into batches that an engine takes.
+
+    Args:
+        ranges: (smallest, largest) batch of each profile; empty where any batch will do.
+
+    Yields:
+        Images of a batch, and the size it is filled up to. Batches are as large as they can be.
+    """
+    if not ranges:
+        yield count, count
+        return
+    largest = max(high for _, high in ranges)
+    while count:
+        wanted = min(count, largest)
+        size = min(max(wanted, low) for low, high in ranges if high >= wanted)
+        yield wanted, size
+        count -= wanted

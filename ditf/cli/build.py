@@ -24,10 +24,10 @@ from ditf.cli.console import (
 from ditf.engines.build import Built, prune
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
-from ditf.engines.flavour import choose
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import engine_folders, read_record
 from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.flavour import choose
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -47,9 +47,10 @@ def build(
     ] = "auto",
     target: TargetOption = None,
     batch: Annotated[
-        Optional[str],
+        Optional[list[str]],
         typer.Option(
-            metavar="N|MIN,USUAL,MAX", help="Of a bundle exported with --batch dynamic; 1 by default."
+            metavar="N|MIN,USUAL,MAX",
+            help="Of a bundle exported with --batch dynamic; 1 by default. Several times: several profiles.",
         ),
     ] = None,
     level: Annotated[
@@ -57,7 +58,7 @@ def build(
     ] = None,
     workspace: Annotated[
         Optional[str],
-        typer.Option(metavar="BYTES", help="Scratch memory on the GPU, such as 2GB; all of it."),
+        typer.Option(metavar="BYTES", help="Scratch memory of features.plan, such as 2GB; no limit."),
     ] = None,
     hardware_compatible: Annotated[
         bool, typer.Option("--hardware-compatible", help="For Ampere and newer, not this GPU alone.")
@@ -74,7 +75,7 @@ def build(
     """Build TensorRT engines of a bundle: the second time there is nothing to do."""
     check_writable(json_file, inputs=(bundle,))
     opened = Bundle.open(bundle)
-    sizes = _parse_batch(batch)
+    sizes = [_parse_batch(text) for text in batch or ()]
     options = {
         "level": level,
         "workspace": None if workspace is None else parse_bytes(workspace),
@@ -90,7 +91,7 @@ def build_targets(
     bundle: Bundle,
     backend: str,
     target: Optional[str],
-    batch: Sequence[int] = (),
+    batch: Sequence[Sequence[int]] = (),
     options: Optional[dict[str, Any]] = None,
     force: bool = False,
 ) -> list[Built]:
@@ -136,10 +137,8 @@ def list_engines(
         state = record.stale(opened) or "fits the bundle"
         size = sum(plan["bytes"] for plan in record.plans.values())
         where = record.target or record.gpu or ""
-        batch = ",".join(map(str, dict.fromkeys(record.batch)))
-        rows.append(
-            (folder.name, f"{record.flavour} {record.version}", where, batch, bytes_text(size), state)
-        )
+        built_with = f"{record.flavour} {record.version}"
+        rows.append((folder.name, built_with, where, record.batch_text, bytes_text(size), state))
         document.append({"key": record.key, "state": state, "target": where, "bytes": size})
     show(table(rows) if len(rows) > 1 else f"{bundle} has no engines; build one: ditf build {bundle}")
     write_json(json_file, {"bundle": str(bundle), "engines": document})
@@ -177,9 +176,7 @@ def parse_bytes(text: str) -> int:
     return int(float(match[1]) * _UNITS[match[2]])
 
 
-def _parse_batch(text: Optional[str]) -> tuple[int, ...]:
-    if text is None:
-        return ()
+def _parse_batch(text: str) -> tuple[int, ...]:
     try:
         return tuple(int(part) for part in text.split(","))
     except ValueError:

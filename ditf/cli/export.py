@@ -22,9 +22,9 @@ from ditf.cli.console import (
     state,
     write_json,
 )
-from ditf.engines.flavour import choose
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.flavour import choose
 
 if TYPE_CHECKING:
     from ditf.export.options import ExportOptions

@@ -1,27 +1,28 @@
 """The seam between the runtime and what runs a graph: one file a backend, imported when opened.
 
-A backend module has two functions and one class:
-    probe() -> Probe                        whether it can open here, without opening it
-    open_session(path) -> Session           open one graph
+A backend module has four functions:
+    probe() -> Probe                        whether it opens here, without opening it
+    prepared(bundle) -> bool                whether a bundle has what it runs; imports nothing
+    ready(bundle)                           raises if the bundle cannot run here
+    open_session(bundle, graph) -> Session  open features.onnx or match.onnx, or what was built of it
 """
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
-import numpy as np
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.errors import DitfError, InputError, MissingComponent
 
-from ditf.runtime.errors import InputError, MissingComponent
-
-BACKENDS = {"onnxruntime": "ditf.runtime.backends.onnxruntime"}
+BACKENDS = {
+    "tensorrt": "ditf.runtime.backends.tensorrt",
+    "tensorrt-rtx": "ditf.runtime.backends.tensorrt_rtx",
+    "onnxruntime": "ditf.runtime.backends.onnxruntime",
+}
 """Backends by name, in the order in which `auto` prefers them."""
-
-PLANNED = ("tensorrt", "tensorrt-rtx")
-"""Names the contract reserves for backends this version does not have."""
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,33 @@ class Session(Protocol):
     Attributes:
         inputs: {name: shape} in the graph's order; None for a dynamic dimension.
         outputs: names, in the graph's order.
-        detail: what runs it, for people: version and execution provider.
+        detail: what runs it, for people: version and device.
+        batches: (smallest, largest) size of the first input's first axis, one for each profile; () where
+            any size does that `inputs` allows.
+        device_seconds: of the last run by the device's own clock; None where it has none.
+        device_bytes: of the device's memory that it holds; None where it does not know.
     """
 
     inputs: dict[str, tuple[int | None, ...]]
     outputs: tuple[str, ...]
     detail: str
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the graph. Safe to call from several threads."""
+    @property
+    def batches(self) -> tuple[tuple[int, int], ...]: ...
+
+    @property
+    def device_seconds(self) -> float | None: ...
+
+    @property
+    def device_bytes(self) -> int | None: ...
+
+    def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
+        """Run the graph. Safe to call from several threads.
+
+        Args:
+            feeds: arrays in host memory, or as an earlier run kept them.
+            keep: outputs that may stay in the device's memory: they have `shape`, `dtype` and `numpy()`.
+        """
 
     def close(self) -> None:
         """Free what the session holds. Running it afterwards is an error."""
@@ -64,11 +83,15 @@ class Backend(Protocol):
 
     def probe(self) -> Probe: ...
 
-    def open_session(self, path: Path) -> Session: ...
+    def prepared(self, bundle: Bundle) -> bool: ...
+
+    def ready(self, bundle: Bundle) -> None: ...
+
+    def open_session(self, bundle: Bundle, graph: str) -> Session: ...
 
 
-def choose(name: str = "auto") -> tuple[str, Backend, str]:
-    """Pick a backend.
+def choose(bundle: Bundle, name: str = "auto") -> tuple[str, Backend, str]:
+    """Pick what runs a bundle.
 
     Args:
         name: "auto" or one of `BACKENDS`.
@@ -79,38 +102,31 @@ def choose(name: str = "auto") -> tuple[str, Backend, str]:
     Raises:
         InputError: unknown name.
         MissingComponent: the named backend, or every backend, is unavailable here.
+        BundleError: the bundle has no engine that the named backend can run.
     """
     if name != "auto":
-        return _named(name)
-    probes: list[tuple[str, Probe]] = []
+        if name not in BACKENDS:
+            raise InputError(f"unknown backend {name!r}", f"choose auto or {', '.join(BACKENDS)}")
+        module = load_backend(name)
+        module.ready(bundle)
+        return name, module, "named"
+    passed_over = []
     for candidate in BACKENDS:
         module = load_backend(candidate)
-        probe = module.probe()
-        if probe.available:
-            passed_over = "".join(f"; not {other}: {why.detail}" for other, why in probes)
-            return candidate, module, f"first available of {', '.join(BACKENDS)}{passed_over}"
-        probes.append((candidate, probe))
-    detail = "; ".join(f"{other}: {why.detail}" for other, why in probes)
-    raise MissingComponent(f"no backend opens here ({detail})", probes[-1][1].fix)
+        if not module.prepared(bundle):
+            passed_over.append(f"no {candidate} engine in the bundle")
+            continue
+        try:
+            module.ready(bundle)
+        except DitfError as error:
+            passed_over.append(f"not {candidate}: {error.problem}")
+            last = error
+            continue
+        return candidate, module, "; ".join(["auto", *passed_over])
+    raise MissingComponent(f"no backend opens here ({'; '.join(passed_over)})", last.fix)
 
 
 def load_backend(name: str) -> Backend:
-    """The module of a backend, imported now."""
+    """The module of a backend, imported now; what it drives is imported when it opens."""
     backend: Backend = cast(Backend, importlib.import_module(BACKENDS[name]))
     return backend
-
-
-def _named(name: str) -> tuple[str, Backend, str]:
-    if name in PLANNED:
-        raise MissingComponent(
-            f"{name} engines are built by this version of ditf, but not run: that needs an NVIDIA driver"
-            " and a backend that is to come",
-            "use --backend onnxruntime",
-        )
-    if name not in BACKENDS:
-        raise InputError(f"unknown backend {name!r}", f"choose auto or {', '.join(BACKENDS)}")
-    module = load_backend(name)
-    probe = module.probe()
-    if not probe.available:
-        raise MissingComponent(f"backend {name} does not open here: {probe.detail}", probe.fix)
-    return name, module, "named"

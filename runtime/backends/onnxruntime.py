@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import numpy as np
 
 from ditf.runtime.backends import Probe
+from ditf.runtime.bundle import FEATURES, FEATURES_DATA, Bundle
 from ditf.runtime.errors import BundleError, MissingComponent
 
 _INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for CUDA, never both)"
@@ -24,13 +25,29 @@ def probe() -> Probe:
     return Probe(True, f"onnxruntime {onnxruntime.__version__}, {', '.join(providers)}")
 
 
-def open_session(path: Path) -> OnnxRuntimeSession:
-    """Open a graph and the weights beside it."""
-    return OnnxRuntimeSession(path)
+def prepared(bundle: Bundle) -> bool:
+    """It runs the bundle's own graphs."""
+    return True
+
+
+def ready(bundle: Bundle) -> None:
+    """Raise MissingComponent if it does not open here."""
+    found = probe()
+    if not found.available:
+        raise MissingComponent(f"backend onnxruntime does not open here: {found.detail}", found.fix)
+
+
+def open_session(bundle: Bundle, graph: str) -> OnnxRuntimeSession:
+    """Open a graph and the weights beside it, verified."""
+    bundle.verify([FEATURES, FEATURES_DATA] if graph == FEATURES else [graph])
+    return OnnxRuntimeSession(bundle.path / graph)
 
 
 class OnnxRuntimeSession:
     """One graph in ONNX Runtime; see `ditf.runtime.backends.Session`."""
+
+    batches = ()
+    device_seconds = device_bytes = None
 
     def __init__(self, path: Path) -> None:
         try:
@@ -68,8 +85,8 @@ class OnnxRuntimeSession:
         self._session = session
         self._path = path
 
-    def run(self, feeds: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
-        """Run the graph; arrays in and out are in host memory."""
+    def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, np.ndarray]:
+        """Run the graph; arrays in and out are in host memory, whatever is to be kept."""
         if self._session is None:
             raise RuntimeError("the session is closed")
         try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.engines.flavour import load
+from ditf.runtime.flavour import load
 
 
 def build_engine(onnx, target=None, profile=None):

@@ -13,11 +13,11 @@ import pytest
 
 from ditf.engines.build import build, engine_key, verify_plans
 from ditf.engines.compile import BuildOptions
-from ditf.engines.flavour import FLAVOURS, TARGETS, choose, has, load
 from ditf.engines.network import LayerType, Network, audit
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import read_record
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
+from ditf.runtime.flavour import FLAVOURS, TARGETS, choose, has, load
 
 RTX = FLAVOURS["tensorrt-rtx"]
 
@@ -43,7 +43,8 @@ def test_the_record_says_what_the_engine_is(built):
     bundle, made = built
     record = read_record(made.folder)
     assert record == made.record
-    assert (record.target, record.gpu, record.batch) == ("sm_89", None, [1, 1, 1])
+    assert (record.target, record.gpu, record.driver) == ("sm_89", None, None)
+    assert (record.batch, record.batch_text) == ([[1, 1, 1]], "1")
     assert record.onnx["features.onnx"] == bundle.manifest.files["features.onnx"]["sha256"]
     assert set(record.plans) == {"features.plan", "match.plan"} == set(record.seconds)
     assert record.stale(bundle) == ""
@@ -83,23 +84,29 @@ def test_a_float32_bundle_for_turing_is_refused_with_its_reason(demo_bundle_floa
 
 @pytest.mark.parametrize(
     ("fixture", "batch"),
-    [("pixart_bundle", (1, 4, 8)), ("bank_bundle", (2,)), ("live_bundle", ()), ("int8_bundle", ())],
+    [
+        ("pixart_bundle", [(1, 4, 8)]),
+        ("pixart_bundle", [(1,), (2, 4, 8)]),
+        ("bank_bundle", [(2,)]),
+        ("live_bundle", []),
+        ("int8_bundle", []),
+    ],
 )
 def test_other_bundles(request, tmp_path, fixture, batch):
     bundle = Bundle.open(shutil.copytree(request.getfixturevalue(fixture), tmp_path / "bundle"))
     record = make(bundle, batch=batch).record
-    assert record.batch == [batch[0], batch[len(batch) // 2], batch[-1]] if batch else [1, 1, 1]
+    assert record.batch == [[one[0], one[len(one) // 2], one[-1]] for one in batch or [(1,)]]
 
 
 @pytest.mark.parametrize("batch", [(4, 1), (1, 2), (0,), (1, 2, 3, 4)])
 def test_batches_that_are_none(pixart_bundle, batch):
     with pytest.raises(InputError, match="neither one size nor smallest"):
-        make(Bundle.open(pixart_bundle), batch=batch)
+        make(Bundle.open(pixart_bundle), batch=[batch])
 
 
 def test_a_batch_for_a_static_bundle(built):
     with pytest.raises(InputError, match=r"batch is 1.*--batch dynamic"):
-        make(built[0], batch=(1, 4, 8))
+        make(built[0], batch=[(1, 4, 8)])
 
 
 def test_an_unknown_target(built):
@@ -112,13 +119,14 @@ def test_the_key_changes_with_everything_that_matters(built):
     options = BuildOptions("sm_89")
 
     def key(**changes):
-        given = {"version": "1.7", "target": "sm_89", "gpu": None, "batch": (1, 1, 1), "options": options}
+        given = {"version": "1.7", "target": "sm_89", "gpu": "", "batch": ((1, 1, 1),), "options": options}
         return engine_key(bundle, RTX, **{**given, **changes})
 
     others = [
         key(version="1.8"),
         key(target="sm_80"),
-        key(batch=(1, 4, 8)),
+        key(batch=((1, 4, 8),)),
+        key(batch=((1, 1, 1), (4, 4, 4))),
         key(options=replace(options, level=5)),
         key(options=replace(options, strip_weights=True)),
         key(gpu="Orin"),
@@ -259,7 +267,7 @@ def test_errors_are_one_line(ditf, copy, arguments, code, message):
 def test_running_an_engine_says_what_it_needs(ditf, built):
     done = ditf("check", built[0].path, "--backend", "tensorrt-rtx", "--quiet")
     assert done.returncode == 3
-    assert "needs an NVIDIA driver" in done.stderr
+    assert "no NVIDIA driver answers" in done.stderr
 
 
 def test_export_and_build_in_one_go(ditf, tmp_path):

@@ -1,51 +1,100 @@
 from __future__ import annotations
 
+import shutil
 import sys
 
 import numpy as np
 import pytest
 
+from ditf.engines.build import build
+from ditf.engines.compile import BuildOptions
 from ditf.runtime import backends
-from ditf.runtime.bundle import FEATURES, MATCH
+from ditf.runtime.backends.cuda import Cuda
+from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
+from ditf.runtime.bundle import FEATURES, MATCH, Bundle
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
+from ditf.runtime.flavour import FLAVOURS, load
+from ditf.runtime.gpu import Gpu, find_gpu
+
+RTX = "tensorrt-rtx"
+DRIVERLESS = pytest.mark.skipif(find_gpu() is not None, reason="a driver answers here")
 
 
-def test_auto_picks_onnxruntime_and_says_why():
-    name, module, reason = backends.choose()
+@pytest.fixture
+def with_engine(demo_bundle, tmp_path):
+    """The demo bundle with an engine for sm_89."""
+    bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    build(bundle, FLAVOURS[RTX], load(RTX), BuildOptions("sm_89"))
+    return bundle
+
+
+def test_auto_says_why(demo_bundle):
+    name, module, reason = backends.choose(Bundle.open(demo_bundle))
     assert name == "onnxruntime"
     assert module is backends.load_backend("onnxruntime")
-    assert reason == "first available of onnxruntime"
+    assert reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
 
 
-def test_named_backend():
-    name, module, reason = backends.choose("onnxruntime")
+@DRIVERLESS
+def test_auto_passes_over_an_engine_that_cannot_run(with_engine):
+    name, _, reason = backends.choose(with_engine)
+    assert name == "onnxruntime"
+    assert "not tensorrt-rtx: no NVIDIA driver answers" in reason
+
+
+@DRIVERLESS
+@pytest.mark.parametrize("name", ["tensorrt", RTX])
+def test_a_named_backend_without_a_driver(name, demo_bundle):
+    with pytest.raises(MissingComponent, match="no NVIDIA driver answers") as caught:
+        backends.choose(Bundle.open(demo_bundle), name)
+    assert caught.value.exit_code == 3
+    assert "--backend onnxruntime" in caught.value.fix
+    assert not backends.load_backend(name).probe().available
+
+
+@DRIVERLESS
+def test_the_runtime_api_of_cuda_without_a_driver():
+    with pytest.raises(
+        MissingComponent, match=r"no NVIDIA driver answers \(cudaError.* of cudaGetDeviceCount"
+    ):
+        Cuda()
+
+
+def test_without_cuda_python(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(MissingComponent, match="cuda-python is not installed") as caught:
+        Cuda()
+    assert caught.value.fix == "run: pip install 'ditf[tensorrt]'"
+
+
+def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
+    """Decided from engine.json: TensorRT-RTX is asked for its version and deserialises nothing."""
+    monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda: Gpu("NVIDIA Other", "sm_120", 13000))
+    with pytest.raises(BundleError, match=r"built for sm_89, this GPU is NVIDIA Other sm_120") as caught:
+        backends.choose(with_engine, RTX)
+    assert caught.value.fix == f"run: ditf build {with_engine.path} --backend tensorrt-rtx"
+
+
+def test_named_backend(demo_bundle):
+    name, module, reason = backends.choose(Bundle.open(demo_bundle), "onnxruntime")
     assert (name, reason) == ("onnxruntime", "named")
     assert "CPUExecutionProvider" in module.probe().detail
 
 
 @pytest.mark.parametrize("name", ["", "onnx", "ONNXRuntime", "cuda"])
-def test_unknown_backend(name):
+def test_unknown_backend(name, demo_bundle):
     with pytest.raises(InputError, match="unknown backend") as caught:
-        backends.choose(name)
+        backends.choose(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 2
     assert "onnxruntime" in caught.value.fix
 
 
-@pytest.mark.parametrize("name", backends.PLANNED)
-def test_planned_backend(name):
-    with pytest.raises(
-        MissingComponent, match=f"{name} engines are built by this version of ditf, but not run"
-    ) as caught:
-        backends.choose(name)
-    assert caught.value.exit_code == 3
-    assert caught.value.fix == "use --backend onnxruntime"
-
-
 @pytest.mark.parametrize("name", ["auto", "onnxruntime"])
-def test_without_onnxruntime(monkeypatch, name):
+def test_without_onnxruntime(monkeypatch, name, demo_bundle):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what an import of a missing package meets
     with pytest.raises(MissingComponent, match="onnxruntime does not import") as caught:
-        backends.choose(name)
+        backends.choose(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 3
     assert "pip install 'ditf[onnxruntime]'" in caught.value.fix
 
@@ -54,12 +103,11 @@ def test_open_session_without_onnxruntime(monkeypatch, demo_bundle):
     module = backends.load_backend("onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingComponent, match="pip install"):
-        module.open_session(demo_bundle / MATCH)
+        module.open_session(Bundle.open(demo_bundle), MATCH)
 
 
-@pytest.mark.parametrize("name", backends.BACKENDS)
-def test_session(name, demo_bundle):
-    session = backends.load_backend(name).open_session(demo_bundle / MATCH)
+def test_session(demo_bundle):
+    session = backends.load_backend("onnxruntime").open_session(Bundle.open(demo_bundle), MATCH)
     assert tuple(session.inputs) == ("source", "target", "point_rows", "point_columns", "rows", "columns")
     assert session.outputs == ("points", "scores")
     assert "onnxruntime" in session.detail
@@ -69,9 +117,8 @@ def test_session(name, demo_bundle):
     session.close()  # twice does no harm
 
 
-@pytest.mark.parametrize("name", backends.BACKENDS)
 @pytest.mark.parametrize("damage", ["random", "empty", "cut", "text", "missing", "weights missing"])
-def test_corrupt_graph_is_refused(name, damage, demo_bundle, tmp_path):
+def test_corrupt_graph_is_refused(damage, demo_bundle, tmp_path):
     path = tmp_path / FEATURES
     whole = (demo_bundle / FEATURES).read_bytes()
     data = {
@@ -84,7 +131,7 @@ def test_corrupt_graph_is_refused(name, damage, demo_bundle, tmp_path):
     if damage in data:
         path.write_bytes(data[damage])
     with pytest.raises(BundleError, match="refuses") as caught:
-        backends.load_backend(name).open_session(path)
+        OnnxRuntimeSession(path)
     assert str(path) in caught.value.problem
     assert "\n" not in str(caught.value)
     assert "export" in caught.value.fix

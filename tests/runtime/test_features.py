@@ -10,7 +10,9 @@ from ditf.runtime.features import FeatureMap
 @pytest.mark.parametrize("dtype", [np.float16, np.float32])
 def test_covers_the_image_unless_told_otherwise(dtype):
     features = FeatureMap(np.ones((3, 4, 5), dtype), (40, 60))
-    assert features.extent == features.cells == (4.0, 5.0)
+    assert features.cells == (4.0, 5.0)
+    assert (features.channels, features.grid) == (3, (4, 5))
+    assert "60x40 px" in repr(features)
     assert FeatureMap(features.array, (40, 60), (3.5, 5.0)).cells == (3.5, 5.0)
 
 

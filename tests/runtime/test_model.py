@@ -77,7 +77,7 @@ def relative_error(actual: np.ndarray, expected: np.ndarray) -> float:
 
 def test_says_what_runs(model, demo_bundle):
     assert model.backend == "onnxruntime"
-    assert "first available" in model.reason
+    assert model.reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
     assert "onnxruntime" in model.detail
     assert model.bundle.path == demo_bundle
     assert model.manifest.layer == 9

@@ -89,6 +89,24 @@ def choose(name: str) -> tuple[Flavour, Any]:
     raise MissingComponent(f"nothing here builds engines ({'; '.join(reasons)})", last.install)
 
 
+class Log:
+    """Keeps TensorRT's last error message instead of printing it."""
+
+    def __init__(self, trt: Any) -> None:
+        log = self
+        self.last = "no message"
+
+        class Logger(trt.ILogger):  # type: ignore[misc]
+            def __init__(self) -> None:
+                trt.ILogger.__init__(self)
+
+            def log(self, severity: Any, message: str) -> None:
+                if severity <= trt.ILogger.Severity.ERROR:
+                    log.last = message.split("\n")[0][:300]
+
+        self.logger = Logger()
+
+
 def has(module: Any, name: str) -> bool:
     """Whether a dotted name such as "BuilderFlag.STRIP_PLAN" exists in this version."""
     for part in name.split("."):

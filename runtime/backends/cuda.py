@@ -1,0 +1,297 @@
+"""Device memory, pinned host memory, streams and graphs of CUDA's runtime API, through cuda-python."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+import threading
+import weakref
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+
+from ditf.runtime.errors import DitfError, MissingComponent
+from ditf.runtime.gpu import find_gpu, version_text
+
+_NO_DEVICE = (
+    "cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorInitializationError",
+    "cudaErrorSystemDriverMismatch", "cudaErrorStubLibrary", "cudaErrorDevicesUnavailable",
+)  # fmt: skip
+
+
+class OutOfDeviceMemory(DitfError):
+    """The GPU has not as much free memory as was asked for."""
+
+
+class Cuda:
+    """CUDA's runtime API: errors become exceptions, results come back bare.
+
+    Raises:
+        MissingComponent: cuda-python is not installed, or no driver answers it.
+    """
+
+    def __init__(self) -> None:
+        self._api = _binding()
+        count = self("cudaGetDeviceCount")
+        if not count:
+            raise MissingComponent("no NVIDIA GPU is visible", "look at CUDA_VISIBLE_DEVICES")
+        self._pool: dict[int, list[int]] = {}  # free device memory by size
+        self._lock = threading.RLock()  # memory may be given back, by the collector, while it is held
+
+    def __call__(self, name: str, *arguments: Any) -> Any:
+        """Call a function such as "cudaStreamCreate"."""
+        error, *values = getattr(self._api, name)(*arguments)
+        if error.name != "cudaSuccess":
+            raise self._explained(name, error.name)
+        return values[0] if len(values) == 1 else tuple(values)
+
+    def constant(self, name: str) -> Any:
+        """A value such as "cudaMemcpyKind.cudaMemcpyHostToDevice"."""
+        value = self._api
+        for part in name.split("."):
+            value = getattr(value, part)
+        return value
+
+    @property
+    def free_bytes(self) -> int:
+        """Free memory of the GPU."""
+        free, _ = self("cudaMemGetInfo")
+        return int(free)
+
+    def allocate(self, nbytes: int) -> int:
+        """Device memory: its address.
+
+        Raises:
+            OutOfDeviceMemory: says how much was asked for and how much is free.
+        """
+        try:
+            return int(self("cudaMalloc", nbytes))
+        except OutOfDeviceMemory:
+            self.trim()
+        try:
+            return int(self("cudaMalloc", nbytes))
+        except OutOfDeviceMemory as error:
+            raise OutOfDeviceMemory(
+                f"{nbytes / 1e6:.1f} MB of GPU memory are needed, {self.free_bytes / 1e6:.1f} MB are free",
+                error.fix,
+            ) from error
+
+    def free(self, address: int) -> None:
+        self("cudaFree", address)
+
+    def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
+        """Queue a copy; CUDA tells host from device by the addresses."""
+        self(
+            "cudaMemcpyAsync",
+            target,
+            source,
+            nbytes,
+            self.constant("cudaMemcpyKind.cudaMemcpyDefault"),
+            stream,
+        )
+
+    def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
+        """An array in device memory, from what earlier ones of its size gave back if there is any."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        with self._lock:
+            free = self._pool.get(nbytes)
+            address = free.pop() if free else None
+        memory = _Leased(self.allocate(nbytes) if address is None else address)
+        weakref.finalize(memory, self._give_back, memory.address, nbytes)
+        return DeviceArray(self, memory, memory.address, shape, dtype)
+
+    def _give_back(self, address: int, nbytes: int) -> None:
+        with self._lock:
+            self._pool.setdefault(nbytes, []).append(address)
+
+    def trim(self) -> None:
+        """Free what arrays gave back."""
+        with self._lock:
+            addresses = [address for free in self._pool.values() for address in free]
+            self._pool.clear()
+        for address in addresses:
+            self.free(address)
+
+    def _explained(self, function: str, error: str) -> DitfError:
+        if error in _NO_DEVICE:
+            return no_driver(f"{error} of {function}")
+        if error == "cudaErrorMemoryAllocation":
+            return OutOfDeviceMemory(
+                f"the GPU is out of memory ({function})",
+                "free some, or use a smaller --size or --batch, an earlier --layer, or --ensemble 1",
+            )
+        return DitfError(
+            f"the GPU failed: {error} of {function}", "open the bundle again; ditf check -v says more"
+        )
+
+
+class _Leased:
+    """Device memory that goes back to the pool when the last array that lies in it is gone."""
+
+    def __init__(self, address: int) -> None:
+        self.address = address
+
+
+class DeviceArray:
+    """An array in GPU memory.
+
+    Attributes:
+        address: of its first element; shape, dtype: as numpy has them.
+    """
+
+    def __init__(
+        self, cuda: Cuda, memory: _Leased, address: int, shape: tuple[int, ...], dtype: np.dtype[Any]
+    ) -> None:
+        self._cuda = cuda
+        self._memory = memory  # kept alive
+        self.address = address
+        self.shape = shape
+        self.dtype = dtype
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __len__(self) -> int:
+        return self.shape[0]
+
+    def __getitem__(self, index: int) -> DeviceArray:
+        """The part at an index of the first axis; it shares the memory."""
+        if not 0 <= index < self.shape[0]:
+            raise IndexError(index)
+        stride = self.nbytes // self.shape[0]
+        return DeviceArray(
+            self._cuda, self._memory, self.address + index * stride, self.shape[1:], self.dtype
+        )
+
+    def reshape(self, *shape: int) -> DeviceArray:
+        """The same memory in another shape."""
+        return DeviceArray(self._cuda, self._memory, self.address, shape, self.dtype)
+
+    def numpy(self) -> np.ndarray:
+        """A copy in host memory."""
+        array = np.empty(self.shape, self.dtype)
+        self._cuda(
+            "cudaMemcpy",
+            array.ctypes.data,
+            self.address,
+            self.nbytes,
+            self._cuda.constant("cudaMemcpyKind.cudaMemcpyDeviceToHost"),
+        )
+        return array
+
+
+class Pinned:
+    """Page-locked host memory, which grows: copies between it and the device run at full speed."""
+
+    def __init__(self, cuda: Cuda) -> None:
+        self._cuda = cuda
+        self.address = 0
+        self._nbytes = 0
+
+    def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
+        """The memory as an array; what an earlier call returned is overwritten with it."""
+        nbytes = math.prod(shape) * dtype.itemsize
+        if nbytes > self._nbytes:
+            self.close()
+            self.address = int(self._cuda("cudaHostAlloc", nbytes, 0))
+            self._nbytes = nbytes
+        block = (ctypes.c_byte * nbytes).from_address(self.address)
+        return np.ndarray(shape, dtype, buffer=memoryview(block))
+
+    def close(self) -> None:
+        if self.address:
+            address, self.address, self._nbytes = self.address, 0, 0
+            self._cuda("cudaFreeHost", address)
+
+
+class Stopwatch:
+    """Seconds of what is queued on a stream inside the `with`, by the GPU's clock."""
+
+    def __init__(self, cuda: Cuda, stream: Any) -> None:
+        self._cuda = cuda
+        self._stream = stream
+        self._events = [cuda("cudaEventCreate") for _ in range(2)]
+
+    def __enter__(self) -> Stopwatch:
+        self._cuda("cudaEventRecord", self._events[0], self._stream)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        if error is None:
+            self._cuda("cudaEventRecord", self._events[1], self._stream)
+
+    @property
+    def seconds(self) -> float:
+        """Of the last `with`, once the stream has been waited for."""
+        return float(self._cuda("cudaEventElapsedTime", *self._events)) / 1e3
+
+    def close(self) -> None:
+        for event in self._events:
+            self._cuda("cudaEventDestroy", event)
+
+
+def capture(cuda: Cuda, stream: Any, work: Callable[[], None]) -> Any:
+    """A CUDA graph of what `work` queues on a stream, ready to be launched.
+
+    Raises:
+        DitfError: something in it cannot be captured. The stream is usable afterwards.
+    """
+    mode = cuda.constant("cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal")
+    cuda("cudaStreamBeginCapture", stream, mode)
+    try:
+        work()
+    except BaseException:
+        try:
+            cuda("cudaStreamEndCapture", stream)  # leave capture mode; what it says is not news
+        except DitfError:
+            cuda("cudaGetLastError")
+        raise
+    graph = cuda("cudaStreamEndCapture", stream)
+    try:
+        return cuda("cudaGraphInstantiate", graph, 0)
+    finally:
+        cuda("cudaGraphDestroy", graph)
+
+
+@functools.cache
+def open_cuda() -> Cuda:
+    """This process's CUDA: device memory that is given back serves every session.
+
+    Raises:
+        MissingComponent: see `Cuda`.
+    """
+    return Cuda()
+
+
+def no_driver(detail: str) -> MissingComponent:
+    """The error where CUDA finds no driver, or one that is older than the binding."""
+    gpu = find_gpu()
+    if gpu is None:
+        return MissingComponent(
+            f"no NVIDIA driver answers ({detail})",
+            "run it where there is an NVIDIA GPU, or use --backend onnxruntime",
+        )
+    driver = version_text(gpu.driver)
+    return MissingComponent(
+        f"the driver runs CUDA up to {driver}, cuda-python is for a newer one ({detail})",
+        f"run: pip install 'cuda-bindings=={driver.split('.')[0]}.*'",
+    )
+
+
+def _binding() -> Any:
+    try:
+        from cuda.bindings import runtime
+    except ImportError:
+        try:
+            from cuda import cudart as runtime  # before cuda-python 12.6
+        except ImportError as error:
+            raise MissingComponent(
+                f"cuda-python is not installed ({error})", "run: pip install 'ditf[tensorrt]'"
+            ) from error
+    return runtime

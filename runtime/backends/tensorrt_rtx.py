@@ -1,0 +1,28 @@
+"""TensorRT-RTX: engines built ahead of time, finished by the GPU's own compiler."""
+
+from __future__ import annotations
+
+from ditf.runtime.backends import Probe, Session, engine
+from ditf.runtime.bundle import Bundle
+
+_FLAVOUR = "tensorrt-rtx"
+
+
+def probe() -> Probe:
+    """See `ditf.runtime.backends.engine`."""
+    return engine.probe(_FLAVOUR)
+
+
+def prepared(bundle: Bundle) -> bool:
+    """See `ditf.runtime.backends.engine`."""
+    return engine.prepared(_FLAVOUR, bundle)
+
+
+def ready(bundle: Bundle) -> None:
+    """See `ditf.runtime.backends.engine`."""
+    engine.ready(_FLAVOUR, bundle)
+
+
+def open_session(bundle: Bundle, graph: str) -> Session:
+    """See `ditf.runtime.backends.engine`."""
+    return engine.open_session(_FLAVOUR, bundle, graph)
