@@ -38,7 +38,7 @@ from provenance import (
     interleave,
     open_session,
     paired_ratio,
-    peak_memory,
+    peak_bytes,
     pin_threads,
     provenance,
     say,
@@ -339,7 +339,7 @@ def write_graph(folder: Path, case: Case, side: str) -> dict[str, Any]:
     feeds = make_feeds(case, family)
     inputs = {"latents": make_latents(case, family)[0], **{name: feeds[name] for name in module.inputs}}
     write_onnx(module, inputs, ["features"], graph_file(folder, case, side), DEFAULT_OPSET)
-    return {"seconds": time.perf_counter() - start, "peak_bytes": peak_memory()}
+    return {"seconds": time.perf_counter() - start, "peak_bytes": peak_bytes()}
 
 
 def measure(folder: Path, case: Case, repeats: int) -> dict[str, Any]:
@@ -375,7 +375,7 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, Any]:
         "nodes": {side: nodes(graph_file(folder, case, side)) for side in case.sides},
         "same_features_as_live": agreement,
         "feature_rms": float(np.sqrt(np.mean(np.square(answers[LIVE], dtype=np.float64)))),
-        "measuring_peak_bytes": peak_memory(),
+        "measuring_peak_bytes": peak_bytes(),
     }
 
 

@@ -45,7 +45,7 @@ from provenance import (
     interleave,
     open_session,
     paired_ratio,
-    peak_memory,
+    peak_bytes,
     pin_threads,
     provenance,
     say,
@@ -204,7 +204,7 @@ def export(bundle: Path, checkpoint: Path, layer: int) -> dict[str, Any]:
     export_bundle(options, lambda stage: stages.append((time.perf_counter() - start, stage)))
     return {
         "seconds": time.perf_counter() - start,
-        "peak_bytes": peak_memory(),
+        "peak_bytes": peak_bytes(),
         "stages": [f"{s:.1f} s: {stage.replace(str(checkpoint), checkpoint.name)}" for s, stage in stages],
     }
 

@@ -29,13 +29,13 @@ import torch
 from provenance import (
     in_child,
     interleave,
-    memory,
     open_session,
     paired_ratio,
-    peak_memory,
+    peak_bytes,
     pin_threads,
     provenance,
     reset_peak_memory,
+    resident_bytes,
     say,
     summary,
     wait_until_idle,
@@ -206,9 +206,9 @@ def peak(name: str, graph: Path, count: int) -> int:
     torch.set_num_threads(THREADS)
     match, arguments = sides(graph)[name], inputs(count)
     reset_peak_memory()
-    before = memory()
+    before = resident_bytes()
     match(*arguments)
-    return peak_memory() - before
+    return peak_bytes() - before
 
 
 def rows(cases: list[dict[str, Any]]) -> list[tuple[str, ...]]:

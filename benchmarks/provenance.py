@@ -9,18 +9,16 @@ import ctypes
 import json
 import multiprocessing
 import os
-import platform
 import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from ditf.calib.machine import machine, peak_bytes, resident_bytes  # noqa: F401  (benchmarks take them here)
 from ditf.cli.console import table
-from ditf.runtime.manifest import tool_versions
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("ditf", "torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "onnxruntime")
@@ -33,17 +31,7 @@ def provenance(threads: int) -> dict[str, Any]:
     Args:
         threads: that every measured side was given.
     """
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "cpu": _proc_field(Path("/proc/cpuinfo"), "model name") or platform.processor(),
-        "instructions": _instructions(),
-        "cores": os.cpu_count(),
-        "memory_bytes": _kilobytes(Path("/proc/meminfo"), "MemTotal"),
-        "load_average_1min": os.getloadavg()[0],
-        "os": platform.platform(),
-        "threads": threads,
-        "versions": tool_versions(*PACKAGES),
-    }
+    return {**machine(*PACKAGES), "threads": threads}
 
 
 def pin_threads(threads: int) -> None:
@@ -71,21 +59,8 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
         return pool.submit(function, *arguments).result()
 
 
-def memory() -> int:
-    """Resident bytes of this process, pages of mapped files included."""
-    return _kilobytes(Path("/proc/self/status"), "VmRSS")
-
-
-def peak_memory() -> int:
-    """Largest `memory` of this process since it started or since `reset_peak_memory`.
-
-    Not getrusage's ru_maxrss: on Linux a child inherits there the size of the process that forked it.
-    """
-    return _kilobytes(Path("/proc/self/status"), "VmHWM")
-
-
 def reset_peak_memory() -> None:
-    """Let `peak_memory` start again from now, memory that was freed before given back first."""
+    """Let `peak_bytes` start again from now, memory that was freed before given back first."""
     ctypes.CDLL(None).malloc_trim(0)  # else what follows reuses it, and seems to need less than it does
     Path("/proc/self/clear_refs").write_text("5")
 
@@ -180,25 +155,3 @@ def write_table(document: str, name: str, rows: list[tuple[str, ...]]) -> None:
     if not found:
         raise ValueError(f"{path} has no {start} ... {end}")
     path.write_text("\n".join([before + start, "", *lines, "", end + after]), "utf-8")
-
-
-def _proc_field(path: Path, name: str) -> str:
-    """The first value of a field in a file of /proc; "" where there is no such file or field."""
-    try:
-        lines = path.read_text().splitlines()
-    except OSError:
-        return ""
-    fields = (line.partition(":") for line in lines)
-    return next((value.strip() for key, _, value in fields if key.strip() == name), "")
-
-
-def _kilobytes(path: Path, name: str) -> int:
-    """A field such as "VmHWM: 1234 kB" in bytes."""
-    return int((_proc_field(path, name) or "0 kB").split()[0]) * 1024
-
-
-def _instructions() -> str:
-    """The widest vector instructions of the CPU: they decide what a library's kernels can do."""
-    flags = _proc_field(Path("/proc/cpuinfo"), "flags").split()
-    known = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_fp16")
-    return " ".join(flag for flag in known if flag in flags) or platform.machine()

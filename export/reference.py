@@ -71,6 +71,8 @@ class Reference:
         self._size = size
         stride = self._latents.stride * family.patch_size
         self._grid = (size[0] // stride, size[1] // stride)
+        self._device = torch.device("cpu")
+        self._dtype = torch.float32
         self._timestep = 0
         self._inputs: dict[str, Any] = {}
         self._block_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
@@ -78,9 +80,33 @@ class Reference:
     def under(self, condition: Condition, timestep: int) -> Reference:
         """The same model; what follows is observed under this condition and timestep."""
         self._timestep = timestep
-        self._inputs = self._family.reference_inputs(
-            condition, timestep, self._size, self._grid, len(self._noise)
-        )
+        inputs = self._family.reference_inputs(condition, timestep, self._size, self._grid, len(self._noise))
+        self._inputs = {name: self._placed(value) for name, value in inputs.items()}
+        return self
+
+    def _placed(self, value: Any) -> Any:
+        """An input of the transformer where it is, embeddings in its type."""
+        if isinstance(value, dict):
+            return {name: self._placed(one) for name, one in value.items()}
+        if not isinstance(value, torch.Tensor):
+            return value
+        wide = value.is_floating_point() and value.ndim > 1
+        return value.to(self._device, self._dtype if wide else value.dtype)
+
+    def moved(self, device: str, dtype: torch.dtype, compiled: bool = False) -> Reference:
+        """The same model elsewhere, for timing it: what it gives is then no reference.
+
+        Args:
+            compiled: compile the blocks before k with torch.compile.
+        """
+        self._device, self._dtype = torch.device(device), dtype
+        self._transformer.to(self._device, dtype)
+        if self._vae is not None:
+            self._vae.to(self._device, dtype)
+        self._noise = self._noise.to(self._device)
+        if compiled:
+            for index in range(self._layer):
+                _submodule(self._transformer, self._family.block_name(index)).compile()
         return self
 
     @torch.no_grad()
@@ -90,10 +116,10 @@ class Reference:
         Args:
             image: uint8 [H, W, 3] at the export's size.
         """
-        x_t = self._family.reference_latents(self._add_noise(self._encode(image)))
+        x_t = self._family.reference_latents(self._add_noise(self._encode(image))).to(self._dtype)
         args, kwargs = _observe(self._block, self._transformer, (x_t,), self._inputs)
         self._block_call = (args, kwargs)
-        z: np.ndarray = self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy()
+        z: np.ndarray = self._image_tokens(_first(args, kwargs)).mean(dim=0).float().numpy(force=True)
         return z
 
     @torch.no_grad()
@@ -147,7 +173,7 @@ class Reference:
     def features(self, hidden_states: np.ndarray, settings: FeatureSettings) -> np.ndarray:
         """The DiTF feature [C, h, w], float32, of hidden states from `hidden_states`."""
         channels = list(settings.channels)
-        z = torch.from_numpy(hidden_states)[None].clone()
+        z = torch.from_numpy(hidden_states)[None].to(self._device, self._dtype, copy=True)
         if settings.stage == "before":
             z[:, :, channels] = 0.0
         if settings.adaln:
@@ -156,15 +182,15 @@ class Reference:
         if settings.stage == "after":
             z = z.clone()
             z[:, :, channels] = 0.0
-        feature: np.ndarray = z[0].T.reshape(-1, *self._grid).numpy()
+        feature: np.ndarray = z[0].T.reshape(-1, *self._grid).float().numpy(force=True)
         return feature
 
     def _encode(self, image: np.ndarray) -> torch.Tensor:
         """x_0 [1, c, h', w']."""
-        pixels = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].to(torch.float32) / 127.5 - 1
+        pixels = torch.from_numpy(image.copy()).to(self._device).permute(2, 0, 1)[None].float() / 127.5 - 1
         if self._vae is None:
             return pixels
-        mean: torch.Tensor = self._vae.encode(pixels).latent_dist.mean
+        mean: torch.Tensor = self._vae.encode(pixels.to(self._dtype)).latent_dist.mean.float()
         return (mean - self._latents.shift) * self._latents.scale
 
     def _add_noise(self, x_0: torch.Tensor) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Union
@@ -13,6 +13,7 @@ import numpy as np
 
 from ditf.runtime import backends
 from ditf.runtime.bundle import FEATURES, MATCH, Bundle
+from ditf.runtime.conditions import Feeds
 from ditf.runtime.engines import IMAGE_SIDES
 from ditf.runtime.errors import InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
@@ -21,6 +22,7 @@ from ditf.runtime.manifest import Manifest
 from ditf.runtime.match_graph import run_match_graph
 from ditf.runtime.matching import Matches, PointsLike, match_points
 from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
@@ -138,6 +140,29 @@ class Model:
         """
         return self._runner.run(pixels, noise, prompt, embeddings)
 
+    def feeds(self, prompt: str | None = None) -> Feeds:
+        """What the graph takes beside images, for `maps`; see `features`."""
+        return self._runner.feeds(None, prompt)
+
+    def maps(self, pixels: np.ndarray, feeds: Feeds) -> Iterator[np.ndarray | Resident]:
+        """Features [C, h, w] of each image as the backend leaves them, in host or device memory.
+
+        Args:
+            pixels: uint8 [n, H, W, 3] at the bundle's size.
+            feeds: from `feeds`.
+        """
+        return self._runner.maps(pixels, feeds)
+
+    def device_seconds(self) -> float | None:
+        """Of the last features by the device's own clock; None where it has none."""
+        return self._features.device_seconds
+
+    def device_bytes(self) -> int | None:
+        """Device memory that the sessions hold; None where it is not known."""
+        held = [one.device_bytes for one in (self._features, self._match) if one is not None]
+        known = [count for count in held if count is not None]
+        return sum(known) if known else None
+
     def match(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
         """The target pixel of the highest cosine for each source point; see `match_points`.
 
@@ -146,6 +171,17 @@ class Model:
         if source.resident is not None and target.resident is not None and self._matches_there(target):
             return self.match_with_graph(source, target, points)
         return match_points(source, target, points)
+
+    def track(self, source: ImageLike, points: PointsLike, prompt: str | None = None) -> Tracker:
+        """Points of an image to be followed through a video.
+
+        Args:
+            source: see `features`; points: [N, 2], (x, y) in its own pixels; prompt: see `features`.
+
+        Raises:
+            InputError: an unreadable image, or bad points.
+        """
+        return Tracker(self, source, points, prompt)
 
     def match_with_graph(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
         """The same through match.onnx on this backend.

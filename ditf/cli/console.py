@@ -51,7 +51,11 @@ def _set_quiet(value: bool) -> bool:
 
 BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Directory made by ditf-export.")]
 BackendOption = Annotated[
-    str, typer.Option("--backend", help="auto or onnxruntime; a named one that is missing is an error.")
+    str,
+    typer.Option(
+        metavar="auto|tensorrt|tensorrt-rtx|onnxruntime",
+        help="What runs it; a named one that is missing is an error.",
+    ),
 ]
 FitOption = Annotated[
     str, typer.Option("--fit", help="How images meet the engine's size: stretch, or pad to keep the aspect.")

@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn, Optional
 import typer
 
 import ditf
-from ditf.cli import build, calibrate, check, doctor, export, features, inspect, match
+from ditf.cli import bench, build, calibrate, check, doctor, export, features, inspect, match, track
 from ditf.cli.console import state
 from ditf.runtime.errors import DitfError
 
@@ -36,7 +36,9 @@ app.command("build")(build.build)
 app.add_typer(build.engines, name="engines")
 app.command("calibrate")(calibrate.calibrate)
 app.command("check")(check.check)
+app.command("bench")(bench.bench)
 app.command("match")(match.match)
+app.command("track")(track.track)
 app.command("features")(features.features)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)

@@ -1,0 +1,293 @@
+"""`ditf bench`: how long a bundle takes here, against peers, and against how long it took."""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Annotated, Any, Optional
+
+import numpy as np
+import typer
+from PIL import Image
+
+from ditf.calib.images import procedural_images
+from ditf.calib.latency import Change, Row, compare, measure
+from ditf.calib.machine import machine, peak_bytes, resident_bytes
+from ditf.cli.console import (
+    BackendOption,
+    BundleArgument,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    bytes_text,
+    check_picture,
+    check_writable,
+    parse_size,
+    replacing,
+    say,
+    show,
+    state,
+    table,
+    write_json,
+)
+from ditf.cli.export import needs_exporter
+from ditf.runtime import Model
+from ditf.runtime.bundle import Bundle, sha256
+from ditf.runtime.errors import GateFailed, InputError
+from ditf.runtime.images import fit_image
+from ditf.runtime.manifest import NAME
+
+_PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
+_PEERS = ("eager", "compile", "onnxruntime")
+_IMAGES = 8  # inputs that rotate
+_SAME = ("cpu", "cores", "gpu", "power_mode")  # what a baseline must share
+
+
+def bench(
+    bundle: BundleArgument,
+    backend: BackendOption = "auto",
+    image_size: Annotated[
+        str, typer.Option("--image-size", metavar="HxW", help="Size of the pictures, before they are fitted.")
+    ] = "480x640",
+    points: Annotated[int, typer.Option(min=1, max=100_000, help="Points that are matched.")] = 64,
+    seconds: Annotated[float, typer.Option(min=0.01, max=3600, help="Time for each part, in all.")] = 5.0,
+    repetitions: Annotated[int, typer.Option(min=2, max=100, help="Rounds of all parts, taking turns.")] = 5,
+    baseline: Annotated[
+        Optional[Path], typer.Option(metavar="FILE", help="A --json of an earlier run, to compare with.")
+    ] = None,
+    max_regression: Annotated[
+        str, typer.Option("--max-regression", metavar="P%", help="Exit 1 if a part is slower by more.")
+    ] = "10%",
+    against: Annotated[
+        Optional[str],
+        typer.Option(metavar="eager,compile,onnxruntime", help="Peers to measure in the same run."),
+    ] = None,
+    model: Annotated[
+        Optional[str], typer.Option(metavar="ID|DIR", help="Checkpoint of eager and compile, if it moved.")
+    ] = None,
+    plot: Annotated[Optional[Path], typer.Option(metavar="PNG", help="Draw the distributions.")] = None,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Time preprocessing, features, matching and all of it; gate it against a baseline: exit 1 if slower."""
+    check_writable(json_file, plot, inputs=(bundle,))
+    if plot is not None:
+        check_picture(plot, "check")
+    size, limit = parse_size(image_size), parse_percent(max_regression)
+    peers = _peers(against)
+    before = None if baseline is None else _Baseline(baseline)
+    opened = Bundle.open(bundle)
+    origin = machine(*_PACKAGES)
+    if before is not None:
+        before.check(origin)
+    at_start = resident_bytes()
+    start = time.perf_counter()
+    with ExitStack() as stack:
+        opened_model = stack.enter_context(Model(opened, backend))
+        load = time.perf_counter() - start
+        say(f"{bundle} on {opened_model.detail} ({opened_model.reason})")
+        work = _Work(opened_model, size, points)
+        start = time.perf_counter()
+        work.end_to_end(0)
+        first = time.perf_counter() - start
+        if before is not None:
+            before.check_backend(opened_model.backend)
+        parts: dict[str, Callable[[int], object]] = {
+            "preprocess": work.preprocess,
+            "features": work.features,
+            "match": work.match,
+            "end to end": work.end_to_end,
+        }
+        details = {}
+        for peer in peers:
+            parts[f"features, {peer}"], details[peer] = _open_peer(stack, peer, opened, work, model)
+            say(f"against {peer}: {details[peer]}")
+        rows = measure(
+            parts, seconds, repetitions, lambda name: None, {"features": opened_model.device_seconds}
+        )
+        detail, name = opened_model.detail, opened_model.backend
+        device = opened_model.device_bytes()
+    by_name = {row.name: row for row in rows}
+    ratios = [_against(peer, by_name) for peer in peers]
+    changes = [] if before is None else before.changes(by_name)
+    memory = {"start": at_start, "peak": peak_bytes(), "device": device}
+    show(_render(rows, load, first, memory))
+    for change in ratios:
+        show(
+            f"{change.name}: {change.ratio:.2f}x as long as this bundle ({change.low:.2f}-{change.high:.2f})"
+        )
+    if changes:
+        show(_render_changes(changes, limit))
+    if plot is not None:
+        from ditf.calib.plot_latency import plot_latency
+
+        with replacing(plot) as temporary:
+            plot_latency(rows, {} if before is None else before.rows, f"{bundle} on {detail}", temporary)
+        say(f"drew {plot}")
+    slower = [change for change in changes if change.regressed(limit)]
+    write_json(
+        json_file,
+        {
+            "bundle": str(bundle),
+            "bundle_sha256": sha256(opened.path / NAME),
+            "backend": name,
+            "detail": detail,
+            "image_size": list(size),
+            "points": points,
+            "repetitions": repetitions,
+            "machine": origin,
+            "load_seconds": load,
+            "first_call_seconds": first,
+            "memory_bytes": memory,
+            "rows": {row.name: row.to_json() for row in rows},
+            "against": {
+                peer: {"detail": details[peer], "ratio": one.ratio, "interval": [one.low, one.high]}
+                for peer, one in zip(peers, ratios, strict=True)
+            },
+            "gates": [change.gate(limit) for change in changes],
+        },
+        ok=not slower,
+    )
+    if slower:
+        what = ", ".join(f"{change.name} {change.ratio:.2f}x" for change in slower)
+        raise GateFailed(f"{bundle} is slower than {baseline} by more than {max_regression}: {what}")
+
+
+class _Work:
+    """What is timed; inputs rotate, so that nothing is answered from a cache."""
+
+    def __init__(self, model: Model, size: tuple[int, int], points: int) -> None:
+        self._model = model
+        self._images = [Image.fromarray(array) for array in procedural_images(size, _IMAGES)]
+        self.fitted = [fit_image(image, model.manifest.size, model.fit)[0] for image in self._images]
+        rng = np.random.default_rng(0)
+        self._points = rng.uniform((0, 0), (size[1] - 1, size[0] - 1), (points, 2))
+        self._maps = [model.features(image) for image in self._images]
+        self._feeds = model.feeds()
+
+    def preprocess(self, index: int) -> object:
+        return fit_image(self._images[index % _IMAGES], self._model.manifest.size, self._model.fit)
+
+    def features(self, index: int) -> object:
+        pixels = self.fitted[index % _IMAGES][None]
+        return next(self._model.maps(pixels, self._feeds))
+
+    def match(self, index: int) -> object:
+        source, target = (self._maps[(index + one) % _IMAGES] for one in (0, 1))
+        return self._model.match(source, target, self._points)
+
+    def end_to_end(self, index: int) -> object:
+        """A frame against a source whose features are kept."""
+        target = self._model.features(self._images[index % _IMAGES])
+        return self._model.match(self._maps[(index + 1) % _IMAGES], target, self._points)
+
+
+class _Baseline:
+    """An earlier run's --json."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        try:
+            document = json.loads(path.read_text("utf-8"))
+            self.rows = {name: Row.from_json(name, row) for name, row in document["rows"].items()}
+            self._machine = dict(document["machine"])
+            self._backend = str(document["backend"])
+        except FileNotFoundError:
+            raise InputError(f"{path}: no such file", "make one with ditf bench --json") from None
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise InputError(
+                f"{path} is no --json of ditf bench ({error})", "make one with --json"
+            ) from error
+
+    def check(self, origin: dict[str, Any]) -> None:
+        """Times of different machines say nothing about a regression."""
+        for name in _SAME:
+            if self._machine.get(name) != origin.get(name):
+                then, now = self._machine.get(name), origin.get(name)
+                raise InputError(
+                    f"{self._path} was measured on {name} {then}, this is {now}",
+                    "measure a baseline on this machine",
+                )
+
+    def check_backend(self, backend: str) -> None:
+        if self._backend != backend:
+            raise InputError(
+                f"{self._path} was measured with {self._backend}, this is {backend}",
+                f"use --backend {self._backend}, or measure a new baseline",
+            )
+
+    def changes(self, rows: dict[str, Row]) -> list[Change]:
+        return [compare(row, self.rows[name]) for name, row in rows.items() if name in self.rows]
+
+
+def parse_percent(text: str) -> float:
+    """A share such as "10%" as 0.1.
+
+    Raises:
+        InputError: not a percentage.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
+    if not match:
+        raise InputError(f"{text!r} is not a percentage", "for example --max-regression 10%")
+    return float(match[1]) / 100
+
+
+def _peers(text: Optional[str]) -> tuple[str, ...]:
+    peers = tuple(dict.fromkeys(text.split(","))) if text else ()
+    for peer in peers:
+        if peer not in _PEERS:
+            raise InputError(f"unknown peer {peer!r}", f"choose from {', '.join(_PEERS)}")
+    return peers
+
+
+def _open_peer(
+    stack: ExitStack, peer: str, bundle: Bundle, work: _Work, model: Optional[str]
+) -> tuple[Callable[[int], object], str]:
+    """Something that computes the same features, and what it is."""
+    if peer == "onnxruntime":
+        other = stack.enter_context(Model(bundle, "onnxruntime"))
+        feeds = other.feeds()
+        return lambda index: next(other.maps(work.fitted[index % _IMAGES][None], feeds)), other.detail
+    with needs_exporter():
+        from ditf.export.pretrained import quieten_libraries
+
+        if not state.verbose:
+            quieten_libraries()
+        from ditf.export.peers import torch_peer
+
+    torch = stack.enter_context(torch_peer(bundle.manifest, peer, model))
+    return lambda index: torch.features(work.fitted[index % _IMAGES]), torch.detail
+
+
+def _against(peer: str, rows: dict[str, Row]) -> Change:
+    change = compare(rows[f"features, {peer}"], rows["features"])
+    return Change(change.name, change.ratio, change.low, change.high)
+
+
+def _render(rows: Sequence[Row], load: float, first: float, memory: dict[str, Optional[int]]) -> str:
+    def milliseconds(value: float) -> str:
+        return f"{value * 1e3:.2f}"
+
+    lines: list[tuple[str, ...]] = [
+        ("milliseconds", "p50", "p90", "p95", "p99", "mean", "a second", "calls", "clock")
+    ]
+    for row in rows:
+        found = row.statistics()
+        times = (milliseconds(found[name]) for name in ("p50", "p90", "p95", "p99", "mean"))
+        lines.append((row.name, *times, f"{found['throughput']:.1f}", f"{found['calls']:.0f}", row.clock))
+    device = "" if memory["device"] is None else f", {bytes_text(memory['device'])} of the GPU's"
+    host = f"{bytes_text(memory['start'] or 0)} before loading, {bytes_text(memory['peak'] or 0)} at most"
+    return f"{table(lines)}\nload {load * 1e3:.0f} ms, first call {first * 1e3:.0f} ms; memory {host}{device}"
+
+
+def _render_changes(changes: Sequence[Change], limit: float) -> str:
+    lines: list[tuple[str, ...]] = [("against the baseline", "ratio", "95 % interval", "")]
+    for change in changes:
+        verdict = "SLOWER" if change.regressed(limit) else "ok"
+        lines.append((change.name, f"{change.ratio:.3f}", f"{change.low:.3f}-{change.high:.3f}", verdict))
+    return table(lines)

@@ -1,0 +1,41 @@
+"""Following points of one image through the frames of a video: the source's features are computed once."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from ditf.runtime.images import ImageLike
+from ditf.runtime.matching import Matches, PointsLike, check_points
+
+if TYPE_CHECKING:
+    from ditf.runtime.model import Model
+
+
+class Tracker:
+    """Points of a source image, to be found in frame after frame; make one with `Model.track`.
+
+    Every frame is matched against the source, not against the frame before: errors do not add up.
+
+    Attributes:
+        points: float64 [N, 2], (x, y) in the source image's pixels.
+    """
+
+    def __init__(self, model: Model, source: ImageLike, points: PointsLike, prompt: str | None) -> None:
+        self._model = model
+        self._prompt = prompt
+        self._source = model.features(source, prompt=prompt)
+        self.points = check_points(points, self._source.image_size)
+
+    def update(self, frame: ImageLike) -> Matches:
+        """Where the points are in a frame, in its own pixels.
+
+        Raises:
+            InputError: an unreadable image.
+        """
+        return self.update_all([frame])[0]
+
+    def update_all(self, frames: Sequence[ImageLike]) -> list[Matches]:
+        """The same for several frames, their features computed in batches of the bundle's size."""
+        maps = self._model.features_of(frames, prompt=self._prompt)
+        return [self._model.match(self._source, target, self.points) for target in maps]
