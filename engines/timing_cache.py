@@ -31,7 +31,7 @@ class TimingCache:
     def attach(self, config: Any) -> None:
         """Give the cache to a builder config."""
         self._cache = self._read(config)
-        if not config.set_timing_cache(self._cache, ignore_mismatch=False):
+        if self._cache is None or not config.set_timing_cache(self._cache, ignore_mismatch=False):
             self.warning = f"{self.path} is of another GPU or version, or damaged: timings start anew"
             self._cache = config.create_timing_cache(b"")
             config.set_timing_cache(self._cache, ignore_mismatch=False)
@@ -45,7 +45,8 @@ class TimingCache:
         learned = config.get_timing_cache()
         if not self.warning:
             others = self._read(config)
-            learned.combine(others, ignore_mismatch=False)
+            if others is not None:
+                learned.combine(others, ignore_mismatch=False)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".timing-")
@@ -59,6 +60,7 @@ class TimingCache:
             ) from error
 
     def _read(self, config: Any) -> Any:
+        """The file's cache, an empty one where there is no file; None where TensorRT refuses it."""
         try:
             content = self.path.read_bytes()
         except OSError:

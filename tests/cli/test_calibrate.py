@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import signal
-import subprocess
 import sys
 
 import pytest
@@ -13,6 +12,7 @@ from PIL import Image
 
 from ditf.export.demo import write_demo_checkpoint
 from tests.checkpoints import planted
+from tests.processes import started
 
 
 def test_the_demo_model(ditf, tmp_path):
@@ -60,7 +60,7 @@ def test_errors_are_one_line(ditf, tmp_path, arguments, message):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_run_leaves_nothing(tmp_path, number):
     command = [sys.executable, "-m", "ditf", "calibrate", "--layer", "9", "--plot", "c.png"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=tmp_path) as process:
         for line in process.stderr:
             if "image 2 of 6" in line:
                 break

@@ -14,6 +14,7 @@ import pytest
 from ditf.export.demo import write_demo_checkpoint
 from ditf.runtime.manifest import read_manifest
 from tests.checkpoints import planted
+from tests.processes import started
 
 FEED_FORWARD = "transformer_blocks.0.ff.net.2"
 
@@ -70,7 +71,7 @@ def test_verbose_shows_the_traceback(ditf):
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(tmp_path, number):
     command = [sys.executable, "-m", "ditf", "export", "--layer", "9"]
-    with subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True) as process:
+    with started(command, cwd=tmp_path) as process:
         for line in process.stderr:  # wait until it works in its temporary directory
             if "calibrating" in line:
                 break

@@ -18,6 +18,7 @@ from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import read_record
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
 from ditf.runtime.flavour import FLAVOURS, TARGETS, choose, has, load
+from tests.processes import started
 
 RTX = FLAVOURS["tensorrt-rtx"]
 
@@ -281,7 +282,7 @@ def test_export_and_build_in_one_go(ditf, tmp_path):
 
 def test_a_killed_build_leaves_nothing(copy):
     command = [sys.executable, "-m", "ditf", "build", str(copy.path), "--target", "sm_89"]
-    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+    with started(command) as process:
         for line in process.stderr:
             if "features.plan for" in line:
                 break
@@ -290,6 +291,20 @@ def test_a_killed_build_leaves_nothing(copy):
     assert process.returncode in (143, -15)
     assert make(copy).reused is False  # and clears up what was left, if anything was
     assert [path.name for path in (copy.path / "engines").iterdir()] == [make(copy).folder.name]
+
+
+def test_a_full_disk_leaves_nothing(copy):
+    """A limit on file size fails a write as a full disk does."""
+    code = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_FSIZE, (1 << 20, 1 << 20));"
+        " from ditf.cli.main import run; sys.exit(run(sys.argv[1:]))"
+    )
+    command = [sys.executable, "-c", code, "build", str(copy.path), "--target", "sm_89", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ")
+    assert "File too large" in done.stderr
+    assert not list((copy.path / "engines").iterdir())
 
 
 def test_two_builds_at_once(copy):

@@ -1,0 +1,71 @@
+"""The cache's file. TensorRT-RTX has the names and ignores the timings: what is kept, only a GPU shows."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditf.engines.timing_cache import TimingCache
+from ditf.runtime.engines import cache_file
+from ditf.runtime.errors import InputError
+from ditf.runtime.flavour import Log, load
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*TensorRT-RTX:DeprecationWarning")
+
+
+@pytest.fixture
+def config():
+    trt = load("tensorrt-rtx")
+    log = Log(trt)
+    builder = trt.Builder(log.logger)
+    yield builder.create_builder_config()
+    del builder, log
+
+
+def test_it_is_written_whole(config, tmp_path):
+    path = tmp_path / "deep" / "one.cache"
+    for _ in range(2):  # the second time it is read
+        cache = TimingCache(path)
+        cache.attach(config)
+        cache.keep(config)
+        assert not cache.warning
+    assert [one.name for one in path.parent.iterdir()] == ["one.cache"]
+
+
+class Refusing:
+    """A builder config that takes no cache but an empty one, as TensorRT does with one of another GPU."""
+
+    def __init__(self, config):
+        self._config = config
+
+    def create_timing_cache(self, content):
+        return None if content else self._config.create_timing_cache(content)
+
+    def set_timing_cache(self, cache, ignore_mismatch):
+        return self._config.set_timing_cache(cache, ignore_mismatch)
+
+    def get_timing_cache(self):
+        return self._config.get_timing_cache()
+
+
+def test_a_damaged_one_is_written_anew_with_a_warning(config, tmp_path):
+    path = tmp_path / "one.cache"
+    path.write_bytes(b"rubbish" * 20)
+    cache = TimingCache(path)
+    cache.attach(Refusing(config))
+    assert "damaged: timings start anew" in cache.warning
+    cache.keep(Refusing(config))
+    assert b"rubbish" not in path.read_bytes()
+
+
+def test_a_file_that_cannot_be_written(config, tmp_path):
+    (tmp_path / "folder").write_text("a file")
+    cache = TimingCache(tmp_path / "folder" / "one.cache")
+    cache.attach(config)
+    with pytest.raises(InputError, match="cannot be written"):
+        cache.keep(config)
+
+
+def test_each_gpu_and_version_has_its_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    one = cache_file("timing", "tensorrt", "10.13.3", "NVIDIA Orin sm_87")
+    assert one == tmp_path / "ditf" / "timing" / "tensorrt-10.13.3-NVIDIA_Orin_sm_87.cache"
