@@ -62,7 +62,8 @@ def open_session(flavour: str, bundle: Bundle, graph: str) -> EngineSession:
         onnx = bundle.path / graph
     detail = f"{flavour} {trt.__version__}, {gpu}, {folder.name}"
     kernels = cache_file("kernels", folder.name, str(gpu), plan)
-    return EngineSession(trt, folder / plan, detail, onnx, kernels)
+    host_code = bool(record.options.get("version_compatible"))
+    return EngineSession(trt, folder / plan, detail, onnx, kernels, host_code)
 
 
 def _select(flavour: str, bundle: Bundle) -> tuple[Any, Gpu, Path, EngineRecord]:

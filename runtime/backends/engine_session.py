@@ -44,8 +44,10 @@ class EngineSession:
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         plan: the file, verified by the caller, and of an engine that fits this machine.
+        detail: what runs it, for people.
         onnx: what a plan without weights is refitted from; None for a plan that has them.
         kernels: where TensorRT-RTX keeps the kernels that it compiles on this machine.
+        host_code: let the plan bring code for the CPU, as a version-compatible one does.
 
     Attributes:
         device_seconds: of the last run by the GPU's clock, copies included.
@@ -56,7 +58,15 @@ class EngineSession:
         OutOfDeviceMemory: it does not fit.
     """
 
-    def __init__(self, trt: Any, plan: Path, detail: str, onnx: Path | None, kernels: Path | None) -> None:
+    def __init__(
+        self,
+        trt: Any,
+        plan: Path,
+        detail: str,
+        onnx: Path | None = None,
+        kernels: Path | None = None,
+        host_code: bool = False,
+    ) -> None:
         self._trt = trt
         self._cuda = open_cuda()
         self._lock = threading.Lock()
@@ -72,7 +82,7 @@ class EngineSession:
         self._handle = int(self._stream)  # as TensorRT takes it
         self._watch = Stopwatch(self._cuda, self._stream)
         self._runtime = trt.Runtime(self._log.logger)
-        self._runtime.engine_host_code_allowed = True  # in version-compatible plans; ours are verified
+        self._runtime.engine_host_code_allowed = host_code
         self._engine = self._deserialise(onnx)
         self._settings: _Settings | None = _Settings(trt, self._engine, kernels)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]

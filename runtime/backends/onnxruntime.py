@@ -56,6 +56,8 @@ class OnnxRuntimeSession:
             raise MissingComponent(f"onnxruntime does not import ({error})", _INSTALL) from error
         options = onnxruntime.SessionOptions()
         options.log_severity_level = 3  # errors; what matters is raised
+        # Threads that spin between runs take the cores from the matcher, and power from a robot.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         available = onnxruntime.get_available_providers()
         wanted = [provider for provider in _WANTED if provider in available]
         try:

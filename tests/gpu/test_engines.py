@@ -137,6 +137,7 @@ def test_a_truncated_plan_is_not_deserialised(demo_bundle, tmp_path):
         ditf.load(path, backend)
 
 
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch.compile's own
 def test_bench(ditf, model, tmp_path):
     done = ditf(
         "bench", model.bundle.path, "--seconds", "0.5", "--against", "eager,compile,onnxruntime",
