@@ -47,7 +47,7 @@ class Session(Protocol):
         inputs: {name: shape} in the graph's order; None for a dynamic dimension.
         outputs: names, in the graph's order.
         detail: what runs it, for people: version and device.
-        batches: (smallest, largest) size of the first input's first axis, one for each profile; () where
+        batches: (smallest, largest) number of images, one for each profile; () where
             any size does that `inputs` allows.
         device_seconds: of the last run by the device's own clock; None where it has none.
         device_bytes: of the device's memory that it holds; None where it does not know.

@@ -99,8 +99,8 @@ class EngineSession:
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """Smallest and largest size of the first input's first axis, for each profile."""
-        first = next(iter(self.inputs))
+        """Smallest and largest number of images, or of whatever the first input holds, for each profile."""
+        first = "image" if "image" in self.inputs else next(iter(self.inputs))
         return tuple((profile[first][0][0], profile[first][1][0]) for profile in self.profiles)
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Collection, Mapping
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import numpy as np
 from ditf.runtime.backends import Probe
 from ditf.runtime.bundle import FEATURES, FEATURES_DATA, Bundle
 from ditf.runtime.errors import BundleError, MissingComponent
+
+logger = logging.getLogger(__name__)
 
 _INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for CUDA, never both)"
 _WANTED = ("CUDAExecutionProvider", "CPUExecutionProvider")
@@ -78,6 +81,8 @@ class OnnxRuntimeSession:
         used = session.get_providers()
         # A provider that fails to load is only logged by ONNX Runtime; say it.
         lost = "".join(f" ({p} did not load)" for p in wanted if p not in used)
+        if lost:
+            logger.warning("onnxruntime runs on %s%s", used[0], lost)
         self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}"
         self.inputs = {
             item.name: tuple(size if isinstance(size, int) else None for size in item.shape)
