@@ -68,10 +68,10 @@ def main() -> None:
             for short in ("fp16", "fp32"):
                 in_child(export, folder / short, folder / "xl", geometry.layer)
                 rows.append(one("PixArt-XL/2, layer 9, 512 px", folder / short, TARGET))
-    table = [("graphs", "precision", "batch", "target", FEATURES_PLAN, MATCH_PLAN, "peak memory")]
+    table = [("graphs", "precision", "batch", "target", FEATURES_PLAN, MATCH_PLAN)]
     table += [cells(row) for row in rows]
     write_result("build", origin, {"rows": rows}, table)
-    write_table("engines.md", "builds", table)
+    write_table("engines.md", "builds", document(rows))
 
 
 def one(name: str, path: Path, target: str) -> dict[str, Any]:
@@ -104,17 +104,38 @@ def measure(path: Path, target: str) -> dict[str, Any]:
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
     """A line of the table."""
-    batch = "1-8" if row["batch"] == "dynamic" else str(row["batch"])
-    head = (row["name"], row["precision"], batch, row["target"])
+    head = (row["name"], row["precision"], batch_text(row), row["target"])
     if "refused" in row:
-        return (*head, "refused: no float32 products", "", "")
-    plans = (
-        f"{row['seconds'][plan]:.1f} s, {bytes_text(row['bytes'][plan])}"
-        if plan in row["bytes"]
-        else "left out"
-        for plan in (FEATURES_PLAN, MATCH_PLAN)
-    )
-    return (*head, *plans, bytes_text(row["peak_bytes"]))
+        return (*head, "refused", "")
+    return (*head, *(plan_text(row, plan) for plan in (FEATURES_PLAN, MATCH_PLAN)))
+
+
+def batch_text(row: dict[str, Any]) -> str:
+    """For people."""
+    return "1-8" if row["batch"] == "dynamic" else str(row["batch"])
+
+
+def plan_text(row: dict[str, Any], plan: str) -> str:
+    """Time and size."""
+    if "refused" in row:
+        return "refused"
+    if plan not in row["bytes"]:
+        return "left out"
+    return f"{row['seconds'][plan]:.1f} s, {bytes_text(row['bytes'][plan])}"
+
+
+def document(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+    """The same for docs/engines.md, a line for graphs and target."""
+    kinds = [(precision, batch) for precision in ("float16", "float32") for batch in (1, "dynamic")]
+    found: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
+    for row in rows:
+        found.setdefault((row["name"], row["target"]), {})[(row["precision"], row["batch"])] = row
+    head = [f"{precision}, batch {'1-8' if batch == 'dynamic' else batch}" for precision, batch in kinds]
+    lines: list[tuple[str, ...]] = [("graphs", "target", *head, "match.plan, float16")]
+    for (name, target), by_kind in found.items():
+        cell = [plan_text(by_kind[kind], FEATURES_PLAN) if kind in by_kind else "" for kind in kinds]
+        lines.append((name, target, *cell, plan_text(by_kind[kinds[0]], MATCH_PLAN)))
+    return lines
 
 
 if __name__ == "__main__":

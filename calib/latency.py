@@ -10,7 +10,9 @@ from typing import Any
 import numpy as np
 
 PERCENTILES = (50, 90, 95, 99)
+_WIDEST = 2.0  # interval that still says something, upper over lower end
 _FEWEST, _MOST = 3, 500  # calls of a repetition
+_SHORTEST, _LONGEST = 1e-9, 1e6  # seconds that can have been measured
 _RESAMPLES = 1000
 _SEED = 0
 
@@ -52,8 +54,11 @@ class Row:
     def from_json(cls, name: str, document: Mapping[str, Any]) -> Row:
         """Raises: KeyError, TypeError, ValueError where it is no row."""
         samples = [[float(value) for value in one] for one in document["samples"]]
-        if not samples or not all(one and min(one) > 0 and len(one) == len(samples[0]) for one in samples):
-            raise ValueError("a repetition without timings")
+        lengths = {len(one) for one in samples}
+        if len(lengths) != 1 or lengths == {0}:
+            raise ValueError("repetitions without timings, or of different lengths")
+        if not all(_SHORTEST < value < _LONGEST for one in samples for value in one):
+            raise ValueError("a timing that no clock shows")
         return cls(name, str(document["clock"]), samples)
 
 
@@ -118,6 +123,11 @@ class Change:
     def regressed(self, limit: float) -> bool:
         """Slower by more than `limit` (0.1 is 10 %), and not by chance: the interval lies above 1."""
         return self.ratio > 1 + limit and self.low > 1
+
+    @property
+    def decided(self) -> bool:
+        """The interval is narrow enough to say anything."""
+        return self.high < _WIDEST * self.low
 
     def gate(self, limit: float) -> dict[str, Any]:
         """As --json has it."""

@@ -29,10 +29,10 @@ from ditf.runtime.engines import (
     sources,
     verify_plans,
 )
-from ditf.runtime.errors import BundleError, InputError, MissingComponent
+from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
 from ditf.runtime.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.gpu import find_gpu
-from ditf.runtime.staging import staged
+from ditf.runtime.staging import abandoned, staged
 
 Profiles = tuple[tuple[int, int, int], ...]
 """Smallest, usual and largest batch of each profile."""
@@ -83,6 +83,8 @@ def build(
             record = read_record(folder)
             verify_plans(folder, record)
             return Built(folder, record, reused=True)
+        except NewerSchema:
+            raise
         except BundleError as error:
             report(f"{error.problem}: building it again")
     bundle.verify(bundle.manifest.files)
@@ -153,18 +155,25 @@ def engine_key(
 
 
 def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Remove engines that no build of this bundle made, or that are damaged; what and why."""
-    removed = []
+    """Remove engines of other graphs, damaged ones, and what builds that were killed left behind.
+
+    Returns:
+        What was removed, and why. What is no engine, and what a newer ditf made, is left alone.
+    """
+    removed = [(path, "left by a build that was killed") for path in abandoned(bundle.path / ENGINES)]
     for folder in folders:
         try:
             record = read_record(folder)
             verify_plans(folder, record)
             why = record.stale(bundle)
+        except NewerSchema:
+            continue
         except BundleError as error:
             why = error.problem
         if why:
-            shutil.rmtree(folder)
             removed.append((folder, why))
+    for folder, _ in removed:
+        shutil.rmtree(folder)
     return removed
 
 
@@ -251,7 +260,8 @@ def _explained(error: BundleError, bundle: Bundle, target: str) -> BundleError:
 
 
 def _peak_bytes() -> int:
-    """The largest this process has been."""
-    import resource
-
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    """The largest this process has been; not ru_maxrss, which a child inherits from its parent."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith("VmHWM:"):
+            return int(line.split()[1]) * 1024
+    return 0

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -72,6 +75,25 @@ def compile_plan(
         MissingComponent: this version cannot do what is asked for.
         BundleError: the parser or the compiler refuses the graph; holds their first message.
     """
+    with _signals_kept() as arrived:
+        return _compile(trt, onnx, options, profiles, check, cache, step, lambda: arrived)
+
+
+def _compile(
+    trt: Any,
+    onnx: Path,
+    options: BuildOptions,
+    profiles: Sequence[Profile],
+    check: Callable[[tuple[LayerType, ...]], None],
+    cache: TimingCache | None,
+    step: Step,
+    stop: Callable[[], object],
+) -> Compiled:
+    """See `compile_plan`.
+
+    Args:
+        stop: asked now and then; what is true calls the build off.
+    """
     network = Network(trt, onnx)
     layers = network.layers
     check(layers)
@@ -83,19 +105,18 @@ def compile_plan(
         for name, (smallest, usual, largest) in profile.items():
             optimization_profile.set_shape(name, smallest, usual, largest)
         config.add_optimization_profile(optimization_profile)
-    monitor = None
     if has(trt, "IProgressMonitor"):
-        monitor = config.progress_monitor = _monitor(trt, step)
+        config.progress_monitor = _monitor(trt, step, stop)
     if cache is not None:
         cache.attach(config)
     plan = network.builder.build_serialized_network(network.network, config)
-    if monitor is not None and monitor.raised is not None:
-        raise monitor.raised
     if plan is None:  # there is no exception
         raise BundleError(
             f"{trt.__name__} cannot compile {onnx.name} for {options.target or 'this GPU'}"
             f" ({network.log.last})",
-            "try other options, or export the bundle again with this version",
+            "give it a larger --workspace"
+            if options.workspace is not None and "OutOfMemory" in network.log.last
+            else "try other options, or export the bundle again with this version",
         )
     if cache is not None:
         cache.keep(config)
@@ -140,36 +161,49 @@ def _require(trt: Any, name: str, flag: str) -> None:
         raise MissingComponent(f"{trt.__name__} {trt.__version__} has no {flag}", f"leave {flag} out")
 
 
-def _monitor(trt: Any, step: Step) -> Any:
-    """Follows the builder's outermost phase: there are hundreds of inner ones.
-
-    What is raised in here, as by Ctrl-C, must not pass through the builder, which would drop it: it is kept
-    in `raised`, and the build is called off.
-    """
+def _monitor(trt: Any, step: Step, stop: Callable[[], object]) -> Any:
+    """Follows the builder's outermost phase (there are hundreds of inner ones), and calls it off."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
             trt.IProgressMonitor.__init__(self)
             self.totals: dict[str, int] = {}
-            self.raised: BaseException | None = None
 
         def phase_start(self, phase_name: str, parent_phase: str | None, num_steps: int) -> None:
-            try:
-                if parent_phase is None:
-                    self.totals[phase_name] = num_steps
-                    step(phase_name, 0, num_steps)
-            except BaseException as error:
-                self.raised = error
+            if parent_phase is None:
+                self.totals[phase_name] = num_steps
+                step(phase_name, 0, num_steps)
 
         def step_complete(self, phase_name: str, done: int) -> bool:
-            try:
-                if phase_name in self.totals:
-                    step(phase_name, done + 1, self.totals[phase_name])
-            except BaseException as error:
-                self.raised = error
-            return self.raised is None
+            if phase_name in self.totals:
+                step(phase_name, done + 1, self.totals[phase_name])
+            return not stop()
 
         def phase_finish(self, phase_name: str) -> None:
             pass
 
     return Monitor()
+
+
+@contextmanager
+def _signals_kept() -> Iterator[list[int]]:
+    """Signals that arrive meanwhile, to be acted on at the end.
+
+    TensorRT calls back into Python to log and to report progress. What a signal's handler raises in there
+    TensorRT drops, and goes on.
+    """
+    arrived: list[int] = []
+    handlers: dict[int, Any] = {}
+    if threading.current_thread() is threading.main_thread():
+        for one in (signal.SIGINT, signal.SIGTERM):
+            handler = signal.getsignal(one)
+            if callable(handler):  # neither ignored nor the system's own
+                handlers[one] = handler
+                signal.signal(one, lambda number, frame: arrived.append(number))
+    try:
+        yield arrived
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        if arrived:
+            handlers[arrived[0]](arrived[0], None)  # raises

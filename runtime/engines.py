@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
 from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle, sha256
-from ditf.runtime.errors import BundleError
-from ditf.runtime.flavour import PORTABLE
+from ditf.runtime.errors import BundleError, NewerSchema
+from ditf.runtime.flavour import FLAVOURS, PORTABLE, TARGETS
 from ditf.runtime.gpu import Gpu, version_text
 from ditf.runtime.manifest import conforms
 
@@ -65,8 +65,8 @@ class EngineRecord:
 
     def stale(self, bundle: Bundle) -> str:
         """Why the engine is not of this bundle; "" where it is."""
-        for name, digest in self.onnx.items():
-            if bundle.manifest.files.get(name, {}).get("sha256") != digest:
+        for name, digest in sources(bundle).items():
+            if self.onnx.get(name) != digest:
                 return f"built from another {name}"
         return ""
 
@@ -116,6 +116,8 @@ def read_record(folder: Path) -> EngineRecord:
     """
     path = folder / RECORD
     fix = "build it again: ditf build"
+    if path.exists() and not path.is_file():
+        raise BundleError(f"{path} is no file", fix)
     try:
         document = json.loads(path.read_text("utf-8"))
     except FileNotFoundError:
@@ -125,7 +127,7 @@ def read_record(folder: Path) -> EngineRecord:
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
         raise BundleError(f"{path} is no engine record", fix)
     if document["schema"] > SCHEMA:
-        raise BundleError(
+        raise NewerSchema(
             f"{folder} has schema {document['schema']}, this ditf reads up to {SCHEMA}",
             "run: pip install --upgrade ditf",
         )
@@ -133,11 +135,36 @@ def read_record(folder: Path) -> EngineRecord:
     for item in fields(EngineRecord):
         if item.name not in document or not conforms(document[item.name], hints[item.name]):
             raise BundleError(f"{path} has no valid {item.name}", fix)
-    return EngineRecord(**{item.name: document[item.name] for item in fields(EngineRecord)})
+    record = EngineRecord(**{item.name: document[item.name] for item in fields(EngineRecord)})
+    wrong = _contradiction(folder, record)
+    if wrong:
+        raise BundleError(f"{path} has no valid {wrong}", fix)
+    return record
 
 
-def verify_plans(folder: Path, record: EngineRecord) -> None:
+def _contradiction(folder: Path, record: EngineRecord) -> str:
+    """The first field that no build writes; "" where there is none."""
+    texts = (record.key, record.version, record.target, record.gpu or "", *record.left_out.values())
+    valid = {
+        "key": record.key == folder.name,
+        "flavour": record.flavour in FLAVOURS,
+        "version": record.key.startswith(f"{record.flavour}-{record.version}-"),
+        "text": all(text.isprintable() for text in texts),
+        "target": record.target in ("", PORTABLE, *TARGETS),
+        "batch": bool(record.batch)
+        and all(len(one) == 3 and 1 <= one[0] <= one[1] <= one[2] for one in record.batch),
+        "plans": FEATURES_PLAN in record.plans
+        and {*record.plans, *record.left_out} == set(PLANS.values())
+        and all({"bytes", "sha256"} <= set(listed) for listed in record.plans.values()),
+    }
+    return next((name for name, fine in valid.items() if not fine), "")
+
+
+def verify_plans(folder: Path, record: EngineRecord, contents: bool = True) -> None:
     """Check an engine's plans against its record, before anything deserialises them.
+
+    Args:
+        contents: compare hashes, not sizes alone.
 
     Raises:
         BundleError: one is missing, truncated, or another's.
@@ -150,7 +177,7 @@ def verify_plans(folder: Path, record: EngineRecord) -> None:
         if size != listed["bytes"]:
             word = "truncated" if size < listed["bytes"] else "longer than it was"
             raise BundleError(f"{path} is {word}", "build it again: ditf build --force")
-        if sha256(path) != listed["sha256"]:
+        if contents and sha256(path) != listed["sha256"]:
             raise BundleError(f"{path} is not the plan that was built", "build it again: ditf build --force")
 
 
@@ -168,14 +195,12 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
     fix = f"run: ditf build {bundle.path} --backend {flavour}"
     misfits, fitting = [], []
     for folder in engine_folders(bundle.path):
-        if _flavour_of(folder) not in (flavour, None):
+        if _flavour_of(folder) != flavour:
             continue
         try:
             record = read_record(folder)
         except BundleError as error:
             misfits.append(error.problem)
-            continue
-        if record.flavour != flavour:
             continue
         why = record.misfit(bundle, gpu, version)
         if why:
@@ -212,8 +237,9 @@ def _same_major_and_newer(version: str, built: str) -> bool:
 
 
 def engine_folders(bundle: Path) -> list[Path]:
-    """Directories of a bundle's engines, by name; those still being written are left out."""
-    folder = bundle / ENGINES
-    if not folder.is_dir():
+    """Directories of a bundle's engines, by name; what is no engine, or still being written, is left out."""
+    try:
+        inside = sorted((bundle / ENGINES).iterdir())
+    except OSError:  # there are none, or they cannot be read
         return []
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith("."))
+    return [path for path in inside if _flavour_of(path) and path.is_dir()]

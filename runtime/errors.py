@@ -29,6 +29,10 @@ class BundleError(DitfError):
     """A bundle that is incomplete, altered, or made by a newer ditf."""
 
 
+class NewerSchema(BundleError):
+    """What a newer ditf wrote; it is left as it is."""
+
+
 class NoPlan(BundleError):
     """An engine that was built without a plan of the graph that is asked for."""
 

@@ -106,6 +106,8 @@ class Model:
         embeddings: Mapping[str, np.ndarray] | None = None,
     ) -> list[FeatureMap]:
         """Features of several images, in batches of the bundle's size; see `features`."""
+        if isinstance(images, (str, Path)):
+            raise InputError(f"features_of takes several images, not {str(images)!r}", "pass a list")
         pixels, covered, sizes = [], [], []
         for source in images:
             image = open_image(source)

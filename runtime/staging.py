@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -10,6 +11,8 @@ from pathlib import Path
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.manifest import NAME as MANIFEST
+
+_STAGED = re.compile(r"\.(.+)\.(?:partial|old)-(\d+)")
 
 
 @contextmanager
@@ -28,7 +31,7 @@ def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
     """
     if target.exists() and not (target / marker).is_file():
         what = "is not a bundle" if marker == MANIFEST else f"has no {marker}"
-        raise InputError(f"{target} exists and {what}", "choose another --output, or move it away")
+        raise InputError(f"{target} exists and {what}", "choose another place, or move it away")
     temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,7 @@ def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
         temporary.mkdir()
     except OSError as error:
         raise InputError(
-            f"{target.parent} cannot be written ({error.strerror})", "choose another --output"
+            f"{target.parent} cannot be written ({error.strerror})", "choose another place"
         ) from error
     try:
         yield temporary
@@ -59,14 +62,20 @@ def _replace(temporary: Path, target: Path) -> None:
     shutil.rmtree(old, ignore_errors=True)
 
 
+def abandoned(folder: Path) -> list[Path]:
+    """What processes that were killed while they wrote into a folder left behind."""
+    try:
+        inside = sorted(folder.iterdir())
+    except OSError:
+        return []
+    return [path for path in inside if (match := _STAGED.fullmatch(path.name)) and not _alive(int(match[2]))]
+
+
 def _remove_stale(target: Path) -> None:
     """Remove what exports of `target` that were killed left behind."""
-    for kind in ("partial", "old"):
-        prefix = f".{target.name}.{kind}-"
-        for path in target.parent.iterdir():
-            pid = path.name.removeprefix(prefix)
-            if path.name.startswith(prefix) and pid.isdecimal() and not _alive(int(pid)):
-                shutil.rmtree(path, ignore_errors=True)
+    for path in abandoned(target.parent):
+        if path.name.startswith(f".{target.name}."):
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def _alive(pid: int) -> bool:

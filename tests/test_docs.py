@@ -24,7 +24,7 @@ def test_the_job_passes_and_then_fails_on_a_regression(steps, tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(script):
-        script = script.replace("ditf bench", "ditf bench --seconds 0.2 --repetitions 2 --points 4")
+        script = script.replace("ditf bench", "ditf bench --seconds 0.2 --repetitions 3 --points 4")
         script = script.replace("15%", "400%")  # another test may run beside this one
         return subprocess.run(
             ["bash", "-e", "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True

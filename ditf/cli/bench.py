@@ -18,6 +18,7 @@ from ditf.calib.images import procedural_images
 from ditf.calib.latency import Change, Row, compare, measure
 from ditf.calib.machine import machine, peak_bytes, resident_bytes
 from ditf.cli.console import (
+    SCHEMA,
     BackendOption,
     BundleArgument,
     JsonOption,
@@ -44,6 +45,7 @@ from ditf.runtime.manifest import NAME
 _PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 _PEERS = ("eager", "compile", "onnxruntime")
 _IMAGES = 8  # inputs that rotate
+_MOST_PIXELS = 50_000_000
 _SAME = ("cpu", "cores", "gpu", "power_mode")  # what a baseline must share
 
 
@@ -54,8 +56,10 @@ def bench(
         str, typer.Option("--image-size", metavar="HxW", help="Size of the pictures, before they are fitted.")
     ] = "480x640",
     points: Annotated[int, typer.Option(min=1, max=100_000, help="Points that are matched.")] = 64,
-    seconds: Annotated[float, typer.Option(min=0.01, max=3600, help="Time for each part, in all.")] = 5.0,
-    repetitions: Annotated[int, typer.Option(min=2, max=100, help="Rounds of all parts, taking turns.")] = 5,
+    seconds: Annotated[
+        float, typer.Option(min=0.01, max=3600, help="Time for each part, in all; at least 3 calls a round.")
+    ] = 5.0,
+    repetitions: Annotated[int, typer.Option(min=3, max=100, help="Rounds of all parts, taking turns.")] = 5,
     baseline: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="A --json of an earlier run, to compare with.")
     ] = None,
@@ -79,12 +83,18 @@ def bench(
     if plot is not None:
         check_picture(plot, "check")
     size, limit = parse_size(image_size), parse_percent(max_regression)
+    if size[0] * size[1] > _MOST_PIXELS:
+        raise InputError(
+            f"--image-size {image_size} is too large to draw", "for example --image-size 1080x1920"
+        )
     peers = _peers(against)
+    if model is not None and not set(peers) & {"eager", "compile"}:
+        raise InputError("--model is for --against eager or compile", "leave it out, or add --against eager")
     before = None if baseline is None else _Baseline(baseline)
     opened = Bundle.open(bundle)
     origin = machine(*_PACKAGES)
     if before is not None:
-        before.check(origin)
+        before.check(origin, {"points": points, "image_size": list(size)})
     at_start = resident_bytes()
     start = time.perf_counter()
     with ExitStack() as stack:
@@ -196,7 +206,10 @@ class _Baseline:
             document = json.loads(path.read_text("utf-8"))
             self.rows = {name: Row.from_json(name, row) for name, row in document["rows"].items()}
             self._machine = dict(document["machine"])
-            self._backend = str(document["backend"])
+            self._backend = document["backend"]
+            self._settings = {"points": document["points"], "image_size": document["image_size"]}
+            if document["schema"] != SCHEMA or not isinstance(self._backend, str) or not self.rows:
+                raise ValueError("another schema, or nothing measured")
         except FileNotFoundError:
             raise InputError(f"{path}: no such file", "make one with ditf bench --json") from None
         except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -204,8 +217,15 @@ class _Baseline:
                 f"{path} is no --json of ditf bench ({error})", "make one with --json"
             ) from error
 
-    def check(self, origin: dict[str, Any]) -> None:
-        """Times of different machines say nothing about a regression."""
+    def check(self, origin: dict[str, Any], settings: dict[str, Any]) -> None:
+        """Times of different machines, or of different work, say nothing about a regression."""
+        for name, now in settings.items():
+            if self._settings[name] != now:
+                flag = "--" + name.replace("_", "-")
+                then = self._settings[name]
+                raise InputError(
+                    f"{self._path} was measured with {flag} {then}, this is {now}", f"leave {flag} as it was"
+                )
         for name in _SAME:
             if self._machine.get(name) != origin.get(name):
                 then, now = self._machine.get(name), origin.get(name)
@@ -288,6 +308,6 @@ def _render(rows: Sequence[Row], load: float, first: float, memory: dict[str, Op
 def _render_changes(changes: Sequence[Change], limit: float) -> str:
     lines: list[tuple[str, ...]] = [("against the baseline", "ratio", "95 % interval", "")]
     for change in changes:
-        verdict = "SLOWER" if change.regressed(limit) else "ok"
+        verdict = "SLOWER" if change.regressed(limit) else "ok" if change.decided else "too noisy to tell"
         lines.append((change.name, f"{change.ratio:.3f}", f"{change.low:.3f}-{change.high:.3f}", verdict))
     return table(lines)

@@ -25,9 +25,9 @@ from ditf.engines.build import Built, prune
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
 from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import engine_folders, read_record
+from ditf.runtime.engines import engine_folders, read_record, verify_plans
 from ditf.runtime.errors import BundleError, InputError
-from ditf.runtime.flavour import choose
+from ditf.runtime.flavour import PORTABLE, TARGETS, choose
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 
@@ -96,10 +96,11 @@ def build_targets(
     force: bool = False,
 ) -> list[Built]:
     """Build for every target of a comma-separated list, and say what came of it."""
+    targets = parse_targets(target)
     flavour, trt = choose(backend)
     say(f"{flavour.name} {trt.__version__}" + (" (auto)" if backend == "auto" else ""))
     built = []
-    for one in [None] if target is None else target.split(","):
+    for one in targets:
         with steps() as step:
             settings = BuildOptions(target=one, **(options or {}))
             made = build_bundle(bundle, flavour, trt, settings, batch, force, say, step)
@@ -135,6 +136,10 @@ def list_engines(
             document.append({"key": folder.name, "state": error.problem})
             continue
         state = record.stale(opened) or "fits the bundle"
+        try:
+            verify_plans(folder, record, contents=False)
+        except BundleError as error:
+            state = error.problem
         size = sum(plan["bytes"] for plan in record.plans.values())
         where = record.target or record.gpu or ""
         built_with = f"{record.flavour} {record.version}"
@@ -173,7 +178,25 @@ def parse_bytes(text: str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.lower())
     if not match or float(match[1]) == 0:
         raise InputError(f"size {text!r} is not a number of bytes", "for example 2GB")
-    return int(float(match[1]) * _UNITS[match[2]])
+    count = int(float(match[1]) * _UNITS[match[2]])
+    if count >= 2**63:
+        raise InputError(f"size {text!r} is more than any GPU has", "for example 2GB")
+    return count
+
+
+def parse_targets(text: Optional[str]) -> list[Optional[str]]:
+    """Targets of a comma-separated list, each once.
+
+    Raises:
+        InputError: one of them is none.
+    """
+    if text is None:
+        return [None]
+    targets = list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
+    for target in targets:
+        if target not in (*TARGETS, PORTABLE):
+            raise InputError(f"unknown target {target!r}", f"choose {', '.join((*TARGETS, PORTABLE))}")
+    return list(targets)
 
 
 def _parse_batch(text: str) -> tuple[int, ...]:

@@ -52,13 +52,18 @@ def track(
 ) -> None:
     """Follow points of SOURCE through FRAMEs; the source's features are computed once."""
     check_writable(json_file, inputs=(bundle, source, *frames))
-    if output is not None and output.exists() and not output.is_dir():
-        raise InputError(f"{output} is not a directory", "name one, or a new one")
     image = open_image(source)
     queries = check_points(parse_points(points), (image.height, image.width))
     missing = next((frame for frame in frames if not frame.is_file()), None)
     if missing is not None:
-        raise InputError(f"{missing}: no such file")
+        raise InputError(f"{missing}: no such file", "name the frames of a video, as images")
+    if output is not None:
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is not a directory", "name one, or a new one")
+        if not output.exists():
+            check_writable(output, inputs=(bundle,))
+            output.mkdir()
+        check_writable(output / "000000.png", inputs=(bundle,))
     found: list[Matches] = []
     with load(bundle, backend, fit) as model, stages(len(frames)) as stage:
         say(f"{bundle} on {model.detail} ({model.reason})")
@@ -77,7 +82,6 @@ def track(
     if output is not None:
         from ditf.runtime.drawing import draw_matches
 
-        output.mkdir(parents=True, exist_ok=True)
         for index, (frame, matches) in enumerate(zip(frames, found, strict=True)):
             with replacing(output / f"{index:06d}.png") as temporary:
                 draw_matches(image, open_image(frame), queries, matches).save(temporary)

@@ -80,6 +80,11 @@ def test_the_interval_holds_a_ratio_of_scales(scale, seed):
     assert change.high >= scale * (1 - 1e-9)
 
 
+def test_an_interval_that_says_nothing_is_said_to():
+    assert not Change("a", 5.4, 0.3, 45.0).decided
+    assert Change("a", 1.1, 0.9, 1.3).decided
+
+
 def test_the_gate():
     gate = Change("features", 1.2, 1.1, 1.3).gate(0.1)
     assert gate == {
@@ -97,7 +102,8 @@ def test_rows_survive_json():
 
 
 @pytest.mark.parametrize(
-    "samples", [[], [[]], [[0.0]], [[1.0], [1.0, 2.0]], [["x"]], [[float("nan")]], 3, None]
+    "samples",
+    [[], [[]], [[0.0]], [[1.0], [1.0, 2.0]], [[1e999]], [[1e-320]], [["x"]], [[float("nan")]], 3, None],
 )
 def test_samples_that_are_none(samples):
     with pytest.raises((KeyError, TypeError, ValueError)):

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-QUICK = ("--seconds", "0.05", "--repetitions", "2", "--points", "5", "--image-size", "60x80")
+QUICK = ("--seconds", "0.05", "--repetitions", "3", "--points", "5", "--image-size", "60x80")
 
 
 @pytest.fixture(scope="module")
@@ -71,7 +71,12 @@ def test_a_baseline_that_was_slower(ditf, pixart_bundle, edited):
     [
         ({"machine": {"cpu": "another"}}, "was measured on cpu another"),
         ({"backend": "tensorrt"}, "was measured with tensorrt, this is onnxruntime"),
+        ({"points": 6}, "was measured with --points 6, this is 5"),
+        ({"image_size": None}, "was measured with --image-size None"),
+        ({"schema": 2}, "is no --json of ditf bench"),
+        ({"rows": {}}, "is no --json of ditf bench"),
         ({"rows": 3}, "is no --json of ditf bench"),
+        ({"rows": {"features": {"clock": "x", "samples": [[1e999]]}}}, "is no --json of ditf bench"),
         ({"rows": {"features": {"clock": "x", "samples": [[0]]}}}, "is no --json of ditf bench"),
     ],
 )
@@ -88,8 +93,10 @@ def test_a_baseline_that_says_nothing(ditf, pixart_bundle, edited, changes, mess
         (["--max-regression", "10"], "is not a percentage"),
         (["--against", "jax"], "unknown peer 'jax'"),
         (["--image-size", "0x1"], "is not HxW"),
-        (["--repetitions", "1"], "repetitions"),
+        (["--repetitions", "2"], "repetitions"),
         (["--points", "0"], "points"),
+        (["--image-size", "99999x99999"], "too large to draw"),
+        (["--model", "x"], "--model is for --against"),
         (["--seconds", "0"], "seconds"),
         (["--plot", "x.txt"], "no PNG"),
     ],

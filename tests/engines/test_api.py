@@ -41,7 +41,6 @@ OWN = {
     "network.network",
     "error.problem",
     "error.strerror",
-    "monitor.raised",
 }
 
 

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import signal
 import subprocess
 import sys
+import time
 from dataclasses import replace
 
 import pytest
 
-from ditf.engines.build import build, engine_key, verify_plans
+from ditf.engines.build import build, engine_key, prune, verify_plans
 from ditf.engines.compile import BuildOptions
 from ditf.engines.network import LayerType, Network, audit
 from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import read_record
+from ditf.runtime.engines import engine_folders, read_record
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
 from ditf.runtime.flavour import FLAVOURS, TARGETS, choose, has, load
 from tests.processes import started
@@ -154,7 +156,7 @@ def test_damaged_engines_are_noticed_and_built_again(copy):
     assert plan.read_bytes() == content
 
 
-@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}', '{"schema": 9}'])
+@pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}'])
 def test_a_damaged_record(copy, content):
     made = make(copy)
     (made.folder / "engine.json").write_text(content)
@@ -280,17 +282,87 @@ def test_export_and_build_in_one_go(ditf, tmp_path):
     assert ditf("export", "--target", "sm_89").returncode == 2
 
 
-def test_a_killed_build_leaves_nothing(copy):
-    command = [sys.executable, "-m", "ditf", "build", str(copy.path), "--target", "sm_89"]
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("delay", [0.0, 0.15, 0.4])
+def test_an_interrupted_build_leaves_nothing(copy, number, delay):
+    """TensorRT drops what a signal's handler raises inside its callbacks."""
+    command = [sys.executable, "-m", "ditf", "build", str(copy.path), "--target", "sm_89,sm_86"]
     with started(command) as process:
         for line in process.stderr:
             if "features.plan for" in line:
                 break
-        process.send_signal(signal.SIGTERM)
-        process.stderr.read()
-    assert process.returncode in (143, -15)
-    assert make(copy).reused is False  # and clears up what was left, if anything was
-    assert [path.name for path in (copy.path / "engines").iterdir()] == [make(copy).folder.name]
+        time.sleep(delay)
+        process.send_signal(number)
+        rest = process.stderr.read()
+    assert process.returncode == 128 + number, rest
+    assert rest.splitlines()[-1].endswith("nothing was left half-written")
+    assert "Traceback" not in rest
+    assert all((path / "engine.json").is_file() for path in (copy.path / "engines").iterdir())
+
+
+def test_what_a_killed_build_left_is_pruned(copy):
+    left = copy.path / "engines" / ".tensorrt-rtx-1-sm_89-b1-0.partial-999999999"
+    left.mkdir(parents=True)
+    (copy.path / "engines" / "notes").mkdir()
+    assert prune(copy, engine_folders(copy.path)) == [(left, "left by a build that was killed")]
+    assert [path.name for path in (copy.path / "engines").iterdir()] == ["notes"]
+
+
+@pytest.mark.parametrize(
+    ("change", "field"),
+    [
+        ({"plans": {}}, "plans"),
+        ({"plans": {"/etc/passwd": {"bytes": 1, "sha256": "0"}}}, "plans"),
+        ({"flavour": "tensorrt"}, "version"),
+        ({"flavour": "onnxruntime"}, "flavour"),
+        ({"key": "../../x"}, "key"),
+        ({"target": "sm_1"}, "target"),
+        ({"gpu": "1\x1b[31m"}, "text"),
+        ({"gpu": "\ud800"}, "text"),
+        ({"batch": []}, "batch"),
+        ({"batch": [[1, 1]]}, "batch"),
+        ({"batch": [[3, 2, 1]]}, "batch"),
+    ],
+)
+def test_a_record_that_contradicts_itself(copy, change, field):
+    made = make(copy)
+    path = made.folder / "engine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
+    with pytest.raises(BundleError, match=f"no valid {field}"):
+        read_record(made.folder)
+    assert not make(copy).reused
+
+
+def test_a_record_of_a_newer_ditf_is_left_alone(copy):
+    made = make(copy)
+    path = made.folder / "engine.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
+    with pytest.raises(BundleError, match="pip install --upgrade"):
+        make(copy)
+    assert prune(copy, engine_folders(copy.path)) == []
+
+
+def test_a_record_that_is_no_file(copy):
+    made = make(copy)
+    path = made.folder / "engine.json"
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(BundleError, match="is no file"):
+        read_record(made.folder)
+
+
+@pytest.mark.parametrize("target", ["sm_89,", "", "sm_999", "sm_89,sm_1"])
+def test_targets_are_read_before_anything_is_built(ditf, copy, target):
+    done = ditf("build", copy.path, "--target", target)
+    assert done.returncode == 2
+    assert "unknown target" in done.stderr
+    assert not (copy.path / "engines").exists()
+
+
+def test_list_sees_a_truncated_plan(ditf, copy):
+    made = make(copy)
+    (made.folder / "match.plan").write_bytes(b"")
+    assert "match.plan is truncated" in ditf("engines", "list", copy.path).stdout
 
 
 def test_a_full_disk_leaves_nothing(copy):
