@@ -160,9 +160,16 @@ class EngineSession:
     def _deserialise(self, onnx: Path | None) -> Any:
         needed = self._plan.stat().st_size
         free = self._cuda.free_bytes
-        engine = self._runtime.deserialize_cuda_engine(self._plan.read_bytes())
+        content = self._plan.read_bytes()
+        wrong = invalidity(self._trt, self._runtime, content)
+        if wrong and "INSUFFICIENT_GPU_MEMORY" not in wrong:
+            raise BundleError(
+                f"{self._trt.__name__} cannot run {self._plan} here ({', '.join(wrong)})",
+                "build it again on this machine: ditf build --force",
+            )
+        engine = None if wrong else self._runtime.deserialize_cuda_engine(content)
         if engine is None:
-            if needed > free:
+            if wrong or needed > free:
                 raise OutOfDeviceMemory(
                     f"{self._plan} needs more than {needed / 1e6:.0f} MB of GPU memory,"
                     f" {free / 1e6:.0f} MB are free",
@@ -367,6 +374,19 @@ class _Settings:
             logger.warning(
                 "%s cannot be written (%s): kernels are compiled again", self._kernels, error.strerror
             )
+
+
+def invalidity(trt: Any, runtime: Any, plan: bytes) -> list[str]:
+    """What a plan's header says against running it here, as TensorRT-RTX names it; nothing is deserialised.
+
+    Full TensorRT has no such question: engine.json answers it.
+    """
+    if not has(trt, "Runtime.get_engine_validity") or not has(trt, "EngineInvalidityDiagnostics"):
+        return []
+    _, found = runtime.get_engine_validity(plan)
+    diagnostics = trt.EngineInvalidityDiagnostics
+    names = [name for name in dir(diagnostics) if name.isupper()]
+    return [name for name in names if int(found) & int(getattr(diagnostics, name))]
 
 
 def _within(shapes: Shapes, profile: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -10,10 +10,11 @@ from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
 from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
+from ditf.runtime.backends.engine_session import invalidity
 from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
 from ditf.runtime.bundle import FEATURES, MATCH, Bundle
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
-from ditf.runtime.flavour import FLAVOURS, load
+from ditf.runtime.flavour import FLAVOURS, Log, load
 from ditf.runtime.gpu import Gpu, find_gpu
 
 RTX = "tensorrt-rtx"
@@ -135,3 +136,14 @@ def test_corrupt_graph_is_refused(damage, demo_bundle, tmp_path):
     assert str(path) in caught.value.problem
     assert "\n" not in str(caught.value)
     assert "export" in caught.value.fix
+
+
+def test_a_plan_is_judged_by_its_header(with_engine):
+    """TensorRT-RTX's own question, which needs no GPU."""
+    trt = load(RTX)
+    log = Log(trt)
+    runtime = trt.Runtime(log.logger)
+    plan = next((with_engine.path / "engines").glob("*/features.plan")).read_bytes()
+    assert invalidity(trt, runtime, plan) == []
+    assert "MALFORMED_ENGINE" in invalidity(trt, runtime, b"no plan" * 100)
+    del runtime
