@@ -13,7 +13,7 @@ from typing import Annotated, NoReturn, Optional
 import typer
 
 import ditf
-from ditf.cli import bench, build, calibrate, check, doctor, export, features, inspect, match, track
+from ditf.cli import bench, build, calibrate, check, doctor, evaluate, export, features, inspect, match, track
 from ditf.cli.console import state
 from ditf.runtime.errors import DitfError
 
@@ -38,6 +38,7 @@ app.command("calibrate")(calibrate.calibrate)
 app.command("check")(check.check)
 app.command("bench")(bench.bench)
 app.command("match")(match.match)
+app.command("eval")(evaluate.evaluate_bundle)
 app.command("track")(track.track)
 app.command("features")(features.features)
 app.command("inspect")(inspect.inspect)

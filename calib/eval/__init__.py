@@ -1,0 +1,1 @@
+"""Benchmarks of correspondence: their data, protocols and metrics."""
