@@ -49,7 +49,6 @@ def compare(repeats: int) -> None:
     from provenance import pin_threads, provenance, say, write_result
 
     from ditf.cli.console import bytes_text
-    from ditf.export.demo import write_demo_checkpoint
     from ditf.export.exporter import export_bundle
     from ditf.export.options import ExportOptions
     from ditf.export.pretrained import quieten_libraries
@@ -61,7 +60,6 @@ def compare(repeats: int) -> None:
     sides: dict[str, list[dict[str, Any]]] = {"ditf": [], "torch": []}
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
-        write_demo_checkpoint(folder / "checkpoint")
         export_bundle(ExportOptions(layer="9", output=folder / "bundle"))
         for number in range(repeats + 1):
             say(f"round {number} of {repeats}")
@@ -144,8 +142,13 @@ def torch_side(folder: Path) -> dict[str, float]:
     from diffusers import DiTTransformer2DModel
     from PIL import Image
 
+    from ditf.export.demo import DEMO_CHECKPOINT, DEMO_DEFAULTS
+
     torch.set_num_threads(THREADS)
-    model = DiTTransformer2DModel.from_pretrained(folder / "checkpoint" / "transformer")
+    model = DiTTransformer2DModel.from_pretrained(DEMO_CHECKPOINT / "transformer", torch_dtype=torch.float32)
+    side, cells = model.config.sample_size, model.config.sample_size // model.config.patch_size
+    timestep = torch.tensor([DEMO_DEFAULTS.timestep])
+    unlabelled = torch.tensor([model.config.num_embeds_ada_norm])
     seen: list[Any] = []
 
     def hook(module: Any, args: Any, kwargs: Any) -> None:
@@ -155,10 +158,10 @@ def torch_side(folder: Path) -> dict[str, float]:
     maps = []
     with torch.no_grad():
         for array in images():
-            resized = np.asarray(Image.fromarray(array).resize((256, 256), Image.Resampling.BICUBIC)).copy()
+            resized = np.asarray(Image.fromarray(array).resize((side, side), Image.Resampling.BICUBIC)).copy()
             x = torch.from_numpy(resized).permute(2, 0, 1)[None].float() / 127.5 - 1
-            model(x, timestep=torch.tensor([10]), class_labels=torch.tensor([1]))
-            feature = seen.pop()[0].T.reshape(1, -1, 32, 32)
+            model(x, timestep=timestep, class_labels=unlabelled)
+            feature = seen.pop()[0].T.reshape(1, -1, cells, cells)
             up = torch.nn.functional.interpolate(feature, SIZE, mode="bilinear")
             maps.append(torch.nn.functional.normalize(up, dim=1)[0])
         x, y = np.rint(np.array(POINTS)).astype(int).T

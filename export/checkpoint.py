@@ -8,7 +8,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from ditf.export.weights import SafetensorsWeights, Weights
@@ -121,8 +120,6 @@ def open_checkpoint(
 ) -> Iterator[Checkpoint]:
     """Find a checkpoint: the built-in demo, a directory, or a model on the hub.
 
-    The demo model is written to a temporary directory that lives as long as the context.
-
     Args:
         revision: branch, tag or commit of a hub model.
         variant: of the weights, such as "fp16".
@@ -140,11 +137,9 @@ def open_checkpoint(
     if not model:
         raise InputError("--model is empty", "pass a checkpoint directory, a hub id or 'demo'")
     if model == DEMO:
-        from ditf.export.demo import write_demo_checkpoint
+        from ditf.export.demo import DEMO_CHECKPOINT
 
-        with TemporaryDirectory(prefix="ditf-demo-") as folder:
-            write_demo_checkpoint(Path(folder))
-            yield Checkpoint(Path(folder), DEMO)
+        yield Checkpoint(DEMO_CHECKPOINT, DEMO)
         return
     if path.is_dir():
         checkpoint = Checkpoint(path, model, variant=variant)

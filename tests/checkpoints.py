@@ -14,6 +14,7 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,
     DDIMScheduler,
+    DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
@@ -43,6 +44,7 @@ PIXART_BLOCKS = 4
 PIXART_WIDTH = 48
 PIXART_CELL = 8  # image pixels of a token: patch 2 x VAE stride 4
 CLASSES = 10
+UNTRAINED_MASSIVE = {5: 60.0, 41: -40.0}
 
 
 @contextmanager
@@ -294,8 +296,31 @@ def tiny_clip_tokenizer() -> CLIPTokenizer:
     )
 
 
+def save_untrained(folder: Path) -> None:
+    """A 12-block DiT in pixels, untrained, with two planted massive channels."""
+    with seeded(20260):
+        model = DiTTransformer2DModel(
+            num_attention_heads=6,
+            attention_head_dim=32,
+            in_channels=3,
+            out_channels=3,
+            num_layers=12,
+            sample_size=256,
+            patch_size=8,
+            num_embeds_ada_norm=1,
+        )
+    projection = model.pos_embed.proj
+    with torch.no_grad():
+        projection.weight *= 6.0  # the image above the position embedding
+        for channel, value in UNTRAINED_MASSIVE.items():
+            projection.bias[channel] = value
+    model.save_pretrained(folder / "transformer")
+    DDPMScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
+
+
 SAVE: dict[str, Callable[[Path], None]] = {
     "dit": save_tiny_dit,
+    "untrained": save_untrained,
     "pixart": save_tiny_pixart,
     "pixart-1024": save_tiny_pixart_1024,
     "sigma": save_tiny_sigma,

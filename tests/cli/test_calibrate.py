@@ -10,15 +10,13 @@ import sys
 import pytest
 from PIL import Image
 
-from ditf.export.demo import write_demo_checkpoint
-from tests.checkpoints import planted
+from tests.checkpoints import planted, save_untrained
 from tests.processes import started
 
 
-def test_the_demo_model(ditf, tmp_path):
-    done = ditf(
-        "calibrate", "--layer", "2", "--size", "64x64", "--plot", "c.png", "-o", "c.json", "--json", "j.json"
-    )
+def test_planted_channels_are_found_in_every_layer(ditf, checkpoint, tmp_path):
+    model = ("--model", checkpoint("untrained"), "--layer", "2", "--size", "64x64", "--timestep", "10")
+    done = ditf("calibrate", *model, "--plot", "c.png", "-o", "c.json", "--json", "j.json")
     assert done.returncode == 0, done.stderr
     assert "2 (block.2)" in done.stdout
     assert "[7/8" in done.stderr
@@ -72,7 +70,7 @@ def test_an_interrupted_run_leaves_nothing(tmp_path, number):
 
 
 def test_what_fp16_would_do_is_said(ditf, tmp_path):
-    write_demo_checkpoint(tmp_path / "demo")
+    save_untrained(tmp_path / "demo")
     biases = {"transformer_blocks.0.ff.net.2": 1e6, "transformer_blocks.1.attn1.to_v": 1e5}
     planted(tmp_path / "demo", tmp_path / "planted", "transformer", biases)
     done = ditf(

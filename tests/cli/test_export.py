@@ -11,9 +11,8 @@ import time
 
 import pytest
 
-from ditf.export.demo import write_demo_checkpoint
 from ditf.runtime.manifest import read_manifest
-from tests.checkpoints import planted
+from tests.checkpoints import planted, save_untrained
 from tests.processes import started
 
 FEED_FORWARD = "transformer_blocks.0.ff.net.2"
@@ -46,7 +45,7 @@ def test_the_first_command(ditf, tmp_path):
         (["--ensemble", "0"], 2, "--ensemble 0"),
         (["--model", "absent"], 2, "no such directory"),
         (["--fp17"], 2, "No such option"),
-        (["--discard", "-1"], 2, "channels are 0..191"),
+        (["--discard", "-1"], 2, "channels are 0..127"),
         (["--opset", "26"], 2, "choose 18..25"),
         (["--output", "/proc/bundle"], 2, "cannot be written"),
         (["--json", "absent/file.json"], 2, "is not a directory"),
@@ -137,7 +136,7 @@ def test_precisions_that_are_not(ditf, arguments, message):
 
 
 def test_exceptions_are_printed_and_inspected(ditf, tmp_path):
-    write_demo_checkpoint(tmp_path / "demo")
+    save_untrained(tmp_path / "demo")
     planted(tmp_path / "demo", tmp_path / "planted", "transformer", {FEED_FORWARD: 1e6})
     done = ditf("export", "--model", "planted", "--layer", "2", "--fp16", "--size", "64x64", "-o", "b")
     assert done.returncode == 0, done.stderr

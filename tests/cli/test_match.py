@@ -88,7 +88,7 @@ def test_features(ditf, demo_bundle, pair, tmp_path):
     assert done.returncode == 0, done.stderr
     with np.load(tmp_path / "features.npz", allow_pickle=False) as arrays:
         assert list(arrays["names"]) == list(pair)
-        assert arrays["features_1"].shape == (192, 32, 32)
+        assert arrays["features_1"].shape == (128, 12, 12)
         assert arrays["features_1"].dtype == np.float16
         assert list(arrays["image_size_0"]) == [90, 120]
-    assert json.loads((tmp_path / "f.json").read_text())["images"][0]["shape"] == [192, 32, 32]
+    assert json.loads((tmp_path / "f.json").read_text())["images"][0]["shape"] == [128, 12, 12]

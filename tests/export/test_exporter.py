@@ -9,11 +9,11 @@ import pytest
 from PIL import Image
 
 import ditf
-from ditf.export.demo import PLANTED
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
 from ditf.runtime.errors import DitfError
 from ditf.runtime.manifest import read_manifest
+from tests.checkpoints import UNTRAINED_MASSIVE
 
 
 @pytest.mark.parametrize(
@@ -26,11 +26,11 @@ from ditf.runtime.manifest import read_manifest
         ({"size": (60, 64)}, r"size 60x64 is not a multiple of 8 .*nearest are 56x64 and 64x64"),
         ({"size": (1, 1)}, r"nearest are 8x8 and 8x8"),
         ({"prompt": "a cat"}, "takes no prompt; use --class-label"),
-        ({"class_label": 7}, r"class label 7 is out of range; choose 0\.\.1"),
+        ({"class_label": 9}, r"class label 9 is out of range; choose 0\.\.8"),
         ({"timestep": 1000}, r"choose 0\.\.999"),
         ({"opset": 17}, r"choose 18\.\.25"),
         ({"batch": 0}, "batch 0 is out of range"),
-        ({"discard": (5, 192)}, r"--discard 192 is out of range; channels are 0\.\.191"),
+        ({"discard": (5, 128)}, r"--discard 128 is out of range; channels are 0\.\.127"),
         ({"model": "no-such-directory"}, "no such directory"),
         ({"calibration_images": "no-such-directory"}, "not a directory of images"),
     ],
@@ -53,13 +53,23 @@ def test_the_default_layer_is_half_of_the_depth(tiny_pixart, tmp_path):
     assert read_manifest(bundle).layer == 2
 
 
-def test_auto_discard_finds_the_planted_channels(demo_bundle):
-    assert read_manifest(demo_bundle).discard["channels"] == sorted(PLANTED)
-    calibration = json.loads((demo_bundle / "calibration.json").read_text())
+def test_auto_discard_finds_the_planted_channels(checkpoint, tmp_path):
+    options = ExportOptions(
+        model=str(checkpoint("untrained")), layer="9", size=(64, 64), timestep=10, output=tmp_path / "b"
+    )
+    bundle = export_bundle(options)
+    assert read_manifest(bundle).discard["channels"] == sorted(UNTRAINED_MASSIVE)
+    calibration = json.loads((bundle / "calibration.json").read_text())
     assert len(calibration["layers"]) == 10
     massive = calibration["layers"][9]["image"]["massive_channels"]
-    assert [entry["channel"] for entry in massive] == sorted(PLANTED)
+    assert [entry["channel"] for entry in massive] == sorted(UNTRAINED_MASSIVE)
     assert all(entry["ratio"] > 10 for entry in massive)
+
+
+def test_the_demo_model_grew_massive_channels(demo_bundle):
+    calibration = json.loads((demo_bundle / "calibration.json").read_text())
+    massive = calibration["layers"][9]["image"]["massive_channels"]
+    assert [entry["channel"] for entry in massive] == read_manifest(demo_bundle).discard["channels"] != []
 
 
 def test_own_calibration_images(tmp_path):
@@ -89,24 +99,3 @@ def test_the_seed_changes_the_noise_only(demo_bundle, tmp_path):
         first, second = a.features(image).array, b.features(image).array
     assert not np.array_equal(first, second)
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.9
-
-
-def test_the_demo_shows_what_the_discard_is_for(demo_bundle, tmp_path):
-    """On the photograph pair of `make demo`: matches within 16 px of the truth, with and without."""
-    import skimage.data
-
-    left, right, disparity = skimage.data.stereo_motorcycle()
-    y, x = (grid.ravel() for grid in np.mgrid[20:480:40, 80:720:40])
-    truth = np.stack([x - disparity[y, x], y], axis=1)
-    known = np.isfinite(truth).all(axis=1)
-    kept = export_bundle(
-        ExportOptions(layer="9", precision="float16", discard="none", output=tmp_path / "kept")
-    )
-    share = {}
-    for name, bundle in (("discarded", demo_bundle), ("kept", kept)):
-        with ditf.load(bundle) as model:
-            found = model.match(model.features(left), model.features(right), np.stack([x, y], axis=1))
-        errors = np.linalg.norm(found.points - truth, axis=1)[known]
-        share[name] = (errors < 16).mean()
-    assert share["discarded"] > 0.4
-    assert share["discarded"] > 1.3 * share["kept"]

@@ -8,18 +8,18 @@ import torch
 from diffusers import DiTTransformer2DModel
 
 from ditf.calib.recipe import Recipe
-from ditf.export import demo
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
 from ditf.export.rehearsal import Float32Accumulation
 from ditf.runtime.errors import GateFailed
 from ditf.runtime.manifest import read_manifest
+from tests.checkpoints import save_untrained
 
 
 def plant(folder, name, value):
-    """The demo checkpoint with a bias of one linear layer set to a value at one output."""
-    demo.write_demo_checkpoint(folder)
+    """An untrained DiT with a bias of one linear layer set to a value at one output."""
+    save_untrained(folder)
     model = DiTTransformer2DModel.from_pretrained(folder / "transformer")
     with torch.no_grad():
         model.get_submodule(name).bias[7] = value

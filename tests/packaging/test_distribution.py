@@ -55,7 +55,14 @@ def test_wheel(root, built):
     modules = {name for name in names if name.endswith(".py")}
     assert modules == source_modules(root)
     rest = {name for name in names - modules if ".dist-info/" not in name}
-    assert rest == {"ditf/py.typed"}
+    model = {
+        f"ditf/export/{path.relative_to(root / 'export')}"
+        for path in (root / "export" / "demo_model").rglob("*")
+        if path.is_file()
+    }
+    assert rest == {"ditf/py.typed", *model}
+    weights = root / "export" / "demo_model" / "transformer" / "diffusion_pytorch_model.safetensors"
+    assert weights.stat().st_size < 12e6
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

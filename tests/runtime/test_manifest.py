@@ -38,7 +38,7 @@ def test_round_trip(demo_bundle, tmp_path):
     manifest = read_manifest(demo_bundle)
     assert read_manifest(write(tmp_path, manifest.to_json())) == manifest
     assert manifest.to_json() == (demo_bundle / NAME).read_text("utf-8")
-    assert manifest.size == (256, 256)
+    assert manifest.size == (96, 96)
     assert isinstance(manifest.grid, tuple)
 
 

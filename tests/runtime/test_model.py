@@ -22,14 +22,14 @@ SMALL = (90, 120)
 
 @pytest.fixture(scope="module")
 def model(demo_bundle) -> Iterator[ditf.Model]:
-    """float16, static batch of 1, 256x256."""
+    """float16, static batch of 1, 96x96."""
     with ditf.load(demo_bundle) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def batched(demo_bundle_float32) -> Iterator[ditf.Model]:
-    """float32, static batch of 3, 256x256."""
+    """float32, static batch of 3, 96x96."""
     with ditf.load(demo_bundle_float32) as opened:
         yield opened
 
@@ -117,9 +117,9 @@ def test_path_image_and_array_agree(dynamic, features, pair, tmp_path):
 def test_features_are_as_the_manifest_says(model, pair):
     features = model.features(pair[0])
     assert features.array.dtype == np.float16
-    assert features.array.shape == (192, 32, 32)
+    assert features.array.shape == (128, 12, 12)
     assert features.image_size == SMALL
-    assert features.cells == (32, 32)
+    assert features.cells == (12, 12)
 
 
 @pytest.mark.parametrize("size", [(1, 1), (7, 300), (48, 80), (500, 41)])
@@ -217,7 +217,7 @@ def test_noise_that_is_not_finite_is_refused(dynamic, pair):
 
 def test_baked_noise_cannot_be_replaced(model, pair):
     with pytest.raises(InputError, match="baked in") as caught:
-        model.features(pair[0], noise=np.zeros((1, 3, 256, 256), np.float32))
+        model.features(pair[0], noise=np.zeros((1, 3, 96, 96), np.float32))
     assert "--noise input" in caught.value.fix
 
 
@@ -291,7 +291,7 @@ def test_bad_points_are_refused(dynamic, features, engine, points):
 
 @pytest.mark.parametrize("engine", ["match", "match_with_graph"])
 def test_maps_of_another_bundle_are_refused(model, dynamic, features, engine):
-    other = ditf.FeatureMap(np.ones((192, 32, 32), np.float16), SMALL)  # as `model` makes them
+    other = ditf.FeatureMap(np.ones((128, 12, 12), np.float16), SMALL)  # as `model` makes them
     with pytest.raises(InputError, match="same bundle"):
         getattr(model, engine)(other, features, [[1, 1]])
     with pytest.raises(InputError, match="same bundle"):
