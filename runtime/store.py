@@ -43,7 +43,7 @@ class StoreIdentity:
 
     Attributes:
         features: one hash of the bundle's features graph, its weights, noise and conditions.
-        model, layer: of the bundle, for people; prompt: the condition asked for, None for the default.
+        model, layer: of the bundle, for people; prompt: the condition, None of a bundle that has one.
         fit: how images met the engine's size; dtype: of the maps; channels: C.
     """
 
@@ -65,6 +65,8 @@ class StoreIdentity:
         if dtype not in DTYPES:
             raise InputError(f"--features-dtype {dtype!r} is not {' or '.join(DTYPES)}", "leave it out")
         manifest = bundle.manifest
+        if prompt is None and manifest.conditions:
+            prompt = manifest.conditions[0]["name"]
         return cls(
             features=features_hash(bundle),
             model=f"{manifest.model['id']}",
@@ -138,9 +140,9 @@ class FeatureStore(Mapping[str, FeatureMap]):
         return self._names
 
     def __getitem__(self, name: str) -> FeatureMap:
-        path = map_path(self.path, name)
-        if not path.is_file():
+        if name not in self:
             raise KeyError(name)
+        path = map_path(self.path, name)
         stored = read_stored(path)
         if stored.key != self.identity.key:
             raise InputError(f"{path} is of another store or bundle", f"remove it and {_AGAIN}")

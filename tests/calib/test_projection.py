@@ -26,7 +26,7 @@ def learned(features):
     return moment
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, derandomize=True)
 @given(seed=st.integers(0, 2**32 - 1), count=st.integers(1, 12))
 def test_rows_are_orthonormal_and_signed(seed, count):
     found = learned(maps(seed)).projection(count)

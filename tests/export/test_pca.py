@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-import ditf
+import ditf as package
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.calib.projection import project
@@ -61,7 +61,7 @@ def test_a_projected_bundle(checkpoint, tmp_path, name, layer, mode, precision, 
     settings = FeatureSettings(options.discard, options.discard_stage, options.adaln)
     image = golden_pair(plan.size)[:1]
     cosine = {"float32": 0.999999, "float16": 0.9999, "int8": 0.98}[precision]
-    with ditf.load(bundle) as model:
+    with package.load(bundle) as model:
         for entry in encode(plan.entries, plan.family, plan.checkpoint, plan.guidance):
             reference.under(entry.condition, entry.timestep)
             expected = project(reference.features(reference.hidden_states(image[0]), settings), matrix)
@@ -91,6 +91,15 @@ def test_exporting_twice_gives_the_same_bytes(projected):
     for name in ("features.onnx", "features.onnx.data", "match.onnx", "projection.npy"):
         assert first.files[name] == second.files[name], name
     assert first.pca == second.pca
+
+
+def test_it_is_inspected_and_checked(ditf, projected):
+    shown = ditf("inspect", projected[0])
+    assert "features float16 [1, 24, 8, 8]" in shown.stdout
+    assert "projected to 24 of 192 channels: " in shown.stdout
+    done = ditf("check", projected[0], "--ladder", "--bisect")
+    assert done.returncode == 0, done.stderr
+    assert "bisect: nothing is off" in done.stdout
 
 
 def test_turing_gets_its_engine(projected):
