@@ -50,7 +50,7 @@ from ditf.runtime.store_writer import StoreWriter
 
 THREADS = 1
 DEMO = (16, 32, 64, 128)
-WIDE = (64, 128, 256)
+WIDE = (64,)
 HEADS = 16  # of 72 channels
 LARGE, SMALL = 3072, 256
 GRID = 16  # of points, in columns and rows
@@ -65,6 +65,7 @@ def main() -> None:
     """All three parts."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--bundles", type=Path, help="exports are kept and found there")
     arguments = parser.parse_args()
     quieten_libraries()
     pin_threads(THREADS)
@@ -72,17 +73,18 @@ def main() -> None:
     origin = provenance(THREADS)
     pairs = photographs()
     with tempfile.TemporaryDirectory(prefix="ditf-bench-") as name:
-        folder = Path(name)
+        folder = arguments.bundles or Path(name)
         say("the demo bundle")
         demo = projected_bundles(folder, {"layer": "9", "precision": "float16"}, DEMO, pairs)
         say("bases made otherwise")
         bases = other_bases(folder / "all", pairs)
         say("width 1152")
-        write_checkpoint(folder / "wide", HEADS, planted=False)
+        if not (folder / "wide").is_dir():
+            write_checkpoint(folder / "wide", HEADS, planted=False)
         same = {"model": str(folder / "wide"), "layer": "4", "precision": "float16", "class_label": ("0",)}
         wide = projected_bundles(folder / "wide-bundles", same, WIDE, pairs)
         say("matching")
-        matching = match_times(folder, folder / "wide-bundles" / "all", pairs, arguments.repeats)
+        matching = match_times(Path(name), folder / "wide-bundles" / "all", pairs, arguments.repeats)
     result = {"demo": demo, "bases": bases, "wide": wide, "matching": matching}
     write_result("pca", origin, result, agreement_rows(demo, wide))
     for title, table_rows in (("pca", agreement_rows(demo, wide)), ("pca-bases", basis_rows(bases)),
@@ -125,7 +127,9 @@ def projected_bundles(
     before: dict[str, np.ndarray] = {}
     for count in (None, *counts):
         name = "all" if count is None else str(count)
-        bundle = export_bundle(ExportOptions(output=folder / name, pca=count, **options))
+        bundle = folder / name
+        if not bundle.is_dir():
+            export_bundle(ExportOptions(output=bundle, pca=count, **options))
         with ditf.load(bundle) as model:
             matches = {key: matched(model.features, pair) for key, pair in pairs.items()}
             channels, pca = model.manifest.channels, model.manifest.pca
