@@ -100,7 +100,7 @@ def bisect(bundle: Bundle, twin: Twin, golden: Golden, features_ok: bool) -> Bis
     if first == 0:
         place = "before block 0 (VAE encoder, noise or patch embedder)"
     elif first == len(names):
-        place = f"after block {first - 2}: discard, norm or modulation"
+        place = f"after block {first - 2}: discard, norm, modulation or projection"
     else:
         place = f"block {first - 1}"
     segment = _segment(trace, twin, names, first)

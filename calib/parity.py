@@ -67,15 +67,20 @@ MEASURED_MARGIN = 8.0
 _AT_MOST = frozenset({"relative_error", "channel_error", "max_abs_error", "match_displacement"})
 
 
-def tolerances(precision: str, measured: Mapping[str, float], cell: float) -> dict[str, float]:
+def tolerances(
+    precision: str, measured: Mapping[str, float], cell: float, short: bool = False
+) -> dict[str, float]:
     """Gates for a bundle: its precision's, with errors widened to the margin over what was measured.
 
     Args:
         precision: its name.
         measured: feature parity of the same graph run honestly in that precision at export.
         cell: side of a cell of the features, px.
+        short: whether the features are given in float16, so that near-ties among matches may fall otherwise.
     """
-    limits = {**TOLERANCES[precision], "match_displacement": DISPLACEMENT[precision] * cell}
+    matched = "float16" if short and precision == "float32" else precision
+    limits = {**TOLERANCES[precision], "match_displacement": DISPLACEMENT[matched] * cell}
+    limits |= {name: limit for name, limit in TOLERANCES[matched].items() if name.startswith("matches")}
     for name, ceiling in CEILINGS[precision].items():
         limits[name] = min(ceiling, max(limits[name], MEASURED_MARGIN * measured[name]))
     return limits

@@ -8,7 +8,7 @@
 4. The VAE encoder's residual between group norms is scaled as a whole: a group norm does not see a factor
    on its input once its epsilon has it too. Convolutions between two norms likewise, each by its own power.
    Its attention computes in float32 where its logits may overflow.
-5. Features out of range, or values that are not finite: no float16 graph is made.
+5. Features that are to be float16 and are out of range, or values that are not finite: no graph is made.
 """
 
 from __future__ import annotations
@@ -147,11 +147,8 @@ def decide(extents: Sequence[Extent]) -> Recipe:
                 f"the {extent.kind} of {extent.name} is not finite on the calibration images",
                 "check the checkpoint's weights",
             )
-        if extent.kind == FEATURES and extent.max_abs > LIMIT:
-            raise InputError(
-                f"the features reach {extent.max_abs:.3g}, which leaves no margin to float16's 65504",
-                "export with --precision fp32",
-            )
+        if extent.kind == FEATURES:
+            check_features(extent.max_abs)
     float32: dict[str, str] = {}
     for extent in extents:
         if extent.kind in INNER and extent.max_abs > LIMIT:
@@ -168,6 +165,19 @@ def decide(extents: Sequence[Extent]) -> Recipe:
         vae_inner=_scales(e for e in extents if e.kind == VAE_INNER),
         vae_attention_float32=_reason(logits[0]) if logits else "",
     )
+
+
+def check_features(max_abs: float) -> None:
+    """Features that are to be float16 have their margin, too.
+
+    Raises:
+        InputError: they do not, or are not finite.
+    """
+    if not max_abs <= LIMIT:
+        raise InputError(
+            f"the features reach {max_abs:.3g}, which leaves no margin to float16's 65504",
+            "export with --features-dtype float32",
+        )
 
 
 def power_of_two(max_abs: float) -> int:

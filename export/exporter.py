@@ -17,7 +17,7 @@ import torch
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import tolerances
-from ditf.calib.recipe import decide
+from ditf.calib.recipe import FEATURES, decide
 from ditf.export.calibrate import (
     Observed,
     massive_channels,
@@ -39,6 +39,7 @@ from ditf.export.plan import Plan, make_plan
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import rehearse
 from ditf.export.specialise import Specialised, specialise
+from ditf.export.survey import Survey, survey
 from ditf.export.trace import write_trace
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
@@ -47,8 +48,12 @@ from ditf.runtime.staging import staged
 
 Report = Callable[[str], None]
 
-STAGES = {"float32": 8, "bfloat16": 9, "float16": 10, "int8": 10}
-"""Times that `export_bundle` reports a stage, by precision."""
+_STAGES = {"float32": 8, "bfloat16": 9, "float16": 10, "int8": 10}
+
+
+def stage_count(options: ExportOptions) -> int:
+    """Times that `export_bundle` reports a stage."""
+    return _STAGES[options.precision] + options.surveys
 
 
 @dataclass(frozen=True)
@@ -56,14 +61,17 @@ class _Observed:
     """What the unmodified model told.
 
     Attributes:
-        found: new observations, or None where a calibration was given.
         document: of calibration.json.
+        found: new observations, or None where a calibration was given.
+        projection: P of --pca, float32 [N, C]; pca: what it keeps and costs, for the manifest.
     """
 
     settings: FeatureSettings
     golden: dict[str, Any]
     document: dict[str, Any]
     found: Observed | None
+    projection: np.ndarray | None
+    pca: dict[str, Any] | None
 
 
 def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -> Path:
@@ -71,7 +79,7 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
 
     Args:
         options: what to export.
-        report: called with a line for people at the start of each of `STAGES[precision]` stages.
+        report: called with a line for people at the start of each of `stage_count(options)` stages.
 
     Returns:
         The bundle's directory. It is written beside its place and renamed when complete.
@@ -108,18 +116,23 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         if observed.found is not None:
             document.update(ranges_of(plan, observed.found, entries, noise))
     if plan.precision.compute == torch.float16:
-        recipe = decide(read_extents(document))
+        extents = read_extents(document)
+        if plan.output_dtype != torch.float16:
+            extents = [extent for extent in extents if extent.kind != FEATURES]
+        recipe = decide(extents)
         maxima = read_maxima(document) if options.precision == "int8" else None
         plan = replace(plan, precision=replace(plan.precision, recipe=recipe, maxima=maxima))
         report(f"recipe: {plan.precision.recipe.summary()}")
     (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
-    made = specialise(plan, entries, noise, observed.settings)
+    made = specialise(plan, entries, noise, observed.settings, observed.projection)
     report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
     measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, options.precision)
     report(f"tracing {plan.layer} blocks in {plan.precision.name}")
     parts = parameter_parts(made.graph)
     described = plan.precision.describe(scales(made.graph.trunk))
+    if plan.precision.compute != torch.float32 and options.pca is not None:
+        described["float32"]["projection"] = "part of the tail; the output is cast last"
     if options.conditioning == "bake":
         described["gates"] = gate_counts(made.graph.trunk)
     if plan.precision.recipe.exceptions():
@@ -132,10 +145,12 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     del made
     gc.collect()
     report("tracing the matcher")
-    matcher = _match_onnx(plan.family.channels, plan.grid, plan.output_dtype, options.opset)
+    matcher = _match_onnx(plan.channels, plan.grid, plan.output_dtype, options.opset)
     (folder / files.MATCH).write_bytes(matcher)
     if options.noise == "input":
         np.save(folder / files.NOISE, noise.numpy())
+    if observed.projection is not None:
+        np.save(folder / files.PROJECTION, observed.projection)
 
     report("writing the manifest")
     first = plan.entries[0]
@@ -159,7 +174,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         noise=options.noise,
         size=plan.size,
         grid=plan.grid,
-        channels=plan.family.channels,
+        channels=plan.channels,
         batch=options.batch,
         adaln=options.adaln,
         discard={
@@ -167,6 +182,8 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
             "stage": observed.settings.stage,
             "source": options.discard if isinstance(options.discard, str) else "given",
         },
+        features_dtype="float16" if plan.output_dtype == torch.float16 else "float32",
+        pca=observed.pca,
         precision=options.precision,
         recipe=described,
         parts=parts,
@@ -174,7 +191,9 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         opset=options.opset,
         conditioning=options.conditioning,
         conditions=[entry.to_json() for entry in plan.entries],
-        tolerances=tolerances(options.precision, measured, plan.size[0] / plan.grid[0]),
+        tolerances=tolerances(
+            options.precision, measured, plan.size[0] / plan.grid[0], plan.output_dtype == torch.float16
+        ),
         rehearsal=measured,
         golden=observed.golden,
         versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
@@ -211,12 +230,19 @@ def _run_reference(
         stage=options.discard_stage,
         adaln=options.adaln,
     )
-    report(f"discarding channels {list(settings.channels) or 'none'}; recording golden outputs")
     cases = [Case(index, entries[index]) for index in golden_cases(len(entries))]
-    golden = write_golden(
-        folder / files.GOLDEN, reference, golden_pair(plan.size), settings, options.seed, cases, whole
+    seen = Survey()
+    if options.surveys:
+        what = "measuring the range" if options.pca is None else f"learning {options.pca} channels"
+        report(f"{what} of the unmodified model's features")
+        seen = survey(plan, reference, settings, cases)
+    report(f"discarding channels {list(settings.channels) or 'none'}; recording golden outputs")
+    pair = golden_pair(plan.size)
+    golden, cost = write_golden(
+        folder / files.GOLDEN, reference, pair, settings, options.seed, cases, whole, seen.projection
     )
-    return _Observed(settings, golden, document, found)
+    pca = None if seen.document is None else {**seen.document, **cost}
+    return _Observed(settings, golden, document, found, seen.projection, pca)
 
 
 def _write_features(folder: Path, plan: Plan, made: Specialised) -> list[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
+from ditf.calib.projection import project, projection_cost
 from ditf.export.conditions import Entry
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.runtime.matching import TIE_TOLERANCE
@@ -45,7 +46,8 @@ def write_golden(
     seed: int,
     cases: Sequence[Case],
     whole: Entry | None = None,
-) -> dict[str, Any]:
+    projection: np.ndarray | None = None,
+) -> tuple[dict[str, Any], dict[str, float]]:
     """Run the reference on a pair of images and write what a device compares itself with.
 
     The file holds images uint8 [2, H, W, 3]; rows int64 [2, R], sampled token indices, and features
@@ -57,11 +59,13 @@ def write_golden(
 
     Args:
         whole: the first condition without the approximation, if there is one.
+        projection: P of --pca, float32 [N, C]: features are then P times what the model gives, in float32.
 
     Returns:
-        What it holds, for the manifest.
+        What it holds, for the manifest; and what the projection costs on the pair (`projection_cost`).
     """
-    maps = _maps(reference, cases[0].entry, images, settings)
+    full = _maps(reference, cases[0].entry, images, settings)
+    maps = _projected(full, projection)
     entering: list[np.ndarray] = []
     reference.trace(images[0], lambda layer, found: entering.append(found.image))
     channels, h, w = maps[0].shape
@@ -71,6 +75,9 @@ def write_golden(
     height, width = images.shape[1:3]
     points = np.stack([rng.integers(0, width, POINTS), rng.integers(0, height, POINTS)], axis=1)
     match_points, match_scores = published_match(maps[0], maps[1], points, (height, width))
+    cost = {}
+    if projection is not None:
+        cost = projection_cost((full[0], full[1]), (maps[0], maps[1]), points, (height, width))
     arrays = {
         "images": images,
         "rows": rows,
@@ -83,7 +90,7 @@ def write_golden(
     arrays["hidden_rows"] = np.sort(np.random.default_rng(seed).choice(h * w, few, replace=False))
     arrays["hidden_states"] = np.stack([tokens[arrays["hidden_rows"]] for tokens in entering])
     if whole is not None:
-        exact = _maps(reference, whole, images, settings)
+        exact = _projected(_maps(reference, whole, images, settings), projection)
         arrays["whole_features"] = _take(exact, rows)
         arrays["whole_match_points"] = published_match(exact[0], exact[1], points, (height, width))[0]
     others = cases[1:]
@@ -91,16 +98,16 @@ def write_golden(
         few = max(1, min(count, _OTHER_BYTES // (4 * channels * len(others))))
         chosen = np.sort(rng.choice(h * w, few, replace=False))
         arrays[f"rows_{case.index}"] = chosen
-        arrays[f"features_{case.index}"] = _take(
-            _maps(reference, case.entry, images[:1], settings), chosen[None]
-        )[0]
+        one = _projected(_maps(reference, case.entry, images[:1], settings), projection)
+        arrays[f"features_{case.index}"] = _take(one, chosen[None])[0]
     np.savez_compressed(path, allow_pickle=False, **arrays)
-    return {
+    listed = {
         "images": "procedural pair",
         "rows_per_image": count,
         "points": POINTS,
         "conditions": [case.index for case in cases],
     }
+    return listed, cost
 
 
 def _maps(
@@ -108,6 +115,10 @@ def _maps(
 ) -> list[np.ndarray]:
     reference.under(entry.condition, entry.timestep)
     return [reference.features(reference.hidden_states(image), settings) for image in images]
+
+
+def _projected(maps: list[np.ndarray], projection: np.ndarray | None) -> list[np.ndarray]:
+    return maps if projection is None else [project(one, projection) for one in maps]
 
 
 def _take(maps: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:

@@ -29,6 +29,8 @@ class ExportOptions(BaseModel):
         text_tokens: T5 tokens to keep, an approximation.
         discard: "auto" measures, "published" takes the family's, "none", or channels.
         size: (H, W) in pixels.
+        pca: channels that a projection learned at export leaves; None for all.
+        features_dtype: of the output; None for float16, or float32 where the precision is or with adaln off.
         batch: images in one call of the graph, or "dynamic".
         calibration: what `ditf calibrate` wrote; "auto" takes its channels.
         calibration_images: folder of images instead of the built-in ones.
@@ -57,12 +59,20 @@ class ExportOptions(BaseModel):
     adaln: bool = True
     discard: Union[Literal["auto", "published", "none"], tuple[int, ...]] = "auto"
     discard_stage: Literal["before", "after"] = "before"
+    pca: Optional[int] = Field(default=None, ge=1)
+    features_dtype: Optional[Literal["float16", "float32"]] = None
     batch: Union[int, Literal["dynamic"]] = 1
     opset: int = DEFAULT_OPSET
     calibration: Optional[Path] = None
     calibration_images: Optional[Path] = None
     output: Optional[Path] = None
     command: str = ""
+
+    @property
+    def surveys(self) -> bool:
+        """Whether the features have to be looked at before the graph is made, which takes another pass."""
+        unseen = self.precision == "float32" or not self.adaln  # else their range is measured with all others
+        return self.pca is not None or (self.features_dtype == "float16" and unseen)
 
     @field_validator("timestep", "prompt", "class_label", mode="before")
     @classmethod

@@ -32,6 +32,7 @@ _PARTS = (  # first match wins
     (".out.", "self-attention"),
     ("noise", "noise"),
     ("keep", "discard mask"),
+    ("projection.", "projection"),
 )
 
 Counts = dict[str, dict[str, int]]

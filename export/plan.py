@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 
+from ditf.calib.images import COUNT
 from ditf.export.checkpoint import DEMO, Checkpoint
 from ditf.export.conditions import Entry, plan_entries
 from ditf.export.demo import DEMO_DEFAULTS
@@ -61,7 +62,14 @@ class Plan:
     @property
     def output_dtype(self) -> torch.dtype:
         """Without the norm the hidden states keep their massive values, which float16 may not hold."""
+        if self.options.features_dtype is not None:
+            return {"float16": torch.float16, "float32": torch.float32}[self.options.features_dtype]
         return self.precision.output if self.options.adaln else torch.float32
+
+    @property
+    def channels(self) -> int:
+        """Of the features that the graph gives."""
+        return self.family.channels if self.options.pca is None else self.options.pca
 
     def noise(self) -> torch.Tensor:
         """eps, float32 [E, c, h', w']."""
@@ -98,6 +106,8 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     size = _size(options.size or defaults.size, family, latents)
     guidance = _guidance(options, family, defaults)
     _check_text_tokens(options, family)
+    cell = latents.stride * family.patch_size
+    _check_pca(options, family, (size[0] // cell) * (size[1] // cell))
     check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
     return Plan(
         options=options,
@@ -144,6 +154,24 @@ def _guidance(options: ExportOptions, family: Family, defaults: Defaults) -> flo
 def _check_text_tokens(options: ExportOptions, family: Family) -> None:
     if options.text_tokens is not None and not family.takes_prompt:
         raise InputError(f"{family.name} reads no text", "leave --text-tokens out")
+
+
+def _check_pca(options: ExportOptions, family: Family, tokens: int) -> None:
+    """A projection is learned from at least as many tokens as it has channels."""
+    if options.pca is None:
+        return
+    if options.pca > family.channels:
+        raise InputError(
+            f"--pca {options.pca} is more than the {family.channels} channels of {family.name}",
+            f"choose 1..{family.channels}, or leave it out",
+        )
+    folder = options.calibration_images
+    tokens *= COUNT if folder is None else len(list_images(folder))
+    if options.pca > tokens:
+        raise InputError(
+            f"--pca {options.pca} needs as many tokens, the calibration images have {tokens}",
+            "give more --calibration-images, or a larger --size",
+        )
 
 
 def _size(size: tuple[int, int] | None, family: Family, latents: LatentSpace) -> tuple[int, int]:

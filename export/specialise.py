@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import nn
 
@@ -53,7 +54,11 @@ class Specialised:
 
 @torch.no_grad()
 def specialise(
-    plan: Plan, entries: Sequence[Entry], noise: torch.Tensor, settings: FeatureSettings
+    plan: Plan,
+    entries: Sequence[Entry],
+    noise: torch.Tensor,
+    settings: FeatureSettings,
+    projection: np.ndarray | None = None,
 ) -> Specialised:
     """The features graph of a plan.
 
@@ -64,6 +69,7 @@ def specialise(
         entries: encoded and trimmed alike.
         noise: eps.
         settings: the feature's definition.
+        projection: P of --pca, float32 [N, C].
     """
     mode = plan.options.conditioning
     live = mode == "live"
@@ -102,7 +108,15 @@ def specialise(
         ]
     baked_noise = plan.options.noise == "baked"
     graph = FeaturesGraph(
-        _encoder(plan), condition, trunk, noise, baked_noise, settings, plan.grid, plan.output_dtype
+        _encoder(plan),
+        condition,
+        trunk,
+        noise,
+        baked_noise,
+        settings,
+        plan.grid,
+        plan.output_dtype,
+        None if projection is None else torch.from_numpy(projection),
     )
     if not baked_noise:
         feeds = [{NOISE: noise, **feed} for feed in feeds]

@@ -22,6 +22,7 @@ GOLDEN = "golden.npz"
 CALIBRATION = "calibration.json"
 TRACE = "trace.npz"
 NOISE = "noise.npy"  # only with --noise input
+PROJECTION = "projection.npy"  # only with --pca
 CONDITIONS = "conditions.npz"  # only with --conditioning bank or live
 
 _BLOCK = 1 << 20

@@ -71,6 +71,18 @@ def list_images(folder: Path) -> list[Path]:
     return paths
 
 
+def find_images(folder: Path) -> list[Path]:
+    """The image files of a folder and of the folders in it, sorted.
+
+    Raises:
+        InputError: no images in it.
+    """
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
+    if not paths:
+        raise InputError(f"{folder} holds no images", f"it needs one of {', '.join(sorted(SUFFIXES))}")
+    return paths
+
+
 def fit_image(
     image: Image.Image, size: tuple[int, int], fit: str = "stretch"
 ) -> tuple[np.ndarray, tuple[int, int]]:

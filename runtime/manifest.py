@@ -41,7 +41,7 @@ class Manifest:
         seed, ensemble, noise: the noise of x_t: `ensemble` draws, "baked" or a graph "input".
         size: (H, W) of the graph's input in pixels.
         grid: (h, w) of the features in cells.
-        channels: C of the features.
+        channels: C of the features, or what --pca leaves of them.
         batch: static batch size, or "dynamic".
         adaln: False when the features are the plain hidden states (--no-adaln).
         discard: "channels" (ascending), "stage" ("before" or "after" the norm), "source".
@@ -59,6 +59,9 @@ class Manifest:
         conditions: name, prompt or class label, and timestep of each condition that can be chosen.
         guidance: for guidance-distilled models.
         text_tokens: T5 tokens kept, where some that matter were cut (--text-tokens).
+        features_dtype: of the output; None in bundles that did not say.
+        pca: of a projection: "of", the channels before it; what it keeps and costs, measured at export
+            (`ditf.calib.projection`), and the images and tokens it was learned from.
         removed: what the export left out of the checkpoint: {step: {"parameters": n, "bytes": n}}.
     """
 
@@ -93,6 +96,8 @@ class Manifest:
     guidance: Optional[float] = None
     text_tokens: Optional[int] = None
     removed: dict[str, dict[str, int]] = field(default_factory=dict)
+    features_dtype: Optional[Literal["float16", "float32"]] = None
+    pca: Optional[dict[str, Any]] = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -160,6 +165,10 @@ def _check_values(manifest: Manifest) -> None:
     for exception in manifest.recipe.get("exceptions", []):
         if not {"where", "is", "why"} <= dict(exception).keys():
             raise ValueError(f"recipe has an exception {exception!r:.60}")
+    if manifest.pca is not None:
+        known = ("of", "energy_held_out", "matches_within_1px")
+        if not all(conforms(manifest.pca.get(name), float) for name in known):
+            raise ValueError(f"pca is {manifest.pca!r:.60}")
     for part, by_type in manifest.parts.items():
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
             raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")

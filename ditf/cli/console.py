@@ -64,6 +64,10 @@ PromptOption = Annotated[
     Optional[str],
     typer.Option("--prompt", metavar="NAME", help="Condition of a bundle that has several: prompt or class."),
 ]
+FeaturesDtypeOption = Annotated[
+    Optional[str],
+    typer.Option("--features-dtype", metavar="float16|float32", help="Type the features are given in."),
+]
 JsonOption = Annotated[
     Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]
@@ -148,16 +152,25 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
     outputs = [path for path in paths if path is not None]
     taken = {path.resolve() for path in inputs}
     for path in outputs:
-        resolved = path.resolve()
-        if taken & {resolved, *resolved.parents}:
-            raise InputError(f"writing {path} would overwrite what this command works with", "choose another")
-        taken.add(resolved)
+        check_outside(path, list(taken))
+        taken.add(path.resolve())
         if path.is_dir():
             raise InputError(f"{path} is a directory", "name a file")
         if not path.parent.is_dir():
             raise InputError(f"{path.parent} is not a directory", "make it first")
         if not os.access(path.parent, os.W_OK):
             raise InputError(f"{path.parent} cannot be written", "choose another path")
+
+
+def check_outside(path: Path, inputs: Sequence[Path]) -> None:
+    """Reject an output directory that is, or is in, something the command reads.
+
+    Raises:
+        InputError: it is.
+    """
+    resolved = path.resolve()
+    if {resolved, *resolved.parents} & {one.resolve() for one in inputs}:
+        raise InputError(f"writing {path} would overwrite what this command works with", "choose another")
 
 
 def check_picture(path: Path, extra: str) -> None:
@@ -243,6 +256,14 @@ def table(rows: list[tuple[str, ...]]) -> str:
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (zip(row, widths, strict=True) for row in rows)
     return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines)
+
+
+def pca_text(channels: int, pca: dict[str, Any]) -> str:
+    """What a projection keeps, from a manifest's record of it."""
+    return (
+        f"projected to {channels} of {pca['of']} channels: {pca['energy_held_out']:.2%} of the energy and"
+        f" {pca['matches_within_1px']:.0%} of the matches within 1 px kept, on the golden pair"
+    )
 
 
 def bytes_text(count: int) -> str:

@@ -11,12 +11,14 @@ import typer
 
 from ditf.cli.build import TargetOption, build_targets
 from ditf.cli.console import (
+    FeaturesDtypeOption,
     JsonOption,
     QuietOption,
     VerboseOption,
     bytes_text,
     check_writable,
     parse_size,
+    pca_text,
     show,
     stages,
     state,
@@ -92,13 +94,19 @@ def export(
     no_adaln: Annotated[
         bool, typer.Option("--no-adaln", help="Ablation: hidden states without the norm; output in float32.")
     ] = False,
+    pca: Annotated[
+        Optional[int],
+        typer.Option(metavar="N", help="Project the features to N channels, learned from the images."),
+    ] = None,
+    features_dtype: FeaturesDtypeOption = None,
     batch: Annotated[str, typer.Option(metavar="N|dynamic", help="Images in one call.")] = "1",
     opset: Annotated[int, typer.Option(help="ONNX opset, 18..25.")] = 20,
     calibration: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="What ditf calibrate wrote, for --discard auto.")
     ] = None,
     calibration_images: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="Images for --discard auto; built-in by default.")
+        Optional[Path],
+        typer.Option(metavar="DIR", help="For --discard auto and --pca; built-in by default."),
     ] = None,
     output: Annotated[
         Optional[Path],
@@ -132,6 +140,8 @@ def export(
         "discard_stage": discard_stage,
         "noise": noise,
         "adaln": not no_adaln,
+        "pca": pca,
+        "features_dtype": features_dtype,
         "batch": _parse_batch(batch),
         "opset": opset,
         "calibration": calibration,
@@ -149,8 +159,8 @@ def export(
 
         if not state.verbose:
             quieten_libraries()  # before the exporter imports what warns
-        from ditf.export.exporter import STAGES, export_bundle
-    with stages(STAGES[options.precision]) as report:
+        from ditf.export.exporter import export_bundle, stage_count
+    with stages(stage_count(options)) as report:
         path = export_bundle(options, report)
     manifest = Bundle.open(path).manifest
     size_text = bytes_text(sum(file["bytes"] for file in manifest.files.values()))
@@ -159,6 +169,8 @@ def export(
         f"{path}: {manifest.layer_name}, {manifest.precision}, {height}x{width} px ->"
         f" {manifest.channels}x{manifest.grid[0]}x{manifest.grid[1]}, {size_text}"
     )
+    if manifest.pca is not None:
+        show(pca_text(manifest.channels, manifest.pca))
     built = build_targets(Bundle.open(path), "auto", target) if build else []
     write_json(
         json_file,
@@ -166,6 +178,7 @@ def export(
             "bundle": str(path),
             "layer": manifest.layer,
             "layer_name": manifest.layer_name,
+            "pca": manifest.pca,
             "engines": [str(one.folder) for one in built],
         },
     )

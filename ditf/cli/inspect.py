@@ -11,6 +11,7 @@ from ditf.cli.console import (
     VerboseOption,
     bytes_text,
     check_writable,
+    pca_text,
     show,
     table,
     write_json,
@@ -87,12 +88,14 @@ def inspect(
 def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
     height, width = manifest.size
     h, w = manifest.grid
+    dtype = "" if manifest.features_dtype is None else f" {manifest.features_dtype}"
     discard = ",".join(map(str, manifest.discard["channels"])) or "none"
     return [
         ("model", f"{manifest.model['id']} ({manifest.model['family']})"),
         ("layer", manifest.layer_name),
         ("input", f"image uint8 [{_batch(manifest)}, {height}, {width}, 3]"),
-        ("output", f"features [{_batch(manifest)}, {manifest.channels}, {h}, {w}]"),
+        ("output", f"features{dtype} [{_batch(manifest)}, {manifest.channels}, {h}, {w}]"),
+        *([] if manifest.pca is None else [("PCA", pca_text(manifest.channels, manifest.pca))]),
         ("precision", manifest.precision),
         (
             "discarded",

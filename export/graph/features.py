@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ditf.export.graph.condition import ConditionSource
 from ditf.export.graph.layers import constant
@@ -13,8 +14,24 @@ from ditf.export.reference import FeatureSettings
 NOISE = "noise"
 
 
+class Projection(nn.Module):
+    """P F in float32, as a 1x1 convolution: TensorRT-RTX has no float32 matrix product for Turing.
+
+    Args:
+        matrix: P, float32 [N, C].
+    """
+
+    def __init__(self, matrix: torch.Tensor) -> None:
+        super().__init__()
+        self.weight = constant(matrix[:, :, None, None])
+
+    def forward(self, features: torch.Tensor) -> torch.Tensor:
+        """[B, C, h, w] -> [B, N, h, w]."""
+        return functional.conv2d(features, self.weight)
+
+
 class FeaturesGraph(nn.Module):
-    """Normalise, encode, add noise, run the blocks, average, discard, norm and modulate.
+    """Normalise, encode, add noise, run the blocks, average, discard, norm and modulate, project.
 
     Args:
         encoder: pixels in [-1, 1], float32 [B, 3, H, W] -> x_0 [B, c, h', w'].
@@ -25,6 +42,7 @@ class FeaturesGraph(nn.Module):
         settings: the feature's definition.
         grid: (h, w) in tokens.
         output: dtype of the features.
+        projection: P, float32 [N, C], of --pca.
 
     Attributes:
         inputs: names of what `forward` takes beside the image.
@@ -40,6 +58,7 @@ class FeaturesGraph(nn.Module):
         settings: FeatureSettings,
         grid: tuple[int, int],
         output: torch.dtype,
+        projection: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.encoder = encoder
@@ -52,6 +71,7 @@ class FeaturesGraph(nn.Module):
         self.stage = settings.stage
         self.grid = grid
         self.output = output
+        self.projection = nn.Identity() if projection is None else Projection(projection)
         self.keep: nn.Parameter | None = None
         if settings.channels:
             keep = torch.ones(trunk.channels)
@@ -59,7 +79,7 @@ class FeaturesGraph(nn.Module):
             self.keep = constant(keep)
 
     def forward(self, image: torch.Tensor, *feeds: torch.Tensor) -> torch.Tensor:
-        """Features [B, C, h, w].
+        """Features [B, C, h, w], or [B, N, h, w] projected.
 
         Args:
             image: uint8 [B, H, W, 3], RGB.
@@ -77,7 +97,8 @@ class FeaturesGraph(nn.Module):
             z = self.trunk.modulate(z, given)
         if self.stage == "after":
             z = self._discard(z)
-        return z.transpose(1, 2).unflatten(2, self.grid).to(self.output)
+        features: torch.Tensor = self.projection(z.transpose(1, 2).unflatten(2, self.grid))
+        return features.to(self.output)
 
     def _add_noise(self, x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t [B * E, c, h', w']."""

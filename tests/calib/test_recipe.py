@@ -97,7 +97,7 @@ def test_values_that_are_not_finite_are_refused_by_name(value):
 
 
 def test_features_out_of_range_are_refused():
-    with pytest.raises(InputError, match=r"features reach 3e\+04.*--precision fp32"):
+    with pytest.raises(InputError, match=r"features reach 3e\+04.*--features-dtype float32"):
         decide([extent(FEATURES, 3e4, FEATURES, FEATURES)])
 
 

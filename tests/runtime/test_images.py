@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.images import fit_image, list_images, open_image
+from ditf.runtime.images import find_images, fit_image, list_images, open_image
 
 WHITE = (255, 255, 255)
 
@@ -279,3 +279,16 @@ def test_unknown_fit(picture):
 def test_what_is_no_image_at_all(thing):
     with pytest.raises(InputError, match="a path, a PIL image or an array"):
         open_image(thing)
+
+
+def test_images_of_a_folder_and_those_below(tmp_path):
+    for name in ("b.PNG", "deep/er/a.jpg", "deep/note.txt"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "folder.png").mkdir()
+    assert [path.relative_to(tmp_path).as_posix() for path in find_images(tmp_path)] == [
+        "b.PNG",
+        "deep/er/a.jpg",
+    ]
+    with pytest.raises(InputError, match="holds no images"):
+        find_images(tmp_path / "folder.png")

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 from ditf.runtime.errors import BundleError
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
-OPTIONAL = ("conditions", "guidance", "text_tokens", "removed")  # bundles of earlier versions have none
+# Bundles of earlier versions have none.
+OPTIONAL = ("conditions", "guidance", "text_tokens", "removed", "features_dtype", "pca")
 FIELDS = [field.name for field in fields(Manifest) if field.name not in OPTIONAL]
 
 json_values = st.recursive(

@@ -1,0 +1,118 @@
+"""How well the demo model matches animals it has not seen, and what each part of the recipe is worth.
+
+PCK@0.1 on the creatures benchmark: bundles exported with and without AdaLN and the discard, in every
+precision, at other layers and timesteps; beside them what it takes to beat: raw RGB patches, the same model
+before training, and points that do not move. Layer and timestep of the demo were chosen on other pairs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from provenance import provenance, say, write_result, write_table
+from train_demo import new_model
+from train_demo_data import PATCH, SIZE
+
+import ditf
+from ditf.calib.eval.creature_pairs import Match, evaluate, pairs
+from ditf.calib.eval.pck import pck
+from ditf.export.demo import DEMO_DEFAULTS
+from ditf.export.exporter import export_bundle
+from ditf.export.options import ExportOptions
+from ditf.export.pretrained import quieten_libraries
+from ditf.runtime import FeatureMap
+from ditf.runtime.matching import match_points
+
+LAYERS = (3, 5, 7, 8, 9, 10, 11)
+TIMESTEPS = (20, 50, 150, 300, 500)
+RECIPE: dict[str, dict[str, Any]] = {
+    "hidden states as they are": {"adaln": False, "discard": "none"},
+    "+ AdaLN": {"discard": "none"},
+    "+ discard: DiTF's feature": {},
+    "the same, float16": {"precision": "float16"},
+    "the same, int8": {"precision": "int8"},
+    "the same, float16, 64 channels": {"precision": "float16", "pca": 64},
+}
+
+
+def main() -> None:
+    """Measure, print and write all tables."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--pairs", type=int, default=200, help="in species, and as many across")
+    arguments = parser.parse_args()
+    quieten_libraries()
+    drawn = [list(pairs(arguments.pairs, cross)) for cross in (False, True)]
+
+    def scores(match: Match) -> dict[str, float]:
+        found = [pck(evaluate(match, iter(one)), 0.1) for one in drawn]
+        return dict(zip(("in_species", "across_species"), found, strict=True))
+
+    def bundle_scores(**options: Any) -> dict[str, float]:
+        say(str(options))
+        with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
+            bundle = export_bundle(ExportOptions(output=Path(folder) / "bundle", **options))
+            with ditf.load(bundle, "onnxruntime") as model:
+                return scores(lambda one, other, at: model.match(*model.features_of([one, other]), at).points)
+
+    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
+        write_untrained(Path(folder))
+        recipe = {
+            "points that do not move": scores(lambda one, other, at: at),
+            "raw RGB patches": scores(by_map(rgb_patches)),
+            "the same model before training": bundle_scores(
+                model=folder, layer=str(DEMO_DEFAULTS.layer), timestep=(DEMO_DEFAULTS.timestep,)
+            ),
+        }
+    recipe |= {name: bundle_scores(**options) for name, options in RECIPE.items()}
+    layers = {str(layer): bundle_scores(layer=str(layer)) for layer in LAYERS}
+    timesteps = {str(timestep): bundle_scores(timestep=(timestep,)) for timestep in TIMESTEPS}
+    result = {"pairs": arguments.pairs, "recipe": recipe, "layers": layers, "timesteps": timesteps}
+    write_result("demo", provenance(torch.get_num_threads()), result, score_rows("PCK@0.1", recipe))
+    for name, rows in (("PCK@0.1", recipe), ("layer", layers), ("timestep", timesteps)):
+        write_table("demo.md", name, score_rows(name, rows))
+
+
+def score_rows(head: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+    """Scores as a table."""
+    return [
+        (head, "in species", "across species"),
+        *((name, *(f"{value:.1%}" for value in row.values())) for name, row in rows.items()),
+    ]
+
+
+def write_untrained(folder: Path) -> None:
+    """The demo's checkpoint as training starts from it."""
+    torch.manual_seed(0)
+    new_model().save_pretrained(folder / "transformer")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+
+
+def rgb_patches(image: np.ndarray) -> np.ndarray:
+    """What the model is given: each token's pixels, [PATCH * PATCH * 3, h, w]."""
+    small = Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
+    pixels = np.asarray(small, np.float32) / 127.5 - 1
+    cells = SIZE // PATCH
+    cut = pixels.reshape(cells, PATCH, cells, PATCH, 3)
+    return cut.transpose(1, 3, 4, 0, 2).reshape(-1, cells, cells)
+
+
+def by_map(features: Callable[[np.ndarray], np.ndarray]) -> Match:
+    """Matching with features that no bundle computes."""
+
+    def match(source: np.ndarray, target: np.ndarray, points: np.ndarray) -> np.ndarray:
+        maps = [FeatureMap(features(image), image.shape[:2]) for image in (source, target)]
+        return match_points(*maps, points).points
+
+    return match
+
+
+if __name__ == "__main__":
+    main()
