@@ -109,7 +109,9 @@ class Difference:
         return {"value": self.value, "low": self.low, "high": self.high, "units": self.units}
 
 
-def difference(ones: Sequence[Outcome], others: Sequence[Outcome], key: Key, seed: int = 0) -> Difference:
+def difference(
+    ones: Sequence[Outcome], others: Sequence[Outcome], key: Key, unit: str = "pairs", seed: int = 0
+) -> Difference:
     """The paired difference of a metric, ones - others, with a percentile bootstrap interval of 95 %.
 
     Whole units are drawn with replacement, the same for both: points of a pair are no independent evidence.
@@ -117,11 +119,11 @@ def difference(ones: Sequence[Outcome], others: Sequence[Outcome], key: Key, see
 
     Args:
         ones, others: of the same items in the same order.
-        seed: of the resampling.
+        unit: what they are of; seed: of the resampling.
     """
     if [one.name for one in ones] != [other.name for other in others]:
         raise ValueError("outcomes of different items cannot be compared")
-    sides, units = [], f"{len(ones)} units"
+    sides, units = [], f"{len(ones)} {unit}"
     for outcomes in (ones, others):
         if len(outcomes) == 1 and key in outcomes[0].points:
             values = np.asarray(outcomes[0].points[key], np.float64)

@@ -29,7 +29,7 @@ def draw_outcome(benchmark: Benchmark, item: Any, outcome: Outcome) -> Image.Ima
     """One item of a benchmark with what was found in it.
 
     Returns:
-        RGB, both images side by side at most 480 px high, a caption above.
+        RGB, both images side by side, scaled to at most 480 px of height, a caption above.
     """
     value = outcome.value(benchmark.headline)
     metric, threshold = benchmark.headline
@@ -65,7 +65,7 @@ class _Sheet:
 
     def __init__(self, images: Sequence[Any], caption: str) -> None:
         whole = [Image.fromarray(read_image(image)) for image in images]
-        self._scales = [min(_HEIGHT / one.height, 1.6 * _HEIGHT / one.width, 2.0) for one in whole]
+        self._scales = [min(_HEIGHT / one.height, 1.6 * _HEIGHT / one.width) for one in whole]
         shown = [
             one.resize((max(1, round(one.width * scale)), max(1, round(one.height * scale))))
             for one, scale in zip(whole, self._scales, strict=True)

@@ -142,11 +142,11 @@ def _keypoints(benchmark: Benchmark, reading: Reading, outcomes: list[Outcome]) 
     return by_keypoint(outcomes, names, benchmark.headline)
 
 
-def comparison(run: Run, other: Run) -> dict[str, dict[Key, Difference]]:
+def comparison(benchmark: Benchmark, run: Run, other: Run) -> dict[str, dict[Key, Difference]]:
     """Differences run - other of every metric, by group."""
     others = other.groups()
     return {
-        group: {key: difference(outcomes, others[group], key) for key in outcomes[0].shares}
+        group: {key: difference(outcomes, others[group], key, _unit(benchmark)) for key in outcomes[0].shares}
         for group, outcomes in run.groups().items()
     }
 

@@ -124,7 +124,7 @@ def evaluate_bundle(
     if len(entries) > 1:
         about["bundles"] = entries
     if other:
-        found = [comparison(one, other[0]) for one in measured]
+        found = [comparison(benchmark, one, other[0]) for one in measured]
         for one, differences in zip(measured, found, strict=True):
             show("\n" + comparison_table(one, other[0], differences))
         compared = [comparison_document(one, other[0], f) for one, f in zip(measured, found, strict=True)]

@@ -242,8 +242,10 @@ def numbers(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
     """Finite float64 of a shape, -1 for any length.
 
     Raises:
-        BadItem: missing, not numbers, of another shape, NaN or infinite.
+        BadItem: not there, not numbers, of another shape, NaN or infinite.
     """
+    if value is None:
+        raise BadItem(f"{where} is missing")
     try:
         array = np.asarray(value, dtype=np.float64)
     except (TypeError, ValueError, OverflowError):
