@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -26,7 +27,10 @@ from ditf.runtime.manifest import NAME as MANIFEST
 CATEGORY = "{category}"
 """In a --prompt: the item's category."""
 
-_MATCHES = 4096  # mutual matches that a homography is made from
+METHODS = ("argmax", "window", "kernel")
+"""Ways to match points, of `Model.match`; the first is DiTF's protocol."""
+
+_MATCHES = 1000  # mutual matches that a homography is made from, as in SuperPoint and LoFTR
 _NEEDED = 4
 
 
@@ -37,10 +41,14 @@ class Wiring:
         model: the bundle.
         prompt: name of a condition, with CATEGORY in it or not; None is the bundle's first.
         cache: folder of features that are kept.
+        method: one of METHODS.
     """
 
-    def __init__(self, model: Model, prompt: str | None, cache: Path | None) -> None:
+    def __init__(
+        self, model: Model, prompt: str | None, cache: Path | None, method: str = METHODS[0]
+    ) -> None:
         self._model = model
+        self._options: dict[str, Any] = {} if method == METHODS[0] else {"method": method}
         self._prompt = prompt
         manifest = hashlib.sha256((model.bundle.path / MANIFEST).read_bytes()).hexdigest()
         key = (manifest, model.backend, model.detail, model.fit)
@@ -81,19 +89,26 @@ class Wiring:
 
     def _match(self, pair: Pair) -> np.ndarray:
         source, target = self._maps(pair)
-        return self._model.match(source, target, pair.queries(source.image_size)).points
+        queries = pair.queries(source.image_size)
+        return self._model.match(source, target, queries, **self._options).points
 
     def _homography(self, pair: HomographyPair) -> np.ndarray | None:
-        from ditf.runtime.homography import find_homography  # type: ignore[import-not-found]
+        from ditf.runtime.homography import (  # type: ignore[import-not-found]
+            cell_threshold,
+            find_homography,
+        )
         from ditf.runtime.mutual import mutual_matches  # type: ignore[import-not-found]
 
-        matches = mutual_matches(*self._maps(pair), max_matches=_MATCHES)
-        if len(matches.points) < _NEEDED:
+        source, target = self._maps(pair)
+        # Whole cells would make the grid itself the homography that most matches agree with.
+        found = mutual_matches(source, target, max_matches=_MATCHES, refine="window")
+        if len(found.points) < _NEEDED:
             return None
         try:
-            matrix: np.ndarray = find_homography(matches.source_points, matches.points).matrix
+            result = find_homography(found.source_points, found.points, cell_threshold(target))
         except InputError:  # the matches are of one line, or agree on nothing
             return None
+        matrix: np.ndarray = result.matrix
         return matrix
 
     def _flow(self, pair: FlowPair) -> np.ndarray:

@@ -41,7 +41,7 @@ from ditf.cli.eval_report import (
     headline_table,
     write_pictures,
 )
-from ditf.cli.eval_wiring import Wiring
+from ditf.cli.eval_wiring import METHODS, Wiring
 from ditf.runtime import load
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import GateFailed, InputError
@@ -86,6 +86,10 @@ def evaluate_bundle(
     cache: Annotated[
         Optional[Path], typer.Option(metavar="DIR", help="Keep features here; a later run goes on from them.")
     ] = None,
+    method: Annotated[
+        str,
+        typer.Option(metavar="|".join(METHODS), help="How points are matched; argmax is DiTF's protocol."),
+    ] = METHODS[0],
     skip_missing: Annotated[
         bool, typer.Option("--skip-missing", help="Leave out what cannot be read; else exit 1.")
     ] = False,
@@ -97,6 +101,10 @@ def evaluate_bundle(
 ) -> None:
     """Measure a benchmark by its own protocol (docs/eval.md): PCK, or what takes its place."""
     benchmark = _benchmark(name, alpha)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}", f"choose {', '.join(METHODS)}")
+    if method != METHODS[0] and benchmark.kind != "points":
+        raise InputError(f"--method is of points, {name} has none", "leave --method out")
     floors = [Floor.parse(text, benchmark) for text in minimum or []]
     paths = [*bundles, *([compare] if compare is not None else [])]
     check_writable(json_file, inputs=(*paths, *([data] if data is not None else [])))
@@ -105,7 +113,7 @@ def evaluate_bundle(
     opened = [Bundle.open(path) for path in paths]
     part = _split(benchmark, split)
     reading = _read(benchmark, data, part, count, limit)
-    about: dict[str, Any] = {"benchmark": name, "split": part, "skipped": reading.lost}
+    about: dict[str, Any] = {"benchmark": name, "split": part, "method": method, "skipped": reading.lost}
     if reading.problems:
         about["problems"] = [{"problem": text, "pairs": n} for text, n in reading.problems.items()]
         _refuse_problems(reading, skip_missing, json_file, about)
@@ -113,7 +121,7 @@ def evaluate_bundle(
     with stages(len(paths)) as stage:
         for bundle in opened:
             stage(f"{name}: {len(reading.items)} items with {bundle.path}")
-            runs.append(_run(benchmark, reading, bundle.path, prompt, cache, backend, fit))
+            runs.append(_run(benchmark, reading, bundle.path, prompt, cache, method, backend, fit))
     measured, other = runs[: len(bundles)], runs[len(bundles) :]
     show(headline_table(benchmark, runs))
     for one in measured[:1] if len(measured) == 1 else []:
@@ -210,13 +218,14 @@ def _run(
     path: Path,
     prompt: Optional[str],
     cache: Optional[Path],
+    method: str,
     backend: str,
     fit: str,
 ) -> Run:
     """A bundle over all items."""
     with load(path, backend, fit) as model, _progress(path.name) as report:
         say(f"{path} on {model.detail} ({model.reason})")
-        wiring = Wiring(model, prompt, cache)
+        wiring = Wiring(model, prompt, cache, method)
         if prompt is not None:
             wiring.check_prompts(item.category for item in reading.items)
         outcomes = wiring.evaluate(benchmark, reading, report)

@@ -7,6 +7,9 @@ import pytest
 from PIL import Image
 
 import ditf as runtime
+from ditf.calib.eval.correspondence import Criteria, evaluate_pairs
+from ditf.calib.eval.datasets.spair import read_spair
+from ditf.calib.eval.outcomes import totals
 from tests.calib.eval import miniature, published
 
 ALPHAS = ("0.05", "0.1", "0.3")
@@ -144,6 +147,25 @@ def test_prompts_by_category(ditf, bank_bundle, spair, tmp_path):
     assert "has no condition 'a cat', 'a dog'" in done.stderr
 
 
+@pytest.mark.parametrize("method", ["window", "kernel"])
+def test_other_methods(ditf, demo_bundle, spair, cache, tmp_path, method):
+    pytest.importorskip("ditf.runtime.soft_argmax")
+    arguments = ("eval", "spair-71k", demo_bundle, "--data", spair, *SHARES, "--cache", cache)
+    done = ditf(*arguments, "--method", method, "--json", tmp_path / "e.json")
+    assert done.returncode == 0, done.stderr
+    document = measured(tmp_path / "e.json")
+    assert document["method"] == method
+    with runtime.load(demo_bundle) as model:
+
+        def match(pair):
+            source, target = (model.features(miniature.pixels(path)) for path in pair.images)
+            return model.match(source, target, pair.queries(source.image_size), method=method).points
+
+        items = read_spair(spair, "test").items
+        wanted = totals(evaluate_pairs(items, match, Criteria([float(alpha) for alpha in ALPHAS])))
+    assert document["pck"] == wanted["pck"]
+
+
 def test_missing_data_is_listed_and_may_be_left_out(ditf, demo_bundle, own_spair, tmp_path):
     sorted((own_spair / "JPEGImages" / "cat").glob("*.jpg"))[0].unlink()
     sorted((own_spair / "PairAnnotation" / "test").glob("*.json"))[-1].write_text("{")
@@ -204,6 +226,8 @@ def test_a_limit_takes_part_of_what_a_larger_one_takes(ditf, demo_bundle, spair,
         (["stereo", "--min-pck", "0.2=0.5"], "stereo measures 0.1"),
         (["davis", "--data", ".", "--min-pck", "0.1=0.5"], "davis measures J&F, J, F"),
         (["hpatches", "--data", ".", "--min-pck", "2=0.5"], "hpatches measures 1, 3, 5"),
+        (["stereo", "--method", "best"], "unknown method 'best'"),
+        (["tss", "--data", ".", "--method", "window"], "--method is of points"),
         (["stereo", "--compare", "none"], "none: no such bundle"),
         (["stereo", "--pictures", "full"], "holds something else"),
         (["stereo", "--pictures", "full/file"], "is not a directory"),
