@@ -114,7 +114,8 @@ class Wiring:
     def _flow(self, pair: FlowPair) -> np.ndarray:
         from ditf.runtime.flow import dense_flow  # type: ignore[import-not-found]
 
-        field: np.ndarray = dense_flow(*self._maps(pair)).field
+        source, target = self._maps(pair)
+        field: np.ndarray = dense_flow(source, target).field
         return field
 
     def _propagate(self, video: Video, labels: np.ndarray) -> Iterator[np.ndarray]:
