@@ -161,7 +161,7 @@ def comparison_table(run: Run, other: Run, found: dict[str, dict[Key, Difference
         for (metric, threshold), diff in differences.items():
             values = (one[metric][threshold], two[metric][threshold])
             interval = f"{_signed(metric, diff.low)} to {_signed(metric, diff.high)}"
-            said = "" if diff.certain else "may be chance"
+            said = "" if diff.certain else "may be chance" if diff.low < diff.high else "the same"
             rows.append(
                 (
                     f"{group} {_label((metric, threshold))}".strip(),
