@@ -1,85 +1,252 @@
-"""`ditf eval`: how often a bundle's matches are right."""
+"""`ditf eval`: how often a bundle's matches are right, on the benchmarks of the field."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Annotated, Any
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import typer
 
-from ditf.calib.eval.creature_pairs import PAIRS, SIZE, TEST, evaluate, pairs
-from ditf.calib.eval.pck import ALPHAS, Scored, by_category, by_keypoint, pck
+from ditf.calib.eval.benchmarks import BENCHMARKS, Benchmark
+from ditf.calib.eval.correspondence import Report
+from ditf.calib.eval.creature_pairs import PAIRS, CreaturePairs
+from ditf.calib.eval.datasets.base import Reading, check_images
 from ditf.cli.console import (
     BackendOption,
-    BundleArgument,
+    FitOption,
     JsonOption,
-    PromptOption,
     QuietOption,
     VerboseOption,
     check_writable,
     say,
     show,
     stages,
-    table,
+    steps,
     write_json,
 )
+from ditf.cli.eval_report import (
+    Floor,
+    Run,
+    check_pictures,
+    comparison,
+    comparison_document,
+    comparison_table,
+    detail_tables,
+    document,
+    headline_table,
+    write_pictures,
+)
+from ditf.cli.eval_wiring import METHODS, Wiring
 from ditf.runtime import load
-from ditf.runtime.errors import InputError
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.errors import GateFailed, InputError
 
-BENCHMARKS = ("creatures",)
-_HEADLINE = 0.1
+_LISTED = 20  # problems of the data that are printed
+_CREATURES = "creatures"
 
 
 def evaluate_bundle(
-    benchmark: Annotated[str, typer.Argument(metavar="creatures", help="The benchmark.")],
-    bundle: BundleArgument,
+    name: Annotated[str, typer.Argument(metavar="BENCHMARK", help=", ".join(BENCHMARKS))],
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="Directories made by ditf-export; a row each.")
+    ],
+    data: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="The dataset's folder, as it is distributed.")
+    ] = None,
+    split: Annotated[Optional[str], typer.Option(help="Part of the dataset; test or val by default.")] = None,
+    alpha: Annotated[
+        Optional[list[float]], typer.Option(metavar="SHARE", help="Of the object's or image's size; repeat.")
+    ] = None,
+    limit: Annotated[
+        Optional[int], typer.Option(metavar="N", min=1, help="Only N pairs, drawn with a fixed seed.")
+    ] = None,
     count: Annotated[
-        int, typer.Option("--pairs", min=1, max=100_000, help="Pairs in species, and as many across.")
-    ] = PAIRS,
-    prompt: PromptOption = None,
+        Optional[int],
+        typer.Option("--pairs", min=1, max=100_000, help="Of creatures: pairs in species, and across."),
+    ] = None,
+    prompt: Annotated[
+        Optional[str],
+        typer.Option(metavar="NAME", help="Condition of a bundle that has several; {category} is filled in."),
+    ] = None,
+    compare: Annotated[
+        Optional[Path], typer.Option(metavar="BUNDLE", help="Difference from this one, with its interval.")
+    ] = None,
+    minimum: Annotated[
+        Optional[list[str]],
+        typer.Option("--min-pck", metavar="ALPHA=VALUE", help="Exit 1 if PCK is less; repeat."),
+    ] = None,
+    pictures: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Draw the worst and the best pairs.")
+    ] = None,
+    cache: Annotated[
+        Optional[Path], typer.Option(metavar="DIR", help="Keep features here; a later run goes on from them.")
+    ] = None,
+    method: Annotated[
+        str,
+        typer.Option(metavar="|".join(METHODS), help="How points are matched; argmax is DiTF's protocol."),
+    ] = METHODS[0],
+    skip_missing: Annotated[
+        bool, typer.Option("--skip-missing", help="Leave out what cannot be read; else exit 1.")
+    ] = False,
+    fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Measure PCK: the share of keypoints matched within alpha times the target's size."""
-    check_writable(json_file, inputs=(bundle,))
-    if benchmark not in BENCHMARKS:
-        raise InputError(f"unknown benchmark {benchmark!r}", f"choose {', '.join(BENCHMARKS)}")
-    scored: dict[str, list[Scored]] = {}
-    with load(bundle, backend) as model, stages(2) as stage:
-        say(f"{bundle} on {model.detail} ({model.reason})")
+    """Measure a benchmark by its own protocol (docs/eval.md): PCK, or what takes its place."""
+    benchmark = _benchmark(name, alpha)
+    if method not in METHODS:
+        raise InputError(f"unknown method {method!r}", f"choose {', '.join(METHODS)}")
+    if method != METHODS[0] and benchmark.kind != "points":
+        raise InputError(f"--method is of points, {name} has none", "leave --method out")
+    floors = [Floor.parse(text, benchmark) for text in minimum or []]
+    paths = [*bundles, *([compare] if compare is not None else [])]
+    check_writable(json_file, inputs=(*paths, *([data] if data is not None else [])))
+    check_pictures(pictures)
+    _check_cache(cache)
+    opened = [Bundle.open(path) for path in paths]
+    part = _split(benchmark, split)
+    reading = _read(benchmark, data, part, count, limit)
+    about: dict[str, Any] = {"benchmark": name, "split": part, "method": method, "skipped": reading.lost}
+    if reading.problems:
+        about["problems"] = [{"problem": text, "pairs": n} for text, n in reading.problems.items()]
+        _refuse_problems(reading, skip_missing, json_file, about)
+    runs = []
+    with stages(len(paths)) as stage:
+        for bundle in opened:
+            stage(f"{name}: {len(reading.items)} items with {bundle.path}")
+            runs.append(_run(benchmark, reading, bundle.path, prompt, cache, method, backend, fit))
+    measured, other = runs[: len(bundles)], runs[len(bundles) :]
+    show(headline_table(benchmark, runs))
+    for one in measured[:1] if len(measured) == 1 else []:
+        for text in detail_tables(benchmark, reading, one):
+            show("\n" + text)
+    entries = [document(benchmark, reading, one) for one in measured]
+    about.update(entries[0])
+    if len(entries) > 1:
+        about["bundles"] = entries
+    if other:
+        found = [comparison(benchmark, one, other[0]) for one in measured]
+        for one, differences in zip(measured, found, strict=True):
+            show("\n" + comparison_table(one, other[0], differences))
+        compared = [comparison_document(one, other[0], f) for one, f in zip(measured, found, strict=True)]
+        about["comparison"] = compared[0] if len(compared) == 1 else compared
+    if pictures is not None:
+        say(f"drew {write_pictures(pictures, benchmark, reading, measured)} pictures in {pictures}")
+    gates = [floor.gate(benchmark, one, len(measured) > 1) for one in measured for floor in floors]
+    failed = [gate for gate in gates if not gate["ok"]]
+    write_json(json_file, {**about, "gates": gates}, ok=not failed)
+    if failed:
+        texts = ", ".join(f"{g['name']} {g['value']:.4f} (at least {g['limit']:g})" for g in failed)
+        raise GateFailed(f"{name}: {texts}", "see the table for what is off")
 
-        def match(source: np.ndarray, target: np.ndarray, points: np.ndarray) -> np.ndarray:
-            one, other = model.features_of([source, target], prompt=prompt)
-            return model.match(one, other, points).points
 
-        for name, cross in (("in species", False), ("across species", True)):
-            stage(f"{count} pairs {name}")
-            scored[name] = evaluate(match, pairs(count, cross))
-    rows: list[tuple[str, ...]] = [("PCK, per point", *(f"@{alpha:g}" for alpha in ALPHAS))]
-    for name, found in scored.items():
-        rows.append((name, *(f"{pck(found, alpha):.1%}" for alpha in ALPHAS)))
-    show(table(rows))
-    within = scored["in species"]
-    parts: tuple[tuple[str, Callable[..., dict[str, float]]], ...] = (
-        ("species", by_category), ("keypoint", by_keypoint),
-    )  # fmt: skip
-    document: dict[str, Any] = {}
-    for name, split in parts:
-        document[f"by_{name}"] = found_by = split(within, _HEADLINE)
-        show("\n" + table([(name, f"@{_HEADLINE:g}"), *((k, f"{v:.1%}") for k, v in found_by.items())]))
-    write_json(
-        json_file,
-        {
-            "benchmark": benchmark,
-            "bundle": str(bundle),
-            "pairs": count,
-            "split": TEST,
-            "image_size": [SIZE, SIZE],
-            "pck": {f"{alpha:g}": pck(within, alpha) for alpha in ALPHAS},
-            "pck_across_species": {f"{alpha:g}": pck(scored["across species"], alpha) for alpha in ALPHAS},
-            **document,
-        },
-    )
+def _benchmark(name: str, alphas: Optional[list[float]]) -> Benchmark:
+    if name not in BENCHMARKS:
+        raise InputError(f"unknown benchmark {name!r}", f"choose {', '.join(BENCHMARKS)}")
+    return BENCHMARKS[name].with_alphas(alphas) if alphas else BENCHMARKS[name]
+
+
+def _split(benchmark: Benchmark, split: Optional[str]) -> str:
+    if split is not None and split not in benchmark.splits:
+        raise InputError(f"{benchmark.name} has no split {split!r}", f"choose {', '.join(benchmark.splits)}")
+    return split or benchmark.splits[0]
+
+
+def _read(
+    benchmark: Benchmark, data: Optional[Path], split: str, count: Optional[int], limit: Optional[int]
+) -> Reading:
+    """Items that can be used, every image decoded once, and the problems of the others."""
+    if benchmark.needs_data and data is None:
+        raise InputError(f"{benchmark.name} needs its data", "give --data DIR; docs/eval.md has the layout")
+    if not benchmark.needs_data and data is not None:
+        raise InputError(f"{benchmark.name} needs no data", "leave --data out")
+    if benchmark.name == _CREATURES:
+        if limit is not None:
+            raise InputError("--limit is of datasets", "for creatures, give --pairs")
+        return Reading(CreaturePairs(PAIRS if count is None else count))
+    if count is not None:
+        raise InputError("--pairs is of creatures", "for other benchmarks, give --limit")
+    reading = benchmark.read(data or Path(), split)
+    if limit is not None and limit < len(reading.items):
+        # The first of one fixed shuffle: a smaller limit takes a part of what a larger one takes.
+        chosen = np.sort(np.random.default_rng(0).permutation(len(reading.items))[:limit])
+        reading = Reading([reading.items[index] for index in chosen], reading.problems)
+    with steps() as step:
+        return check_images(reading, lambda done, total: step("reading the images", done, total))
+
+
+def _refuse_problems(reading: Reading, skip: bool, json_file: Optional[Path], about: dict[str, Any]) -> None:
+    """List what is wrong with the data; without --skip-missing that is the end.
+
+    Raises:
+        GateFailed: without --skip-missing; InputError: nothing is left.
+    """
+    for text, count in list(reading.problems.items())[:_LISTED]:
+        print(f"{text}{f' ({count} pairs)' if count > 1 else ''}", file=sys.stderr)
+    if len(reading.problems) > _LISTED:
+        print(f"... and {len(reading.problems) - _LISTED} more", file=sys.stderr)
+    whole = reading.lost + len(reading.items)
+    summary = f"{reading.lost} of {whole} items cannot be used, for {len(reading.problems)} reasons"
+    if not reading.items:
+        raise InputError(summary, "is --data the right folder? docs/eval.md has the layout")
+    if not skip:
+        write_json(json_file, {**about, "gates": []}, ok=False)
+        raise GateFailed(summary, "mend the dataset, or give --skip-missing to leave them out")
+    say(f"{summary}: left out")
+
+
+def _check_cache(path: Optional[Path]) -> None:
+    if path is None:
+        return
+    if path.exists() and not path.is_dir():
+        raise InputError(f"{path} is not a directory", "name a folder for --cache")
+    path.mkdir(parents=True, exist_ok=True)
+    if not os.access(path, os.W_OK):
+        raise InputError(f"{path} cannot be written", "choose another --cache")
+
+
+def _run(
+    benchmark: Benchmark,
+    reading: Reading,
+    path: Path,
+    prompt: Optional[str],
+    cache: Optional[Path],
+    method: str,
+    backend: str,
+    fit: str,
+) -> Run:
+    """A bundle over all items."""
+    with load(path, backend, fit) as model, _progress(path.name) as report:
+        say(f"{path} on {model.detail} ({model.reason})")
+        wiring = Wiring(model, prompt, cache, method)
+        if prompt is not None:
+            wiring.check_prompts(item.category for item in reading.items)
+        outcomes = wiring.evaluate(benchmark, reading, report)
+        if cache is not None:
+            say(f"features: {wiring.store.computed} computed, {wiring.store.read} read from {cache}")
+        return Run(path, model.manifest, model.detail, outcomes)
+
+
+@contextmanager
+def _progress(label: str) -> Iterator[Report]:
+    """A bar on a terminal; in a log, a line at each tenth."""
+    if sys.stderr.isatty():
+        with steps() as step:
+            yield lambda name, done, total: step(f"{label}: {name}", done, total)
+        return
+    said = [0]
+
+    def plain(name: str, done: int, total: int) -> None:
+        tenth = 10 * done // total
+        if tenth > said[0]:
+            said[0] = tenth
+            say(f"{label}: {done} of {total}, {name}")
+
+    yield plain

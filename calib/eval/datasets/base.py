@@ -1,0 +1,306 @@
+"""What every reader of a benchmark shares: its items, and what is wrong with those that cannot be used.
+
+Images are read as the published evaluations read them, `Image.open(path).convert("RGB")`: an EXIF rotation is
+not applied, because the annotations are of the stored pixels. Coordinates are (x, y) in pixels, centres at
+integers, of the original images; no reader resizes anything.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol, TypeVar, Union
+
+import numpy as np
+from PIL import Image
+
+from ditf.runtime.errors import InputError
+
+ImageSource = Union[Path, np.ndarray]
+"""A file, or RGB uint8 [H, W, 3]."""
+
+Box = tuple[float, float, float, float]
+"""(x0, y0, x1, y1), pixels."""
+
+BORDER = 1.0  # px that a keypoint may lie beyond its image: annotations are rounded, some count from 1
+
+
+class BadItem(Exception):
+    """An item that cannot be used: what is wrong with it, naming the file."""
+
+
+class Item(Protocol):
+    """What one unit of a benchmark has, whatever its kind."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def category(self) -> str: ...
+
+    @property
+    def images(self) -> Sequence[ImageSource]:
+        """All that it reads."""
+
+    def check(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Compare with the (H, W) of `images`; raises BadItem."""
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two images and points that correspond.
+
+    Attributes:
+        name: of the pair, unique in its benchmark.
+        source, target: the images.
+        points: float64 [K, 2] in the source; truth: float64 [K, 2] in the target.
+        box: what alpha is a share of, the longer side: the object in the target, or the target's whole image.
+        category: of the pair; keypoints: names of the K points.
+        group: of the benchmark's settings, where it has several.
+        sizes: (H, W) of source and target as the annotation has them; None where it does not say.
+    """
+
+    name: str
+    source: ImageSource
+    target: ImageSource
+    points: np.ndarray
+    truth: np.ndarray
+    box: Box
+    category: str
+    keypoints: Sequence[str]
+    group: str = ""
+    sizes: tuple[tuple[int, int], tuple[int, int]] | None = None
+
+    @property
+    def images(self) -> tuple[ImageSource, ImageSource]:
+        return self.source, self.target
+
+    @property
+    def reference(self) -> float:
+        """Longer side of the box, px."""
+        return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
+
+    def check(self, sizes: Sequence[tuple[int, int]]) -> None:
+        """Sizes are the annotation's and points are inside.
+
+        Raises:
+            BadItem: another size than annotated, a degenerate box, no points, points that are no numbers or
+                lie more than a pixel beyond their image.
+        """
+        if self.sizes is not None:
+            check_sizes(self.name, self.images, sizes, self.sizes)
+        if len(self.points) == 0:
+            raise BadItem(f"{self.name}: no keypoint is in both images")
+        if not np.isfinite(self.box).all() or self.reference <= 0:
+            raise BadItem(f"{self.name}: the target's box {self.box} is degenerate")
+        for points, (height, width), which in zip((self.points, self.truth), sizes, _ENDS, strict=True):
+            inside = (points >= -BORDER).all(axis=1) & (points[:, 0] < width + BORDER)
+            inside &= points[:, 1] < height + BORDER  # False for NaN
+            if not inside.all():
+                x, y = points[np.flatnonzero(~inside)[0]]
+                raise BadItem(
+                    f"{self.name}: keypoint {x:g},{y:g} is outside the {which} of {width}x{height} pixels"
+                )
+
+    def queries(self, size: tuple[int, int]) -> np.ndarray:
+        """The source points as DiTF queries them: whole pixels, inside an image of size (H, W). [K, 2]."""
+        return np.clip(np.rint(self.points), 0, (size[1] - 1, size[0] - 1))
+
+
+_ENDS = ("source", "target")
+
+
+def check_sizes(
+    name: str,
+    images: Sequence[ImageSource],
+    sizes: Sequence[tuple[int, int]],
+    wanted: Sequence[tuple[int, int]],
+) -> None:
+    """Images have the (H, W) that an annotation gives them; raises BadItem."""
+    for image, (height, width), (rows, columns) in zip(images, sizes, wanted, strict=True):
+        if (height, width) != (rows, columns):
+            what = image.name if isinstance(image, Path) else "the image"
+            raise BadItem(f"{name}: {what} is {width}x{height}, its annotation is for {columns}x{rows}")
+
+
+ItemT = TypeVar("ItemT", bound=Item)
+
+
+@dataclass
+class Reading:
+    """A benchmark as read.
+
+    Attributes:
+        items: those that can be used, in the benchmark's order.
+        problems: {what is wrong: how many items it costs}.
+    """
+
+    items: Sequence[Any]
+    problems: dict[str, int] = field(default_factory=dict)
+
+    def add(self, problem: str) -> None:
+        """Count one more item that has this problem."""
+        self.problems[problem] = self.problems.get(problem, 0) + 1
+
+    @property
+    def lost(self) -> int:
+        """Items that cannot be used."""
+        return sum(self.problems.values())
+
+
+def collect(names: Iterable[Any], read: Callable[[Any], ItemT]) -> Reading:
+    """Read one item for each name; those that raise BadItem are counted."""
+    items: list[ItemT] = []
+    reading = Reading(items)
+    for name in names:
+        try:
+            items.append(read(name))
+        except BadItem as error:
+            reading.add(str(error))
+    return reading
+
+
+def check_images(reading: Reading, report: Callable[[int, int], None] = lambda done, total: None) -> Reading:
+    """Decode every image once, and leave out items whose images are missing, truncated or of another size.
+
+    Args:
+        report: called with the number of items done and in all.
+    """
+    sizes: dict[Path, tuple[int, int] | str] = {}
+    kept: list[Any] = []
+    checked = Reading(kept, dict(reading.problems))
+    for index, item in enumerate(reading.items):
+        report(index, len(reading.items))
+        try:
+            item.check([_size(image, sizes) for image in item.images])
+            kept.append(item)
+        except BadItem as error:
+            checked.add(str(error))
+    return checked
+
+
+def _size(image: ImageSource, known: dict[Path, tuple[int, int] | str]) -> tuple[int, int]:
+    if isinstance(image, np.ndarray):
+        return image.shape[0], image.shape[1]
+    if image not in known:
+        try:
+            pixels = read_image(image)
+            known[image] = pixels.shape[0], pixels.shape[1]
+        except InputError as error:
+            known[image] = error.problem
+    found = known[image]
+    if isinstance(found, str):
+        raise BadItem(found)
+    return found
+
+
+def read_image(source: ImageSource) -> np.ndarray:
+    """RGB uint8 [H, W, 3] of the stored pixels.
+
+    Raises:
+        InputError: missing, not an image, or truncated.
+    """
+    if isinstance(source, np.ndarray):
+        return source
+    try:
+        with Image.open(source) as image:
+            return np.asarray(image.convert("RGB"))
+    except FileNotFoundError:
+        raise InputError(f"{source}: no such image") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise InputError(f"{source} is not a readable image ({str(error)[:80]})") from None
+
+
+def header_size(path: Path) -> tuple[int, int]:
+    """(H, W) of an image file, from its header; raises BadItem."""
+    try:
+        with Image.open(path) as image:
+            return image.height, image.width
+    except FileNotFoundError:
+        raise BadItem(f"{path}: no such image") from None
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
+        raise BadItem(f"{path} is not a readable image ({str(error)[:80]})") from None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """An annotation that is a JSON object; raises BadItem."""
+    try:
+        document = json.loads(path.read_text("utf-8"))
+    except FileNotFoundError:
+        raise BadItem(f"{path}: no such annotation") from None
+    except (OSError, ValueError, RecursionError) as error:
+        raise BadItem(f"{path} is no JSON ({str(error)[:80]})") from None
+    if not isinstance(document, dict):
+        raise BadItem(f"{path} is no JSON object")
+    return document
+
+
+def numbers(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
+    """Finite float64 of a shape, -1 for any length.
+
+    Raises:
+        BadItem: not there, not numbers, of another shape, NaN or infinite.
+    """
+    if value is None:
+        raise BadItem(f"{where} is missing")
+    try:
+        array = np.asarray(value, dtype=np.float64)
+    except (TypeError, ValueError, OverflowError):
+        raise BadItem(f"{where} is not numbers") from None
+    if array.size == 0 and shape[0] == -1:
+        array = array.reshape((0, *shape[1:]))
+    fits = array.ndim == len(shape) and all(w in (-1, n) for n, w in zip(array.shape, shape, strict=True))
+    if not fits:
+        raise BadItem(f"{where} has shape {list(array.shape)}")
+    if not np.isfinite(array).all():
+        raise BadItem(f"{where} holds NaN or infinity")
+    return array
+
+
+def read_table(path: Path) -> list[list[str]]:
+    """Rows of a CSV file after its header.
+
+    Raises:
+        InputError: no such file, not text, or nothing in it.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as file:
+            rows = [row for row in csv.reader(file) if row]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such list of pairs", "docs/eval.md has the layout") from None
+    except (OSError, UnicodeDecodeError, csv.Error) as error:
+        raise InputError(f"{path} is no CSV file ({str(error)[:80]})") from None
+    if len(rows) < 2:
+        raise InputError(f"{path} lists no pairs")
+    return rows[1:]
+
+
+def read_lines(path: Path) -> list[str]:
+    """Non-empty lines of a list.
+
+    Raises:
+        InputError: no such file, not text, or nothing in it.
+    """
+    try:
+        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such list", "docs/eval.md has the layout") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path} cannot be read ({str(error)[:80]})") from None
+    if not lines:
+        raise InputError(f"{path} is empty")
+    return lines
+
+
+def folder(path: Path) -> Path:
+    """A folder of a dataset.
+
+    Raises:
+        InputError: it is not there.
+    """
+    if not path.is_dir():
+        raise InputError(f"{path} is not there", "docs/eval.md has the layout")
+    return path
