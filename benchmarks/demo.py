@@ -111,7 +111,7 @@ def report(seconds: dict[str, float], disparity: np.ndarray) -> str:
         f" {match['seconds']['match'] / len(points) * 1e3:.2f} ms a point, one first run"
         f" ({match['backend']})",
         "PCK@0.1, unseen creatures": f"{accuracy['pck']['0.1']:.0%} in species,"
-        f" {accuracy['pck_across_species']['0.1']:.0%} across",
+        f" {accuracy['groups']['across species']['pck']['0.1']:.0%} across",
         **{f"motorcycle{name}": text for name, text in distance.items()},
         "pictures": f"{OUTPUT / 'creatures.png'}, {OUTPUT / 'photographs.png'}",
     }

@@ -22,7 +22,7 @@ Extract = Callable[[list[np.ndarray], "str | None"], list[FeatureMap]]
 CAPACITY = 1 << 30  # bytes of features held in memory
 
 
-class FeatureStore:
+class FeatureCache:
     """Features by image and condition.
 
     On disk a feature map is one .npz file in a folder that is named after the model, and the file after the

@@ -3,7 +3,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from ditf.calib.eval.cache import FeatureStore
+from ditf.calib.eval.cache import FeatureCache
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from tests.calib.eval import miniature
@@ -35,7 +35,7 @@ def same(one, other):
 
 def test_each_image_once_and_together(images):
     extract = Extract()
-    store = FeatureStore(extract, ["model"])
+    store = FeatureCache(extract, ["model"])
     first = store.maps([images[0], images[1]])
     second = store.maps([images[1], images[2]])
     assert extract.calls == [(2, None), (1, None)]
@@ -49,22 +49,22 @@ def test_a_copy_of_an_image_is_the_same_image(images, tmp_path):
     copy = tmp_path / "copy.png"
     copy.write_bytes(images[0].read_bytes())
     extract = Extract()
-    one, other = FeatureStore(extract, ["model"]).maps([images[0], copy])
+    one, other = FeatureCache(extract, ["model"]).maps([images[0], copy])
     assert extract.calls == [(1, None)]
     assert one is other
 
 
 def test_a_later_run_goes_on(images, tmp_path):
     folder = tmp_path / "cache"
-    FeatureStore(Extract(), ["model"], folder).maps(images[:2])
+    FeatureCache(Extract(), ["model"], folder).maps(images[:2])
     extract = Extract()
-    store = FeatureStore(extract, ["model"], folder)
+    store = FeatureCache(extract, ["model"], folder)
     found = store.maps(images[:3])
     assert extract.calls == [(1, None)]
     assert (store.computed, store.read) == (1, 2)
     for features, path in zip(found, images, strict=False):
         same(features, miniature.features(miniature.pixels(path)))
-    another = FeatureStore(Extract(), ["another"], folder)
+    another = FeatureCache(Extract(), ["another"], folder)
     another.maps(images[:1])
     assert another.read == 0  # another model's features are not taken
 
@@ -72,11 +72,11 @@ def test_a_later_run_goes_on(images, tmp_path):
 @pytest.mark.parametrize("content", [b"", b"PK\x03\x04", b"\x93NUMPY"])
 def test_damaged_files_are_computed_again(images, tmp_path, content):
     folder = tmp_path / "cache"
-    FeatureStore(Extract(), ["model"], folder).maps(images[:1])
+    FeatureCache(Extract(), ["model"], folder).maps(images[:1])
     (path,) = folder.rglob("*.npz")
     whole = path.read_bytes()
     path.write_bytes(content or whole[: len(whole) // 2])
-    store = FeatureStore(Extract(), ["model"], folder)
+    store = FeatureCache(Extract(), ["model"], folder)
     same(*store.maps(images[:1]), miniature.features(miniature.pixels(images[0])))
     assert (store.computed, store.read) == (1, 0)
     assert [one.name for one in folder.rglob("*") if one.is_file()] == [
@@ -87,7 +87,7 @@ def test_damaged_files_are_computed_again(images, tmp_path, content):
 def test_memory_is_bounded(images):
     extract = Extract()
     size = miniature.features(miniature.pixels(images[0])).array.nbytes
-    store = FeatureStore(extract, ["model"], capacity=2 * size)
+    store = FeatureCache(extract, ["model"], capacity=2 * size)
     for path in images:
         store.maps([path])
     assert len(extract.calls) == 4
@@ -103,9 +103,9 @@ def test_features_that_are_not_finite_name_their_image(images, tmp_path):
     bad = tmp_path / "bad.png"
     Image.new("RGB", (20, 20), (13, 13, 13)).save(bad)
     with pytest.raises(InputError, match=r"bad\.png: the features hold NaN"):
-        FeatureStore(Extract(), ["model"]).maps([images[0], bad])
+        FeatureCache(Extract(), ["model"]).maps([images[0], bad])
 
 
 def test_an_image_that_has_gone(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png"):
-        FeatureStore(Extract(), ["model"]).maps([tmp_path / "gone.png"])
+        FeatureCache(Extract(), ["model"]).maps([tmp_path / "gone.png"])
