@@ -6,16 +6,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ditf.runtime import matching
+from ditf.runtime.cells import TIE_TOLERANCE
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching import check_points, interpolation_inputs, match_points
+from ditf.runtime.matching import check_points, heat_map, interpolation_inputs, match_points
+from tests.runtime.maps import random_map
 from tests.runtime.published import ROUNDING, accepted, cosines, upsample
-
-
-def random_map(
-    seed: int, shape: tuple[int, int, int], size: tuple[int, int], dtype: type = np.float32
-) -> FeatureMap:
-    return FeatureMap(np.random.default_rng(seed).standard_normal(shape).astype(dtype), size)
 
 
 def smooth_map(seed: int, shape: tuple[int, int, int], size: tuple[int, int]) -> FeatureMap:
@@ -286,3 +282,25 @@ def test_answers_are_inside_and_scores_are_cosines(seed, channels, source, targe
     assert (matches.points == np.round(matches.points)).all()
     assert (matches.points >= 0).all()
     assert (matches.points <= (second.image_size[1] - 1, second.image_size[0] - 1)).all()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_heat_map_is_the_published_cosine_of_every_pixel(case):
+    source_shape, source_size, target_shape, target_size = case
+    source, target = random_map(0, source_shape, source_size), random_map(1, target_shape, target_size)
+    for point in random_points(2, 3, source_size, fractional=True):
+        heat = heat_map(source, target, point)
+        assert heat.dtype == np.float32
+        assert (np.abs(heat) <= 1).all()
+        np.testing.assert_allclose(
+            heat.ravel(), cosines(source, target, point[None])[0], rtol=0, atol=2 * ROUNDING
+        )
+        x, y = match_points(source, target, [point]).points[0].astype(int)
+        assert heat[y, x] >= heat.max() - TIE_TOLERANCE
+
+
+@pytest.mark.parametrize("point", [[12, 0], [1], [[1, 2]], "ab", None, [float("nan"), 0]])
+def test_heat_map_of_a_bad_point_is_refused(point):
+    features = random_map(0, (8, 3, 3), (10, 12))
+    with pytest.raises(InputError):
+        heat_map(features, features, point)
