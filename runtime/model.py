@@ -195,9 +195,10 @@ class Model:
         max_matches: int | None = None,
         ratio: float | None = None,
         step: int | None = None,
+        refine: str | None = None,
     ) -> MutualMatches:
         """Dense mutual nearest neighbours of two maps; see `mutual_matches`."""
-        return mutual_matches(source, target, max_matches, ratio, step)
+        return mutual_matches(source, target, max_matches, ratio, step, refine)
 
     def flow(self, source: FeatureMap, target: FeatureMap, method: str = "argmax") -> Flow:
         """Where every source pixel is in the target; see `dense_flow`."""

@@ -10,6 +10,7 @@ from ditf.runtime.cells import cell_centres, unit_cells
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching import PointsLike, check_channels, match_points
+from ditf.runtime.soft_argmax import check_method
 
 _TILE = 1 << 20  # cosines held at a time, float32: 4 MiB
 _STEPS = np.float32(
@@ -41,6 +42,7 @@ def mutual_matches(
     max_matches: int | None = None,
     ratio: float | None = None,
     step: int | None = None,
+    refine: str | None = None,
 ) -> MutualMatches:
     """Dense mutual nearest neighbours of two feature grids.
 
@@ -58,12 +60,17 @@ def mutual_matches(
             eight neighbours do not count as second: on a dense grid they always resemble it.
         step: only source cells of every `step`-th row and column: those of the dense matches, at 1 / step^2
             of the work.
+        refine: a method of `match_points` that places the target's points, "window" for one: what is fitted
+            to cell centres alone is drawn to the grid. Swapping then gives the same pairs of cells, not of
+            points. None for cell centres.
 
     Raises:
         InputError: maps of different models, or an option out of its range.
     """
     check_channels(source, target)
-    _check_options(max_matches, ratio, step)
+    check_options(max_matches, ratio, step)
+    if refine is not None:
+        check_method(refine)
     sources, targets = unit_cells(source), unit_cells(target)
     h, w = source.grid
     first = 0 if step is None else min(step // 2, h - 1, w - 1)
@@ -73,11 +80,12 @@ def mutual_matches(
     back, _, distinct_back = _nearest(targets[candidates], sources, source.grid, ratio)
     kept = np.flatnonzero((back[which] == asked) & distinct & distinct_back[which])
     kept = kept[np.argsort(-scores[kept], kind="stable")][:max_matches]
-    return MutualMatches(
-        source_points=cell_centres(source)[asked[kept]].astype(np.float32),
-        points=cell_centres(target)[there[kept]].astype(np.float32),
-        scores=scores[kept],
-    )
+    points = cell_centres(source)[asked[kept]]
+    if refine is None:
+        found = cell_centres(target)[there[kept]].astype(np.float32)
+    else:
+        found = match_points(source, target, points, refine).points
+    return MutualMatches(points.astype(np.float32), found, scores[kept])
 
 
 def mutual_points(
@@ -101,7 +109,7 @@ def mutual_points(
     Raises:
         InputError: see `match_points`; a negative tolerance.
     """
-    _check_options(max_matches, None, None)
+    check_options(max_matches)
     if tolerance is None:
         tolerance = max(pixels / cells for pixels, cells in zip(source.image_size, source.cells, strict=True))
     if not tolerance >= 0:
@@ -114,7 +122,14 @@ def mutual_points(
     return MutualMatches(given[kept].astype(np.float32), there.points[kept], there.scores[kept])
 
 
-def _check_options(max_matches: int | None, ratio: float | None, step: int | None) -> None:
+def check_options(
+    max_matches: int | None = None, ratio: float | None = None, step: int | None = None
+) -> None:
+    """Options of `mutual_matches`.
+
+    Raises:
+        InputError: one is out of its range.
+    """
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"ratio is {ratio:g}", "it lies in (0, 1], for example 0.9")
     for name, value in (("max_matches", max_matches), ("step", step)):

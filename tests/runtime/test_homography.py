@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 
 from ditf.runtime.errors import InputError, MissingComponent
-from ditf.runtime.homography import METHODS, find_homography, project
+from ditf.runtime.features import FeatureMap
+from ditf.runtime.homography import METHODS, cell_threshold, find_homography, project
+from ditf.runtime.mutual import mutual_matches
 
 TRUTH = np.array([[1.1, 0.08, -20.0], [-0.05, 0.95, 12.0], [1e-4, -5e-5, 1.0]])
 
@@ -92,3 +94,27 @@ def test_without_opencv(monkeypatch):
     monkeypatch.setitem(sys.modules, "cv2", None)
     with pytest.raises(MissingComponent, match=r"OpenCV is not installed; run: pip install 'ditf\[eval\]'"):
         find_homography(*matches(10, 0)[:2])
+
+
+def affine_views(seed: int) -> tuple[FeatureMap, FeatureMap, np.ndarray]:
+    """Waves over a plane, seen twice, and the affine map between the views; cells of 16x12 px."""
+    size, (h, w), matrix = (480, 640), (40, 40), np.array([[1.05, 0.08, -20], [-0.06, 0.96, 15], [0, 0, 1]])
+    rng = np.random.default_rng(seed)
+    frequency, phase = rng.normal(0, 0.03, (2, 96, 1, 1)), rng.uniform(0, 6.28, (96, 1, 1))
+    y, x = np.indices((h, w))
+    pixels = np.stack([(x + 0.5) * 16 - 0.5, (y + 0.5) * 12 - 0.5], axis=2).reshape(-1, 2)
+    maps = []
+    for places in (pixels, project(np.linalg.inv(matrix), pixels)):
+        u, v = places.T.reshape(2, h, w)
+        maps.append(FeatureMap(np.cos(frequency[0] * u + frequency[1] * v + phase).astype(np.float32), size))
+    return maps[0], maps[1], matrix
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_of_mutual_matches_of_two_views(method):
+    source, target, truth = affine_views(0)
+    found = mutual_matches(source, target, refine="window")
+    assert cell_threshold(target) == 8
+    matrix = find_homography(found.source_points, found.points, cell_threshold(target), method).matrix
+    corners = np.array([[0, 0], [640, 0], [0, 480], [640, 480]])
+    assert np.linalg.norm(project(matrix, corners) - project(truth, corners), axis=1).max() < 4

@@ -9,6 +9,7 @@ from ditf.runtime import mutual
 from ditf.runtime.cells import cell_centres
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.matching import match_points
 from ditf.runtime.mutual import mutual_matches, mutual_points
 from tests.runtime.maps import random_map, translated_pair
 
@@ -177,3 +178,15 @@ def test_bad_points_and_maps_are_refused():
         mutual_points(features, features, [[12, 1]])
     with pytest.raises(InputError, match="8 and 9 channels"):
         mutual_matches(features, random_map(0, (9, 3, 3), (10, 12)))
+
+
+@pytest.mark.parametrize("method", ["argmax", "window"])
+def test_refined_points_are_those_of_the_method(method):
+    source, target = translated_pair(0, 32, (9, 9), (1, 2))
+    cells, refined = mutual_matches(source, target), mutual_matches(source, target, refine=method)
+    np.testing.assert_array_equal(refined.source_points, cells.source_points)
+    np.testing.assert_array_equal(refined.scores, cells.scores)
+    expected = match_points(source, target, cells.source_points, method).points
+    np.testing.assert_array_equal(refined.points, expected)
+    with pytest.raises(InputError, match="unknown method"):
+        mutual_matches(source, target, refine="cells")

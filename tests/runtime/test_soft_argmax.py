@@ -15,7 +15,7 @@ from ditf.runtime.matching import match_points
 from tests.runtime.maps import random_map, translated_pair
 
 CELL_TOLERANCE = 2e-4
-"""Cells. A cosine in float32 is off by 1e-7, which at temperature 0.02 is 5e-6 of a weight, and positions are up
+"""Cells. A cosine in float32 is off by 1e-7, at temperature 0.02 that is 5e-6 of a weight; positions are up
 to 40 cells away from their mean."""
 
 
