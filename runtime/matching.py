@@ -18,6 +18,7 @@ from ditf.runtime.cells import TIE_TOLERANCE, TINY, to_pixels, unit_cells
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.interpolation import quadratic_matrix, sample_rows, upsampling_matrix
+from ditf.runtime.pruning import Pruner
 from ditf.runtime.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method, soft_argmax
 
 PointsLike = Union[np.ndarray, Sequence[Sequence[float]]]
@@ -129,6 +130,7 @@ def match_points(
     scores = np.zeros(len(checked), np.float32)
     if method == "argmax":
         inverse_norm = _inverse_norm(target.array, rows, columns)
+        pruner = Pruner(inverse_norm, rows, columns)
         cells = target.array.reshape(len(target.array), -1).astype(np.float32)
     else:
         cells = unit_cells(target).T
@@ -137,7 +139,7 @@ def match_points(
         queries = _sample(source.array, point_rows[chunk], point_columns[chunk])
         inner = (queries @ cells).reshape(-1, *target.array.shape[1:])
         if method == "argmax":
-            best, scores[chunk] = _argmax(inner @ columns.T, inverse_norm, rows)
+            best, scores[chunk] = _pruned_argmax(pruner, inner, inverse_norm, rows, columns)
             y, x = np.divmod(best, target.image_size[1])
             found[chunk] = np.stack([x, y], axis=1)
         else:
@@ -231,6 +233,21 @@ def _norm_kernel(array: np.ndarray) -> np.ndarray:
             [2.0 * inner(here, below), 2.0 * diagonals],
         ]
     )
+
+
+def _pruned_argmax(
+    pruner: Pruner, inner: np.ndarray, inverse_norm: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_argmax` of inner products [N, h, w], of the pixels that can be the best where these are few."""
+    best = np.zeros(len(inner), np.int64)
+    top = np.zeros(len(inner), np.float32)
+    possible, crowded = pruner.candidates(inner)
+    few = ~crowded
+    if few.any():
+        best[few], top[few] = pruner.best(inner[few], possible[few])
+    if crowded.any():
+        best[crowded], top[crowded] = _argmax(inner[crowded] @ columns.T, inverse_norm, rows)
+    return best, top
 
 
 def _argmax(

