@@ -1,11 +1,11 @@
 """Dense flow between two images: the match of every source cell, interpolated to every source pixel.
 
 Measured before it was decided (scikit-image's stereo motorcycle; affine warps of smooth synthetic features
-with noise, C = 256, 40x40 cells, 640x480): every pixel matched on its own takes 200 to 360 times as long (24 to
-162 s against 0.1 to 0.5 s) and is better on the photographs (39.5 % of pixels within 10 px, 34.2 % here), worse on the
-warps (median 2.0 to 5.5 px against 1.5 to 4.1 px: interpolation averages). Of the methods, `argmax` is the
-most even; `window` is better, down to 0.4 times its error, where features change little from cell to cell,
-and worse, up to 2.4 times, where they change much.
+with noise, C = 256, 40x40 cells, 640x480): every pixel matched on its own takes 200 to 360 times as long (24
+to 162 s against 0.1 to 0.5 s) and is better on the photographs (39.5 % of pixels within 10 px, 34.2 % here),
+worse on the warps (median 2.0 to 5.5 px against 1.5 to 4.1 px: interpolation averages). Of the methods,
+`argmax` is the most even; `window` is better, down to 0.4 times its error, where features change little from
+cell to cell, and worse, up to 2.4 times, where they change much.
 """
 
 from __future__ import annotations

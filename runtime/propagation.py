@@ -19,7 +19,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.interpolation import upsampling_matrix
 
-_BLOCK = 12  # cells of a new frame that are compared at a time, to a side
+_BLOCK = 8  # cells of a new frame that are compared at a time, to a side
 
 
 _ROUNDING = np.float32(1e-6)  # a label whose probability differs by less over a frame is the same everywhere
@@ -29,8 +29,8 @@ class Propagator:
     """Labels carried through a video, frame by frame.
 
     Memory: (n_last + 1) float32 copies of a map [C, h, w] and of the labels' probabilities [labels, h, w];
-    it does not grow with the video. The radius is kept by comparing blocks of 12 x 12 cells with the cells
-    that any of them can reach, (12 + 2 radius)^2 in each frame, not all of them.
+    it does not grow with the video. The radius is kept by comparing blocks of 8 x 8 cells with the cells
+    that any of them can reach, (8 + 2 radius)^2 in each frame, not all of them.
 
     Args:
         first: features of the first frame.
