@@ -116,12 +116,12 @@ class Pruner:
         width = self._inverse_norm.shape[1]
         pixels = np.empty(len(ties), np.int64)
         for start in range(0, len(ties), block):
-            part = ties[start : start + block]
-            which = query[part], row[part], column[part]
+            some = ties[start : start + block]
+            which = query[some], row[some], column[some]
             index = (
-                self._rows.pixels[row[part]][:, :, None] * width + self._columns.pixels[column[part]][:, None]
+                self._rows.pixels[row[some]][:, :, None] * width + self._columns.pixels[column[some]][:, None]
             )
-            level = self._scores(inner, *which) >= lowest[query[part]][:, None, None]
+            level = self._scores(inner, *which) >= lowest[query[some]][:, None, None]
             pixels[start : start + block] = np.where(level, index, self._inverse_norm.size).min(axis=(1, 2))
         best = np.minimum.reduceat(pixels, np.searchsorted(query[ties], np.arange(len(inner))))
         return best, top
