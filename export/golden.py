@@ -14,7 +14,7 @@ from torch.nn import functional
 from ditf.calib.projection import project, projection_cost
 from ditf.export.conditions import Entry
 from ditf.export.reference import FeatureSettings, Reference
-from ditf.runtime.matching import TIE_TOLERANCE
+from ditf.runtime.cells import TIE_TOLERANCE
 
 POINTS = 64
 MAX_ROWS = 512  # per image

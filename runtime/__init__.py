@@ -2,8 +2,24 @@
 
 from ditf.runtime.errors import DitfError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.flow import Flow
+from ditf.runtime.homography import Homography, find_homography
 from ditf.runtime.matching import Matches
 from ditf.runtime.model import Model, load
+from ditf.runtime.mutual import MutualMatches
+from ditf.runtime.propagation import Propagator
 from ditf.runtime.tracking import Tracker
 
-__all__ = ["DitfError", "FeatureMap", "Matches", "Model", "Tracker", "load"]
+__all__ = [
+    "DitfError",
+    "FeatureMap",
+    "Flow",
+    "Homography",
+    "Matches",
+    "Model",
+    "MutualMatches",
+    "Propagator",
+    "Tracker",
+    "find_homography",
+    "load",
+]

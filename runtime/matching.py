@@ -1,9 +1,9 @@
-"""Exact full-resolution argmax matching without upsampling a feature map.
+"""Matching points at full resolution without upsampling a feature map.
 
-DiTF's published protocol upsamples the target's features to the image, normalises every pixel and
-takes the pixel of the highest cosine. Bilinear upsampling is linear, so the upsampled features never
-have to exist:  <q, up(F)> = up(<q, F>), and |up(F)|^2 at a pixel is a quadratic form in the inner
-products of the (at most) four cells around it, five small maps (design, section 7).
+By default the match is DiTF's: its published protocol upsamples the target's features to the image,
+normalises every pixel and takes the pixel of the highest cosine. Bilinear upsampling is linear, so the
+upsampled features never have to exist:  <q, up(F)> = up(<q, F>), and |up(F)|^2 at a pixel is a quadratic form
+in the inner products of the (at most) four cells around it, five small maps (design, section 7).
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ from typing import Union
 
 import numpy as np
 
+from ditf.runtime.cells import TIE_TOLERANCE, TINY, to_pixels, unit_cells
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.interpolation import quadratic_matrix, sample_rows, upsampling_matrix
+from ditf.runtime.pruning import Pruner
+from ditf.runtime.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method, soft_argmax
 
 PointsLike = Union[np.ndarray, Sequence[Sequence[float]]]
-
-TIE_TOLERANCE = np.float32(1e-6)
-"""Cosines within this of the maximum count as equal, and the first of them in row-major order wins:
-float32 cannot tell them apart, and every backend then answers with the same pixel."""
-
-TINY = 1e-24
-"""Smallest squared norm; a zero vector has cosine 0 with everything."""
 
 CHUNK = 64  # points matched at a time: memory does not grow with their number
 _TILE = 1 << 20  # scores held at a time, float32: 4 MiB, so that a tile stays in cache
@@ -97,38 +93,82 @@ def interpolation_inputs(
     )
 
 
-def match_points(source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
-    """The target pixel of the highest cosine for each source point.
+def match_points(
+    source: FeatureMap,
+    target: FeatureMap,
+    points: PointsLike,
+    method: str = "argmax",
+    window: int = WINDOW,
+    temperature: float = TEMPERATURE,
+    sigma: float = SIGMA,
+) -> Matches:
+    """Where each source point is in the target.
 
     A fractional source point samples the upsampled source map bilinearly.
 
     Args:
         source, target: maps with the same number of channels.
         points: [N, 2], (x, y) in the source image's own pixels.
+        method: "argmax": the target pixel of the highest cosine; ties go to the first pixel in row-major
+            order. "window", "kernel": sub-pixel, see `ditf.runtime.soft_argmax`; the score is the cosine
+            of the best cell.
+        window: of "window": cells to a side, odd. It may be larger than the map.
+        temperature: of both.
+        sigma: of "kernel", in cells.
 
     Returns:
-        Matches in the target image's own pixels; ties go to the first pixel in row-major order.
+        Matches in the target image's own pixels.
 
     Raises:
-        InputError: bad points, or maps of different models.
+        InputError: bad points or options, or maps of different models.
     """
+    check_method(method, window, temperature, sigma)
     check_channels(source, target)
     checked = check_points(points, source.image_size)
     point_rows, point_columns, rows, columns = interpolation_inputs(source, target, checked)
-    inverse_norm = _inverse_norm(target.array, rows, columns)
-    cells = target.array.reshape(len(target.array), -1).astype(np.float32)
-    best = np.zeros(len(checked), np.int64)
+    found = np.zeros((len(checked), 2), np.float32)
     scores = np.zeros(len(checked), np.float32)
+    if method == "argmax":
+        inverse_norm = _inverse_norm(target.array, rows, columns)
+        pruner = Pruner(inverse_norm, rows, columns)
+        cells = target.array.reshape(len(target.array), -1).astype(np.float32)
+    else:
+        cells = unit_cells(target).T
     for start in range(0, len(checked), CHUNK):
         chunk = slice(start, start + CHUNK)
         queries = _sample(source.array, point_rows[chunk], point_columns[chunk])
         inner = (queries @ cells).reshape(-1, *target.array.shape[1:])
-        best[chunk], scores[chunk] = _argmax(inner @ columns.T, inverse_norm, rows)
-    y, x = np.divmod(best, target.image_size[1])
-    return Matches(
-        points=np.stack([x, y], axis=1).astype(np.float32),
-        scores=np.clip(scores, -1.0, 1.0),
-    )
+        if method == "argmax":
+            best, scores[chunk] = _pruned_argmax(pruner, inner, inverse_norm, rows, columns)
+            y, x = np.divmod(best, target.image_size[1])
+            found[chunk] = np.stack([x, y], axis=1)
+        else:
+            expected, scores[chunk] = soft_argmax(inner, method, window, temperature, sigma)
+            found[chunk] = to_pixels(expected, target)
+    return Matches(found, np.clip(scores, -1.0, 1.0))
+
+
+def heat_map(source: FeatureMap, target: FeatureMap, point: Sequence[float] | np.ndarray) -> np.ndarray:
+    """Cosine of one source point with every target pixel, exact at full resolution.
+
+    Args:
+        source, target: maps with the same number of channels.
+        point: (x, y) in the source image's own pixels.
+
+    Returns:
+        float32 [H, W] of the target image, in [-1, 1]; its maximum is where `match_points` finds the point.
+
+    Raises:
+        InputError: a bad point, or maps of different models.
+    """
+    check_channels(source, target)
+    checked = check_points(np.asarray(point)[None], source.image_size)
+    point_rows, point_columns, rows, columns = interpolation_inputs(source, target, checked)
+    query = _sample(source.array, point_rows, point_columns)
+    cells = target.array.reshape(len(target.array), -1).astype(np.float32)
+    inner = (query @ cells).reshape(target.array.shape[1:])
+    scores = _tile_scores(inner @ columns.T, _inverse_norm(target.array, rows, columns), rows, slice(None))
+    return np.clip(scores, -1.0, 1.0, out=scores)
 
 
 def check_channels(source: FeatureMap, target: FeatureMap) -> None:
@@ -193,6 +233,21 @@ def _norm_kernel(array: np.ndarray) -> np.ndarray:
             [2.0 * inner(here, below), 2.0 * diagonals],
         ]
     )
+
+
+def _pruned_argmax(
+    pruner: Pruner, inner: np.ndarray, inverse_norm: np.ndarray, rows: np.ndarray, columns: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """`_argmax` of inner products [N, h, w], of the pixels that can be the best where these are few."""
+    best = np.zeros(len(inner), np.int64)
+    top = np.zeros(len(inner), np.float32)
+    possible, crowded = pruner.candidates(inner)
+    few = ~crowded
+    if few.any():
+        best[few], top[few] = pruner.best(inner[few], possible[few])
+    if crowded.any():
+        best[crowded], top[crowded] = _argmax(inner[crowded] @ columns.T, inverse_norm, rows)
+    return best, top
 
 
 def _argmax(

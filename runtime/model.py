@@ -17,11 +17,14 @@ from ditf.runtime.conditions import Feeds
 from ditf.runtime.engines import IMAGE_SIDES
 from ditf.runtime.errors import InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
+from ditf.runtime.flow import Flow, dense_flow
 from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
 from ditf.runtime.manifest import Manifest
 from ditf.runtime.match_graph import run_match_graph
-from ditf.runtime.matching import Matches, PointsLike, match_points
+from ditf.runtime.matching import Matches, PointsLike, heat_map, match_points
+from ditf.runtime.mutual import MutualMatches, mutual_matches
 from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method
 from ditf.runtime.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -165,14 +168,47 @@ class Model:
         known = [count for count in held if count is not None]
         return sum(known) if known else None
 
-    def match(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
-        """The target pixel of the highest cosine for each source point; see `match_points`.
+    def match(
+        self,
+        source: FeatureMap,
+        target: FeatureMap,
+        points: PointsLike,
+        method: str = "argmax",
+        window: int = WINDOW,
+        temperature: float = TEMPERATURE,
+        sigma: float = SIGMA,
+    ) -> Matches:
+        """Where each source point is in the target; by default the pixel of the highest cosine.
 
-        Maps that are in a device's memory are matched there.
+        See `match_points`. By "argmax", maps that are in a device's memory are matched there.
         """
-        if source.resident is not None and target.resident is not None and self._matches_there(target):
+        check_method(method, window, temperature, sigma)
+        there = source.resident is not None and target.resident is not None
+        if method == "argmax" and there and self._matches_there(target):
             return self.match_with_graph(source, target, points)
-        return match_points(source, target, points)
+        return match_points(source, target, points, method, window, temperature, sigma)
+
+    def mutual(
+        self,
+        source: FeatureMap,
+        target: FeatureMap,
+        max_matches: int | None = None,
+        ratio: float | None = None,
+        step: int | None = None,
+        refine: str | None = None,
+    ) -> MutualMatches:
+        """Dense mutual nearest neighbours of two maps; see `mutual_matches`."""
+        return mutual_matches(source, target, max_matches, ratio, step, refine)
+
+    def flow(self, source: FeatureMap, target: FeatureMap, method: str = "argmax") -> Flow:
+        """Where every source pixel is in the target; see `dense_flow`."""
+        return dense_flow(source, target, method)
+
+    def heat_map(
+        self, source: FeatureMap, target: FeatureMap, point: Sequence[float] | np.ndarray
+    ) -> np.ndarray:
+        """Cosine of one source point with every target pixel, float32 [H, W]; see `ditf.runtime.matching`."""
+        return heat_map(source, target, point)
 
     def track(self, source: ImageLike, points: PointsLike, prompt: str | None = None) -> Tracker:
         """Points of an image to be followed through a video.

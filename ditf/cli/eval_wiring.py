@@ -22,7 +22,11 @@ from ditf.calib.eval.segmentation import evaluate_videos
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.flow import dense_flow
+from ditf.runtime.homography import cell_threshold, find_homography
 from ditf.runtime.manifest import NAME as MANIFEST
+from ditf.runtime.mutual import mutual_matches
+from ditf.runtime.propagation import Propagator
 
 CATEGORY = "{category}"
 """In a --prompt: the item's category."""
@@ -93,12 +97,6 @@ class Wiring:
         return self._model.match(source, target, queries, **self._options).points
 
     def _homography(self, pair: HomographyPair) -> np.ndarray | None:
-        from ditf.runtime.homography import (  # type: ignore[import-not-found]
-            cell_threshold,
-            find_homography,
-        )
-        from ditf.runtime.mutual import mutual_matches  # type: ignore[import-not-found]
-
         source, target = self._maps(pair)
         # Whole cells would make the grid itself the homography that most matches agree with.
         found = mutual_matches(source, target, max_matches=_MATCHES, refine="window")
@@ -108,19 +106,13 @@ class Wiring:
             result = find_homography(found.source_points, found.points, cell_threshold(target))
         except InputError:  # the matches are of one line, or agree on nothing
             return None
-        matrix: np.ndarray = result.matrix
-        return matrix
+        return result.matrix
 
     def _flow(self, pair: FlowPair) -> np.ndarray:
-        from ditf.runtime.flow import dense_flow  # type: ignore[import-not-found]
-
         source, target = self._maps(pair)
-        field: np.ndarray = dense_flow(source, target).field
-        return field
+        return dense_flow(source, target).field
 
     def _propagate(self, video: Video, labels: np.ndarray) -> Iterator[np.ndarray]:
-        from ditf.runtime.propagation import Propagator  # type: ignore[import-not-found]
-
         name = self._name(video.category)
         (first,) = self.store.maps(video.frames[:1], name)
         propagator = Propagator(first, labels)

@@ -1,13 +1,15 @@
-"""`ditf match`: where points of one image are in another."""
+"""`ditf match`: where points of one image, or all of it, are in another."""
 
 from __future__ import annotations
 
 import time
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
 import numpy as np
 import typer
+from PIL import Image
 
 from ditf.cli.console import (
     BackendOption,
@@ -25,10 +27,44 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.runtime import load
+from ditf.runtime import FeatureMap, Homography, Matches, Model, load
 from ditf.runtime.errors import InputError
+from ditf.runtime.flow import Flow
+from ditf.runtime.homography import METHODS as HOMOGRAPHIES
+from ditf.runtime.homography import cell_threshold, find_homography, opencv
 from ditf.runtime.images import SUFFIXES, open_image
 from ditf.runtime.matching import check_points
+from ditf.runtime.mutual import check_options, mutual_points
+from ditf.runtime.soft_argmax import check_method
+
+_ROWS = 40  # of mutual matches that are printed
+
+
+@dataclass(frozen=True)
+class _Request:
+    """What was asked for; `queries` is None for dense matches, and empty for none."""
+
+    queries: np.ndarray | None
+    method: str | None
+    mutual: bool
+    max_matches: int | None
+    ratio: float | None
+    homography: str | None
+    heat_map: bool
+    flow: bool
+    flow_back: bool
+
+
+@dataclass(frozen=True)
+class _Answer:
+    """What was found: `points` [N, 2] in the source and their matches; None for what was not asked for."""
+
+    points: np.ndarray
+    matches: Matches
+    homography: Homography | None
+    heat: np.ndarray | None  # of the request's first point
+    flow: Flow | None
+    back: Flow | None
 
 
 def match(
@@ -45,6 +81,45 @@ def match(
     grid: Annotated[
         Optional[int], typer.Option(metavar="N", min=1, max=1000, help="An N x N grid of points instead.")
     ] = None,
+    method: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="argmax|window|kernel",
+            help="The pixel of the highest cosine, or sub-pixel: window or kernel soft-argmax. By default"
+            " argmax; for all cells, their centres, and window with --homography.",
+        ),
+    ] = None,
+    mutual: Annotated[
+        bool,
+        typer.Option(
+            "--mutual",
+            help="Matches that hold in both directions: of all cells, or which of the points come back"
+            " to within a cell.",
+        ),
+    ] = False,
+    max_matches: Annotated[
+        Optional[int], typer.Option(metavar="N", help="With --mutual: the N of the highest cosine.")
+    ] = None,
+    ratio: Annotated[
+        Optional[float],
+        typer.Option(metavar="R", help="With --mutual, of all cells: Lowe's ratio test, for example 0.95."),
+    ] = None,
+    homography: Annotated[
+        Optional[str],
+        typer.Option(metavar="usac|ransac|lmeds", help="The homography that most of the matches agree with."),
+    ] = None,
+    flow: Annotated[
+        Optional[Path],
+        typer.Option(metavar="NPZ", help="Write where every source pixel is: field and confidence."),
+    ] = None,
+    draw_flow: Annotated[
+        Optional[Path],
+        typer.Option(metavar="PNG", help="Draw the flow, and the source warped over the target."),
+    ] = None,
+    heat_map: Annotated[
+        Optional[Path],
+        typer.Option(metavar="PNG", help="Draw the cosine of the first point with every target pixel."),
+    ] = None,
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", metavar="PNG", help="Draw both images and the matches."),
@@ -57,36 +132,61 @@ def match(
     quiet: QuietOption = False,
 ) -> None:
     """Match points of SOURCE to TARGET at full resolution."""
-    check_writable(output, json_file, inputs=(bundle, source, target))
-    _check_picture(output)
+    check_writable(output, flow, draw_flow, heat_map, json_file, inputs=(bundle, source, target))
+    for picture in (output, draw_flow, heat_map):
+        _check_picture(picture)
+    if flow is not None and flow.suffix.lower() != ".npz":
+        raise InputError(f"{flow} is no .npz file", "for example --flow flow.npz")
     given = parse_points([*(points or []), *(more_points or [])])
-    if bool(given) == (grid is not None):
-        raise InputError("points are needed" if not given else "points and a grid exclude each other",
-                         "give --points x,y or --grid N")  # fmt: skip
+    dense = mutual and not given and grid is None
+    some = bool(given) or grid is not None or mutual
+    _check_choice(bool(given), grid is not None, some or bool(flow or draw_flow))
+    _check_needs(
+        {
+            "--max-matches": (max_matches is not None, mutual, "--mutual"),
+            "--ratio": (ratio is not None, dense, "--mutual and no points"),
+            "--homography": (homography is not None, some, "matches: --mutual, --grid or --points"),
+            "--output": (output is not None, some, "matches: --mutual, --grid or --points"),
+            "--heat-map": (heat_map is not None, bool(given), "a point: --points x,y"),
+        }
+    )
+    if method is not None:
+        check_method(method)
+    check_options(max_matches=max_matches, ratio=ratio)
+    if homography is not None:
+        if homography not in HOMOGRAPHIES:
+            raise InputError(f"unknown method {homography!r}", f"choose one of {', '.join(HOMOGRAPHIES)}")
+        opencv()
     left, right = open_image(source), open_image(target)
     queries = check_points(given or _grid(left.size, grid or 0), (left.height, left.width))
+    request = _Request(
+        queries=None if dense else queries,
+        method=method or ("window" if dense and homography else None),
+        mutual=mutual,
+        max_matches=max_matches,
+        ratio=ratio,
+        homography=homography,
+        heat_map=heat_map is not None,
+        flow=bool(flow or draw_flow),
+        flow_back=draw_flow is not None,
+    )
     with load(bundle, backend, fit) as model:
         say(f"{bundle} on {model.detail} ({model.reason})")
         start = time.perf_counter()
         source_map, target_map = (model.features(image, prompt=prompt) for image in (left, right))
         extracted = time.perf_counter()
-        found = model.match(source_map, target_map, queries)
+        answer = _answer(model, source_map, target_map, request)
         matched = time.perf_counter()
     seconds = {"features": extracted - start, "match": matched - extracted}
-    rows: list[tuple[str, ...]] = [("source", "target", "cosine")]
-    for (x, y), (u, v), score in zip(queries, found.points, found.scores, strict=True):
-        rows.append((f"{x:g},{y:g}", f"{u:g},{v:g}", f"{score:.4f}"))
-    show(table(rows))
+    _show(answer, request)
     say(
         f"features of both images {seconds['features'] * 1e3:.0f} ms,"
         f" matching {seconds['match'] * 1e3:.1f} ms (one run, the first)"
     )
-    if output is not None:
-        from ditf.runtime.drawing import draw_matches
-
-        picture = draw_matches(left, right, queries, found)
-        with replacing(output) as temporary:
-            picture.save(temporary)
+    if flow is not None and answer.flow is not None:
+        with replacing(flow) as temporary, temporary.open("wb") as file:
+            np.savez(file, allow_pickle=False, field=answer.flow.field, confidence=answer.flow.confidence)
+    _draw(left, right, queries[0] if given else None, answer, output, heat_map, draw_flow)
     write_json(
         json_file,
         {
@@ -94,12 +194,140 @@ def match(
             "backend": model.detail,
             "source": str(source),
             "target": str(target),
-            "points": queries.tolist(),
-            "matches": found.points.tolist(),
-            "scores": found.scores.tolist(),
+            "method": request.method or ("cells" if dense else "argmax"),
+            "mutual": mutual,
+            "points": answer.points.tolist(),
+            "matches": answer.matches.points.tolist(),
+            "scores": answer.matches.scores.tolist(),
+            **_more(answer, homography),
             "seconds": seconds,
         },
     )
+
+
+def _answer(model: Model, source: FeatureMap, target: FeatureMap, request: _Request) -> _Answer:
+    """Everything that was asked for."""
+    method = request.method or "argmax"
+    if request.queries is None or request.mutual:
+        both = (
+            model.mutual(source, target, request.max_matches, request.ratio, refine=request.method)
+            if request.queries is None
+            else mutual_points(
+                source, target, request.queries, method=method, max_matches=request.max_matches
+            )
+        )
+        points, matches = both.source_points, Matches(both.points, both.scores)
+    else:
+        points, matches = request.queries, model.match(source, target, request.queries, method)
+    return _Answer(
+        points,
+        matches,
+        find_homography(points, matches.points, cell_threshold(target), request.homography)
+        if request.homography
+        else None,
+        model.heat_map(source, target, request.queries[0])
+        if request.heat_map and request.queries is not None
+        else None,
+        model.flow(source, target, method) if request.flow else None,
+        model.flow(target, source, method) if request.flow_back else None,
+    )
+
+
+def _show(answer: _Answer, request: _Request) -> None:
+    """Print what was found."""
+    rows: list[tuple[str, ...]] = [("source", "target", "cosine")]
+    count = len(answer.points)
+    shown = _ROWS if request.queries is None else count
+    found = answer.matches
+    for (x, y), (u, v), score in zip(
+        answer.points[:shown], found.points[:shown], found.scores[:shown], strict=True
+    ):
+        rows.append((_place(x, y), _place(u, v), f"{score:.4f}"))
+    if count or request.mutual:
+        show(table(rows))
+    if count > shown:
+        show(f"... {count} matches in all; --json has them")
+    elif request.mutual:
+        show(f"{count} mutual matches")
+    if answer.homography is not None:
+        inliers = int(answer.homography.inliers.sum())
+        show(f"homography: {inliers} of {count} matches agree, {answer.homography.error_px:.2f} px apart")
+        show("\n".join(" ".join(f"{value:12.6g}" for value in row) for row in answer.homography.matrix))
+    if answer.flow is not None:
+        length = np.linalg.norm(answer.flow.field, axis=2)
+        show(
+            f"flow: {np.median(length):.1f} px in the median, {length.max():.1f} px at the most,"
+            f" cosine {np.median(answer.flow.confidence):.4f} in the median"
+        )
+
+
+def _place(x: float, y: float) -> str:
+    """A position for people: to a hundredth of a pixel."""
+    return f"{round(float(x), 2):g},{round(float(y), 2):g}"
+
+
+def _more(answer: _Answer, homography: str | None) -> dict[str, Any]:
+    """JSON of what is not always there."""
+    more: dict[str, Any] = {}
+    if answer.homography is not None:
+        more["homography"] = {
+            "method": homography,
+            "matrix": answer.homography.matrix.tolist(),
+            "inliers": answer.homography.inliers.tolist(),
+            "error_px": answer.homography.error_px,
+        }
+    if answer.flow is not None:
+        length = np.linalg.norm(answer.flow.field, axis=2)
+        more["flow"] = {
+            "median_px": float(np.median(length)),
+            "max_px": float(length.max()),
+            "median_confidence": float(np.median(answer.flow.confidence)),
+        }
+    if answer.heat is not None:
+        more["heat_map"] = {"min": float(answer.heat.min()), "max": float(answer.heat.max())}
+    return more
+
+
+def _draw(
+    left: Image.Image,
+    right: Image.Image,
+    first: np.ndarray | None,
+    answer: _Answer,
+    output: Path | None,
+    heat_map: Path | None,
+    draw_flow: Path | None,
+) -> None:
+    """The pictures that were asked for."""
+    from ditf.runtime import drawing_dense
+    from ditf.runtime.drawing import draw_matches
+
+    pictures: list[tuple[Path, Image.Image]] = []
+    if output is not None:
+        pictures.append((output, draw_matches(left, right, answer.points, answer.matches)))
+    if heat_map is not None and first is not None and answer.heat is not None:
+        picture = drawing_dense.draw_heat_map(left, right, first, answer.heat)
+        pictures.append((heat_map, picture))
+    if draw_flow is not None and answer.flow is not None and answer.back is not None:
+        picture = drawing_dense.draw_flow(left, right, answer.flow.field, answer.back.field)
+        pictures.append((draw_flow, picture))
+    for path, picture in pictures:
+        with replacing(path) as temporary:
+            picture.save(temporary)
+
+
+def _check_choice(points: bool, grid: bool, anything: bool) -> None:
+    """Points or a grid, or else something that needs neither."""
+    if points and grid:
+        raise InputError("points and a grid exclude each other", "give --points x,y or --grid N")
+    if not anything:
+        raise InputError("points are needed", "give --points x,y, --grid N, --mutual or --flow FILE")
+
+
+def _check_needs(options: dict[str, tuple[bool, bool, str]]) -> None:
+    """Reject options that would do nothing: {option: (given, of use, what it needs)}."""
+    for option, (given, useful, needs) in options.items():
+        if given and not useful:
+            raise InputError(f"{option} needs {needs}", "or leave it out")
 
 
 def _check_picture(path: Path | None) -> None:

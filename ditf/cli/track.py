@@ -1,12 +1,14 @@
-"""`ditf track`: where points of one image are in every frame of a video."""
+"""`ditf track`: where points of one image, or its labels, are in every frame of a video."""
 
 from __future__ import annotations
 
 import time
 from pathlib import Path
-from typing import Annotated, Optional
+from typing import Annotated, Any, Optional
 
+import numpy as np
 import typer
+from PIL import Image
 
 from ditf.cli.console import (
     BackendOption,
@@ -25,20 +27,29 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.runtime import Matches, load
+from ditf.runtime import Matches, Model, Propagator, load
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import open_image
+from ditf.runtime.label_images import read_labels, write_labels
 from ditf.runtime.matching import check_points
 
 
 def track(
     bundle: BundleArgument,
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points are in.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points or labels are of.")],
     frames: Annotated[list[Path], typer.Argument(metavar="FRAME...", help="Frames of a video, as images.")],
     points: Annotated[
-        list[str],
+        Optional[list[str]],
         typer.Option("--points", metavar="X,Y", help="Points in source pixels: x,y, once or several times."),
-    ],
+    ] = None,
+    labels: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="PNG",
+            help="Labels of SOURCE instead, an indexed or grey PNG of its size; every frame's are written"
+            " to --output.",
+        ),
+    ] = None,
     output: Annotated[
         Optional[Path],
         typer.Option("--output", "-o", metavar="DIR", help="Draw every frame's matches in this directory."),
@@ -50,10 +61,20 @@ def track(
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
-    """Follow points of SOURCE through FRAMEs; the source's features are computed once."""
-    check_writable(json_file, inputs=(bundle, source, *frames))
+    """Follow points or labels of SOURCE through FRAMEs."""
+    given = [] if labels is None else [labels]
+    check_writable(json_file, inputs=(bundle, source, *frames, *given))
+    if bool(points) == (labels is not None):
+        raise InputError(
+            "points and labels exclude each other" if points else "points or labels are needed",
+            "give --points x,y or --labels PNG",
+        )
+    if labels is not None and output is None:
+        raise InputError("--labels needs a place for the frames' labels", "give --output DIR")
     image = open_image(source)
-    queries = check_points(parse_points(points), (image.height, image.width))
+    size = (image.height, image.width)
+    queries = check_points(parse_points(points or []), size)
+    mask = None if labels is None else read_labels(labels, size)
     missing = next((frame for frame in frames if not frame.is_file()), None)
     if missing is not None:
         raise InputError(f"{missing}: no such file", "name the frames of a video, as images")
@@ -63,10 +84,30 @@ def track(
         if not output.exists():
             check_writable(output, inputs=(bundle,))
             output.mkdir()
-        check_writable(output / "000000.png", inputs=(bundle,))
-    found: list[Matches] = []
-    with load(bundle, backend, fit) as model, stages(len(frames)) as stage:
+        written = [output / f"{index:06d}.png" for index in range(len(frames))]
+        check_writable(*written, inputs=(bundle, source, *frames, *given))
+    document: dict[str, Any] = {"bundle": str(bundle), "source": str(source)}
+    with load(bundle, backend, fit) as model:
         say(f"{bundle} on {model.detail} ({model.reason})")
+        if mask is not None and output is not None:
+            document |= _labels(model, image, mask, frames, output, prompt)
+        else:
+            document |= _points(model, image, queries, frames, output, prompt)
+    say(f"{len(frames) / document['seconds']:.1f} frames a second")
+    write_json(json_file, {"backend": model.detail, **document})
+
+
+def _points(
+    model: Model,
+    image: Image.Image,
+    queries: np.ndarray,
+    frames: list[Path],
+    output: Path | None,
+    prompt: str | None,
+) -> dict[str, Any]:
+    """Follow points: their table, pictures and JSON."""
+    found: list[Matches] = []
+    with stages(len(frames)) as stage:
         tracker = model.track(image, queries, prompt)
         start = time.perf_counter()
         for frame in frames:
@@ -78,24 +119,51 @@ def track(
         places = (f"{u:g},{v:g}" for u, v in matches.points)
         rows.append((str(frame), *places, f"{matches.scores.min():.4f}"))
     show(table(rows))
-    say(f"{len(frames) / seconds:.1f} frames a second")
     if output is not None:
         from ditf.runtime.drawing import draw_matches
 
         for index, (frame, matches) in enumerate(zip(frames, found, strict=True)):
             with replacing(output / f"{index:06d}.png") as temporary:
                 draw_matches(image, open_image(frame), queries, matches).save(temporary)
-    write_json(
-        json_file,
-        {
-            "bundle": str(bundle),
-            "backend": model.detail,
-            "source": str(source),
-            "points": queries.tolist(),
-            "frames": [
-                {"frame": str(frame), "matches": matches.points.tolist(), "scores": matches.scores.tolist()}
-                for frame, matches in zip(frames, found, strict=True)
-            ],
-            "seconds": seconds,
-        },
-    )
+    return {
+        "points": queries.tolist(),
+        "frames": [
+            {"frame": str(frame), "matches": matches.points.tolist(), "scores": matches.scores.tolist()}
+            for frame, matches in zip(frames, found, strict=True)
+        ],
+        "seconds": seconds,
+    }
+
+
+def _labels(
+    model: Model,
+    image: Image.Image,
+    mask: tuple[np.ndarray, bytes],
+    frames: list[Path],
+    output: Path,
+    prompt: str | None,
+) -> dict[str, Any]:
+    """Carry labels through the frames; each frame's are written as soon as they are known."""
+    labels, palette = mask
+    listed: list[dict[str, Any]] = []
+    with stages(len(frames)) as stage:
+        propagator = Propagator(model.features(image, prompt=prompt), labels)
+        values = propagator.labels.tolist()
+        lost = sorted(set(np.unique(labels).tolist()) - set(values))
+        if lost:
+            say(f"labels smaller than a cell are lost: {', '.join(map(str, lost))}")
+        rows: list[tuple[str, ...]] = [("frame", *(f"label {value}" for value in values))]
+        start = time.perf_counter()
+        for index, frame in enumerate(frames):
+            stage(str(frame))
+            found = propagator.update(model.features(frame, prompt=prompt))
+            path = output / f"{index:06d}.png"
+            with replacing(path) as temporary:
+                write_labels(temporary, found, palette)
+            pixels = np.bincount(found.ravel(), minlength=256)[values]
+            rows.append((str(frame), *(f"{count / found.size:.2%}" for count in pixels)))
+            counts = {str(value): int(count) for value, count in zip(values, pixels, strict=True)}
+            listed.append({"frame": str(frame), "labels": str(path), "pixels": counts})
+        seconds = time.perf_counter() - start
+    show(table(rows))
+    return {"frames": listed, "seconds": seconds}

@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ditf.runtime.matching import TIE_TOLERANCE, TINY
+from ditf.runtime.cells import TIE_TOLERANCE, TINY
 
 INPUTS = ("source", "target", "point_rows", "point_columns", "rows", "columns")
 OUTPUTS = ("points", "scores")

@@ -149,7 +149,6 @@ def test_prompts_by_category(ditf, bank_bundle, spair, tmp_path):
 
 @pytest.mark.parametrize("method", ["window", "kernel"])
 def test_other_methods(ditf, demo_bundle, spair, cache, tmp_path, method):
-    pytest.importorskip("ditf.runtime.soft_argmax")
     arguments = ("eval", "spair-71k", demo_bundle, "--data", spair, *SHARES, "--cache", cache)
     done = ditf(*arguments, "--method", method, "--json", tmp_path / "e.json")
     assert done.returncode == 0, done.stderr
@@ -246,8 +245,6 @@ def test_bad_options(ditf, demo_bundle, tmp_path, arguments, message):
 
 
 def test_hpatches(ditf, demo_bundle, tmp_path):
-    pytest.importorskip("ditf.runtime.homography")
-    pytest.importorskip("ditf.runtime.mutual")
     folder = miniature.hpatches(tmp_path)
     arguments = ("eval", "hpatches", demo_bundle, "--data", folder, "--limit", "4", "--min-pck", "3=0")
     done = ditf(*arguments, "--json", tmp_path / "e.json", "--pictures", tmp_path / "pictures")
@@ -258,7 +255,6 @@ def test_hpatches(ditf, demo_bundle, tmp_path):
 
 
 def test_davis(ditf, demo_bundle, tmp_path):
-    pytest.importorskip("ditf.runtime.propagation")
     folder = miniature.davis(tmp_path)
     arguments = ("eval", "davis", demo_bundle, "--data", folder, "--limit", "1", "--min-pck", "J&F=0")
     done = ditf(*arguments, "--json", tmp_path / "e.json", "--pictures", tmp_path / "pictures")
@@ -269,7 +265,6 @@ def test_davis(ditf, demo_bundle, tmp_path):
 
 
 def test_tss(ditf, demo_bundle, tmp_path):
-    pytest.importorskip("ditf.runtime.flow")
     folder = miniature.tss(tmp_path)
     arguments = ("eval", "tss", demo_bundle, "--data", folder, "--limit", "2", "--min-pck", "0.05=0")
     done = ditf(*arguments, "--json", tmp_path / "e.json", "--pictures", tmp_path / "pictures")

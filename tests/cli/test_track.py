@@ -6,7 +6,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import ditf as package
 from ditf.calib.images import procedural_image
+from ditf.runtime import Propagator
 
 
 @pytest.fixture
@@ -56,3 +58,80 @@ def test_bad_input(ditf, pixart_bundle, video, change, message):
     done = ditf("track", pixart_bundle, *video, *change)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+@pytest.fixture
+def mask(video):
+    """Labels of the first frame: 0, and 3 on the right half; 9 on one pixel, smaller than a cell."""
+    labels = np.zeros((48, 80), np.uint8)
+    labels[:, 40:] = 3
+    labels[0, 0] = 9
+    path = video[0].with_name("mask.png")
+    image = Image.fromarray(labels)
+    image.putpalette([7, 8, 9] * 256)
+    image.save(path)
+    return path
+
+
+def test_labels_move_with_the_picture(ditf, pixart_bundle, video, mask, tmp_path):
+    done = ditf(
+        "track",
+        pixart_bundle,
+        *video,
+        "--labels",
+        mask,
+        "-o",
+        tmp_path / "out",
+        "--json",
+        tmp_path / "t.json",
+    )
+    assert done.returncode == 0, done.stderr
+    assert "labels smaller than a cell are lost: 9" in done.stderr
+    assert done.stdout.splitlines()[0].split() == ["frame", "label", "0", "label", "3"]
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [f"{i:06d}.png" for i in range(3)]
+    with package.load(pixart_bundle) as model:
+        first, *frames = (model.features(path) for path in video)
+        propagator = Propagator(first, np.array(Image.open(mask)))
+        expected = [propagator.update(frame) for frame in frames]
+    document = json.loads((tmp_path / "t.json").read_text())
+    for index, labels in enumerate(expected):
+        with Image.open(tmp_path / "out" / f"{index:06d}.png") as picture:
+            assert picture.mode == "P"
+            assert picture.getpalette()[:3] == [7, 8, 9]
+            np.testing.assert_array_equal(np.array(picture), labels)
+        assert document["frames"][index]["pixels"] == {
+            "0": int((labels == 0).sum()),
+            "3": int((labels == 3).sum()),
+        }
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ([], "points or labels are needed"),
+        (["--labels", "mask.png"], "give --output DIR"),
+        (["--labels", "mask.png", "--points", "1,1", "-o", "out"], "exclude each other"),
+        (["--labels", "absent.png", "-o", "out"], "absent.png: no such picture of labels"),
+        (["--labels", "text.png", "-o", "out"], "text.png is not a readable picture"),
+        (["--labels", "colour.png", "-o", "out"], "colour.png is a picture of mode RGB"),
+        (["--labels", "small.png", "-o", "out"], "small.png has 79x48 pixels, the image 80x48"),
+    ],
+)
+def test_bad_labels(ditf, pixart_bundle, video, mask, tmp_path, change, message):
+    (tmp_path / "text.png").write_text("no picture")
+    Image.new("RGB", (80, 48)).save(tmp_path / "colour.png")
+    Image.new("L", (79, 48)).save(tmp_path / "small.png")
+    done = ditf("track", pixart_bundle, *video, *change)
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_frames_are_not_overwritten_by_their_labels(ditf, pixart_bundle, video, mask, tmp_path):
+    frame = video[1].rename(tmp_path / "000000.png")
+    before = frame.read_bytes()
+    done = ditf("track", pixart_bundle, video[0], frame, "--labels", mask, "-o", tmp_path)
+    assert done.returncode == 2
+    assert "would overwrite" in done.stderr
+    assert frame.read_bytes() == before

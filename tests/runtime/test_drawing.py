@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditf.runtime.drawing import draw_matches
+from ditf.runtime.drawing import draw_matches, scale_colours
 from ditf.runtime.matching import Matches
 
 
@@ -61,3 +61,21 @@ def test_colours_tell_matches_apart():
     points = np.array([[x, 10.0] for x in range(20, 400, 40)])
     picture = draw_matches(source, source, points, Matches(points.astype(np.float32), np.ones(10)))
     assert len({picture.getpixel((int(x), 10)) for x, _ in points}) == 10
+
+
+def test_lines_of_many_matches_are_coloured_by_score_and_explained():
+    source = Image.new("RGB", (300, 200), "black")
+    points = np.tile([[150.0, 20.0], [150.0, 60.0]], (50, 1))
+    scores = np.tile([0.1, 0.9], 50).astype(np.float32)
+    picture = draw_matches(source, source, points, Matches(points.astype(np.float32), scores))
+    low, high = (np.array(picture.getpixel((250, y))).astype(int) for y in (20, 60))
+    assert high[0] > low[0]  # yellow against violet
+    assert high[1] > low[1]
+    assert picture.getpixel((8, 170)) == (255, 255, 255)  # the legend
+
+
+def test_scale_rises_evenly():
+    colours = scale_colours(np.linspace(-0.5, 1.5, 50)).astype(float)
+    lightness = colours @ (0.299, 0.587, 0.114)
+    assert (np.diff(lightness) >= -0.5).all()
+    assert lightness[-1] > 4 * lightness[0]

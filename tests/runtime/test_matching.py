@@ -5,17 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditf.runtime import matching
+from ditf.runtime import matching, pruning
+from ditf.runtime.cells import TIE_TOLERANCE, unit_cells
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching import check_points, interpolation_inputs, match_points
+from ditf.runtime.matching import check_points, heat_map, interpolation_inputs, match_points
+from tests.runtime.maps import random_map, translated_pair
 from tests.runtime.published import ROUNDING, accepted, cosines, upsample
-
-
-def random_map(
-    seed: int, shape: tuple[int, int, int], size: tuple[int, int], dtype: type = np.float32
-) -> FeatureMap:
-    return FeatureMap(np.random.default_rng(seed).standard_normal(shape).astype(dtype), size)
 
 
 def smooth_map(seed: int, shape: tuple[int, int, int], size: tuple[int, int]) -> FeatureMap:
@@ -62,6 +58,16 @@ CASES = {
 }
 
 
+WAYS = {"mixed": pruning._CROWDED, "pruned": 2.0, "whole": -1.0}
+"""Shares of quads from which on whole rows are computed: as it is, never, always."""
+
+
+@pytest.fixture(params=WAYS.values(), ids=WAYS)
+def way(request, monkeypatch):
+    monkeypatch.setattr(pruning, "_CROWDED", request.param)
+
+
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("fractional", [False, True], ids=["integer", "fractional"])
 @pytest.mark.parametrize("make", [random_map, smooth_map])
 @pytest.mark.parametrize("case", CASES.values(), ids=CASES)
@@ -78,12 +84,14 @@ def test_reference_leaves_no_choice():
     assert all(len(accepted(row)) == 1 for row in scores)
 
 
+@pytest.mark.usefixtures("way")
 def test_float16_features():
     source = random_map(0, (64, 7, 9), (61, 83), np.float16)
     target = random_map(1, (64, 6, 11), (97, 50), np.float16)
     assert_published(source, target, random_points(2, 40, source.image_size))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("scale", [1e-3, 6e4])
 def test_scale_of_the_features_does_not_matter(scale):
     source, target = random_map(0, (48, 7, 9), (61, 83)), random_map(1, (48, 6, 11), (97, 50))
@@ -91,6 +99,7 @@ def test_scale_of_the_features_does_not_matter(scale):
     assert_published(*scaled, random_points(2, 40, source.image_size))
 
 
+@pytest.mark.usefixtures("way")
 def test_massive_channel():
     # Undiscarded, one channel carries most of every norm.
     source, target = random_map(0, (48, 7, 9), (61, 83)), random_map(1, (48, 6, 11), (97, 50))
@@ -112,6 +121,7 @@ def test_order_and_number_of_points_do_not_matter():
     np.testing.assert_array_equal(together.points, alone[::-1])
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("extent", [(6.5, 9.0), (6.01, 8.99), (7.0, 8.25)])
 def test_partly_covered_cells(extent):
     source = FeatureMap(random_map(0, (32, 7, 9), (1, 1)).array, (60, 81), extent)
@@ -121,6 +131,7 @@ def test_partly_covered_cells(extent):
     assert_published(target, source, random_points(3, 30, target.image_size, fractional=True))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("width", [64, 640])
 def test_features_that_change_sign_between_cells(width):
     # Half way between f and -f the upsampled feature vanishes: its norm is a difference of equal numbers.
@@ -130,6 +141,7 @@ def test_features_that_change_sign_between_cells(width):
     assert_published(features, features, np.array([[0.0, 0.0]]))
 
 
+@pytest.mark.usefixtures("way")
 def test_constant_features_tie_and_the_first_pixel_wins():
     constant = FeatureMap(np.full((16, 4, 5), 0.3, np.float32), (37, 41))
     matches = match_points(constant, constant, random_points(0, 10, constant.image_size))
@@ -137,6 +149,7 @@ def test_constant_features_tie_and_the_first_pixel_wins():
     np.testing.assert_allclose(matches.scores, 1.0, rtol=0, atol=ROUNDING)
 
 
+@pytest.mark.usefixtures("way")
 def test_repeated_cells_tie_and_the_first_pixel_wins():
     # Cells (1, 1), (1, 3) and (3, 1) alike: with one pixel a cell the first of them is x=1, y=1.
     array = random_map(0, (32, 5, 5), (1, 1)).array
@@ -146,6 +159,7 @@ def test_repeated_cells_tie_and_the_first_pixel_wins():
     np.testing.assert_array_equal(matches.points, [[1, 1]] * 3)
 
 
+@pytest.mark.usefixtures("way")
 def test_identical_maps_match_to_themselves():
     features = random_map(0, (96, 10, 12), (80, 96))
     y, x = np.mgrid[4:76, 4:92]  # the outer half cells repeat the edge: all of one is alike
@@ -171,6 +185,7 @@ def test_last_pixel_is_inside():
     assert_published(features, features, np.array([[19, 29], [0, 29], [19, 0]]))
 
 
+@pytest.mark.usefixtures("way")
 def test_zero_vectors_have_cosine_zero():
     zero = FeatureMap(np.zeros((8, 3, 3), np.float32), (10, 12))
     other = random_map(0, (8, 3, 3), (10, 12))
@@ -180,12 +195,14 @@ def test_zero_vectors_have_cosine_zero():
         np.testing.assert_array_equal(matches.scores, [0])
 
 
+@pytest.mark.usefixtures("way")
 def test_zero_cells_among_others():
     target = random_map(0, (24, 6, 6), (40, 40))
     target.array[:, 2:4, 2:4] = 0
     assert_published(random_map(1, (24, 6, 6), (30, 30)), target, random_points(2, 30, (30, 30)))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("tile", [1, 97, 1000])
 @pytest.mark.parametrize("make", [random_map, smooth_map])
 def test_tiles_change_nothing(monkeypatch, make, tile):
@@ -193,11 +210,13 @@ def test_tiles_change_nothing(monkeypatch, make, tile):
     points = random_points(2, 40, source.image_size)
     whole = match_points(source, target, points)
     monkeypatch.setattr(matching, "_TILE", tile)
+    monkeypatch.setattr(pruning, "_TILE", tile)
     tiled = match_points(source, target, points)
     np.testing.assert_array_equal(tiled.points, whole.points)
     np.testing.assert_allclose(tiled.scores, whole.scores, rtol=0, atol=ROUNDING)  # another product shape
 
 
+@pytest.mark.usefixtures("way")
 def test_tie_across_tiles_goes_to_the_first(monkeypatch):
     # Rows 1 and 5 are within the tolerance of each other, the later one the higher.
     array = random_map(0, (32, 8, 4), (1, 1)).array
@@ -286,3 +305,37 @@ def test_answers_are_inside_and_scores_are_cosines(seed, channels, source, targe
     assert (matches.points == np.round(matches.points)).all()
     assert (matches.points >= 0).all()
     assert (matches.points <= (second.image_size[1] - 1, second.image_size[0] - 1)).all()
+
+
+@pytest.mark.parametrize("case", CASES.values(), ids=CASES)
+def test_heat_map_is_the_published_cosine_of_every_pixel(case):
+    source_shape, source_size, target_shape, target_size = case
+    source, target = random_map(0, source_shape, source_size), random_map(1, target_shape, target_size)
+    for point in random_points(2, 3, source_size, fractional=True):
+        heat = heat_map(source, target, point)
+        assert heat.dtype == np.float32
+        assert (np.abs(heat) <= 1).all()
+        np.testing.assert_allclose(
+            heat.ravel(), cosines(source, target, point[None])[0], rtol=0, atol=2 * ROUNDING
+        )
+        x, y = match_points(source, target, [point]).points[0].astype(int)
+        assert heat[y, x] >= heat.max() - TIE_TOLERANCE
+
+
+@pytest.mark.parametrize("point", [[12, 0], [1], [[1, 2]], "ab", None, [float("nan"), 0]])
+def test_heat_map_of_a_bad_point_is_refused(point):
+    features = random_map(0, (8, 3, 3), (10, 12))
+    with pytest.raises(InputError):
+        heat_map(features, features, point)
+
+
+def test_few_quads_are_left():
+    # Else pruning is a cost and no gain. A moved picture, as in use; of unrelated noise a quarter is left.
+    source, target = translated_pair(0, 64, (20, 20), (2, 1))
+    _, _, rows, columns = interpolation_inputs(source, target, np.zeros((0, 2)))
+    inverse_norm = matching._inverse_norm(target.array, rows, columns)
+    inner = (unit_cells(source) @ target.array.reshape(64, -1)).reshape(-1, 20, 20)
+    possible, crowded = pruning.Pruner(inverse_norm, rows, columns).candidates(inner)
+    assert possible.any(axis=(1, 2)).all()
+    assert possible.mean() < 0.05
+    assert crowded.mean() < 0.2

@@ -14,10 +14,13 @@ from ditf.calib.images import golden_pair, procedural_images
 from ditf.runtime.bundle import NOISE
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 from ditf.runtime.images import fit_image
+from ditf.runtime.matching import match_points
 from ditf.runtime.model import _crop
+from ditf.runtime.mutual import mutual_matches
 from tests.runtime.published import ROUNDING, accepted, cosines, upsample
 
 SMALL = (90, 120)
+POINTS = [(10.0, 20.0), (50.5, 40.25)]
 
 
 @pytest.fixture(scope="module")
@@ -350,3 +353,23 @@ def test_threads_share_a_model(pixart_bundle, tmp_path):
             expected_array, expected_points = answer(opened, path)
             np.testing.assert_array_equal(array, expected_array)
             np.testing.assert_array_equal(points, expected_points)
+
+
+def test_every_way_to_match_is_the_library_s(model, pair):
+    source, target = (model.features(image) for image in pair)
+    matching = (
+        model.match(source, target, POINTS, "window", 5, 0.1),
+        model.match(source, target, POINTS, "kernel"),
+    )
+    expected = (
+        match_points(source, target, POINTS, "window", window=5, temperature=0.1),
+        match_points(source, target, POINTS, "kernel"),
+    )
+    for got, wanted in zip(matching, expected, strict=True):
+        np.testing.assert_array_equal(got.points, wanted.points)
+    mutual, wanted = model.mutual(source, target, 20, 0.9, 2), mutual_matches(source, target, 20, 0.9, 2)
+    np.testing.assert_array_equal(mutual.points, wanted.points)
+    assert model.flow(source, target, "window").field.shape == (*SMALL, 2)
+    assert model.heat_map(source, target, POINTS[0]).shape == SMALL
+    with pytest.raises(InputError, match="unknown method"):
+        model.match(source, target, POINTS, "soft")

@@ -1,0 +1,61 @@
+"""Label pictures: PNGs whose pixels are the labels themselves, as DAVIS has them."""
+
+from __future__ import annotations
+
+import colorsys
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from ditf.runtime.errors import InputError
+
+
+def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
+    """Labels of an image, and the colours they are shown in.
+
+    Args:
+        path: an indexed or 8-bit grey picture, whose pixels are the labels, or a black and white one (0, 1).
+        size: (H, W) of the image.
+
+    Returns:
+        uint8 [H, W], and 768 bytes of palette: the picture's own, or one that tells neighbours apart.
+
+    Raises:
+        InputError: no such picture, one of another kind, or of another size than the image.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            mode, palette = image.mode, image.getpalette()
+            labels = np.array(image, np.uint8) if mode in ("P", "L", "1") else None
+    except FileNotFoundError:
+        raise InputError(f"{path}: no such picture of labels") from None
+    except (OSError, SyntaxError, ValueError) as error:
+        raise InputError(f"{path} is not a readable picture of labels", "write it as PNG") from error
+    if labels is None:
+        raise InputError(
+            f"{path} is a picture of mode {mode}, not of labels", "write it as an indexed or 8-bit grey PNG"
+        )
+    if labels.shape != size:
+        raise InputError(
+            f"{path} has {labels.shape[1]}x{labels.shape[0]} pixels, the image {size[1]}x{size[0]}",
+            "labels need the image's own size",
+        )
+    return labels, bytes(palette or []).ljust(768, b"\0") if palette else _palette()
+
+
+def write_labels(path: Path, labels: np.ndarray, palette: bytes) -> None:
+    """Write labels, uint8 [H, W], as an indexed PNG."""
+    image = Image.fromarray(labels)
+    image.putpalette(palette)
+    image.save(path, "PNG")
+
+
+def _palette() -> bytes:
+    """Black for 0, then hues a golden section apart."""
+    colours = [(0.0, 0.0, 0.0)]
+    colours += [
+        colorsys.hsv_to_rgb(i * 0.618 % 1, 1 - 0.4 * (i % 3) / 2, 1 - 0.3 * (i % 2)) for i in range(255)
+    ]
+    return bytes(round(255 * value) for colour in colours for value in colour)
