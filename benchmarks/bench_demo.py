@@ -1,8 +1,9 @@
 """How well the demo model matches animals it has not seen, and what each part of the recipe is worth.
 
-PCK@0.1 on the creatures benchmark: bundles exported with and without AdaLN and the discard, in every
-precision, at other layers and timesteps; beside them what it takes to beat: raw RGB patches, the same model
-before training, and points that do not move. Layer and timestep of the demo were chosen on other pairs.
+PCK@0.1 on the creatures and the stereo benchmark, and stereo's end-point error: of bundles exported with and
+without AdaLN and the discard, in every precision, at other layers and timesteps; beside them what it takes
+to beat: raw RGB patches, the same model before training, and points that do not move. Layer and timestep of the
+demo were chosen on other pairs.
 """
 
 from __future__ import annotations
@@ -22,8 +23,11 @@ from train_demo import new_model
 from train_demo_data import PATCH, SIZE
 
 import ditf
-from ditf.calib.eval.creature_pairs import Match, evaluate, pairs
-from ditf.calib.eval.pck import pck
+from ditf.calib.eval.benchmarks import BENCHMARKS
+from ditf.calib.eval.correspondence import PairMatcher, evaluate_pairs, matcher
+from ditf.calib.eval.creature_pairs import CreaturePairs
+from ditf.calib.eval.datasets.base import Pair
+from ditf.calib.eval.outcomes import totals
 from ditf.export.demo import DEMO_DEFAULTS
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
@@ -49,23 +53,29 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=200, help="in species, and as many across")
     arguments = parser.parse_args()
     quieten_libraries()
-    drawn = [list(pairs(arguments.pairs, cross)) for cross in (False, True)]
+    drawn = CreaturePairs(arguments.pairs)[:]
+    groups = {"in species": drawn[: arguments.pairs], "across species": drawn[arguments.pairs :]}
+    photographs = BENCHMARKS["stereo"].read(Path(), "test").items
 
-    def scores(match: Match) -> dict[str, float]:
-        found = [pck(evaluate(match, iter(one)), 0.1) for one in drawn]
-        return dict(zip(("in_species", "across_species"), found, strict=True))
+    def scores(match: PairMatcher) -> dict[str, float]:
+        criteria = BENCHMARKS["creatures"].criteria
+        found = {
+            name: totals(evaluate_pairs(one, match, criteria))["pck"]["0.1"] for name, one in groups.items()
+        }
+        seen = totals(evaluate_pairs(photographs, match, BENCHMARKS["stereo"].criteria))
+        return {**found, "stereo": seen["pck"]["0.1"], "stereo, px": seen["epe"][""]}
 
     def bundle_scores(**options: Any) -> dict[str, float]:
         say(str(options))
         with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
             bundle = export_bundle(ExportOptions(output=Path(folder) / "bundle", **options))
             with ditf.load(bundle, "onnxruntime") as model:
-                return scores(lambda one, other, at: model.match(*model.features_of([one, other]), at).points)
+                return scores(matcher(model))
 
     with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
         write_untrained(Path(folder))
         recipe = {
-            "points that do not move": scores(lambda one, other, at: at),
+            "points that do not move": scores(lambda pair: pair.points),
             "raw RGB patches": scores(by_map(rgb_patches)),
             "the same model before training": bundle_scores(
                 model=folder, layer=str(DEMO_DEFAULTS.layer), timestep=(DEMO_DEFAULTS.timestep,)
@@ -83,9 +93,14 @@ def main() -> None:
 def score_rows(head: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
     """Scores as a table."""
     return [
-        (head, "in species", "across species"),
-        *((name, *(f"{value:.1%}" for value in row.values())) for name, row in rows.items()),
+        (head, *next(iter(rows.values()))),
+        *((name, *(text(key, value) for key, value in row.items())) for name, row in rows.items()),
     ]
+
+
+def text(key: str, value: float) -> str:
+    """A score for people."""
+    return f"{value:.1f} px" if key.endswith("px") else f"{value:.1%}"
 
 
 def write_untrained(folder: Path) -> None:
@@ -104,12 +119,12 @@ def rgb_patches(image: np.ndarray) -> np.ndarray:
     return cut.transpose(1, 3, 4, 0, 2).reshape(-1, cells, cells)
 
 
-def by_map(features: Callable[[np.ndarray], np.ndarray]) -> Match:
+def by_map(features: Callable[[np.ndarray], np.ndarray]) -> PairMatcher:
     """Matching with features that no bundle computes."""
 
-    def match(source: np.ndarray, target: np.ndarray, points: np.ndarray) -> np.ndarray:
-        maps = [FeatureMap(features(image), image.shape[:2]) for image in (source, target)]
-        return match_points(*maps, points).points
+    def match(pair: Pair) -> np.ndarray:
+        source, target = (FeatureMap(features(image), image.shape[:2]) for image in pair.images)
+        return match_points(source, target, pair.queries(source.image_size)).points
 
     return match
 

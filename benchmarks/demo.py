@@ -17,13 +17,13 @@ import numpy as np
 import skimage.data
 from PIL import Image
 
-from ditf.calib.eval.creature_pairs import pairs
+from ditf.calib.eval.creature_pairs import CreaturePairs
 
 OUTPUT = Path("demo-output")
 BUNDLE = Path("bundles/demo-l9-fp16")
 GRID = 12
 SHOWN = 5  # of GRID columns and rows, in the picture
-CREATURES = 1  # which pair of the benchmark
+CREATURE = 1  # which pair of the benchmark
 
 
 def main() -> None:
@@ -45,11 +45,11 @@ def main() -> None:
 
 def write_creatures() -> tuple[tuple[Path, Path], list[str]]:
     """Two held-out animals of one species as PNG, and the first one's keypoints as "x,y"."""
-    drawn = list(pairs(CREATURES + 1))[CREATURES]
+    drawn = CreaturePairs()[CREATURE]
     paths = (OUTPUT / "creature-source.png", OUTPUT / "creature-target.png")
-    for path, creature in zip(paths, drawn, strict=True):
-        Image.fromarray(creature.image).save(path)
-    return paths, [f"{x:.0f},{y:.0f}" for x, y in drawn[0].keypoints]
+    for path, image in zip(paths, drawn.images, strict=True):
+        Image.fromarray(image).save(path)
+    return paths, [f"{x:.0f},{y:.0f}" for x, y in drawn.points]
 
 
 def write_photographs() -> tuple[tuple[Path, Path], np.ndarray]:

@@ -30,8 +30,10 @@ from torch.optim.swa_utils import AveragedModel
 from train_demo_data import NULL, PATCH, SIZE, Batch, draw_batch, gather, training_pictures
 
 import ditf
-from ditf.calib.eval.creature_pairs import evaluate, pairs
-from ditf.calib.eval.pck import pck
+from ditf.calib.eval.benchmarks import BENCHMARKS
+from ditf.calib.eval.correspondence import evaluate_pairs, matcher
+from ditf.calib.eval.creature_pairs import CreaturePairs
+from ditf.calib.eval.outcomes import totals
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
 
@@ -252,11 +254,10 @@ def probe(checkpoint: Path, count: int) -> float:
     )
     bundle = export_bundle(options)
     with ditf.load(bundle, "onnxruntime") as model:
-
-        def match(source: np.ndarray, target: np.ndarray, points: np.ndarray) -> np.ndarray:
-            return model.match(*model.features_of([source, target]), points).points
-
-        return pck(evaluate(match, pairs(count, split=VALIDATION)), 0.1)
+        outcomes = evaluate_pairs(
+            CreaturePairs(count, VALIDATION)[:count], matcher(model), BENCHMARKS["creatures"].criteria
+        )
+    return totals(outcomes)["pck"]["0.1"]
 
 
 if __name__ == "__main__":

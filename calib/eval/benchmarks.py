@@ -12,8 +12,9 @@ from ditf.calib.eval.creature_pairs import CreaturePairs
 from ditf.calib.eval.datasets import ap10k, davis, hpatches, pf_pascal, pf_willow, spair, stereo, tss
 from ditf.calib.eval.datasets.base import Reading
 from ditf.calib.eval.outcomes import Key
-from ditf.calib.eval.pck import ALPHAS
 from ditf.runtime.errors import InputError
+
+ALPHAS = (0.05, 0.1, 0.15)
 
 Kind = Literal["points", "homographies", "flows", "videos"]
 

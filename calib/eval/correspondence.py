@@ -7,9 +7,10 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditf.calib.eval.datasets.base import Pair
+from ditf.calib.eval.datasets.base import Pair, read_image
 from ditf.calib.eval.datasets.tss import FlowPair
 from ditf.calib.eval.outcomes import Key, Outcome
+from ditf.runtime import Model
 from ditf.runtime.errors import InputError
 
 Report = Callable[[str, int, int], None]
@@ -21,7 +22,18 @@ PairMatcher = Callable[[Pair], np.ndarray]
 FlowEstimator = Callable[[FlowPair], np.ndarray]
 """Flow [H, W, 2] of a pair, (x, y) px, for every pixel of its source."""
 
+
 SAMPLES = 64  # foreground pixels of a flow that a picture shows
+
+
+def matcher(model: Model) -> PairMatcher:
+    """Matching with a bundle: features of both images, then `Model.match` from whole source pixels."""
+
+    def match(pair: Pair) -> np.ndarray:
+        source, target = model.features_of([read_image(image) for image in pair.images])
+        return model.match(source, target, pair.queries(source.image_size)).points
+
+    return match
 
 
 def quiet(name: str, done: int, total: int) -> None:

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 import ditf
-from ditf.calib.eval.creature_pairs import evaluate, pairs
-from ditf.calib.eval.pck import pck
+from ditf.calib.eval.benchmarks import BENCHMARKS
+from ditf.calib.eval.correspondence import evaluate_pairs, matcher
+from ditf.calib.eval.creature_pairs import CreaturePairs
+from ditf.calib.eval.outcomes import totals
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
 from ditf.export.peers import torch_peer
@@ -23,9 +25,13 @@ MARGIN = 0.015
 """Six of 400 points: what rounding may move across the threshold. int8 is allowed twice as much."""
 
 
+def accuracy(match, drawn):
+    return totals(evaluate_pairs(drawn, match, BENCHMARKS["creatures"].criteria))["pck"]["0.1"]
+
+
 @pytest.fixture(scope="module")
 def drawn():
-    return list(pairs(40))
+    return CreaturePairs(40)[:40]
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +44,11 @@ def reference(drawn, demo_bundle_float32):
             pixels, _ = fit_image(Image.fromarray(image), manifest.size, "stretch")
             return ditf.FeatureMap(peer.features(pixels), image.shape[:2])
 
-        def match(source, target, points):
-            return match_points(features(source), features(target), points).points
+        def match(pair):
+            source, target = map(features, pair.images)
+            return match_points(source, target, pair.queries(source.image_size)).points
 
-        return pck(evaluate(match, drawn), 0.1)
+        return accuracy(match, drawn)
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +56,15 @@ def int8(tmp_path_factory):
     return export_bundle(ExportOptions(precision="int8", output=tmp_path_factory.mktemp("int8") / "bundle"))
 
 
-def accuracy(bundle, drawn):
-    with ditf.load(bundle) as model:
-
-        def match(source, target, points):
-            return model.match(*model.features_of([source, target]), points).points
-
-        return pck(evaluate(match, drawn), 0.1)
-
-
 def test_the_reference_finds_them(reference, drawn):
     assert reference >= FLOOR
-    unmoved = pck(evaluate(lambda source, target, points: points, drawn), 0.1)
-    assert reference > 2 * unmoved
+    assert reference > 2 * accuracy(lambda pair: pair.points, drawn)
 
 
 @pytest.mark.parametrize(
     ("fixture", "margin"), [("demo_bundle_float32", MARGIN), ("demo_bundle", MARGIN), ("int8", 2 * MARGIN)]
 )
 def test_every_precision_keeps_the_accuracy(request, reference, drawn, fixture, margin):
-    found = accuracy(request.getfixturevalue(fixture), drawn)
+    with ditf.load(request.getfixturevalue(fixture)) as model:
+        found = accuracy(matcher(model), drawn)
     np.testing.assert_allclose(found, reference, rtol=0, atol=margin)

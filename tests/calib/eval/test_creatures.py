@@ -1,11 +1,10 @@
 from __future__ import annotations
 
 import numpy as np
-import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditf.calib.eval.creature_pairs import TEST, TRAIN, pairs
+from ditf.calib.eval.creature_pairs import SIZE, TEST, TRAIN, CreaturePairs
 from ditf.calib.eval.creatures import KEYPOINTS, SPECIES, draw_creature
 
 
@@ -41,27 +40,34 @@ def test_a_larger_picture_is_the_same_picture():
 def test_neither_colour_nor_place_tells_where_a_keypoint_is():
     """The nearest colour, and the same place, are right one time in five at most."""
     by_colour = by_place = total = 0
-    for source, target in pairs(24):
-        limit = 0.1 * max(target.box[2] - target.box[0], target.box[3] - target.box[1])
-        x, y = np.rint(source.keypoints).astype(int).T
-        colours = source.image[y, x].astype(float)
-        difference = np.abs(target.image[None].astype(float) - colours[:, None, None]).sum(axis=3)
+    for pair in CreaturePairs(24)[:24]:
+        limit = 0.1 * pair.reference
+        x, y = pair.queries((SIZE, SIZE)).astype(int).T
+        colours = pair.source[y, x].astype(float)
+        difference = np.abs(pair.target[None].astype(float) - colours[:, None, None]).sum(axis=3)
         flat = difference.reshape(len(colours), -1).argmin(axis=1)
-        found = np.stack([flat % 256, flat // 256], axis=1)
-        by_colour += (np.linalg.norm(found - target.keypoints, axis=1) <= limit).sum()
-        by_place += (np.linalg.norm(source.keypoints - target.keypoints, axis=1) <= limit).sum()
+        found = np.stack([flat % SIZE, flat // SIZE], axis=1)
+        by_colour += (np.linalg.norm(found - pair.truth, axis=1) <= limit).sum()
+        by_place += (np.linalg.norm(pair.points - pair.truth, axis=1) <= limit).sum()
         total += len(colours)
     assert by_colour / total < 0.2
     assert by_place / total < 0.2
 
 
-@pytest.mark.parametrize("cross", [False, True])
-def test_pairs_are_fixed_and_held_out(cross):
-    few, more = list(pairs(3, cross)), list(pairs(9, cross))
-    for (a, b), (c, d) in zip(few, more, strict=False):
-        np.testing.assert_array_equal(a.image, c.image)
-        np.testing.assert_array_equal(b.image, d.image)
-    assert all((a.species != b.species) == cross for a, b in more)
-    train = next(pairs(1, cross, TRAIN))[0]
-    assert TRAIN != TEST
-    assert (train.image != more[0][0].image).any()
+def test_pairs_are_fixed_and_held_out():
+    few, more = CreaturePairs(3), CreaturePairs(9)
+    for index in range(3):
+        for one, other in ((few[index], more[index]), (few[3 + index], more[9 + index])):
+            assert one.name == other.name
+            np.testing.assert_array_equal(one.source, other.source)
+            np.testing.assert_array_equal(one.target, other.target)
+    assert (CreaturePairs(1, TRAIN)[0].source != few[0].source).any()
+
+
+def test_species_of_pairs():
+    """In species the target is drawn as the source's species, across as another."""
+    for index, pair in enumerate(CreaturePairs(9)):
+        group, number = divmod(index, 9)
+        species = list(SPECIES).index(pair.category)
+        same = draw_creature(species, (TEST, 2 * number + 1), SIZE)
+        assert (same.image == pair.target).all() == (not group)
