@@ -2,8 +2,8 @@
 
 PCK@0.1 on the creatures and the stereo benchmark, and stereo's end-point error: of bundles exported with and
 without AdaLN and the discard, in every precision, at other layers and timesteps; beside them what it takes
-to beat: raw RGB patches, the same model before training, and points that do not move. Layer and timestep of the
-demo were chosen on other pairs.
+to beat: raw RGB patches, the same model before training, and points that do not move. Layer and timestep of
+the demo were chosen on other pairs.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
 
 WIDTH, BLOCKS = 128, 12
-LAYER, TIMESTEP = 9, 150  # of the features whose PCK is followed
+LAYER, TIMESTEP = 9, 100  # of the features whose PCK is followed
 VALIDATION = 3  # first number of the seeds of the pairs that settings are chosen on; the test's are not
 _WARM_UP = 300  # steps
 _TEMPERATURE = 0.1

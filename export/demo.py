@@ -11,6 +11,6 @@ DEMO_CHECKPOINT = Path(__file__).parent / "demo_model"
 
 DEMO_DEFAULTS = Defaults(
     layer=9,
-    timestep=150,
+    timestep=100,
     source="the best of those tried on the creatures' validation split (demo_model/README.md)",
 )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -28,6 +29,9 @@ def workplace(tmp_path_factory, root, tiny_pixart):
     left, right, _ = skimage.data.stereo_motorcycle()
     Image.fromarray(left).save(folder / "left.jpg")
     Image.fromarray(right).save(folder / "right.jpg")
+    mask = np.zeros(left.shape[:2], np.uint8)
+    mask[150:350, 200:500] = 1
+    Image.fromarray(mask).save(folder / "mask.png")
     (folder / "my-pixart").symlink_to(tiny_pixart)
     return folder
 
