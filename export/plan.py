@@ -71,11 +71,22 @@ class Plan:
 
 
 def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
-    """Decide an export.
+    """Decide an export, and see that it can be carried out.
 
     Raises:
-        DitfError: options that contradict each other or the checkpoint, or a checkpoint whose config and
-            weights do.
+        DitfError: as `decide`, or a checkpoint whose config and weights contradict each other.
+    """
+    plan = decide(options, checkpoint)
+    family = plan.family
+    check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
+    return plan
+
+
+def decide(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
+    """Decide an export from a checkpoint's configs; its weights need not be there.
+
+    Raises:
+        DitfError: options that contradict each other or the checkpoint.
     """
     family = family_of(checkpoint)
     if options.batch != "dynamic" and options.batch < 1:
@@ -98,7 +109,6 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     size = _size(options.size or defaults.size, family, latents)
     guidance = _guidance(options, family, defaults)
     _check_text_tokens(options, family)
-    check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
     return Plan(
         options=options,
         checkpoint=checkpoint,
