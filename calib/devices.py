@@ -1,8 +1,8 @@
 """What NVIDIA publishes about the devices that `ditf plan` knows: dense rates, bandwidth, memory.
 
 Rates are without sparsity, at the highest clock that is published, and count a multiply-add as two. FP16 is
-the tensor cores' with float32 sums. FP32 is the CUDA cores': TF32, which TensorRT may take, is not in it. What
-is not published, and does not follow from what is, is None.
+the tensor cores' with float32 sums. FP32 is the CUDA cores': TF32, which TensorRT may take, is not in it.
+What is not published, and does not follow from what is, is None.
 """
 
 from __future__ import annotations

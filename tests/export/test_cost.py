@@ -1,4 +1,4 @@
-"""Counts made from configs against FlopCounterMode: on real graphs, and on the unmodified diffusers classes."""
+"""Counts from configs against FlopCounterMode: on real graphs, and on the unmodified diffusers classes."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_published_geometries(name):
 
 
 NOT_IN_A_BLOCK = ("norm1", "norm1_context", "norm")
-"""What the conditioner computes for all blocks: their AdaLN linears; of PixArt the caption's keys, values too."""
+"""What the conditioner computes: the AdaLN linears; of PixArt the caption's keys and values too."""
 
 
 @pytest.mark.parametrize(
