@@ -204,6 +204,12 @@ def _document(plan: Plan, cost: Cost, devices: dict[str, Device]) -> dict[str, A
             for work in cost.work
         ],
         "devices": {
-            name: {"seconds": seconds(device), "source": device.source} for name, device in devices.items()
+            name: {
+                "seconds": seconds(device),
+                "memory_bytes": device.memory_bytes,
+                "fits": cost.memory_bytes <= device.memory_bytes,
+                "source": device.source,
+            }
+            for name, device in devices.items()
         },
     }
