@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 
 from ditf.export.families.base import Condition, Family, TrunkSpec
+from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.precision import FLOAT32
+from ditf.export.graph.trunk import Trunk
 from ditf.export.pretrained import model_shapes
 from ditf.export.weights import MetaWeights
 
@@ -42,22 +42,37 @@ def count_parameters(
         size: (H, W) in pixels; grid: (h, w) in tokens.
         condition: tensors of the right shapes.
     """
-    shapes = model_shapes(family.transformer_class, family.config)
-    weights = MetaWeights(shapes)
     spec = TrunkSpec(layer, size, grid, family.text_length(condition), FLOAT32)
-    conditioner = family.conditioner(weights, layer, size, FLOAT32).to("meta")
-    given = conditioner(torch.zeros(1, device="meta"), _meta(condition))
-    live = family.trunk(weights, spec, None)
-    bake = family.trunk(weights, spec, given)
+    conditioner, live = shape_modules(family, spec, condition, live=True)
+    _, bake = shape_modules(family, spec, condition, live=False)
     return ParameterCounts(
-        whole=sum(map(math.prod, shapes.values())),
+        whole=whole_parameters(family),
         live=_parameters(conditioner) + _parameters(live),
         bake=_parameters(bake),
     )
 
 
-def _meta(condition: Condition) -> Mapping[str, Any]:
-    return {name: tensor.to("meta") for name, tensor in condition.items()}
+def whole_parameters(family: Family) -> int:
+    """Parameters of the unmodified transformer."""
+    return sum(map(math.prod, model_shapes(family.transformer_class, family.config).values()))
+
+
+@torch.no_grad()
+def shape_modules(
+    family: Family, spec: TrunkSpec, condition: Condition, live: bool
+) -> tuple[Conditioner, Trunk]:
+    """Conditioner and trunk of a graph on the meta device, from the config alone.
+
+    Args:
+        condition: tensors of the right shapes.
+        live: the trunk takes what the conditioner makes at run time.
+    """
+    weights = MetaWeights(model_shapes(family.transformer_class, family.config))
+    with torch.device("meta"):  # for what a conditioner keeps beside its parameters
+        conditioner = family.conditioner(weights, spec.layer, spec.size, spec.precision if live else FLOAT32)
+        given = conditioner(torch.zeros(1), {name: t.to("meta") for name, t in condition.items()})
+    trunk = family.trunk(weights, spec, None if live else given)
+    return conditioner.to("meta"), trunk.to("meta")
 
 
 def _parameters(module: torch.nn.Module) -> int:

@@ -29,6 +29,7 @@ from ditf.export.calibrate import (
 )
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
+from ditf.export.cost import bundle_bytes
 from ditf.export.golden import Case, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.graph.modulation import gate_counts, scales, subnormal_weights
@@ -44,7 +45,7 @@ from ditf.export.trace import write_trace
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
 from ditf.runtime.manifest import DYNAMIC_EXAMPLE, NAME, SCHEMA, Manifest, read_manifest, tool_versions
-from ditf.runtime.staging import staged
+from ditf.runtime.staging import check_space, staged
 
 Report = Callable[[str], None]
 
@@ -91,6 +92,7 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
     report(f"opening {options.model}")
     with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
         plan = make_plan(options, checkpoint)
+        check_space(plan.output, bundle_bytes(plan))
         if options.calibration is not None:
             read_calibration(options.calibration, plan)
         with staged(plan.output) as folder:

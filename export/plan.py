@@ -79,11 +79,22 @@ class Plan:
 
 
 def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
-    """Decide an export.
+    """Decide an export, and see that it can be carried out.
 
     Raises:
-        DitfError: options that contradict each other or the checkpoint, or a checkpoint whose config and
-            weights do.
+        DitfError: as `decide`, or a checkpoint whose config and weights contradict each other.
+    """
+    plan = decide(options, checkpoint)
+    family = plan.family
+    check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
+    return plan
+
+
+def decide(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
+    """Decide an export from a checkpoint's configs; its weights need not be there.
+
+    Raises:
+        DitfError: options that contradict each other or the checkpoint.
     """
     family = family_of(checkpoint)
     if options.batch != "dynamic" and options.batch < 1:
@@ -108,7 +119,6 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     _check_text_tokens(options, family)
     cell = latents.stride * family.patch_size
     _check_pca(options, family, (size[0] // cell) * (size[1] // cell))
-    check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
     return Plan(
         options=options,
         checkpoint=checkpoint,

@@ -118,6 +118,16 @@ def model_shapes(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, .
     """{tensor: shape} of a diffusers class made from a config.
 
     Raises:
+        InputError: as `shape_model`.
+    """
+    state = shape_model(name, config).state_dict()
+    return {tensor: tuple(value.shape) for tensor, value in state.items()}
+
+
+def shape_model(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
+    """A diffusers class made from a config, on the meta device.
+
+    Raises:
         InputError: no model can be made of this config.
     """
     known = {key: value for key, value in config.items() if not key.startswith("_")}
@@ -125,12 +135,14 @@ def model_shapes(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, .
     try:
         with torch.device("meta"), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            model = getattr(diffusers, name)(**{k: v for k, v in known.items() if k in accepted})
+            model: torch.nn.Module = getattr(diffusers, name)(
+                **{k: v for k, v in known.items() if k in accepted}
+            )
     except Exception as error:  # whatever a config can provoke in someone else's code
         raise InputError(
             f"{name} cannot be made from its config ({first_line(error)})", "download the checkpoint again"
         ) from error
-    return {tensor: tuple(value.shape) for tensor, value in model.state_dict().items()}
+    return model
 
 
 def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:

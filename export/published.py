@@ -1,15 +1,22 @@
-"""Configs of published transformers, to count and time what an export of them would be without a download."""
+"""Configs of published models, to count and time what an export of them would be without a download."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import json
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 
+from ditf.export.checkpoint import DEMO, Checkpoint
+from ditf.export.demo import DEMO_CHECKPOINT
 from ditf.export.families import FAMILIES
 from ditf.export.families.base import Condition, Family
 from ditf.export.pretrained import full_config
+from ditf.runtime.errors import InputError
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "DiT-XL/2 512": {"_class_name": "DiTTransformer2DModel", "sample_size": 64, "out_channels": 8},
@@ -51,11 +58,27 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "FLUX.1-dev": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
     "FLUX.1-schnell": {"_class_name": "FluxTransformer2DModel"},
+    "AuraFlow": {"_class_name": "AuraFlowTransformer2DModel"},
 }
 """By name; what a config leaves out is the class's own default."""
 
-_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512}
-_POOLED = {"sd3": 2048, "flux": 768}
+HUB_IDS = {
+    "DiT-XL/2 512": "facebook/DiT-XL-2-512",
+    "PixArt-XL/2 512": "PixArt-alpha/PixArt-XL-2-512x512",
+    "SD3 medium": "stabilityai/stable-diffusion-3-medium-diffusers",
+    "SD3.5 medium": "stabilityai/stable-diffusion-3.5-medium",
+    "SD3.5 large": "stabilityai/stable-diffusion-3.5-large",
+    "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
+    "FLUX.1-schnell": "black-forest-labs/FLUX.1-schnell",
+    "AuraFlow": "fal/AuraFlow",
+}
+"""Of the models above, by their names."""
+
+_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "auraflow": 256}
+_SHORT_PROMPT = {"pixart": 8}
+"""Tokens of a short prompt, where the masked ones that follow are dropped."""
+_DDPM = ("dit", "pixart")  # the others are flow matching
+_STAGES = 4  # of the encoder: a stride of 8 in every published VAE
 
 
 def published_family(name: str) -> Family:
@@ -65,18 +88,89 @@ def published_family(name: str) -> Family:
     return family(full_config(family.transformer_class, config))
 
 
+@contextmanager
+def open_configs(model: str) -> Iterator[Checkpoint]:
+    """A checkpoint of which only the configs are read: the demo, a directory, or a published model.
+
+    Args:
+        model: a published one by its name or its hub id; nothing is downloaded.
+
+    Raises:
+        InputError: none of these.
+    """
+    path = Path(model).expanduser()
+    published = {**{name.lower(): name for name in CONFIGS}, **{i.lower(): n for n, i in HUB_IDS.items()}}
+    if model == DEMO:
+        yield Checkpoint(DEMO_CHECKPOINT, DEMO)
+    elif model and path.is_dir():
+        yield Checkpoint(path, model)
+    elif model.lower() in published:
+        with tempfile.TemporaryDirectory(prefix="ditf-configs-") as folder:
+            _write_configs(Path(folder), published[model.lower()])
+            yield Checkpoint(Path(folder), model)
+    else:
+        raise InputError(
+            f"{model!r:.80} is no directory, and no published model whose config is known",
+            f"pass a directory that holds its configs, or one of {', '.join([DEMO, *HUB_IDS.values()])}",
+        )
+
+
+def _write_configs(folder: Path, name: str) -> None:
+    """The configs of a published model in diffusers' layout; of VAE and scheduler, what matters here."""
+    family = published_family(name)
+    vae = {
+        "_class_name": "AutoencoderKL",
+        "block_out_channels": [128, 256, 512, 512],
+        "down_block_types": ["DownEncoderBlock2D"] * _STAGES,
+        "up_block_types": ["UpDecoderBlock2D"] * _STAGES,
+        "layers_per_block": 2,
+        "latent_channels": family.latent_channels,
+        "use_quant_conv": family.latent_channels == 4,  # those of 16 channels, SD3's and FLUX's, have none
+        "use_post_quant_conv": family.latent_channels == 4,
+    }
+    flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
+    ddpm = {"_class_name": "DDIMScheduler", "beta_schedule": "linear"}
+    configs = {
+        "transformer/config.json": CONFIGS[name],
+        "vae/config.json": vae,
+        "scheduler/scheduler_config.json": ddpm if family.name in _DDPM else flow,
+    }
+    for file, config in configs.items():
+        (folder / file).parent.mkdir()
+        (folder / file).write_text(json.dumps(config), "utf-8")
+
+
+def prompt_tokens(family: Family, text_tokens: int | None) -> int | None:
+    """Text tokens that an export would keep, for `example_condition`; of a short prompt where the rest goes.
+
+    Args:
+        text_tokens: of --text-tokens.
+    """
+    if not family.takes_prompt:
+        return None
+    tokens = _SHORT_PROMPT.get(family.name, _most_tokens(family))
+    return tokens if text_tokens is None else min(tokens, family.leading_tokens + text_tokens)
+
+
+def _most_tokens(family: Family) -> int:
+    if family.name == "flux" and not family.takes_guidance:
+        return 256  # schnell's
+    return _TEXT[family.name]
+
+
 def example_condition(family: Family, text_tokens: int | None = None) -> Condition:
-    """Tensors of the shapes that a published model's text encoders give, filled with zeros.
+    """Tensors of the shapes that a model's text encoders give, filled with zeros.
 
     Args:
         text_tokens: unmasked text tokens; all by default.
     """
     if not family.takes_prompt:
         return {"class_labels": torch.zeros(1, dtype=torch.int64)}
-    tokens = text_tokens or _TEXT[family.name]
-    condition = {"prompt_embeds": torch.zeros(1, tokens, 4096)}
-    if family.name in _POOLED:
-        condition["pooled_prompt_embeds"] = torch.zeros(1, _POOLED[family.name])
+    tokens = text_tokens or _most_tokens(family)
+    width = family.config.get("caption_channels") or family.config["joint_attention_dim"]
+    condition = {"prompt_embeds": torch.zeros(1, tokens, width)}
+    if "pooled_projection_dim" in family.config:
+        condition["pooled_prompt_embeds"] = torch.zeros(1, family.config["pooled_projection_dim"])
     else:
         condition["prompt_attention_mask"] = torch.ones(1, tokens, dtype=torch.int64)
     if family.takes_guidance:

@@ -48,6 +48,26 @@ def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
+def check_space(target: Path, needed: int) -> None:
+    """Reject a directory that its file system has no room for, before the work starts.
+
+    What is at `target` stays until the new one is complete: its space does not count as free.
+
+    Args:
+        needed: bytes, about.
+
+    Raises:
+        InputError: says what is free and what is needed.
+    """
+    folder = next(path for path in target.absolute().parents if path.is_dir())
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise InputError(
+            f"{target} needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free",
+            "free some space, or choose another --output, --precision fp16 or an earlier --layer",
+        )
+
+
 def _replace(temporary: Path, target: Path) -> None:
     if not target.exists():
         temporary.rename(target)

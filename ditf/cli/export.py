@@ -125,7 +125,7 @@ def export(
         "revision": revision,
         "variant": variant,
         "layer": layer,
-        "precision": _parse_precision(precision, fp16),
+        "precision": parse_precision(precision, fp16),
         "conditioning": conditioning,
         "timestep": timestep,
         "prompt": prompt,
@@ -225,7 +225,12 @@ def _parse_discard(text: str) -> Union[str, tuple[int, ...]]:
         ) from None
 
 
-def _parse_precision(text: Optional[str], fp16: bool) -> str:
+def parse_precision(text: Optional[str], fp16: bool) -> str:
+    """The precision that --precision or --fp16 names.
+
+    Raises:
+        InputError: unknown, or the two contradict each other.
+    """
     with needs_exporter():
         from ditf.export.options import SHORT_NAMES
     if text is None:

@@ -13,7 +13,20 @@ from typing import Annotated, NoReturn, Optional
 import typer
 
 import ditf
-from ditf.cli import bench, build, calibrate, check, doctor, evaluate, export, features, inspect, match, track
+from ditf.cli import (
+    bench,
+    build,
+    calibrate,
+    check,
+    doctor,
+    evaluate,
+    export,
+    features,
+    inspect,
+    match,
+    plan,
+    track,
+)
 from ditf.cli.console import state
 from ditf.runtime.errors import DitfError
 
@@ -41,6 +54,7 @@ app.command("match")(match.match)
 app.command("eval")(evaluate.evaluate_bundle)
 app.command("track")(track.track)
 app.command("features")(features.features)
+app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)
 

@@ -1,0 +1,215 @@
+"""`ditf plan`: what an export would cost on a device, from the configs alone."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Annotated, Any, Optional
+
+import typer
+
+from ditf.calib.devices import DEVICES, Device, find_device
+from ditf.cli.console import (
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    bytes_text,
+    check_writable,
+    parse_size,
+    show,
+    state,
+    table,
+    write_json,
+)
+from ditf.cli.export import needs_exporter, options_of, parse_precision
+from ditf.runtime.errors import GateFailed, InputError
+
+if TYPE_CHECKING:
+    from ditf.export.cost import Cost
+    from ditf.export.plan import Plan
+
+
+def plan(
+    model: Annotated[
+        str, typer.Option(help="'demo', a directory with its configs, or a published model's hub id.")
+    ] = "demo",
+    layer: Annotated[
+        Optional[str], typer.Option(help="Block whose input is the feature: 9 or single.9.")
+    ] = None,
+    size: Annotated[
+        Optional[str], typer.Option(metavar="HxW", help="Input size in pixels; the model's own by default.")
+    ] = None,
+    fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
+    precision: Annotated[
+        Optional[str],
+        typer.Option(metavar="fp32|fp16|bf16|int8", help="Of weights, GEMMs and attention; fp32 by default."),
+    ] = None,
+    ensemble: Annotated[int, typer.Option(help="Noises averaged inside the graph.")] = 1,
+    batch: Annotated[int, typer.Option(help="Images in one call.")] = 1,
+    text_tokens: Annotated[
+        Optional[int], typer.Option(help="T5 tokens to keep; all, or a short prompt's, by default.")
+    ] = None,
+    device: Annotated[
+        Optional[str], typer.Option(metavar="|".join(DEVICES), help="One device in detail; all by default.")
+    ] = None,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Say what an export would cost, before weights are there: exit 1 if the device's memory is too small."""
+    check_writable(json_file)
+    chosen = DEVICES if device is None else {device: find_device(device)}
+    values: dict[str, Any] = {
+        "model": model,
+        "layer": layer,
+        "precision": parse_precision(precision, fp16),
+        "size": None if size is None else parse_size(size),
+        "ensemble": ensemble,
+        "batch": batch,
+        "text_tokens": text_tokens,
+    }
+    options = options_of(values)
+    with needs_exporter():
+        from ditf.export.pretrained import quieten_libraries
+
+        if not state.verbose:
+            quieten_libraries()
+        from ditf.export.cost import count_cost
+        from ditf.export.plan import decide
+        from ditf.export.published import open_configs
+        from ditf.export.remedies import remedies
+    with open_configs(model) as checkpoint:
+        decided = decide(options, checkpoint)
+        cost = count_cost(decided)
+        if device is not None:
+            cost.seconds(chosen[device])  # or say that its rate is not published, before anything is shown
+        ok = device is None or cost.memory_bytes <= chosen[device].memory_bytes
+        advice = [] if device is None or ok else remedies(decided, chosen[device].memory_bytes)
+    show(_described(decided, cost))
+    if device is None:
+        show(
+            "\n"
+            + table([("device", "roofline", "memory needed"), *(_row(chosen[n], n, cost) for n in chosen)])
+        )
+    else:
+        show("\n" + _detailed(chosen[device], cost))
+    document = _document(decided, cost, chosen)
+    if device is not None:
+        limit = chosen[device].memory_bytes
+        gate = {"name": "memory", "value": cost.memory_bytes, "limit": limit, "ok": ok}
+        document |= {"gates": [gate], "remedies": advice}
+    write_json(json_file, document, ok)
+    if device is not None and not ok:
+        raise GateFailed(
+            f"{model} needs {bytes_text(cost.memory_bytes)}, the {chosen[device].title} has"
+            f" {bytes_text(chosen[device].memory_bytes)}",
+            f"what fits: {', or '.join(advice)}"
+            if advice
+            else "no smaller size or earlier layer fits either",
+        )
+
+
+def _described(plan: Plan, cost: Cost) -> str:
+    from ditf.export.cost import MATCH_IMAGE, MATCH_POINTS, MATCHING, PARTS
+
+    (height, width), (h, w) = plan.size, plan.grid
+    rows: list[tuple[str, ...]] = [("part", "GFLOP", "bytes moved", "operands")]
+    for part in (*PARTS, MATCHING):
+        done = [work for work in cost.work if work.part == part]
+        if done:
+            kinds = ", ".join(sorted({work.kind for work in done if work.operations}))
+            moved = bytes_text(sum(work.moved for work in done))
+            rows.append((part, f"{cost.operations(part) / 1e9:,.1f}", moved, kinds))
+    return "\n".join(
+        [
+            f"{plan.options.model}: {plan.family.blocks.describe(plan.layer)}, {plan.options.precision},"
+            f" {height}x{width} px -> {plan.family.channels}x{h}x{w}",
+            f"parameters: {cost.whole / 1e9:.2f} B the whole transformer, {cost.parameters / 1e9:.2f} B in"
+            f" the graph, VAE included: {bytes_text(cost.weight_bytes)}",
+            f"activations: at most {bytes_text(cost.activation_bytes)}",
+            f"export: about {bytes_text(cost.bundle_bytes)} on disk; the unmodified model in float32 is"
+            f" {bytes_text(cost.reference_bytes)}, its largest block {bytes_text(cost.block_bytes)}",
+            "",
+            table(rows),
+            "",
+            f"matching: {MATCH_POINTS} points in an image of {MATCH_IMAGE[0]}x{MATCH_IMAGE[1]}",
+        ]
+    )
+
+
+def _row(device: Device, name: str, cost: Cost) -> tuple[str, ...]:
+    return name, _time(device, cost), _memory(device, cost)
+
+
+def _detailed(device: Device, cost: Cost) -> str:
+    from ditf.export.cost import MATCHING, PARTS
+
+    parts = [part for part in (*PARTS, MATCHING) if any(work.part == part for work in cost.work)]
+    rows = [("features", _time(device, cost)), *((f"  {p}", _time(device, cost, p)) for p in parts)]
+    rows[-1] = (MATCHING, rows[-1][1])
+    return "\n".join(
+        [
+            f"{device.title} ({device.source})",
+            table([("no faster than", ""), *rows, ("memory", _memory(device, cost))]),
+        ]
+    )
+
+
+def _time(device: Device, cost: Cost, *parts: str) -> str:
+    try:
+        milliseconds = 1e3 * cost.seconds(device, *parts)
+    except InputError:
+        return "no rate published"
+    return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.3g} s"
+
+
+def _memory(device: Device, cost: Cost) -> str:
+    share = cost.memory_bytes / device.memory_bytes
+    verdict = "" if share <= 1 else ": does not fit"
+    return f"{bytes_text(cost.memory_bytes)} of {device.memory:g} GB, {share:.0%}{verdict}"
+
+
+def _document(plan: Plan, cost: Cost, devices: dict[str, Device]) -> dict[str, Any]:
+    from ditf.export.cost import MATCHING, PARTS
+
+    def seconds(device: Device) -> Optional[dict[str, float]]:
+        try:
+            return {
+                "features": cost.seconds(device),
+                **{p: cost.seconds(device, p) for p in (*PARTS, MATCHING)},
+            }
+        except InputError:
+            return None
+
+    return {
+        "model": plan.options.model,
+        "family": plan.family.name,
+        "layer": plan.layer,
+        "layer_name": plan.family.blocks.describe(plan.layer),
+        "size": list(plan.size),
+        "grid": list(plan.grid),
+        "channels": plan.family.channels,
+        "precision": plan.options.precision,
+        "ensemble": plan.options.ensemble,
+        "batch": plan.options.batch,
+        "parameters": {"whole": cost.whole, "graph": cost.parameters},
+        "bytes": {
+            "weights": cost.weight_bytes,
+            "activations": cost.activation_bytes,
+            "memory": cost.memory_bytes,
+            "bundle": cost.bundle_bytes,
+            "unmodified_float32": cost.reference_bytes,
+            "largest_block_float32": cost.block_bytes,
+        },
+        "work": [
+            {"part": work.part, "operands": work.kind, "flops": work.operations, "bytes_moved": work.moved}
+            for work in cost.work
+        ],
+        "devices": {
+            name: {
+                "seconds": seconds(device),
+                "memory_bytes": device.memory_bytes,
+                "fits": cost.memory_bytes <= device.memory_bytes,
+                "source": device.source,
+            }
+            for name, device in devices.items()
+        },
+    }
