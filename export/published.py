@@ -51,10 +51,12 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "FLUX.1-dev": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
     "FLUX.1-schnell": {"_class_name": "FluxTransformer2DModel"},
+    "Lumina-Image 2.0": {"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304},
 }
 """By name; what a config leaves out is the class's own default."""
 
-_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512}
+_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "lumina2": 256}
+_WIDTH = {"lumina2": 2304}  # T5's is 4096
 _POOLED = {"sd3": 2048, "flux": 768}
 
 
@@ -74,7 +76,7 @@ def example_condition(family: Family, text_tokens: int | None = None) -> Conditi
     if not family.takes_prompt:
         return {"class_labels": torch.zeros(1, dtype=torch.int64)}
     tokens = text_tokens or _TEXT[family.name]
-    condition = {"prompt_embeds": torch.zeros(1, tokens, 4096)}
+    condition = {"prompt_embeds": torch.zeros(1, tokens, _WIDTH.get(family.name, 4096))}
     if family.name in _POOLED:
         condition["pooled_prompt_embeds"] = torch.zeros(1, _POOLED[family.name])
     else:

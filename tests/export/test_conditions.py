@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from diffusers import Lumina2Pipeline
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import encode, plan_entries, read_prompts, trim
@@ -96,7 +97,6 @@ def test_what_is_refused(checkpoint, name, options, message):
     [
         ("pixart", {"prompt": "a" * 120}, "tokens, T5 reads 120; shorten it"),
         ("sd3", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
-        ("flux", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
     ],
 )
 def test_what_the_encoders_refuse(checkpoint, name, options, message):
@@ -151,3 +151,16 @@ def test_guidance_reaches_the_condition(checkpoint):
     made, _ = encoded(checkpoint("schnell"))
     assert "guidance" not in made[0].condition
     assert made[0].condition["prompt_embeds"].shape[1] == 256
+
+
+@pytest.mark.parametrize(("name", "pipeline_class"), [("lumina2", Lumina2Pipeline)])
+def test_text_is_what_the_whole_pipeline_encodes(checkpoint, name, pipeline_class):
+    """System prompt, layer and mask are the pipeline's; that of the tests is loaded with all of its parts."""
+    made, _ = encoded(checkpoint(name), prompt="the head of a dog")
+    pipeline = pipeline_class.from_pretrained(checkpoint(name))
+    with torch.no_grad():
+        embeds, mask, _, _ = pipeline.encode_prompt("the head of a dog", do_classifier_free_guidance=False)
+    torch.testing.assert_close(made[0].condition["prompt_embeds"], embeds, rtol=0, atol=0)
+    torch.testing.assert_close(made[0].condition["prompt_attention_mask"], mask, rtol=0, atol=0)
+    plain = pipeline.text_encoder(**pipeline.tokenizer("the head of a dog", return_tensors="pt"))
+    assert embeds.shape[1] == 256 > mask.sum() > plain.last_hidden_state.shape[1]  # the system prompt
