@@ -51,12 +51,20 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     },
     "FLUX.1-dev": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
     "FLUX.1-schnell": {"_class_name": "FluxTransformer2DModel"},
+    "FLUX.2 [klein] 4B": {
+        "_class_name": "Flux2Transformer2DModel",
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
     "Lumina-Image 2.0": {"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304},
 }
 """By name; what a config leaves out is the class's own default."""
 
-_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "lumina2": 256}
-_WIDTH = {"lumina2": 2304}  # T5's is 4096
+_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "flux2": 512, "lumina2": 256}
+_WIDTH = {"flux2": 7680, "lumina2": 2304}  # T5's is 4096
 _POOLED = {"sd3": 2048, "flux": 768}
 
 
@@ -79,7 +87,7 @@ def example_condition(family: Family, text_tokens: int | None = None) -> Conditi
     condition = {"prompt_embeds": torch.zeros(1, tokens, _WIDTH.get(family.name, 4096))}
     if family.name in _POOLED:
         condition["pooled_prompt_embeds"] = torch.zeros(1, _POOLED[family.name])
-    else:
+    elif family.name != "flux2":
         condition["prompt_attention_mask"] = torch.ones(1, tokens, dtype=torch.int64)
     if family.takes_guidance:
         condition["guidance"] = torch.zeros(1)

@@ -26,7 +26,15 @@ def trace_of(reference, image):
     return trace
 
 
-LAST = [("dit", "3"), ("pixart", "2"), ("sd35", "3"), ("flux", "4"), ("auraflow", "4"), ("lumina2", "4")]
+LAST = [
+    ("dit", "3"),
+    ("pixart", "2"),
+    ("sd35", "3"),
+    ("flux", "4"),
+    ("auraflow", "4"),
+    ("flux2", "4"),
+    ("lumina2", "4"),
+]
 
 
 @pytest.mark.parametrize(("name", "layer"), LAST)
