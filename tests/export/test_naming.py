@@ -24,7 +24,7 @@ CASES = [
     ("auraflow", "4", "bake", 1),
     ("schnell", "0", "bake", 1),
     ("flux2", "4", "bank", 1),
-    ("lumina2", "4", "bake", 1),
+    ("lumina2", "4", "bank", 1),
 ]
 
 
