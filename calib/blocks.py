@@ -30,7 +30,8 @@ class BlockStatistics:
     """Statistics of what enters one block.
 
     Attributes:
-        scale: [C], 1 + scale of the block's first norm, recovered from what it made of the image.
+        scale: [C], 1 + scale of the block's first norm, times its weight where it has one, recovered from
+            what it made of the image.
     """
 
     layer: int
@@ -55,10 +56,12 @@ class BlockMeasurement:
 
     Args:
         names: of the blocks, for people.
+        centred: False where their norms are RMSNorms, which take no mean off.
     """
 
-    def __init__(self, names: Sequence[str]) -> None:
+    def __init__(self, names: Sequence[str], centred: bool = True) -> None:
         self._names = names
+        self._centred = centred
         self._image = [Accumulator() for _ in names]
         self._text: dict[int, Accumulator] = {}
         self._scales: dict[int, np.ndarray] = {}
@@ -75,7 +78,7 @@ class BlockMeasurement:
             text = self._text.setdefault(layer, Accumulator())
             text.add(entering.text, f"the text tokens that enter {name}")
         if layer not in self._scales:  # the same for every image
-            self._scales[layer] = _scale(entering)
+            self._scales[layer] = _scale(entering, self._centred)
 
     def finish(self) -> list[BlockStatistics]:
         """The statistics of every block.
@@ -95,14 +98,16 @@ class BlockMeasurement:
         ]
 
 
-def _scale(entering: Entering) -> np.ndarray:
-    """Slope of modulated = slope * LayerNorm(x) + shift, channel by channel: exact, since it is affine."""
+def _scale(entering: Entering, centred: bool) -> np.ndarray:
+    """Slope of modulated = slope * norm(x) + shift, channel by channel: exact, since it is affine."""
     x = entering.image.astype(np.float64)
-    normed = (x - x.mean(axis=1, keepdims=True)) / np.sqrt(x.var(axis=1, keepdims=True) + 1e-6)
-    centred = normed - normed.mean(axis=0)
+    if centred:
+        x = x - x.mean(axis=1, keepdims=True)
+    normed = x / np.sqrt(np.square(x).mean(axis=1, keepdims=True) + 1e-6)
+    varying = normed - normed.mean(axis=0)
     modulated = entering.modulated.astype(np.float64)
-    slope: np.ndarray = (centred * (modulated - modulated.mean(axis=0))).sum(axis=0) / np.maximum(
-        (centred * centred).sum(axis=0), 1e-30
+    slope: np.ndarray = (varying * (modulated - modulated.mean(axis=0))).sum(axis=0) / np.maximum(
+        (varying * varying).sum(axis=0), 1e-30
     )
     return slope
 

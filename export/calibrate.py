@@ -99,7 +99,8 @@ def observe(plan: Plan, reference: Reference, progress: Progress = lambda line: 
     names, images = calibration_images(plan.options.calibration_images, plan.size)
     blocks = plan.family.blocks
     measurement = BlockMeasurement(
-        [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)]
+        [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)],
+        centred=not plan.family.rms_norms,
     )
     last: list[np.ndarray] = []
 

@@ -188,7 +188,8 @@ def shape_graph(plan: Plan, condition: Condition | None = None) -> tuple[Feature
 def _encoder(plan: Plan) -> nn.Module:
     if not plan.latents.vae:
         return PixelEncoder()
-    return KLEncoder(_vae(plan), plan.latents.shift, plan.latents.scale, plan.precision)
+    vae = _vae(plan)
+    return KLEncoder(vae, *plan.latents.shift_and_scale(vae), plan.precision, plan.latents.patch)
 
 
 def _vae(plan: Plan) -> Any:

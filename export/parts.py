@@ -76,7 +76,7 @@ def removed_parts(plan: Plan, made: Specialised) -> Counts:
     }
     if plan.latents.vae:
         vae = plan.checkpoint.weights("vae")
-        encoder = ("encoder.", "quant_conv.")
+        encoder = ("encoder.", "quant_conv.", "bn.")
         removed["VAE decoder"] = _count(vae, (name for name in vae.shapes if not name.startswith(encoder)))
     return {step: count for step, count in removed.items() if count["parameters"]}
 

@@ -59,6 +59,15 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "FLUX.1-dev": {"_class_name": "FluxTransformer2DModel", "guidance_embeds": True},
     "FLUX.1-schnell": {"_class_name": "FluxTransformer2DModel"},
     "AuraFlow": {"_class_name": "AuraFlowTransformer2DModel"},
+    "FLUX.2 [klein] 4B": {
+        "_class_name": "Flux2Transformer2DModel",
+        "num_layers": 5,
+        "num_single_layers": 20,
+        "num_attention_heads": 24,
+        "joint_attention_dim": 7680,
+        "guidance_embeds": False,
+    },
+    "Lumina-Image 2.0": {"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304},
 }
 """By name; what a config leaves out is the class's own default."""
 
@@ -71,12 +80,16 @@ HUB_IDS = {
     "FLUX.1-dev": "black-forest-labs/FLUX.1-dev",
     "FLUX.1-schnell": "black-forest-labs/FLUX.1-schnell",
     "AuraFlow": "fal/AuraFlow",
+    "FLUX.2 [klein] 4B": "black-forest-labs/FLUX.2-klein-4B",
+    "Lumina-Image 2.0": "Alpha-VLLM/Lumina-Image-2.0",
 }
 """Of the models above, by their names."""
 
-_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "auraflow": 256}
+_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "auraflow": 256, "flux2": 512, "lumina2": 256}
 _SHORT_PROMPT = {"pixart": 8}
 """Tokens of a short prompt, where the masked ones that follow are dropped."""
+_TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "cap_feat_dim")  # a family has one of them
+_UNMASKED = ("flux2",)  # its text has neither a mask nor a pooled embedding
 _DDPM = ("dit", "pixart")  # the others are flow matching
 _STAGES = 4  # of the encoder: a stride of 8 in every published VAE
 
@@ -128,6 +141,8 @@ def _write_configs(folder: Path, name: str) -> None:
         "use_quant_conv": family.latent_channels == 4,  # those of 16 channels, SD3's and FLUX's, have none
         "use_post_quant_conv": family.latent_channels == 4,
     }
+    if family.name == "flux2":
+        vae = {"_class_name": "AutoencoderKLFlux2"}  # all defaults
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     ddpm = {"_class_name": "DDIMScheduler", "beta_schedule": "linear"}
     configs = {
@@ -167,11 +182,11 @@ def example_condition(family: Family, text_tokens: int | None = None) -> Conditi
     if not family.takes_prompt:
         return {"class_labels": torch.zeros(1, dtype=torch.int64)}
     tokens = text_tokens or _most_tokens(family)
-    width = family.config.get("caption_channels") or family.config["joint_attention_dim"]
+    width = next(family.config[key] for key in _TEXT_WIDTHS if family.config.get(key))
     condition = {"prompt_embeds": torch.zeros(1, tokens, width)}
     if "pooled_projection_dim" in family.config:
         condition["pooled_prompt_embeds"] = torch.zeros(1, family.config["pooled_projection_dim"])
-    else:
+    elif family.name not in _UNMASKED:
         condition["prompt_attention_mask"] = torch.ones(1, tokens, dtype=torch.int64)
     if family.takes_guidance:
         condition["guidance"] = torch.zeros(1)

@@ -15,6 +15,7 @@ import diffusers
 import numpy as np
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ditf.calib.blocks import Entering
 from ditf.export.checkpoint import Checkpoint
@@ -191,7 +192,14 @@ class Reference:
         if self._vae is None:
             return pixels
         mean: torch.Tensor = self._vae.encode(pixels.to(self._dtype)).latent_dist.mean.float()
-        return (mean - self._latents.shift) * self._latents.scale
+        if self._latents.patch == 1:
+            return (mean - self._latents.shift) * self._latents.scale
+        packed: torch.Tensor = diffusers.Flux2KleinPipeline._patchify_latents(mean)
+        norm = self._vae.bn
+        normed: torch.Tensor = functional.batch_norm(
+            packed, norm.running_mean, norm.running_var, eps=norm.eps
+        )
+        return normed
 
     def _add_noise(self, x_0: torch.Tensor) -> torch.Tensor:
         """x_t [E, c, h', w']; DDPM through diffusers' own scheduler, flow matching by its formula."""

@@ -146,4 +146,5 @@ def _encoder(plan: Plan) -> nn.Module:
     latents = plan.latents
     if not latents.vae:
         return PixelEncoder()
-    return KLEncoder(latents.load_vae(plan.checkpoint), latents.shift, latents.scale, plan.precision)
+    vae = latents.load_vae(plan.checkpoint)
+    return KLEncoder(vae, *latents.shift_and_scale(vae), plan.precision, latents.patch)

@@ -13,14 +13,19 @@ from diffusers import (
     AuraFlowPipeline,
     AuraFlowTransformer2DModel,
     AutoencoderKL,
+    AutoencoderKLFlux2,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
     DiTTransformer2DModel,
     DPMSolverMultistepScheduler,
     FlowMatchEulerDiscreteScheduler,
+    Flux2KleinPipeline,
+    Flux2Transformer2DModel,
     FluxPipeline,
     FluxTransformer2DModel,
+    Lumina2Pipeline,
+    Lumina2Transformer2DModel,
     PixArtAlphaPipeline,
     PixArtSigmaPipeline,
     PixArtTransformer2DModel,
@@ -33,6 +38,12 @@ from transformers import (
     CLIPTextModel,
     CLIPTextModelWithProjection,
     CLIPTokenizer,
+    Gemma2Config,
+    Gemma2Model,
+    GemmaTokenizer,
+    Qwen2Tokenizer,
+    Qwen3Config,
+    Qwen3ForCausalLM,
     T5Config,
     T5EncoderModel,
     T5Tokenizer,
@@ -44,6 +55,15 @@ PIXART_BLOCKS = 4
 PIXART_WIDTH = 48
 PIXART_CELL = 8  # image pixels of a token: patch 2 x VAE stride 4
 CLASSES = 10
+LETTERS = "abcdefghijklmnopqrstuvwxyz,.'"
+TINY_VAE = {
+    "block_out_channels": (8, 16, 16),
+    "down_block_types": ("DownEncoderBlock2D",) * 3,
+    "up_block_types": ("UpDecoderBlock2D",) * 3,
+    "latent_channels": 4,
+    "norm_num_groups": 4,
+    "sample_size": 64,
+}
 UNTRAINED_MASSIVE = {5: 60.0, 41: -40.0}
 
 
@@ -249,17 +269,114 @@ def save_tiny_auraflow(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
+def save_tiny_flux2(folder: Path) -> None:
+    """FLUX.2 [klein]: 2 double and 3 single blocks."""
+    with seeded():
+        transformer = lively(
+            Flux2Transformer2DModel(
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=3,
+                attention_head_dim=16,
+                num_attention_heads=3,
+                joint_attention_dim=48,
+                axes_dims_rope=(4, 4, 4, 4),
+                guidance_embeds=False,
+            )
+        )
+        vae = AutoencoderKLFlux2(**TINY_VAE)
+        vae.bn.running_mean.normal_()
+        vae.bn.running_var.uniform_(0.5, 2.0)
+        pipeline = Flux2KleinPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=vae,
+            text_encoder=tiny_qwen3(28),  # the pipeline reads what enters layers 9, 18 and 27
+            tokenizer=tiny_qwen_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
+def tiny_qwen3(layers: int) -> Qwen3ForCausalLM:
+    return Qwen3ForCausalLM(
+        Qwen3Config(
+            vocab_size=64,
+            hidden_size=16,
+            intermediate_size=32,
+            num_hidden_layers=layers,
+            num_attention_heads=2,
+            num_key_value_heads=1,
+            head_dim=8,
+        )
+    )
+
+
+def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
+    """A Qwen tokenizer that spells, with a template for chats."""
+    symbols = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>", "Ġ", "Ċ", *LETTERS]
+    return Qwen2Tokenizer(
+        vocab={symbol: index for index, symbol in enumerate(symbols)},
+        merges=[],
+        extra_special_tokens=symbols[1:5],
+        chat_template="{% for m in messages %}"
+        "<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n"
+        "{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+        "{% if not enable_thinking %}<think>\n\n</think>\n\n{% endif %}",
+    )
+
+
+def save_tiny_lumina2(folder: Path) -> None:
+    """Lumina2: 2 refiners and 3 layers, 4 heads over 2 of keys and values."""
+    with seeded():
+        transformer = lively(
+            Lumina2Transformer2DModel(
+                sample_size=16,
+                in_channels=4,
+                hidden_size=48,
+                num_layers=3,
+                num_refiner_layers=2,
+                num_attention_heads=4,
+                num_kv_heads=2,
+                multiple_of=16,
+                axes_dim_rope=(4, 4, 4),
+                axes_lens=(300, 24, 24),
+                cap_feat_dim=32,
+            )
+        )
+        pipeline = Lumina2Pipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=6.0),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=tiny_gemma(),
+            tokenizer=tiny_gemma_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
+def tiny_gemma() -> Gemma2Model:
+    return Gemma2Model(
+        Gemma2Config(
+            vocab_size=160,
+            hidden_size=32,
+            intermediate_size=64,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=8,
+        )
+    )
+
+
+def tiny_gemma_tokenizer() -> GemmaTokenizer:
+    """A Gemma tokenizer that spells, but for the pipeline's system prompt."""
+    symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
+    return GemmaTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
+
+
 def tiny_vae(**config: object) -> AutoencoderKL:
     """An AutoencoderKL of stride 4 with attention in its middle block."""
-    return AutoencoderKL(
-        block_out_channels=(8, 16, 16),
-        down_block_types=("DownEncoderBlock2D",) * 3,
-        up_block_types=("UpDecoderBlock2D",) * 3,
-        latent_channels=4,
-        norm_num_groups=4,
-        sample_size=64,
-        **config,
-    )
+    return AutoencoderKL(**TINY_VAE, **config)
 
 
 def tiny_t5() -> T5EncoderModel:
@@ -269,7 +386,7 @@ def tiny_t5() -> T5EncoderModel:
 def tiny_t5_tokenizer() -> T5Tokenizer:
     """A T5 tokenizer that spells: one token a letter."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
-    vocabulary += [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz,.'"]
+    vocabulary += [(letter, -3.0) for letter in LETTERS]
     return T5Tokenizer(vocab=vocabulary)
 
 
@@ -289,8 +406,7 @@ def tiny_clip_config(width: int, projection: int) -> CLIPTextConfig:
 
 def tiny_clip_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer that spells."""
-    letters = "abcdefghijklmnopqrstuvwxyz,.'"
-    symbols = ["<|startoftext|>", "<|endoftext|>", *letters, *(f"{letter}</w>" for letter in letters)]
+    symbols = ["<|startoftext|>", "<|endoftext|>", *LETTERS, *(f"{letter}</w>" for letter in LETTERS)]
     return CLIPTokenizer(
         vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[], model_max_length=77
     )
@@ -330,17 +446,25 @@ SAVE: dict[str, Callable[[Path], None]] = {
     "flux": save_tiny_flux,
     "schnell": save_tiny_schnell,
     "auraflow": save_tiny_auraflow,
+    "flux2": save_tiny_flux2,
+    "lumina2": save_tiny_lumina2,
 }
 """Every tiny checkpoint by name."""
 
 
 def planted(source: Path, folder: Path, part: str, biases: dict[str, float]) -> Path:
-    """A copy of a checkpoint with the bias of some modules set to a value at outputs 3 and 5."""
+    """A copy of a checkpoint with the bias of some modules set to a value at outputs 3 and 5.
+
+    Where a module has no bias, its weights there are multiplied.
+    """
     shutil.copytree(source, folder)
     path = folder / part / "diffusion_pytorch_model.safetensors"
     tensors = load_file(path)
     for module, value in biases.items():
-        bias = tensors[f"{module}.bias"]
-        bias[3], bias[5] = value, -value
+        if f"{module}.bias" in tensors:
+            bias = tensors[f"{module}.bias"]
+            bias[3], bias[5] = value, -value
+        else:
+            tensors[f"{module}.weight"][[3, 5]] *= value
     save_file(tensors, path, {"format": "pt"})
     return folder

@@ -198,6 +198,9 @@ class Family(ABC):
     attention_name: ClassVar[str] = "attn1"
     """The attention of a block whose first input is its modulated first norm."""
 
+    rms_norms: ClassVar[bool] = False
+    """Whether the modulated norms are RMSNorms, which take no mean off."""
+
     @abstractmethod
     def reference_inputs(
         self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int

@@ -12,30 +12,22 @@ import torch
 from torch import nn
 
 from ditf.export.graph.joint import Rows
-from ditf.export.graph.layers import AttentionNames, HeadProjection, Linear, Rotary, attention, read_linear
+from ditf.export.graph.layers import (
+    AttentionNames,
+    GatedFeedForward,
+    HeadProjection,
+    Rotary,
+    attention,
+)
 from ditf.export.graph.modulation import ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.smoothing import Columns, Smoothing
 from ditf.export.graph.taps import Stream as Tokens
-from ditf.export.graph.taps import Where, joined, tap
+from ditf.export.graph.taps import Where
 from ditf.export.weights import Weights
 
 NORM_EPS = 1e-5  # FP32LayerNorm's default
 _QK_EPS = 1e-5  # diffusers Attention's default
-
-
-class GatedFeedForward(nn.Module):
-    """silu(x A) * (x B), the hidden activations of diffusers' `AuraFlowFeedForward`."""
-
-    def __init__(self, weights: Weights, name: str, precision: Precision, stream: Tokens) -> None:
-        super().__init__()
-        names = (f"{name}.linear_1", f"{name}.linear_2")
-        self.where = Where(joined(names), stream)
-        self.up = Linear(*read_linear(weights, *names), precision.of(names[0]), self.where)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        gate, hidden = self.up(x).chunk(2, dim=-1)
-        return tap(self.where, "hidden", nn.functional.silu(gate) * hidden)
 
 
 class Stream(nn.Module):
@@ -84,7 +76,8 @@ class Stream(nn.Module):
         self.norm_feed_forward = ModulatedNorm(
             None if rows is None else rows[3:5], NORM_EPS, Where(projection, tokens)
         )
-        self.feed_forward = GatedFeedForward(weights, f"{name}.ff{suffix}", precision, tokens)
+        names_up = (f"{name}.ff{suffix}.linear_1", f"{name}.ff{suffix}.linear_2")
+        self.feed_forward = GatedFeedForward(weights, names_up, precision, tokens)
         self.feed_forward_out = read_gated(weights, projection, fixed[5], precision, tokens)
 
     def heads_of(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:

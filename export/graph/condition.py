@@ -84,13 +84,18 @@ class Projection(nn.Module):
     """silu(x) W + b -> modulation rows [R, C], float32; the stacked AdaLN linears of all blocks.
 
     Args:
-        linears: weight [n C, C] and bias of each AdaLN linear, in the order of the rows.
+        linears: weight [n C, D] and bias of each AdaLN linear, in the order of the rows.
+        channels: C, where it is not D, the width of the condition.
     """
 
     def __init__(
-        self, linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]], dtype: torch.dtype
+        self,
+        linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        dtype: torch.dtype,
+        channels: int | None = None,
     ) -> None:
         super().__init__()
+        self.channels = channels or linears[0][0].shape[1]
         biases = [bias for _, bias in linears if bias is not None]
         self.linear = Linear(
             torch.cat([weight for weight, _ in linears]),
@@ -100,9 +105,9 @@ class Projection(nn.Module):
         )
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
-        """[1, C] -> [R, C]."""
+        """[1, D] -> [R, C]."""
         packed = self.linear(nn.functional.silu(embedding))[0]
-        return packed.unflatten(0, (-1, embedding.shape[-1])).to(torch.float32)
+        return packed.unflatten(0, (-1, self.channels)).to(torch.float32)
 
 
 class ConditionSource(nn.Module, ABC):

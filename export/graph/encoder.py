@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderKLFlux2
 from diffusers.models.attention_processor import Attention
 from diffusers.models.autoencoders.vae import Encoder
 from diffusers.models.downsampling import Downsample2D
@@ -29,17 +29,26 @@ class KLEncoder(nn.Module):
 
     Args:
         vae: float32; its encoder is taken over and changed in place.
-        shift, scale: x_0 = (mean - shift) * scale.
+        shift, scale: x_0 = (mean - shift) * scale, numbers or [c, 1, 1].
+        patch: side of the squares of the mean that are a pixel of x_0.
     """
 
-    def __init__(self, vae: AutoencoderKL, shift: float, scale: float, precision: Precision) -> None:
+    def __init__(
+        self,
+        vae: AutoencoderKL | AutoencoderKLFlux2,
+        shift: torch.Tensor | float,
+        scale: torch.Tensor | float,
+        precision: Precision,
+        patch: int = 1,
+    ) -> None:
         super().__init__()
         scale_down(vae.encoder, precision.recipe)
         self.encoder = vae.encoder.to(precision.compute)
         self.quant_conv = None if vae.quant_conv is None else vae.quant_conv.to(precision.compute)
         self.channels = vae.config.latent_channels
-        self.shift = shift
-        self.scale = scale
+        self.shift = constant(shift) if isinstance(shift, torch.Tensor) else shift
+        self.scale = constant(scale) if isinstance(scale, torch.Tensor) else scale
+        self.patch = patch
         self.dtype = precision.compute
         if precision.compute != torch.float32:
             _keep_group_norms_float32(self.encoder)
@@ -53,6 +62,8 @@ class KLEncoder(nn.Module):
         if self.quant_conv is not None:
             moments = self.quant_conv(moments)
         mean = moments[:, : self.channels].to(torch.float32)
+        if self.patch > 1:
+            mean = nn.functional.pixel_unshuffle(mean, self.patch)
         return (mean - self.shift) * self.scale
 
 

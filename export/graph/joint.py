@@ -7,6 +7,7 @@ output, its feed-forward. Where the text that enters the first block is constant
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch import nn
 from ditf.export.graph.layers import (
     AttentionNames,
     FeedForward,
+    GatedFeedForward,
     HeadProjection,
     Rotary,
     attention,
@@ -23,7 +25,7 @@ from ditf.export.graph.modulation import ModulatedNorm, read_gated
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.smoothing import Columns, Smoothing
 from ditf.export.graph.stream import SelfAttention
-from ditf.export.graph.taps import Where
+from ditf.export.graph.taps import Stream, Where
 from ditf.export.graph.trunk import Given, PatchEmbedder, Trunk
 from ditf.export.weights import Weights
 
@@ -39,9 +41,11 @@ Pair = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 class ConstantProjection(nn.Module):
     """Query, key and value of constant tokens, computed at export."""
 
-    def __init__(self, project: HeadProjection, tokens: torch.Tensor) -> None:
+    def __init__(self, project: HeadProjection, tokens: torch.Tensor, rotary: Rotary | None) -> None:
         super().__init__()
-        query, key, value = project(tokens)
+        if rotary is not None:
+            rotary = (rotary[0].to(tokens.device), rotary[1].to(tokens.device))
+        query, key, value = project(tokens, rotary)
         self.query = None if query is None else constant(query)
         self.key = constant(key)
         self.value = constant(value)
@@ -57,6 +61,8 @@ class TextStream(nn.Module):
         rows: modulation [6, C], or [2, C] in the last block; None when given.
         last: the text is only attended to here.
         tokens: [1, L, C], what enters, where it is constant.
+        rotary: of constant text that is rotated.
+        gated: whether the feed-forward's activations are gated.
     """
 
     def __init__(
@@ -68,7 +74,9 @@ class TextStream(nn.Module):
         rows: Rows,
         last: bool,
         tokens: torch.Tensor | None,
+        rotary: Rotary | None,
         eps: float,
+        gated: bool,
         precision: Precision,
     ) -> None:
         super().__init__()
@@ -79,7 +87,7 @@ class TextStream(nn.Module):
             self.norm, self.project = norm, project
             self.constant = None
         else:
-            self.constant = ConstantProjection(project, norm(tokens))
+            self.constant = ConstantProjection(project, norm(tokens), rotary)
         if not last:
             fixed = (None,) * IMAGE_ROWS if rows is None else rows
             context = f"{name}.ff_context"
@@ -87,14 +95,14 @@ class TextStream(nn.Module):
             self.norm_feed_forward = ModulatedNorm(
                 None if rows is None else rows[3:5], eps, Where(context, "text")
             )
-            self.feed_forward = FeedForward(weights, f"{context}.net.0.proj", precision, "text")
-            self.feed_forward_out = read_gated(weights, f"{context}.net.2", fixed[5], precision, "text")
+            self.feed_forward, last_linear = _feed_forward(weights, context, gated, precision, "text")
+            self.feed_forward_out = read_gated(weights, last_linear, fixed[5], precision, "text")
 
-    def heads_of(self, text: torch.Tensor, rows: Rows) -> Pair:
+    def heads_of(self, text: torch.Tensor, rows: Rows, rotary: Rotary | None) -> Pair:
         """Query (None in the last block), key and value, [1 or B, H, L, D]."""
         if self.constant is not None:
             return self.constant()
-        pair: Pair = self.project(self.norm(text, None if rows is None else rows[:2]))
+        pair: Pair = self.project(self.norm(text, None if rows is None else rows[:2]), rotary)
         return pair
 
     def update(self, text: torch.Tensor, attended: torch.Tensor, rows: Rows) -> torch.Tensor:
@@ -114,14 +122,18 @@ class TextStream(nn.Module):
 
 
 class JointBlock(nn.Module):
-    """Two-stream block: SD3's `JointTransformerBlock`, FLUX's `FluxTransformerBlock`.
+    """Two-stream block.
+
+    SD3's `JointTransformerBlock`, FLUX's `FluxTransformerBlock` and `Flux2TransformerBlock`.
 
     Args:
         weights, name: where its tensors are.
         heads: attention heads.
         dual: a second attention over the image alone (SD3.5 medium).
         qk_norm: RMSNorm of query and key.
-        rotary: whether image queries and keys are rotated (the text is at the origin: it is not).
+        rotary: whether image queries and keys are rotated (FLUX.1's text is at the origin: it is not).
+        text_rotary: of the text, where it is constant and rotated.
+        gated: whether the feed-forwards' activations are gated.
         image_rows: modulation [6, or 9 if dual, C]; text_rows: [6, or 2 if last, C]; None when given.
         last: no block reads the text after this one.
         text: [1, L, C], the text that enters, where it is constant.
@@ -141,6 +153,8 @@ class JointBlock(nn.Module):
         text_rows: Rows,
         last: bool,
         text: torch.Tensor | None,
+        text_rotary: Rotary | None = None,
+        gated: bool = False,
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -170,9 +184,11 @@ class JointBlock(nn.Module):
             self.norm_dual = ModulatedNorm(slices[2], eps, Where(f"{name}.attn2"))
             self.dual = SelfAttention(weights, f"{name}.attn2", heads, fixed[8], precision, norms)
         self.norm_feed_forward = ModulatedNorm(slices[1], eps, Where(f"{name}.ff"))
-        self.feed_forward = FeedForward(weights, f"{name}.ff.net.0.proj", precision)
-        self.feed_forward_out = read_gated(weights, f"{name}.ff.net.2", fixed[5], precision)
-        self.text = TextStream(weights, name, text_names, heads, text_rows, last, text, eps, precision)
+        self.feed_forward, last_linear = _feed_forward(weights, f"{name}.ff", gated, precision)
+        self.feed_forward_out = read_gated(weights, last_linear, fixed[5], precision)
+        self.text = TextStream(
+            weights, name, text_names, heads, text_rows, last, text, text_rotary, eps, gated, precision
+        )
 
     def forward(
         self,
@@ -181,16 +197,17 @@ class JointBlock(nn.Module):
         rotary: Rotary | None,
         image_rows: Rows = None,
         text_rows: Rows = None,
+        text_rotary: Rotary | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residuals of image [B, N, C] and text [B, L, C]; the text is as it came in the last block.
 
         Args:
-            rotary: of the image tokens.
+            rotary: of the image tokens; text_rotary: of the text, where it is rotated.
         """
         given = (None,) * DUAL_ROWS if image_rows is None else image_rows
         head, tail, second = (None if image_rows is None else image_rows[i : i + 2] for i in (0, 3, 6))
         query, key, value = self.project(self.norm_attention(x, head), rotary)
-        text_query, text_key, text_value = self.text.heads_of(text, text_rows)
+        text_query, text_key, text_value = self.text.heads_of(text, text_rows, text_rotary)
         joined = [query] if text_query is None else [query, _like(text_query, query)]
         attended = attention(
             torch.cat(joined, dim=2),
@@ -229,8 +246,33 @@ def _like(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
     return text.expand(image.shape[0], -1, -1, -1)
 
 
+def _feed_forward(
+    weights: Weights, name: str, gated: bool, precision: Precision, stream: Stream = "image"
+) -> tuple[FeedForward | GatedFeedForward, str]:
+    """A feed-forward's hidden activations, and the name of its last linear."""
+    if gated:
+        hidden = GatedFeedForward(weights, (f"{name}.linear_in",), precision, stream)
+        return hidden, f"{name}.linear_out"
+    return FeedForward(weights, f"{name}.net.0.proj", precision, stream), f"{name}.net.2"
+
+
+@dataclass(frozen=True)
+class SingleNames:
+    """Where a single-stream block has its linears beside query, key and value, from its own name on.
+
+    Attributes:
+        gated: whether the first is the gate of the activations, and the activations.
+    """
+
+    feed_forward: str
+    out: str
+    gated: bool = False
+
+
 class SingleBlock(nn.Module):
-    """Attention and feed-forward side by side over text and image: FLUX's `FluxSingleTransformerBlock`.
+    """Attention and feed-forward side by side over text and image.
+
+    FLUX's `FluxSingleTransformerBlock` and `Flux2SingleTransformerBlock`.
 
     Args:
         rows: modulation [3, C] (shift, scale, gate), or None when given.
@@ -246,6 +288,7 @@ class SingleBlock(nn.Module):
         *,
         rows: Rows,
         last: bool,
+        parts: SingleNames = SingleNames("proj_mlp", "proj_out"),
         eps: float = 1e-6,
     ) -> None:
         super().__init__()
@@ -259,8 +302,14 @@ class SingleBlock(nn.Module):
         self.attended = Where(attn)
         self.norm = ModulatedNorm(None if rows is None else rows[:2], eps, Where(attn))
         self.project = HeadProjection(weights, names, heads, precision)
-        self.feed_forward = FeedForward(weights, f"{name}.proj_mlp", precision)
-        self.out = read_gated(weights, f"{name}.proj_out", None if rows is None else rows[2], precision)
+        up = f"{name}.{parts.feed_forward}"
+        self.feed_forward: FeedForward | GatedFeedForward
+        if parts.gated:
+            self.feed_forward = GatedFeedForward(weights, (up,), precision)
+        else:
+            self.feed_forward = FeedForward(weights, up, precision)
+        gate = None if rows is None else rows[2]
+        self.out = read_gated(weights, f"{name}.{parts.out}", gate, precision)
 
     def forward(self, x: torch.Tensor, tokens: int, rotary: Rotary, rows: Rows = None) -> torch.Tensor:
         """Text then image [B, L + N, C] -> the same, or [B, N, C] in the last block.
@@ -298,6 +347,7 @@ class JointTrunk(Trunk):
         text: [1, L, C] float32, where it is constant.
         rotary: of text and image tokens, [L + N, D / 2], or None.
         sizes: rows of each block, in the modulation's order.
+        text_rotated: whether two-stream blocks rotate the text.
     """
 
     def __init__(
@@ -309,6 +359,7 @@ class JointTrunk(Trunk):
         text: torch.Tensor | None,
         rotary: Rotary | None,
         sizes: Sequence[int],
+        text_rotated: bool = False,
     ) -> None:
         super().__init__(embedder, output_norm, embedder.weight.shape[0])
         self.doubles = nn.ModuleList(doubles)
@@ -319,6 +370,7 @@ class JointTrunk(Trunk):
         self.cosine = None if used is None else constant(used[0])
         self.sine = None if used is None else constant(used[1])
         self.sizes = tuple(sizes)
+        self.text_rotated = text_rotated
 
     def forward(self, latents: torch.Tensor, given: Given) -> torch.Tensor:
         x: torch.Tensor = self.embedder(latents)
@@ -329,11 +381,14 @@ class JointTrunk(Trunk):
         text = self._text(given, x)
         rotary: Rotary | None = None
         image_rotary: Rotary | None = None
+        text_rotary: tuple[Rotary, ...] = ()
         if self.cosine is not None and self.sine is not None:
             rotary = (self.cosine, self.sine)
             image_rotary = (self.cosine[-tokens:], self.sine[-tokens:])
+            if self.text_rotated:
+                text_rotary = ((self.cosine[:-tokens], self.sine[:-tokens]),)
         for index, block in enumerate(self.doubles):
-            x, text = block(x, text, image_rotary, rows[2 * index], rows[2 * index + 1])
+            x, text = block(x, text, image_rotary, rows[2 * index], rows[2 * index + 1], *text_rotary)
         if len(self.singles):
             x = torch.cat([text, x], dim=1)
         for index, block in enumerate(self.singles):

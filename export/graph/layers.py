@@ -72,8 +72,9 @@ def attention(
     where: Where | None,
     bias: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Multi-head attention [B, H, N, D] x [B, H, M, D] -> [B, N, C].
+    """Multi-head attention [B, H, N, D] x [B, G, M, D] -> [B, N, C].
 
+    With fewer keys than queries, G < H, the queries of a group are rows of one product: no key is repeated.
     The query is expected to be scaled by head_dim**-0.5 already: folded into its weights, that is
     free and keeps the logits small in float16. Written out rather than left to torch's exporter,
     which scales query and key separately.
@@ -82,11 +83,25 @@ def attention(
         where: for the taps.
         bias: [M], added to the logits.
     """
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        query = query.unflatten(1, (-1, repeats)).flatten(2, 3)
     logits = query @ key.transpose(-1, -2)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    attended = torch.softmax(tap(where, "logits", logits), dim=-1) @ value
+    tap(where, "logits", _ungrouped(logits, repeats))
+    attended = _ungrouped(torch.softmax(logits, dim=-1) @ value, repeats)
     return tap(where, "attended", attended).transpose(1, 2).flatten(2)
+
+
+def _ungrouped(x: torch.Tensor, repeats: int) -> torch.Tensor:
+    """[B, G, R N, D] -> [B, G R, N, D]."""
+    return x.unflatten(2, (repeats, -1)).flatten(1, 2) if repeats > 1 else x
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The weighted x / rms(x) over the last dimension, in the type of x."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
 @dataclass(frozen=True)
@@ -114,7 +129,7 @@ class HeadProjection(nn.Module):
     """Query, key and value of one stream, as heads: linears, norm, rotary embedding.
 
     Interleaved pairs are rotated as two halves: the rows of the query's and the key's weights are
-    permuted alike, which no inner product sees.
+    permuted alike, which no inner product sees. Keys and values may have fewer heads than queries.
 
     Args:
         query: False where the stream is only attended to.
@@ -134,17 +149,19 @@ class HeadProjection(nn.Module):
         self.where = Where(joined(used), names.stream)
         self.norm_query: nn.Parameter | None = None
         self.norm_key: nn.Parameter | None = None
+        head_dim = weights.shapes[f"{names.projections[0]}.weight"][0] // heads
         parts = []
         for role, name in zip("qkv", names.projections, strict=True):
             if role == "q" and not query:
                 continue
             weight, bias = read_linear(weights, name)
-            head_dim = len(weight) // heads
             scale = head_dim**-0.5 if role == "q" and names.norms is None else 1.0
             order = torch.arange(len(weight))
             if names.rotary and role != "v":
-                order = order.reshape(heads, head_dim // 2, 2).transpose(1, 2).flatten()
+                order = order.reshape(-1, head_dim // 2, 2).transpose(1, 2).flatten()
             parts.append((weight[order] * scale, None if bias is None else bias[order] * scale))
+        self.sizes = [len(weight) for weight, _ in parts]
+        self.kv_heads = self.sizes[-1] // head_dim
         bias_parts = [bias for _, bias in parts if bias is not None]
         self.linear = Linear(
             torch.cat([weight for weight, _ in parts]),
@@ -159,8 +176,8 @@ class HeadProjection(nn.Module):
 
     @property
     def channels(self) -> int:
-        """C, of each of query, key and value."""
-        return int(self.linear.weight.shape[1]) // (3 if self.query else 2)
+        """C, of what it reads."""
+        return int(self.linear.weight.shape[0])
 
     def values(self, path: str) -> Columns:
         """The linear's columns of the value.
@@ -168,7 +185,7 @@ class HeadProjection(nn.Module):
         Args:
             path: of this module in the block.
         """
-        return Columns(f"{path}.linear", self.channels * (2 if self.query else 1))
+        return Columns(f"{path}.linear", sum(self.sizes[:-1]))
 
     def _norm_weight(self, weights: Weights, name: str, head_dim: int, scale: float) -> nn.Parameter:
         if f"{name}.weight" in weights:
@@ -182,30 +199,31 @@ class HeadProjection(nn.Module):
     def forward(
         self, x: torch.Tensor, rotary: Rotary | None = None
     ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """[B, N, C] -> query (or None), key and value, each [B, H, N, D] in the graph's precision.
+        """[B, N, C] -> query (or None) [B, H, N, D], key and value [B, G, N, D], in the graph's precision.
 
         Args:
             rotary: None for tokens at the origin, which a rotation leaves as they are.
         """
-        if self.query:
-            query, key, value = self.linear(x).chunk(3, dim=-1)
-            head_query = tap(self.where, "query", self._finish(query, self.norm_query, rotary))
-        else:
-            key, value = self.linear(x).chunk(2, dim=-1)
-            head_query = None
-        head_key = tap(self.where, "key", self._finish(key, self.norm_key, rotary))
-        return head_query, head_key, split_heads(value, self.heads)
+        *first, key, value = self.linear(x).split(self.sizes, dim=-1)
+        head_query = None
+        if first:
+            query = self._finish(first[0], self.heads, self.norm_query, rotary)
+            head_query = tap(self.where, "query", query)
+        head_key = tap(self.where, "key", self._finish(key, self.kv_heads, self.norm_key, rotary))
+        return head_query, head_key, split_heads(value, self.kv_heads)
 
-    def _finish(self, x: torch.Tensor, norm: nn.Parameter | None, rotary: Rotary | None) -> torch.Tensor:
+    def _finish(
+        self, x: torch.Tensor, heads: int, norm: nn.Parameter | None, rotary: Rotary | None
+    ) -> torch.Tensor:
         """Normalise and rotate, float32: squares of an un-normalised query pass float16's range."""
-        x = split_heads(x, self.heads)
+        x = split_heads(x, heads)
         if norm is None and rotary is None:
             return x
         x = x.to(torch.float32)
         if self.centred:
             x = x - x.mean(dim=-1, keepdim=True)
         if norm is not None:
-            x = x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + self.eps) * norm
+            x = rms_norm(x, norm, self.eps)
         if rotary is not None:
             x = rotate(x, rotary)
         return x.to(self.dtype)
@@ -228,3 +246,22 @@ class FeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return tap(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))
+
+
+class GatedFeedForward(nn.Module):
+    """silu(x A) * (x B): the hidden activations of a feed-forward whose gate is another linear.
+
+    Args:
+        names: of A and B, or of the one linear that has both, A first.
+    """
+
+    def __init__(
+        self, weights: Weights, names: tuple[str, ...], precision: Precision, stream: Stream = "image"
+    ) -> None:
+        super().__init__()
+        self.where = Where(joined(names), stream)
+        self.up = Linear(*read_linear(weights, *names), precision.of(names[0]), self.where)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, hidden = self.up(x).chunk(2, dim=-1)
+        return tap(self.where, "hidden", functional.silu(gate) * hidden)

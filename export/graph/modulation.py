@@ -11,7 +11,7 @@ from torch import nn
 from torch.nn import functional
 
 from ditf.calib.recipe import Scale
-from ditf.export.graph.layers import Linear, constant, read_linear
+from ditf.export.graph.layers import Linear, constant, read_linear, rms_norm
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.taps import Stream, Where, tap
 from ditf.export.weights import Weights
@@ -31,6 +31,9 @@ class ModulatedNorm(nn.Module):
         eps: of the model's own norm.
         where: for the taps; None for block k's, which the calibration of channels looks at.
     """
+
+    rows = 2
+    """Rows of the modulation that it takes."""
 
     def __init__(self, rows: torch.Tensor | None, eps: float, where: Where | None = None) -> None:
         super().__init__()
@@ -64,16 +67,50 @@ class ModulatedNorm(nn.Module):
         self.bias.div_(factor)
 
 
+class ModulatedRMSNorm(nn.Module):
+    """(1 + scale) * weight * x / rms(x), float32: no mean is taken off and nothing is added.
+
+    Args:
+        weight: [C] float32, the norm's own.
+        row: scale, [1, C] float32; None when it is given, or when the norm is not modulated.
+        eps, where: as `ModulatedNorm`.
+    """
+
+    rows = 1
+
+    def __init__(
+        self, weight: torch.Tensor, row: torch.Tensor | None, eps: float, where: Where | None = None
+    ) -> None:
+        super().__init__()
+        self.eps = eps
+        self.where = where
+        self.weight = constant(weight if row is None else weight * (1.0 + row[0]))
+
+    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
+        x = tap(self.where, "norm input", x).to(torch.float32)
+        weight = self.weight if rows is None else self.weight * (1.0 + rows[0])
+        return rms_norm(x, weight, self.eps)
+
+    @torch.no_grad()
+    def divide(self, factor: torch.Tensor) -> None:
+        """Divide what the norm gives by a factor [C] for each channel, in place."""
+        self.weight.div_(factor)
+
+
 class GatedLinear(nn.Module):
     """gate * (x W + b), as the residual is: the last linear of a branch.
 
     A constant gate is folded into W and b where their type holds it (`holds_gate`), else it stays an
     explicit float32 factor. Where the recipe scales the linear by 2**-s, the factor 2**s follows in float32.
 
+    With a norm it is gate * RMSNorm(x W + b), in float32: a constant gate joins the norm's weight, and the
+    norm does not see 2**-s once its epsilon has its square.
+
     Args:
         weight: [C, in] float32; bias: [C] or None.
         name: of the linear in the checkpoint.
         gate: [C] float32, or None when it is given, or when the branch has none.
+        norm: weight [C] and epsilon of an RMSNorm of what the linear emits.
 
     Attributes:
         scale: 2**-s, and why.
@@ -88,16 +125,26 @@ class GatedLinear(nn.Module):
         gate: torch.Tensor | None,
         precision: Precision,
         stream: Stream = "image",
+        norm: tuple[torch.Tensor, float] | None = None,
     ) -> None:
         super().__init__()
         dtype = precision.of(name)
         self.where = Where(name, stream)
         self.residual = precision.residual
         self.gate: nn.Parameter | None = None
-        self.folded = gate is not None and precision.fold_gates and holds_gate(weight, gate, dtype)
-        self.scale = precision.recipe.scale(name, self.folded) if dtype == torch.float16 else Scale()
+        self.gate_norm: nn.Parameter | None = None
+        self.folded = gate is not None and precision.fold_gates
+        if norm is None and gate is not None:
+            self.folded = self.folded and holds_gate(weight, gate, dtype)
+        inside = self.folded and norm is None  # of what the linear emits
+        self.scale = precision.recipe.scale(name, inside) if dtype == torch.float16 else Scale()
         self.subnormal = 0
-        if gate is not None and self.folded:
+        if norm is not None:
+            self.gate_norm = constant(norm[0] * gate if gate is not None and self.folded else norm[0])
+            self.eps = norm[1] * 4.0**-self.scale.exponent
+            if gate is not None and not self.folded:
+                self.gate = constant(gate)
+        elif gate is not None and self.folded:
             weight, bias = weight * gate[:, None], None if bias is None else bias * gate
         elif gate is not None:
             self.gate = constant(gate * 2.0**self.scale.exponent)
@@ -112,9 +159,11 @@ class GatedLinear(nn.Module):
         for parameter in self.linear.parameters():
             tap(self.where, "scaled weight", parameter)
         y = tap(self.where, "emitted", self.linear(tap(self.where, "input", x)).to(torch.float32))
+        if self.gate_norm is not None:
+            y = rms_norm(y, self.gate_norm, self.eps)
         if self.gate is not None:
             y = y * tap(self.where, "gate", self.gate)
-        elif self.scale.exponent:
+        elif self.scale.exponent and self.gate_norm is None:
             y = y * 2.0**self.scale.exponent
         if gate is not None:
             y = y * tap(self.where, "gate", gate)
@@ -127,9 +176,10 @@ def read_gated(
     gate: torch.Tensor | None,
     precision: Precision,
     stream: Stream = "image",
+    norm: tuple[torch.Tensor, float] | None = None,
 ) -> GatedLinear:
     """The gated linear of this name in the checkpoint."""
-    return GatedLinear(*read_linear(weights, name), name, gate, precision, stream)
+    return GatedLinear(*read_linear(weights, name), name, gate, precision, stream, norm)
 
 
 def gate_counts(module: nn.Module) -> dict[str, int]:

@@ -19,7 +19,7 @@ from onnxscript import opset20
 from torch import nn
 
 from ditf.export.graph.layers import Linear, constant
-from ditf.export.graph.modulation import ModulatedNorm
+from ditf.export.graph.modulation import ModulatedNorm, ModulatedRMSNorm
 from ditf.export.graph.smoothing import Columns, Smoothing
 from ditf.export.graph.stream import FoldedCrossAttention
 
@@ -143,7 +143,7 @@ def _apply(block: nn.Module, prefix: str, smoothing: Smoothing, largest: dict[st
         maxima /= factor
     if smoothing.norm:
         norm = block.get_submodule(smoothing.norm)
-        assert isinstance(norm, ModulatedNorm)
+        assert isinstance(norm, (ModulatedNorm, ModulatedRMSNorm))
         norm.divide(factor)
     for maker in smoothing.makers:
         for parameter in _linear(block, maker).parameters():

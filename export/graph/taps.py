@@ -59,7 +59,7 @@ def branch_of(name: str) -> str:
 
     "transformer_blocks.3.attn1.to_out.0" -> "transformer_blocks.3.attn1".
     """
-    match = re.match(r".*?blocks\.\d+\.\w+", name)
+    match = re.match(r".*?(blocks|layers|refiner)\.\d+\.\w+", name)
     return name if match is None else match[0]
 
 

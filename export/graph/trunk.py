@@ -10,11 +10,12 @@ from torch import nn
 from torch.nn import functional
 
 from ditf.export.graph.layers import constant
-from ditf.export.graph.modulation import ModulatedNorm
+from ditf.export.graph.modulation import ModulatedNorm, ModulatedRMSNorm
 
 Given = Mapping[str, torch.Tensor]
 """What a condition turns into before it meets the image: `modulation` [R, C], text, ... Empty for a trunk
-that has it as constants. The last two rows of the modulation are block k's shift and scale."""
+that has it as constants. The last rows of the modulation are block k's shift and scale, or its
+scale alone."""
 
 
 class PatchEmbedder(nn.Module):
@@ -53,7 +54,9 @@ class Trunk(nn.Module, ABC):
         channels: C.
     """
 
-    def __init__(self, embedder: nn.Module, output_norm: ModulatedNorm, channels: int) -> None:
+    def __init__(
+        self, embedder: nn.Module, output_norm: ModulatedNorm | ModulatedRMSNorm, channels: int
+    ) -> None:
         super().__init__()
         self.channels = channels
         self.embedder = embedder
@@ -65,6 +68,6 @@ class Trunk(nn.Module, ABC):
 
     def modulate(self, z: torch.Tensor, given: Given) -> torch.Tensor:
         """Block k's own first norm and modulation of [B, N, C]."""
-        rows = given["modulation"][-2:] if "modulation" in given else None
+        rows = given["modulation"][-self.output_norm.rows :] if "modulation" in given else None
         modulated: torch.Tensor = self.output_norm(z, rows)
         return modulated

@@ -6,10 +6,12 @@ import json
 
 import numpy as np
 import pytest
+import torch
 
 from ditf.calib.images import procedural_image
-from ditf.export.calibrate import calibrate
+from ditf.export.calibrate import calibrate, observe
 from ditf.export.exporter import export_bundle
+from ditf.export.graph.precision import FLOAT32
 from ditf.export.options import ExportOptions
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.runtime.errors import InputError
@@ -24,7 +26,15 @@ def trace_of(reference, image):
     return trace
 
 
-LAST = [("dit", "3"), ("pixart", "2"), ("sd35", "3"), ("flux", "4"), ("auraflow", "4")]
+LAST = [
+    ("dit", "3"),
+    ("pixart", "2"),
+    ("sd35", "3"),
+    ("flux", "4"),
+    ("auraflow", "4"),
+    ("flux2", "4"),
+    ("lumina2", "4"),
+]
 
 
 @pytest.mark.parametrize(("name", "layer"), LAST)
@@ -36,7 +46,7 @@ def test_a_trace_is_what_hooks_on_one_block_see(checkpoint, name, layer):
     trace = trace_of(reference.under(entries[0].condition, entries[0].timestep), image)
     assert len(trace) == plan.layer + 1
     np.testing.assert_array_equal(trace[-1].image, reference.hidden_states(image))
-    assert (trace[1].text is None) == (name in ("dit", "pixart"))
+    assert (trace[-1].text is None) == (name in ("dit", "pixart"))
     one = Reference(plan.checkpoint, plan.family, 1, plan.size, plan.noise())
     one.under(entries[0].condition, entries[0].timestep)
     np.testing.assert_array_equal(trace[1].image, one.hidden_states(image))
@@ -51,6 +61,20 @@ def test_the_scale_is_the_blocks_own(checkpoint):
     last = trace_of(reference, image)[-1]
     feature = reference.features(reference.hidden_states(image), FeatureSettings())
     np.testing.assert_allclose(last.modulated.T.reshape(feature.shape), feature, rtol=1e-4, atol=1e-5)
+
+
+def test_the_scale_of_an_rms_norm(checkpoint):
+    """F = (1 + scale) weight z / rms(z), which no mean enters."""
+    plan, entries = planned(checkpoint("lumina2"), "3", (48, 80), 1, 1, "bake", False)
+    reference = Reference(plan.checkpoint, plan.family, 3, plan.size, plan.noise())
+    found = observe(plan, reference.under(entries[0].condition, entries[0].timestep))
+    weights = plan.checkpoint.weights("transformer")
+    with torch.no_grad():
+        conditioner = plan.family.conditioner(weights, 3, plan.size, FLOAT32)
+        given = conditioner(torch.tensor([entries[0].timestep]), entries[0].condition)
+    expected = (1 + given["modulation"][-1]) * weights.tensor("layers.1.norm1.norm.weight")
+    scale = found.document["layers"][3]["scale"]
+    np.testing.assert_allclose(scale, expected, rtol=1e-3, atol=1e-4)  # the file has four digits
 
 
 @pytest.fixture(scope="module")

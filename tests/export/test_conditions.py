@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import json
+import shutil
+
 import pytest
 import torch
+from diffusers import Flux2KleinPipeline, Lumina2Pipeline
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import encode, plan_entries, read_prompts, trim
@@ -97,6 +101,8 @@ def test_what_is_refused(checkpoint, name, options, message):
         ("pixart", {"prompt": "a" * 120}, "tokens, T5 reads 120; shorten it"),
         ("sd3", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
+        ("flux2", {"prompt": "a" * 520}, "tokens in its template, Qwen3 reads 512"),
+        ("lumina2", {"prompt": "a" * 100}, "tokens, Gemma 2, with the system prompt, reads 256"),
     ],
 )
 def test_what_the_encoders_refuse(checkpoint, name, options, message):
@@ -151,3 +157,31 @@ def test_guidance_reaches_the_condition(checkpoint):
     made, _ = encoded(checkpoint("schnell"))
     assert "guidance" not in made[0].condition
     assert made[0].condition["prompt_embeds"].shape[1] == 256
+
+
+def test_lumina2_reads_what_its_whole_pipeline_encodes(checkpoint):
+    """System prompt, layer and mask are the pipeline's; that of the tests is loaded with all of its parts."""
+    made, _ = encoded(checkpoint("lumina2"), prompt="the head of a dog")
+    pipeline = Lumina2Pipeline.from_pretrained(checkpoint("lumina2"))
+    with torch.no_grad():
+        embeds, mask, _, _ = pipeline.encode_prompt("the head of a dog", do_classifier_free_guidance=False)
+    torch.testing.assert_close(made[0].condition["prompt_embeds"], embeds, rtol=0, atol=0)
+    torch.testing.assert_close(made[0].condition["prompt_attention_mask"], mask, rtol=0, atol=0)
+    assert embeds.shape[1] == 256 > mask.sum() > 150  # the system prompt is spelled
+
+
+def test_flux2_reads_what_its_whole_pipeline_encodes(checkpoint):
+    made, _ = encoded(checkpoint("flux2"), prompt="the head of a dog")
+    pipeline = Flux2KleinPipeline.from_pretrained(checkpoint("flux2"))
+    with torch.no_grad():
+        embeds, _ = pipeline.encode_prompt("the head of a dog")
+    torch.testing.assert_close(made[0].condition["prompt_embeds"], embeds, rtol=0, atol=0)
+    assert embeds.shape == (1, 512, 48)  # three layers, padding too
+
+
+def test_the_text_of_another_flux2_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("flux2"), tmp_path / "dev")
+    index = json.loads((folder / "model_index.json").read_text())
+    (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "Flux2Pipeline"}))
+    with pytest.raises(InputError, match="is a Flux2Pipeline, whose text is not supported; use a Flux2Klein"):
+        encoded(folder)

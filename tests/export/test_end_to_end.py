@@ -40,6 +40,10 @@ BUNDLES = [
     ("auraflow", "single.2", "bake", True, {"ensemble": 3, "batch": "dynamic"}),
     ("auraflow", "single.0", "live", True, {}),
     ("schnell", "3", "bank", True, {"size": (64, 64), "noise": "input"}),
+    ("flux2", "double.1", "bake", True, {"size": (48, 80)}),
+    ("flux2", "single.2", "live", True, {"ensemble": 3}),
+    ("lumina2", "layer.2", "bake", True, {"size": (48, 80), "batch": "dynamic", "ensemble": 3}),
+    ("lumina2", "layer.2", "live", True, {"size": (80, 48)}),
 ]
 
 

@@ -23,6 +23,8 @@ CASES = [
     ("flux", "4", "live", 3),
     ("auraflow", "4", "bake", 1),
     ("schnell", "0", "bake", 1),
+    ("flux2", "4", "bank", 1),
+    ("lumina2", "4", "bank", 1),
 ]
 
 

@@ -28,6 +28,8 @@ LAYERS = {
     "flux": (0, 1, 2, 3, 4),  # two double blocks, then three single ones
     "schnell": (0, 2, 4),
     "auraflow": (0, 1, 2, 3, 4),  # two joint blocks, then three single ones
+    "flux2": (0, 2, 4),
+    "lumina2": (0, 2, 3, 4),  # two blocks over the image, then three over text and image
 }
 CASES = [(name, layer) for name, layers in LAYERS.items() for layer in layers]
 SHAPES = [((64, 64), 3), ((48, 80), 1)]

@@ -38,6 +38,9 @@ CASES = [
     ("flux", "2", "live"),
     ("auraflow", "4", "bake"),
     ("auraflow", "1", "bank"),
+    ("flux2", "4", "bake"),
+    ("lumina2", "4", "bake"),
+    ("lumina2", "4", "live"),
 ]
 
 

@@ -26,7 +26,7 @@ from tests.export.parity import SETTINGS
 from tests.export.parity import planned as plan_of
 
 SIZE = (48, 80)
-LAST = {"dit": "3", "pixart": "3", "sd35": "3", "flux": "4", "auraflow": "4"}
+LAST = {"dit": "3", "pixart": "3", "sd35": "3", "flux": "4", "auraflow": "4", "flux2": "4", "lumina2": "4"}
 
 
 class Measured:
@@ -74,7 +74,7 @@ def test_every_branch_of_every_block_is_measured(checkpoint, name):
         assert {"input", "weight", "output", "query", "key", "logits", "attended", "hidden"} <= kinds
         assert {"emitted", "gated", "scaled weight", "norm input", "gate"} <= kinds
         streams = {extent.stream for extent in ranges if extent.name.startswith(block)}
-        assert ("text" in streams) == (name != "dit"), block
+        assert ("text" in streams) == (name != "dit" and "refiner" not in block), block
     assert [extent.kind for extent in ranges].count(FEATURES) == 1
     assert {extent.kind for extent in ranges} & {"vae residual", "vae inner", "vae logits"}
     assert not decide(ranges).exceptions()
@@ -112,6 +112,11 @@ PLANTED = [
     ("flux", "4", "bake", "single_transformer_blocks.0.proj_out", 1e6, "scaled"),
     ("flux", "4", "bake", "single_transformer_blocks.0.proj_mlp", 1e5, "float32"),
     ("flux", "4", "bank", "transformer_blocks.0.attn.add_v_proj", 1e5, "float32"),
+    ("flux2", "3", "bake", "transformer_blocks.0.ff.linear_out", 1e6, "scaled"),
+    ("flux2", "3", "bake", "transformer_blocks.1.attn.add_v_proj", 1e6, "float32"),
+    ("lumina2", "4", "bake", "noise_refiner.1.feed_forward.linear_2", 1e6, "scaled"),
+    ("lumina2", "4", "bank", "noise_refiner.1.attn.to_out.0", 1e6, "scaled"),
+    ("lumina2", "4", "live", "layers.1.attn.to_v", 1e6, "float32"),
 ]
 
 
@@ -131,6 +136,17 @@ def test_what_is_planted_is_found_and_survives(checkpoint, tmp_path, name, layer
     assert one.parity(recipe)["cosine_p01"] > 0.99999
     naive = one.parity(Recipe())
     assert not naive["cosine_p01"] > 0.999
+
+
+@pytest.mark.parametrize(("name", "where"), [("lumina2", "x_embedder"), ("flux2", "x_embedder")])
+def test_a_massive_residual_needs_no_exception(checkpoint, tmp_path, name, where):
+    """Of families whose norms are not LayerNorms, or whose embedder has no bias."""
+    folder = planted(checkpoint(name), tmp_path / "planted", "transformer", {where: 2e5})
+    one = Measured(folder, LAST[name])
+    assert np.abs(one.hidden_states).max() > 1e5
+    recipe = decide(one.ranges())
+    assert not recipe.exceptions()
+    assert one.parity(recipe)["cosine_p01"] > 0.99999
 
 
 VAE_PLANTED = [
