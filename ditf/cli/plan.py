@@ -122,7 +122,7 @@ def _described(plan: Plan, cost: Cost) -> str:
         [
             f"{plan.options.model}: {plan.family.blocks.describe(plan.layer)}, {plan.options.precision},"
             f" {height}x{width} px -> {plan.family.channels}x{h}x{w}",
-            f"parameters: {cost.whole / 1e9:.2f} B the whole transformer, {cost.parameters / 1e9:.2f} B in"
+            f"parameters: {_count(cost.whole)} the whole transformer, {_count(cost.parameters)} in"
             f" the graph, VAE included: {bytes_text(cost.weight_bytes)}",
             f"activations: at most {bytes_text(cost.activation_bytes)}",
             f"export: about {bytes_text(cost.bundle_bytes)} on disk; the unmodified model in float32 is"
@@ -133,6 +133,10 @@ def _described(plan: Plan, cost: Cost) -> str:
             f"matching: {MATCH_POINTS} points in an image of {MATCH_IMAGE[0]}x{MATCH_IMAGE[1]}",
         ]
     )
+
+
+def _count(parameters: int) -> str:
+    return f"{parameters / 1e9:.2f} B" if parameters >= 10**8 else f"{parameters / 1e6:.2f} M"
 
 
 def _row(device: Device, name: str, cost: Cost) -> tuple[str, ...]:
