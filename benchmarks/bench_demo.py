@@ -36,7 +36,7 @@ from ditf.runtime import FeatureMap
 from ditf.runtime.matching import match_points
 
 LAYERS = (3, 5, 7, 8, 9, 10, 11)
-TIMESTEPS = (20, 50, 150, 300, 500)
+TIMESTEPS = (20, 50, 100, 150, 300, 500)
 RECIPE: dict[str, dict[str, Any]] = {
     "hidden states as they are": {"adaln": False, "discard": "none"},
     "+ AdaLN": {"discard": "none"},

@@ -1,7 +1,7 @@
 """Train the demo model: a small DiT that learns to denoise drawn animals.
 
-    python benchmarks/train_demo.py --output training --steps 30000
-    python benchmarks/train_demo.py --output training --steps 30000 --write export/demo_model
+    python benchmarks/train_demo.py --output training
+    python benchmarks/train_demo.py --output training --write export/demo_model
 
 No keypoint or part is ever shown to it. Flow matching (x_t = (1 - t) x_0 + t eps) with logit-normal
 timesteps and AdaLN-zero, and beside it a self-supervised loss: two views of a picture, moved, flipped and
@@ -53,8 +53,8 @@ def arguments() -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder of the pictures, the checkpoint and the log")
     add("--write", type=Path, metavar="DIR", help="write the averaged model there as float16, and stop")
     add("--images", type=int, default=32000, help="training pictures, drawn once")
-    add("--steps", type=int, default=30000, help="in all")
-    add("--cooldown", type=int, default=3000, help="last steps: the rate falls, pictures are seen whole")
+    add("--steps", type=int, default=8000, help="in all")
+    add("--cooldown", type=int, default=750, help="last steps: the rate falls, pictures are seen whole")
     add("--batch", type=int, default=24, help="views: two of each picture")
     add("--align", type=float, default=0.5, help="weight of the loss that views agree; 0 for none")
     add("--kept", type=float, default=0.5, help="share of a picture's tokens that a step sees")
