@@ -60,10 +60,10 @@ def check_space(target: Path, needed: int) -> None:
         InputError: says what is free and what is needed.
     """
     folder = next(path for path in target.absolute().parents if path.is_dir())
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    usage = shutil.disk_usage(folder)
+    if usage.total > 0 and usage.free < needed:  # a file system of no size is none: writing will say so
         raise InputError(
-            f"{target} needs about {needed / 1e9:.2f} GB and {folder} has {free / 1e9:.2f} GB free",
+            f"{target} needs about {needed / 1e6:.0f} MB and {folder} has {usage.free / 1e6:.0f} MB free",
             "free some space, or choose another --output, --precision fp16 or an earlier --layer",
         )
 

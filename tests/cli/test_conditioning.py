@@ -64,7 +64,7 @@ def test_an_unknown_condition(ditf, pictures, bank_bundle):
     [
         (["--conditioning", "baked"], "--conditioning baked: input should be 'bake', 'bank' or 'live'"),
         (["--prompt", "a cat"], "takes no prompt; use --class-label"),
-        (["--class-label", "3"], "class label 3 is out of range"),
+        (["--class-label", "9"], "class label 9 is out of range"),
         (["--class-label", "cat"], "no class is called 'cat'"),
         (["--class-label", "0", "--class-label", "1"], "add --conditioning bank"),
         (["--timestep", "5", "--timestep", "6"], "add --conditioning bank"),

@@ -122,9 +122,10 @@ def test_stereo_gates_on_accuracy(ditf, demo_bundle, cache, tmp_path):
     assert gate["value"] == document["pck"]["0.1"]
     assert list(document["pck_px"]) == ["1", "3", "5"]
     assert 0 < document["epe"] < 200
-    done = ditf("eval", "stereo", demo_bundle, *kept, "--min-pck", "0.1=0.999", "--json", tmp_path / "e.json")
+    strict = ("--alpha", "0.01", "--min-pck", "0.01=0.9")
+    done = ditf("eval", "stereo", demo_bundle, *kept, *strict, "--json", tmp_path / "e.json")
     assert done.returncode == 1
-    assert "pck@0.1" in done.stderr
+    assert "pck@0.01" in done.stderr
     assert not measured(tmp_path / "e.json")["ok"]
 
 

@@ -28,7 +28,7 @@ def folders(tmp_path):
 def test_a_store(ditf, demo_bundle, folders, tmp_path):
     done = ditf("features", demo_bundle, *folders, "./one/a.png", "-o", "store/", "--json", "f.json")
     assert done.returncode == 0, done.stderr
-    assert "3 maps of 192 channels, float16" in done.stdout
+    assert "3 maps of 128 channels, float16" in done.stdout
     assert "3 computed, 0 kept, 0 failed" in done.stdout
     assert "[3/3" in done.stderr
     report = json.loads((tmp_path / "f.json").read_text())
@@ -129,7 +129,7 @@ def test_a_full_disk_keeps_what_is_whole(demo_bundle, folders, tmp_path):
     code = (
         "import resource, signal, sys\n"
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
-        "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))\n"
         "from ditf.cli.main import run\n"
         f"sys.exit(run(['features', {str(demo_bundle)!r}, 'one', '-q', '-o', 'store']))\n"
     )
