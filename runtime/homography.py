@@ -43,7 +43,8 @@ def find_homography(
             matches must be right).
 
     Raises:
-        InputError: fewer than four matches, or none that four inliers agree with; bad arrays or options.
+        InputError: fewer than four matches, or none that more than the four it is
+            made of agree with; bad arrays or options.
         MissingComponent: OpenCV is not installed.
     """
     if method not in METHODS:
@@ -70,7 +71,8 @@ def find_homography(
         raise refused
     inliers = mask.ravel().astype(bool)
     projected = project(matrix, start[inliers])
-    if inliers.sum() < _FEWEST or not np.isfinite(projected).all():
+    # Any four matches agree with some homography: where there were more, four alone say nothing.
+    if inliers.sum() < min(len(start), _FEWEST + 1) or not np.isfinite(projected).all():
         raise refused
     error = np.linalg.norm(projected - end[inliers], axis=1).mean()
     return Homography(matrix, inliers, float(error))

@@ -123,7 +123,10 @@ def test_stereo():
     assert measured["epe"][""] == pytest.approx(np.mean(errors), rel=1e-12)
     for limit in (1, 3, 5):
         assert measured["pck_px"][str(limit)] == np.mean([error <= limit for error in errors])
-    assert measured["pck"] == {"0.1": np.mean([error / 741 <= 0.1 for error in errors])}
+    expected = {
+        f"{alpha:g}": np.mean([error / 741 <= alpha for error in errors]) for alpha in (0.01, 0.05, 0.1)
+    }
+    assert measured["pck"] == expected
     assert "pck_per_image" not in measured
 
 
