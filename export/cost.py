@@ -18,7 +18,6 @@ from ditf.calib.devices import Device
 from ditf.export.counting import shape_modules, whole_parameters
 from ditf.export.families.base import Condition, TrunkSpec
 from ditf.export.graph.condition import BakedCondition, LiveCondition
-from ditf.export.graph.encoder import KLEncoder, PixelEncoder
 from ditf.export.graph.features import FeaturesGraph
 from ditf.export.graph.layers import Linear
 from ditf.export.graph.match import MatchGraph
@@ -30,6 +29,7 @@ from ditf.export.plan import Plan
 from ditf.export.pretrained import full_config, model_shapes, shape_model
 from ditf.export.published import example_condition, prompt_tokens
 from ditf.export.reference import FeatureSettings
+from ditf.export.specialise import image_encoder
 from ditf.runtime.engines import POINTS
 
 VAE, CONDITIONING, EMBEDDERS = "VAE encoder", "conditioning", "embedders"
@@ -172,7 +172,7 @@ def shape_graph(plan: Plan, condition: Condition | None = None) -> tuple[Feature
     height, width = (length // plan.latents.stride for length in plan.size)
     shape = (plan.options.ensemble, plan.latents.channels, height, width)
     graph = FeaturesGraph(
-        _encoder(plan),
+        image_encoder(plan, _vae(plan) if plan.latents.vae else None),
         LiveCondition(conditioner, plan.levels.float()) if live else BakedCondition(NoiseLevel(1.0, 1.0)),
         trunk,
         torch.empty(shape, device="meta"),
@@ -183,13 +183,6 @@ def shape_graph(plan: Plan, condition: Condition | None = None) -> tuple[Feature
     )
     named = {**example, "timestep": torch.zeros(1, dtype=torch.int64)}
     return graph.to("meta").eval(), [named[name].to("meta") for name in graph.inputs]
-
-
-def _encoder(plan: Plan) -> nn.Module:
-    if not plan.latents.vae:
-        return PixelEncoder()
-    vae = _vae(plan)
-    return KLEncoder(vae, *plan.latents.shift_and_scale(vae), plan.precision, plan.latents.patch)
 
 
 def _vae(plan: Plan) -> Any:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -108,7 +109,7 @@ def specialise(
         ]
     baked_noise = plan.options.noise == "baked"
     graph = FeaturesGraph(
-        _encoder(plan),
+        image_encoder(plan, plan.latents.load_vae(plan.checkpoint) if plan.latents.vae else None),
         condition,
         trunk,
         noise,
@@ -142,9 +143,9 @@ def _stored(row: Feeds, precision: Precision) -> Feeds:
     return {name: tensor.to(dtype) if name in _COMPUTED else tensor for name, tensor in row.items()}
 
 
-def _encoder(plan: Plan) -> nn.Module:
+def image_encoder(plan: Plan, vae: Any) -> nn.Module:
+    """Pixels to x_0; `vae` is the unmodified one, changed in place, or None for a model in pixels."""
     latents = plan.latents
-    if not latents.vae:
+    if vae is None:
         return PixelEncoder()
-    vae = latents.load_vae(plan.checkpoint)
     return KLEncoder(vae, *latents.shift_and_scale(vae), plan.precision, latents.patch)

@@ -25,6 +25,11 @@ def unit_cells(features: FeatureMap) -> np.ndarray:
     return cells
 
 
+def cell_side(features: FeatureMap) -> float:
+    """Longer side of a cell on the image, px."""
+    return max(pixels / cells for pixels, cells in zip(features.image_size, features.cells, strict=True))
+
+
 def to_pixels(cells: np.ndarray, features: FeatureMap) -> np.ndarray:
     """Positions on a map in pixels of its image.
 

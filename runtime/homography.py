@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ditf.runtime.cells import cell_side
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.features import FeatureMap
 
@@ -85,8 +86,7 @@ def cell_threshold(target: FeatureMap) -> float:
     image's corners: 27.8 px with cell centres and 3 px (the identity of the grid wins), 5 to 8 px with cell
     centres and 8 px, 0.2 to 2.4 px with `refine="window"` and 8 px.
     """
-    sizes = zip(target.image_size, target.cells, strict=True)
-    return max(3.0, max(pixels / cells for pixels, cells in sizes) / 2)
+    return max(3.0, cell_side(target) / 2)
 
 
 def project(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:

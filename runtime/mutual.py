@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ditf.runtime.cells import cell_centres, unit_cells
+from ditf.runtime.cells import cell_centres, cell_side, unit_cells
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching import PointsLike, check_channels, match_points
@@ -111,7 +111,7 @@ def mutual_points(
     """
     check_options(max_matches)
     if tolerance is None:
-        tolerance = max(pixels / cells for pixels, cells in zip(source.image_size, source.cells, strict=True))
+        tolerance = cell_side(source)
     if not tolerance >= 0:
         raise InputError(f"tolerance is {tolerance:g} px", "it is 0 or more")
     there = match_points(source, target, points, method)

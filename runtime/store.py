@@ -127,7 +127,7 @@ class FeatureStore(Mapping[str, FeatureMap]):
     """
 
     def __init__(self, path: Union[str, Path]) -> None:
-        _safetensors()
+        safetensors_package()
         self.path = Path(path)
         self.identity = read_identity(self.path)
         self._names: tuple[str, ...] | None = None
@@ -256,7 +256,7 @@ def read_stored(path: Path) -> StoredMap:
     """
     try:
         # safetensors compares the header with the file's length: a truncated one is refused here.
-        with _safetensors().safe_open(path, framework="numpy") as file:
+        with safetensors_package().safe_open(path, framework="numpy") as file:
             noted = file.metadata() or {}
             tensor = file.get_slice(TENSOR)
             shape, dtype = tuple(tensor.get_shape()), {"F16": "float16", "F32": "float32"}[tensor.get_dtype()]
@@ -289,7 +289,8 @@ def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _safetensors() -> Any:
+def safetensors_package() -> Any:
+    """safetensors, or the error that says how to install it."""
     try:
         import safetensors
     except ImportError:

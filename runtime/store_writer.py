@@ -12,7 +12,7 @@ from uuid import uuid4
 
 import numpy as np
 
-from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.store import (
     INDEX,
@@ -29,6 +29,7 @@ from ditf.runtime.store import (
     narrowed,
     read_identity,
     read_stored,
+    safetensors_package,
 )
 
 _STALE = 24 * 3600.0  # seconds after which what was being written is a killed process's
@@ -50,10 +51,7 @@ class StoreWriter:
     """
 
     def __init__(self, path: Path, identity: StoreIdentity) -> None:
-        try:
-            import safetensors.numpy  # noqa: F401
-        except ImportError:
-            raise missing_extra("safetensors", "eval") from None
+        safetensors_package()
         self.path = path
         self.identity = identity
         self.entries: dict[str, dict[str, Any]] = {}

@@ -254,10 +254,10 @@ def _show(answer: _Answer, request: _Request) -> None:
         show(f"homography: {inliers} of {count} matches agree, {answer.homography.error_px:.2f} px apart")
         show("\n".join(" ".join(f"{value:12.6g}" for value in row) for row in answer.homography.matrix))
     if answer.flow is not None:
-        length = np.linalg.norm(answer.flow.field, axis=2)
+        flow = _flow_summary(answer.flow)
         show(
-            f"flow: {np.median(length):.1f} px in the median, {length.max():.1f} px at the most,"
-            f" cosine {np.median(answer.flow.confidence):.4f} in the median"
+            f"flow: {flow['median_px']:.1f} px in the median, {flow['max_px']:.1f} px at the most,"
+            f" cosine {flow['median_confidence']:.4f} in the median"
         )
 
 
@@ -277,15 +277,20 @@ def _more(answer: _Answer, homography: str | None) -> dict[str, Any]:
             "error_px": answer.homography.error_px,
         }
     if answer.flow is not None:
-        length = np.linalg.norm(answer.flow.field, axis=2)
-        more["flow"] = {
-            "median_px": float(np.median(length)),
-            "max_px": float(length.max()),
-            "median_confidence": float(np.median(answer.flow.confidence)),
-        }
+        more["flow"] = _flow_summary(answer.flow)
     if answer.heat is not None:
         more["heat_map"] = {"min": float(answer.heat.min()), "max": float(answer.heat.max())}
     return more
+
+
+def _flow_summary(flow: Flow) -> dict[str, float]:
+    """Lengths and confidence of a flow."""
+    length = np.linalg.norm(flow.field, axis=2)
+    return {
+        "median_px": float(np.median(length)),
+        "max_px": float(length.max()),
+        "median_confidence": float(np.median(flow.confidence)),
+    }
 
 
 def _draw(

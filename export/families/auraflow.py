@@ -165,7 +165,7 @@ class _Conditioner(Conditioner):
         if text:
             self.context = Linear(*read_linear(weights, "context_embedder"), torch.float32)
             self.registers = constant(weights.tensor("register_tokens")[0])
-        self.inputs = ("prompt_embeds",) if text else ()  # type: ignore[misc]
+        self.inputs = ("prompt_embeds",) if text else ()
 
     def forward(
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]

@@ -14,12 +14,10 @@ from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.mmdit import PooledConditioner
+from ditf.export.families.mmdit import PooledConditioner, stream_rows
 from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.joint import (
-    IMAGE_ROWS,
     NORM_ROWS,
-    SINGLE_ROWS,
     JointBlock,
     JointTrunk,
     SingleBlock,
@@ -136,7 +134,7 @@ class Flux(Family):
             lambda: make(self.channels, self.config["pooled_projection_dim"]), "time_text_embed"
         )
         names = [f"{self.block_name(index)}.{norm}.linear" for index, norm in self._norms(layer)]
-        linears = [*zip(names, self._sizes(layer), strict=True)]
+        linears = [*zip(names, stream_rows(layer, self._doubles(layer)), strict=True)]
         own = "norm1" if self.blocks.locate(layer)[0] == "double" else "norm"
         linears.append((f"{self.block_name(layer)}.{own}.linear", NORM_ROWS))
         context = "context_embedder" if layer else None
@@ -156,15 +154,8 @@ class Flux(Family):
             *((index, "norm") for index in range(doubles, layer)),
         ]
 
-    def _sizes(self, layer: int) -> list[int]:
-        """Rows of each of `_norms`; of the last text the norm's only."""
-        sizes = [SINGLE_ROWS if norm == "norm" else IMAGE_ROWS for _, norm in self._norms(layer)]
-        if 0 < layer <= self.config["num_layers"]:
-            sizes[-1] = NORM_ROWS
-        return sizes
-
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
-        sizes = self._sizes(spec.layer)
+        sizes = stream_rows(spec.layer, self._doubles(spec.layer))
         rows: Sequence[torch.Tensor | None] = (None,) * (len(sizes) + 1)
         text = None
         if fixed is not None:

@@ -12,11 +12,10 @@ from torch import nn
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec
+from ditf.export.families.mmdit import stream_rows
 from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
 from ditf.export.graph.joint import (
-    IMAGE_ROWS,
     NORM_ROWS,
-    SINGLE_ROWS,
     JointBlock,
     JointTrunk,
     SingleBlock,
@@ -116,14 +115,6 @@ class Flux2(Family):
         image = pipeline._prepare_latent_ids(torch.empty(1, 1, *grid))
         return image[0], pipeline._prepare_text_ids(torch.empty(1, text_tokens, 1))[0]
 
-    def _sizes(self, layer: int) -> list[int]:
-        """Modulation rows: image and text of each two-stream block, then each single-stream block."""
-        doubles = self._doubles(layer)
-        sizes = [IMAGE_ROWS] * (2 * doubles) + [SINGLE_ROWS] * (layer - doubles)
-        if 0 < layer <= self.config["num_layers"]:
-            sizes[-1] = NORM_ROWS
-        return sizes
-
     def _doubles(self, layer: int) -> int:
         """Two-stream blocks that run."""
         return min(layer, int(self.config["num_layers"]))
@@ -137,7 +128,7 @@ class Flux2(Family):
         linears, count = [], 0
         starts: dict[str, int] = {}
         rows: list[int] = []
-        for name, used in zip(shared, [*self._sizes(layer), NORM_ROWS], strict=True):
+        for name, used in zip(shared, [*stream_rows(layer, self._doubles(layer)), NORM_ROWS], strict=True):
             if name not in starts:
                 starts[name] = count
                 linears.append(read_linear(weights, name))
@@ -154,7 +145,7 @@ class Flux2(Family):
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
         self.require(guidance_embeds=(False,), patch_size=(1,), eps=(1e-6,))
-        sizes = self._sizes(spec.layer)
+        sizes = stream_rows(spec.layer, self._doubles(spec.layer))
         rows: Sequence[torch.Tensor | None] = (None,) * (len(sizes) + 1)
         text = None
         if fixed is not None:
@@ -272,7 +263,7 @@ class _Conditioner(Conditioner):
         self.projection = projection
         self.rows = list(rows)
         self.context = context
-        self.inputs = ("prompt_embeds",) if context else ()  # type: ignore[misc]
+        self.inputs = ("prompt_embeds",) if context else ()
 
     def forward(
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]

@@ -230,7 +230,7 @@ class _Conditioner(Conditioner):
         self.embedding = with_constant_frequencies(_TimeEmbedding(time))
         self.projection = projection
         self.text = text
-        self.inputs = ("prompt_embeds", "prompt_attention_mask") if text else ()  # type: ignore[misc]
+        self.inputs = ("prompt_embeds", "prompt_attention_mask") if text else ()
 
     def forward(
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]

@@ -8,9 +8,22 @@ import torch
 from torch import nn
 
 from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
 from ditf.export.graph.layers import Linear, read_linear
 from ditf.export.graph.precision import Precision
 from ditf.export.weights import Weights
+
+
+def stream_rows(layer: int, doubles: int) -> list[int]:
+    """Modulation rows of FLUX's blocks: image and text of each two-stream block, then each single-stream one.
+
+    Args:
+        layer: blocks that run; doubles: how many of them have two streams. Of the last text only the norm's.
+    """
+    sizes = [IMAGE_ROWS] * (2 * doubles) + [SINGLE_ROWS] * (layer - doubles)
+    if 0 < layer == doubles:
+        sizes[-1] = NORM_ROWS
+    return sizes
 
 
 class PooledConditioner(Conditioner):
@@ -48,7 +61,7 @@ class PooledConditioner(Conditioner):
         if context is not None:
             self.context = Linear(*read_linear(weights, context), torch.float32)  # writes the residual
         self.guidance = guidance
-        self.inputs = (  # type: ignore[misc]
+        self.inputs = (
             "pooled_prompt_embeds",
             *(("prompt_embeds",) if context else ()),
             *(("guidance",) if guidance else ()),

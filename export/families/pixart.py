@@ -172,7 +172,7 @@ class _Conditioner(Conditioner):
         self.keys = nn.ModuleList(keys)
         self.values = nn.ModuleList(values)
         self.added = {name: None if value is None else constant(value) for name, value in added.items()}
-        self.inputs = ("prompt_embeds", "prompt_attention_mask") if keys else ()  # type: ignore[misc]
+        self.inputs = ("prompt_embeds", "prompt_attention_mask") if keys else ()
 
     def forward(
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]

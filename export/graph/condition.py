@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from typing import ClassVar
 
 import torch
 from diffusers.models.embeddings import Timesteps
@@ -27,7 +26,7 @@ Levels = tuple[Given, torch.Tensor | float, torch.Tensor | float]
 class Conditioner(nn.Module, ABC):
     """A condition and a timestep -> what the trunk is given. Run once at export, or traced (`live`)."""
 
-    inputs: ClassVar[tuple[str, ...]]
+    inputs: tuple[str, ...]
     """Names of the condition's tensors that `forward` reads, beside the timestep."""
 
     @abstractmethod
