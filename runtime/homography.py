@@ -66,7 +66,8 @@ def find_homography(
     except cv2.error:  # of degenerate points, in some versions
         matrix = None
     refused = InputError(
-        f"no homography: too few of the {len(start)} matches agree", "use more points, or a larger threshold"
+        f"no homography: too few of the {len(start)} matches agree",
+        "use more points; a scene that is not flat has none",
     )
     if matrix is None or not np.isfinite(matrix).all() or matrix.shape != (3, 3):
         raise refused

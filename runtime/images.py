@@ -57,6 +57,18 @@ def open_image(source: ImageLike) -> Image.Image:
         ) from error
 
 
+def picture_count(path: Path) -> int:
+    """How many pictures an image file holds: more than 1 in an animation; 1 too of what cannot be read."""
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` decides
+            image = Image.open(path)
+        with image:
+            return int(getattr(image, "n_frames", 1))
+    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
+        return 1
+
+
 def list_images(folder: Path) -> list[Path]:
     """The image files of a folder, sorted by name.
 

@@ -156,6 +156,8 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
         taken.add(path.resolve())
         if path.is_dir():
             raise InputError(f"{path} is a directory", "name a file")
+        if path.name == "-":
+            raise InputError("- is no file name here", "results are on stdout already; name a file")
         if not path.parent.is_dir():
             raise InputError(f"{path.parent} is not a directory", "make it first")
         if not os.access(path.parent, os.W_OK):

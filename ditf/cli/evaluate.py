@@ -107,6 +107,9 @@ def evaluate_bundle(
         raise InputError(f"--method is of points, {name} has none", "leave --method out")
     floors = [Floor.parse(text, benchmark) for text in minimum or []]
     paths = [*bundles, *([compare] if compare is not None else [])]
+    for index, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:index]]:
+            raise InputError(f"{path} is named twice", "compare different bundles")
     check_writable(json_file, inputs=(*paths, *([data] if data is not None else [])))
     check_pictures(pictures)
     _check_cache(cache)
@@ -193,7 +196,8 @@ def _refuse_problems(reading: Reading, skip: bool, json_file: Optional[Path], ab
     if len(reading.problems) > _LISTED:
         print(f"... and {len(reading.problems) - _LISTED} more", file=sys.stderr)
     whole = reading.lost + len(reading.items)
-    summary = f"{reading.lost} of {whole} items cannot be used, for {len(reading.problems)} reasons"
+    reasons = len(reading.problems)
+    summary = f"{reading.lost} of {whole} items cannot be used, for {reasons} reason{'s' * (reasons != 1)}"
     if not reading.items:
         raise InputError(summary, "is --data the right folder? docs/eval.md has the layout")
     if not skip:

@@ -237,7 +237,7 @@ def _show(answer: _Answer, request: _Request) -> None:
     """Print what was found."""
     rows: list[tuple[str, ...]] = [("source", "target", "cosine")]
     count = len(answer.points)
-    shown = _ROWS if request.queries is None else count
+    shown = _ROWS if request.mutual or request.queries is None else count
     found = answer.matches
     for (x, y), (u, v), score in zip(
         answer.points[:shown], found.points[:shown], found.scores[:shown], strict=True

@@ -29,7 +29,7 @@ from ditf.cli.console import (
 )
 from ditf.runtime import Matches, Model, Propagator, load
 from ditf.runtime.errors import InputError
-from ditf.runtime.images import open_image
+from ditf.runtime.images import list_images, open_image, picture_count
 from ditf.runtime.label_images import read_labels, write_labels
 from ditf.runtime.matching import check_points
 
@@ -37,7 +37,10 @@ from ditf.runtime.matching import check_points
 def track(
     bundle: BundleArgument,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points or labels are of.")],
-    frames: Annotated[list[Path], typer.Argument(metavar="FRAME...", help="Frames of a video, as images.")],
+    frames: Annotated[
+        list[Path],
+        typer.Argument(metavar="FRAME...", help="Frames of a video, as images, or a folder of them."),
+    ],
     points: Annotated[
         Optional[list[str]],
         typer.Option("--points", metavar="X,Y", help="Points in source pixels: x,y, once or several times."),
@@ -75,9 +78,7 @@ def track(
     size = (image.height, image.width)
     queries = check_points(parse_points(points or []), size)
     mask = None if labels is None else read_labels(labels, size)
-    missing = next((frame for frame in frames if not frame.is_file()), None)
-    if missing is not None:
-        raise InputError(f"{missing}: no such file", "name the frames of a video, as images")
+    frames = _frames(frames)
     if output is not None:
         if output.exists() and not output.is_dir():
             raise InputError(f"{output} is not a directory", "name one, or a new one")
@@ -95,6 +96,29 @@ def track(
             document |= _points(model, image, queries, frames, output, prompt)
     say(f"{len(frames) / document['seconds']:.1f} frames a second")
     write_json(json_file, {"backend": model.detail, **document})
+
+
+def _frames(given: list[Path]) -> list[Path]:
+    """The frames, those of folders by name.
+
+    Raises:
+        InputError: no such file, or several pictures in one.
+    """
+    frames: list[Path] = []
+    for path in given:
+        if path.is_dir():
+            frames += list_images(path)
+        elif path.is_file():
+            frames.append(path)
+        else:
+            raise InputError(f"{path}: no such file", "name the frames of a video, as images")
+    for frame in frames:
+        count = picture_count(frame)
+        if count > 1:
+            raise InputError(
+                f"{frame} holds {count} pictures", "write each to its own file: ffmpeg -i FILE frame-%06d.png"
+            )
+    return frames
 
 
 def _points(

@@ -229,6 +229,8 @@ def test_a_limit_takes_part_of_what_a_larger_one_takes(ditf, demo_bundle, spair,
         (["stereo", "--method", "best"], "unknown method 'best'"),
         (["tss", "--data", ".", "--method", "window"], "--method is of points"),
         (["stereo", "--compare", "none"], "none: no such bundle"),
+        (["stereo", "{bundle}"], "is named twice"),
+        (["stereo", "--compare", "{bundle}"], "is named twice"),
         (["stereo", "--pictures", "full"], "holds something else"),
         (["stereo", "--pictures", "full/file"], "is not a directory"),
         (["stereo", "--cache", "full/file"], "is not a directory"),
@@ -239,7 +241,8 @@ def test_a_limit_takes_part_of_what_a_larger_one_takes(ditf, demo_bundle, spair,
 def test_bad_options(ditf, demo_bundle, tmp_path, arguments, message):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "file").write_text("kept")
-    done = ditf("eval", arguments[0], demo_bundle, *arguments[1:])
+    rest = [demo_bundle if argument == "{bundle}" else argument for argument in arguments[1:]]
+    done = ditf("eval", arguments[0], demo_bundle, *rest)
     assert done.returncode == 2
     assert message in done.stderr
     assert (tmp_path / "full" / "file").read_text() == "kept"

@@ -137,7 +137,7 @@ def test_mutual(ditf, demo_bundle, pair, tmp_path):
     assert report["method"] == "cells"
     assert report["mutual"]
     lines = done.stdout.splitlines()
-    assert len(lines) == 42
+    assert len(lines) == 42  # a head, 40 of them and how many there are
     assert lines[-1] == "... 50 matches in all; --json has them"
     with Image.open(tmp_path / "m.png") as picture:
         assert picture.size == (252, 90)

@@ -52,12 +52,27 @@ def test_the_source_is_found_in_itself(ditf, pixart_bundle, video, tmp_path):
         (["--points", "a,b"], "is not x,y"),
         (["--points", "1,1", "-o", "0.png"], "is not a directory"),
         (["--points", "1,1", "none.png"], "none.png: no such file"),
+        (["--points", "1,1", "moving.gif"], "moving.gif holds 3 pictures; write each to its own file"),
+        (["--points", "1,1", "--json", "-"], "- is no file name here"),
     ],
 )
-def test_bad_input(ditf, pixart_bundle, video, change, message):
+def test_bad_input(ditf, pixart_bundle, video, tmp_path, change, message):
+    frames = [Image.open(path).convert("L") for path in video]
+    frames[0].save(tmp_path / "moving.gif", save_all=True, append_images=frames[1:3])
     done = ditf("track", pixart_bundle, *video, *change)
     assert done.returncode == 2
     assert message in done.stderr
+
+
+def test_a_folder_of_frames(ditf, pixart_bundle, video, tmp_path):
+    (tmp_path / "frames").mkdir()
+    for path in video:
+        path.rename(tmp_path / "frames" / path.name)
+    first = tmp_path / "frames" / video[0].name
+    done = ditf("track", pixart_bundle, first, "frames", "--points", "24,24", "--json", tmp_path / "t.json")
+    assert done.returncode == 0, done.stderr
+    frames = json.loads((tmp_path / "t.json").read_text())["frames"]
+    assert [one["frame"] for one in frames] == [f"frames/{path.name}" for path in video]
 
 
 @pytest.fixture
