@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 from tests.checkpoints import SAVE
 
@@ -27,13 +29,9 @@ def root() -> Path:
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A tiny checkpoint by name (tests/checkpoints.py), saved once. Read-only: copy it to change it."""
-    root = tmp_path_factory.mktemp("checkpoints")
 
     def saved(name: str) -> Path:
-        folder = root / f"tiny-{name}"
-        if not folder.exists():
-            SAVE[name](folder)
-        return folder
+        return _made_once(tmp_path_factory, f"tiny-{name}", SAVE[name])
 
     return saved
 
@@ -152,4 +150,18 @@ def _export(factory: pytest.TempPathFactory, name: str, **options: object) -> Pa
     from ditf.export.exporter import export_bundle
     from ditf.export.options import ExportOptions
 
-    return export_bundle(ExportOptions(output=factory.mktemp("bundles") / name, **options))
+    return _made_once(factory, name, lambda path: export_bundle(ExportOptions(output=path, **options)))
+
+
+def _made_once(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A directory that the first of pytest-xdist's processes to ask for makes, for all of them."""
+    own = factory.getbasetemp()
+    path = (own.parent if "PYTEST_XDIST_WORKER" in os.environ else own) / "made" / name
+    path.parent.mkdir(exist_ok=True)
+    with FileLock(f"{path}.lock"):
+        if not path.exists():
+            working = path.with_name(f".{name}") / name  # whoever fails leaves none behind
+            working.parent.mkdir(exist_ok=True)
+            make(working)
+            working.rename(path)
+    return path

@@ -94,7 +94,7 @@ def test_a_full_disk_leaves_nothing(request, tmp_path, model):
         "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
         "resource.setrlimit(resource.RLIMIT_FSIZE, (200_000, 200_000))\n"
         "from ditf.cli.main import run\n"
-        f"sys.exit(run(['export', '--model', '{model}', '--layer', '2', '-q', '-o', 'bundle']))\n"
+        f"sys.exit(run(['export', '--model', '{model}', *'--layer 2 --size 64x64 -q -o bundle'.split()]))\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 2, done.stderr

@@ -9,8 +9,10 @@ import pytest
 from PIL import Image
 
 import ditf
+from ditf.export.checkpoint import open_checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.options import ExportOptions
+from ditf.export.plan import make_plan
 from ditf.runtime.errors import DitfError
 from ditf.runtime.manifest import read_manifest
 from tests.checkpoints import UNTRAINED_MASSIVE
@@ -49,8 +51,9 @@ def test_a_class_label_on_a_text_model(tiny_pixart, tmp_path):
 
 
 def test_the_default_layer_is_half_of_the_depth(tiny_pixart, tmp_path):
-    bundle = export_bundle(ExportOptions(model=str(tiny_pixart), output=tmp_path / "bundle"))
-    assert read_manifest(bundle).layer == 2
+    with open_checkpoint(str(tiny_pixart), None, None) as checkpoint:
+        plan = make_plan(ExportOptions(model=str(tiny_pixart), output=tmp_path / "bundle"), checkpoint)
+    assert plan.layer == 2
 
 
 def test_auto_discard_finds_the_planted_channels(checkpoint, tmp_path):
