@@ -31,6 +31,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -354,6 +356,34 @@ def save_tiny_lumina2(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
+def save_tiny_zimage(folder: Path) -> None:
+    """Z-Image: 2 refiners and 3 layers."""
+    with seeded():
+        transformer = lively(
+            ZImageTransformer2DModel(
+                in_channels=4,
+                dim=48,
+                n_layers=3,
+                n_refiner_layers=2,
+                n_heads=3,
+                n_kv_heads=3,
+                axes_dims=[4, 6, 6],
+                axes_lens=[520, 24, 24],
+                cap_feat_dim=16,
+            )
+        )
+        transformer.x_pad_token.data.normal_()  # zeros until it is trained
+        transformer.cap_pad_token.data.normal_()
+        pipeline = ZImagePipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=tiny_qwen3(3),
+            tokenizer=tiny_qwen_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
 def tiny_gemma() -> Gemma2Model:
     return Gemma2Model(
         Gemma2Config(
@@ -448,6 +478,7 @@ SAVE: dict[str, Callable[[Path], None]] = {
     "auraflow": save_tiny_auraflow,
     "flux2": save_tiny_flux2,
     "lumina2": save_tiny_lumina2,
+    "zimage": save_tiny_zimage,
 }
 """Every tiny checkpoint by name."""
 

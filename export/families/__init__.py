@@ -11,10 +11,11 @@ from ditf.export.families.flux2 import Flux2
 from ditf.export.families.lumina2 import Lumina2
 from ditf.export.families.pixart import PixArt
 from ditf.export.families.sd3 import SD3
+from ditf.export.families.zimage import ZImage
 from ditf.export.pretrained import current_class, full_config
 from ditf.runtime.errors import InputError
 
-FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, Flux2, AuraFlow, Lumina2)
+FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, Flux2, AuraFlow, Lumina2, ZImage)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

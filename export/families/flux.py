@@ -83,6 +83,13 @@ class Flux(Family):
         """T5 tokens: the pipeline's 512; schnell was trained with 256."""
         return 512 if self.takes_guidance else 256
 
+    def example_condition(self) -> Condition:
+        condition = {
+            "prompt_embeds": torch.zeros(1, self._text_limit, self.config["joint_attention_dim"]),
+            "pooled_prompt_embeds": torch.zeros(1, self.config["pooled_projection_dim"]),
+        }
+        return {**condition, "guidance": torch.zeros(1)} if self.takes_guidance else condition
+
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
@@ -122,9 +129,7 @@ class Flux(Family):
         packed: torch.Tensor = _pipeline()._pack_latents(x_t, *x_t.shape)
         return packed
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         make = (
             CombinedTimestepGuidanceTextProjEmbeddings
             if self.takes_guidance
@@ -133,13 +138,13 @@ class Flux(Family):
         embedding = weights.load_into(
             lambda: make(self.channels, self.config["pooled_projection_dim"]), "time_text_embed"
         )
-        names = [f"{self.block_name(index)}.{norm}.linear" for index, norm in self._norms(layer)]
-        linears = [*zip(names, stream_rows(layer, self._doubles(layer)), strict=True)]
-        own = "norm1" if self.blocks.locate(layer)[0] == "double" else "norm"
-        linears.append((f"{self.block_name(layer)}.{own}.linear", NORM_ROWS))
-        context = "context_embedder" if layer else None
+        names = [f"{self.block_name(index)}.{norm}.linear" for index, norm in self._norms(spec.layer)]
+        linears = [*zip(names, stream_rows(spec.layer, self._doubles(spec.layer)), strict=True)]
+        own = "norm1" if self.blocks.locate(spec.layer)[0] == "double" else "norm"
+        linears.append((f"{self.block_name(spec.layer)}.{own}.linear", NORM_ROWS))
+        context = "context_embedder" if spec.layer else None
         return PooledConditioner(
-            weights, embedding, linears, context, self.takes_guidance, self.channels, precision
+            weights, embedding, linears, context, self.takes_guidance, self.channels, spec.precision
         )
 
     def _doubles(self, layer: int) -> int:
