@@ -23,7 +23,6 @@ from ditf.export.graph.joint import (
 )
 from ditf.export.graph.layers import Linear, Rotary, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Given, PatchEmbedder
 from ditf.export.pretrained import load_text_pipeline
 from ditf.export.weights import Weights

@@ -16,7 +16,6 @@ from ditf.export.families.sincos import sincos_embedder
 from ditf.export.graph.condition import Conditioner, with_constant_frequencies
 from ditf.export.graph.layers import Linear, constant, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.stream import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
 from ditf.export.graph.taps import Where
 from ditf.export.graph.trunk import Given

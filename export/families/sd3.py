@@ -16,7 +16,6 @@ from ditf.export.families.sincos import cropped_embedder
 from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.joint import DUAL_ROWS, IMAGE_ROWS, NORM_ROWS, JointBlock, JointTrunk
 from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Given
 from ditf.export.pretrained import load_text_pipeline
 from ditf.export.weights import Weights

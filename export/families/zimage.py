@@ -232,7 +232,7 @@ class _TimeEmbedding(nn.Module):
     def __init__(self, embedder: nn.Module, scale: float) -> None:
         super().__init__()
         self.waves = Timesteps(256, flip_sin_to_cos=True, downscale_freq_shift=0)
-        self.projection = embedder.mlp
+        self.projection = embedder.get_submodule("mlp")
         self.scale = scale
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:

@@ -165,14 +165,16 @@ class SandwichTrunk(Trunk):
 
     def forward(self, latents: torch.Tensor, given: Given) -> torch.Tensor:
         x: torch.Tensor = self.embedder(latents)
+        if not self.blocks:
+            return x
         tokens = x.shape[1]
+        cosine, sine = self._rotary(given, tokens)
         rows: Sequence[Rows] = (None,) * len(self.blocks)
         if "modulation" in given:
             rows = given["modulation"].split([ROWS] * len(self.blocks) + [1])[:-1]
         if self.padding is not None:
             x = torch.cat([self.padding.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
         beside, bias = x.shape[1], None
-        cosine, sine = self._rotary(given, tokens) if self.blocks else (None, None)
         for index, block in enumerate(self.blocks):
             if index == self.refiners:
                 text = given["text"][None] if "text" in given else self.text

@@ -102,7 +102,7 @@ def test_what_is_refused(checkpoint, name, options, message):
         ("sd3", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux2", {"prompt": "a" * 520}, "tokens in its template, Qwen3 reads 512"),
-        ("zimage", {"prompt": "a" * 490}, "tokens in its template, Qwen3 reads 512"),
+        ("zimage", {"prompt": "a" * 512}, "tokens in its template, Qwen3 reads 512"),
         ("lumina2", {"prompt": "a" * 100}, "tokens, Gemma 2, with the system prompt, reads 256"),
     ],
 )

@@ -25,7 +25,6 @@ CASES = [
     ("schnell", "0", "bake", 1),
     ("flux2", "4", "bank", 1),
     ("lumina2", "4", "bank", 1),
-    ("zimage", "4", "bake", 1),
 ]
 
 
