@@ -185,6 +185,9 @@ class Family(ABC):
     leading_tokens: ClassVar[int] = 0
     """Text tokens in front of T5's, which --text-tokens leaves alone."""
 
+    text_multiple: ClassVar[int] = 1
+    """What the model pads a text's length to a multiple of, with tokens that it reads."""
+
     def text_length(self, condition: Condition) -> int:
         """L, the text tokens of a condition, masked ones among them."""
         embeds = condition.get("prompt_embeds")

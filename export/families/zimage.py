@@ -46,7 +46,7 @@ class ZImage(Family):
     takes_prompt = True
     attention_name = "attention"
     rms_norms = True
-    short_text = _MULTIPLE
+    short_text = text_multiple = _MULTIPLE
     defaults = Defaults(
         timestep=260,
         prompt="a photo",
