@@ -66,6 +66,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "guidance_embeds": False,
     },
     "Lumina-Image 2.0": {"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304},
+    "Chroma1-HD": {"_class_name": "ChromaTransformer2DModel"},
     "Z-Image-Turbo": {"_class_name": "ZImageTransformer2DModel"},
 }
 """By name; what a config leaves out is the class's own default."""
@@ -81,6 +82,7 @@ HUB_IDS = {
     "AuraFlow": "fal/AuraFlow",
     "FLUX.2 [klein] 4B": "black-forest-labs/FLUX.2-klein-4B",
     "Lumina-Image 2.0": "Alpha-VLLM/Lumina-Image-2.0",
+    "Chroma1-HD": "lodestones/Chroma1-HD",
     "Z-Image-Turbo": "Tongyi-MAI/Z-Image-Turbo",
 }
 """Of the models above, by their names."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
@@ -239,6 +242,33 @@ def _save_flux(folder, **config):
             tokenizer=tiny_clip_tokenizer(),
             text_encoder_2=tiny_t5(),
             tokenizer_2=tiny_t5_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
+def save_tiny_chroma(folder: Path) -> None:
+    """Chroma: 2 double and 3 single blocks."""
+    with seeded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a class of diffusers that this one uses
+        transformer = lively(
+            ChromaTransformer2DModel(
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=3,
+                attention_head_dim=16,
+                num_attention_heads=3,
+                joint_attention_dim=32,
+                axes_dims_rope=(4, 6, 6),
+                approximator_hidden_dim=32,
+                approximator_layers=2,
+            )
+        )
+        pipeline = ChromaPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=tiny_t5(),
+            tokenizer=tiny_t5_tokenizer(),
         )
     pipeline.save_pretrained(folder)
 
@@ -479,6 +509,7 @@ SAVE: dict[str, Callable[[Path], None]] = {
     "flux2": save_tiny_flux2,
     "lumina2": save_tiny_lumina2,
     "zimage": save_tiny_zimage,
+    "chroma": save_tiny_chroma,
 }
 """Every tiny checkpoint by name."""
 

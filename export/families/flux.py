@@ -120,9 +120,14 @@ class Flux(Family):
             "encoder_hidden_states": embeds.expand(batch, -1, -1),
             "pooled_projections": condition["pooled_prompt_embeds"].expand(batch, -1),
             "guidance": None if guidance is None else guidance.expand(batch),
-            "img_ids": _pipeline()._prepare_latent_image_ids(batch, *grid, "cpu", torch.float32),
-            "txt_ids": torch.zeros(embeds.shape[1], 3),
+            **self.reference_positions(grid, embeds.shape[1]),
         }
+
+    @staticmethod
+    def reference_positions(grid: tuple[int, int], text_tokens: int) -> dict[str, torch.Tensor]:
+        """Of image [N, 3] and text [L, 3], as the pipeline makes them."""
+        image = _pipeline()._prepare_latent_image_ids(1, *grid, "cpu", torch.float32)
+        return {"img_ids": image, "txt_ids": torch.zeros(text_tokens, 3)}
 
     def reference_latents(self, x_t: torch.Tensor) -> torch.Tensor:
         packed: torch.Tensor = _pipeline()._pack_latents(x_t, *x_t.shape)

@@ -15,6 +15,7 @@ from ditf.export.families import family_of
 from ditf.export.options import ExportOptions
 from ditf.export.plan import make_plan
 from ditf.runtime.errors import InputError
+from tests.checkpoints import tiny_t5_tokenizer
 
 
 def entries(folder, **options):
@@ -102,6 +103,7 @@ def test_what_is_refused(checkpoint, name, options, message):
         ("sd3", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux2", {"prompt": "a" * 520}, "tokens in its template, Qwen3 reads 512"),
+        ("chroma", {"prompt": "a" * 512}, "tokens, T5 reads 512"),
         ("zimage", {"prompt": "a" * 512}, "tokens in its template, Qwen3 reads 512"),
         ("lumina2", {"prompt": "a" * 100}, "tokens, Gemma 2, with the system prompt, reads 256"),
     ],
@@ -194,6 +196,18 @@ def test_zimage_reads_what_its_whole_pipeline_encodes(checkpoint):
     torch.testing.assert_close(condition["prompt_embeds"][0, :own], embeds, rtol=0, atol=0)
     assert condition["prompt_embeds"].shape == (1, 512, 16)
     assert plan.family.text_tokens(condition) == 64 > own > 32  # padded with learned tokens, to be read
+
+
+def test_chroma_reads_one_token_of_the_padding(checkpoint):
+    """And no more of it, which its pipeline means with a mask that its attention takes for a bias."""
+    made, plan = encoded(checkpoint("chroma"), prompt="a dog")
+    condition = made[0].condition
+    assert condition["prompt_embeds"].shape == (1, 512, 32)
+    own = len(tiny_t5_tokenizer()("a dog").input_ids)
+    assert condition["prompt_attention_mask"].sum() == own + 1 == plan.family.text_tokens(condition)
+    inputs = plan.family.reference_inputs(condition, 260, plan.size, plan.grid, 2)
+    assert inputs["encoder_hidden_states"].shape == (2, own + 1, 32)
+    assert "attention_mask" not in inputs
 
 
 def test_another_zimage_is_refused(checkpoint, tmp_path):

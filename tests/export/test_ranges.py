@@ -35,6 +35,7 @@ LAST = {
     "flux2": "4",
     "lumina2": "4",
     "zimage": "4",
+    "chroma": "4",
 }
 
 
