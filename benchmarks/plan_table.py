@@ -18,6 +18,7 @@ MODELS = (
     "FLUX.1-dev",
     "AuraFlow",
     "FLUX.2 [klein] 4B",
+    "Chroma1-HD",
     "Lumina-Image 2.0",
     "Z-Image-Turbo",
 )

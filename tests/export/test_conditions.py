@@ -124,7 +124,11 @@ def test_the_longest_prompt_that_fits(checkpoint):
         ("pixart", {"guidance": 3.5}, "takes no guidance"),
         ("schnell", {"guidance": 3.5}, "takes no guidance"),
         ("dit", {"text_tokens": 8}, "reads no text"),
-        ("zimage", {"text_tokens": 33}, "zimage pads its text to multiples of 32; the next is 64"),
+        (
+            "zimage",
+            {"text_tokens": 33, "size": (64, 64)},
+            "zimage pads its text to multiples of 32; the next is 64",
+        ),
         ("sd3", {"size": (256, 256)}, "beyond this model's position embedding; choose at most 192x192"),
         ("sd3", {"discard": "published"}, "no massive channels are published for this sd3"),
         ("flux", {"timestep": 1000}, "timestep 1000 is out of range"),
