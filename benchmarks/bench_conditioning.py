@@ -312,14 +312,14 @@ def make_module(case: Case, family: Family, side: str) -> Transformer:
     size = (case.side, case.side)
     tokens = case.side // STRIDE // family.patch_size
     feeds = make_feeds(case, family)  # the timestep is beside the condition's tensors, which nothing minds
-    conditioner = family.conditioner(weights, case.layer, size, FLOAT32).eval()
-    if side == LIVE:
-        spec = TrunkSpec(case.layer, size, (tokens, tokens), case.text, FLOAT32)
-        return Transformer(family.trunk(weights, spec, None), conditioner).eval()
     trimmed = family.trim_text(feeds, family.text_tokens(feeds))
+    text = case.text if side == LIVE else family.text_length(trimmed)
+    spec = TrunkSpec(case.layer, size, (tokens, tokens), text, FLOAT32)
+    conditioner = family.conditioner(weights, spec).eval()
+    if side == LIVE:
+        return Transformer(family.trunk(weights, spec, None), conditioner).eval()
     given = conditioner(trimmed[TIMESTEP], trimmed)
     del conditioner
-    spec = TrunkSpec(case.layer, size, (tokens, tokens), family.text_length(trimmed), FLOAT32)
     with contextlib.ExitStack() as stack:
         if side == NO_FOLD:
             stack.enter_context(patch.object(FoldedCrossAttention, "pays", return_value=False))

@@ -113,9 +113,10 @@ def make_module(case: Case, precision: Precision) -> Transformer:
     size = (case.side, case.side)
     feeds = make_feeds(case, family)
     trimmed = family.trim_text(feeds, family.text_tokens(feeds))
-    given = family.conditioner(weights, case.layer, size, FLOAT32)(trimmed["timestep"], trimmed)
     side = case.side // 8 // family.patch_size
     spec = TrunkSpec(case.layer, size, (side, side), family.text_length(trimmed), precision)
+    conditioner = family.conditioner(weights, replace(spec, precision=FLOAT32))
+    given = conditioner(trimmed["timestep"], trimmed)
     trunk = family.trunk(weights, spec, given)
     trunk.embedder.residual = precision.residual  # type: ignore[assignment]
     return Transformer(trunk, None).eval()

@@ -10,7 +10,18 @@ from ditf.export.options import ExportOptions
 from ditf.export.plan import decide
 from ditf.export.published import open_configs
 
-MODELS = ("DiT-XL/2 512", "PixArt-XL/2 512", "SD3 medium", "SD3.5 medium", "FLUX.1-dev", "AuraFlow")
+MODELS = (
+    "DiT-XL/2 512",
+    "PixArt-XL/2 512",
+    "SD3 medium",
+    "SD3.5 medium",
+    "FLUX.1-dev",
+    "AuraFlow",
+    "FLUX.2 [klein] 4B",
+    "Chroma1-HD",
+    "Lumina-Image 2.0",
+    "Z-Image-Turbo",
+)
 SHOWN = ("orin-nano", "orin", "thor", "rtx-4090", "h200")
 TOO_LARGE = "does not fit"
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -69,7 +69,7 @@ def shape_modules(
     """
     weights = MetaWeights(model_shapes(family.transformer_class, family.config))
     with torch.device("meta"):  # for what a conditioner keeps beside its parameters
-        conditioner = family.conditioner(weights, spec.layer, spec.size, spec.precision if live else FLOAT32)
+        conditioner = family.conditioner(weights, spec if live else replace(spec, precision=FLOAT32))
         given = conditioner(torch.zeros(1), {name: t.to("meta") for name, t in condition.items()})
     trunk = family.trunk(weights, spec, None if live else given)
     return conditioner.to("meta"), trunk.to("meta")

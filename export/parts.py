@@ -23,6 +23,7 @@ _PARTS = (  # first match wins
     (".text.feed_forward", "text stream"),
     (".text.", "text stream"),
     ("trunk.text", "text stream"),
+    ("trunk.padding", "patch and position embedders"),
     ("trunk.cosine", "patch and position embedders"),
     ("trunk.sine", "patch and position embedders"),
     (".attention.", "self-attention"),

@@ -164,6 +164,13 @@ def _guidance(options: ExportOptions, family: Family, defaults: Defaults) -> flo
 def _check_text_tokens(options: ExportOptions, family: Family) -> None:
     if options.text_tokens is not None and not family.takes_prompt:
         raise InputError(f"{family.name} reads no text", "leave --text-tokens out")
+    if options.text_tokens is not None and options.text_tokens % family.text_multiple:
+        longer = -(-options.text_tokens // family.text_multiple) * family.text_multiple
+        raise InputError(
+            f"--text-tokens {options.text_tokens}: {family.name} pads its text to multiples of"
+            f" {family.text_multiple}",
+            f"the next is {longer}",
+        )
 
 
 def _check_pca(options: ExportOptions, family: Family, tokens: int) -> None:

@@ -201,7 +201,9 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
 
 def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
     try:
-        return loaded.from_pretrained(folder, use_safetensors=True, **options)
+        with warnings.catch_warnings():  # of what diffusers will change in its own classes
+            warnings.simplefilter("ignore", FutureWarning)
+            return loaded.from_pretrained(folder, use_safetensors=True, **options)
     except Exception as error:  # whatever files can provoke in someone else's code
         raise InputError(
             f"{loaded.__name__} cannot load {folder} ({first_line(error)})",

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ditf.export.checkpoint import DEMO, Checkpoint
 from ditf.export.demo import DEMO_CHECKPOINT
 from ditf.export.families import FAMILIES
@@ -68,6 +66,8 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "guidance_embeds": False,
     },
     "Lumina-Image 2.0": {"_class_name": "Lumina2Transformer2DModel", "cap_feat_dim": 2304},
+    "Chroma1-HD": {"_class_name": "ChromaTransformer2DModel"},
+    "Z-Image-Turbo": {"_class_name": "ZImageTransformer2DModel"},
 }
 """By name; what a config leaves out is the class's own default."""
 
@@ -82,15 +82,11 @@ HUB_IDS = {
     "AuraFlow": "fal/AuraFlow",
     "FLUX.2 [klein] 4B": "black-forest-labs/FLUX.2-klein-4B",
     "Lumina-Image 2.0": "Alpha-VLLM/Lumina-Image-2.0",
+    "Chroma1-HD": "lodestones/Chroma1-HD",
+    "Z-Image-Turbo": "Tongyi-MAI/Z-Image-Turbo",
 }
 """Of the models above, by their names."""
 
-_TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "auraflow": 256, "flux2": 512, "lumina2": 256}
-_SHORT_PROMPT = {"pixart": 8}
-"""Tokens of a short prompt, where the masked ones that follow are dropped."""
-_TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "cap_feat_dim")  # a family has one of them
-_UNMASKED = ("flux2",)  # its text has neither a mask nor a pooled embedding
-_DDPM = ("dit", "pixart")  # the others are flow matching
 _STAGES = 4  # of the encoder: a stride of 8 in every published VAE
 
 
@@ -131,8 +127,7 @@ def open_configs(model: str) -> Iterator[Checkpoint]:
 def _write_configs(folder: Path, name: str) -> None:
     """The configs of a published model in diffusers' layout; of VAE and scheduler, what matters here."""
     family = published_family(name)
-    vae = {
-        "_class_name": "AutoencoderKL",
+    kl = {
         "block_out_channels": [128, 256, 512, 512],
         "down_block_types": ["DownEncoderBlock2D"] * _STAGES,
         "up_block_types": ["UpDecoderBlock2D"] * _STAGES,
@@ -141,14 +136,16 @@ def _write_configs(folder: Path, name: str) -> None:
         "use_quant_conv": family.latent_channels == 4,  # those of 16 channels, SD3's and FLUX's, have none
         "use_post_quant_conv": family.latent_channels == 4,
     }
-    if family.name == "flux2":
-        vae = {"_class_name": "AutoencoderKLFlux2"}  # all defaults
     flow = {"_class_name": "FlowMatchEulerDiscreteScheduler"}
     ddpm = {"_class_name": "DDIMScheduler", "beta_schedule": "linear"}
     configs = {
         "transformer/config.json": CONFIGS[name],
-        "vae/config.json": vae,
-        "scheduler/scheduler_config.json": ddpm if family.name in _DDPM else flow,
+        # Other classes than AutoencoderKL have one checkpoint, whose config is all defaults.
+        "vae/config.json": {
+            "_class_name": family.vae_class,
+            **(kl if family.vae_class == "AutoencoderKL" else {}),
+        },
+        "scheduler/scheduler_config.json": ddpm if family.ddpm else flow,
     }
     for file, config in configs.items():
         (folder / file).parent.mkdir()
@@ -163,14 +160,8 @@ def prompt_tokens(family: Family, text_tokens: int | None) -> int | None:
     """
     if not family.takes_prompt:
         return None
-    tokens = _SHORT_PROMPT.get(family.name, _most_tokens(family))
+    tokens = family.short_text or family.text_length(family.example_condition())
     return tokens if text_tokens is None else min(tokens, family.leading_tokens + text_tokens)
-
-
-def _most_tokens(family: Family) -> int:
-    if family.name == "flux" and not family.takes_guidance:
-        return 256  # schnell's
-    return _TEXT[family.name]
 
 
 def example_condition(family: Family, text_tokens: int | None = None) -> Condition:
@@ -179,15 +170,5 @@ def example_condition(family: Family, text_tokens: int | None = None) -> Conditi
     Args:
         text_tokens: unmasked text tokens; all by default.
     """
-    if not family.takes_prompt:
-        return {"class_labels": torch.zeros(1, dtype=torch.int64)}
-    tokens = text_tokens or _most_tokens(family)
-    width = next(family.config[key] for key in _TEXT_WIDTHS if family.config.get(key))
-    condition = {"prompt_embeds": torch.zeros(1, tokens, width)}
-    if "pooled_projection_dim" in family.config:
-        condition["pooled_prompt_embeds"] = torch.zeros(1, family.config["pooled_projection_dim"])
-    elif family.name not in _UNMASKED:
-        condition["prompt_attention_mask"] = torch.ones(1, tokens, dtype=torch.int64)
-    if family.takes_guidance:
-        condition["guidance"] = torch.zeros(1)
-    return condition
+    condition = family.example_condition()
+    return condition if text_tokens is None else family.trim_text(condition, text_tokens)

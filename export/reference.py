@@ -89,6 +89,8 @@ class Reference:
         """An input of the transformer where it is, embeddings in its type."""
         if isinstance(value, dict):
             return {name: self._placed(one) for name, one in value.items()}
+        if isinstance(value, list):
+            return [self._placed(one) for one in value]
         if not isinstance(value, torch.Tensor):
             return value
         wide = value.is_floating_point() and value.ndim > 1
@@ -117,7 +119,7 @@ class Reference:
         Args:
             image: uint8 [H, W, 3] at the export's size.
         """
-        x_t = self._family.reference_latents(self._add_noise(self._encode(image))).to(self._dtype)
+        x_t = self._placed(self._family.reference_latents(self._add_noise(self._encode(image))))
         args, kwargs = _observe(self._block, self._transformer, (x_t,), self._inputs)
         self._block_call = (args, kwargs)
         z: np.ndarray = self._image_tokens(_first(args, kwargs)).mean(dim=0).float().numpy(force=True)
@@ -136,10 +138,9 @@ class Reference:
         def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             tokens = _first(args, kwargs).mean(dim=0)
             text = kwargs.get("encoder_hidden_states") if self._family.text_stream else None
-            count = self._grid[0] * self._grid[1]
-            head = tokens[:-count] if len(tokens) > count else None
-            own = head if text is None else text.mean(dim=0)
-            seen.append((tokens[-count:].numpy(), None if own is None else own.numpy()))
+            image_tokens, others = self._family.reference_tokens(tokens, self._grid[0] * self._grid[1])
+            own = others if text is None else text.mean(dim=0)
+            seen.append((image_tokens.numpy(), own.numpy() if len(own) else None))
 
         def attending(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             modulated = self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy()
@@ -167,8 +168,8 @@ class Reference:
                 handle.remove()
 
     def _image_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of a sequence that text may come before (FLUX's single-stream blocks)."""
-        return tokens[:, -self._grid[0] * self._grid[1] :]
+        """Of a sequence that may hold text too (FLUX's single-stream blocks)."""
+        return self._family.reference_tokens(tokens, self._grid[0] * self._grid[1])[0]
 
     @torch.no_grad()
     def features(self, hidden_states: np.ndarray, settings: FeatureSettings) -> np.ndarray:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -75,13 +75,13 @@ def specialise(
     mode = plan.options.conditioning
     live = mode == "live"
     conditioner_weights = plan.checkpoint.weights("transformer")
-    conditioner = plan.family.conditioner(
-        conditioner_weights, plan.layer, plan.size, plan.precision if live else FLOAT32
-    ).eval()
-    trunk_weights = plan.checkpoint.weights("transformer")
     spec = TrunkSpec(
         plan.layer, plan.size, plan.grid, plan.family.text_length(entries[0].condition), plan.precision
     )
+    conditioner = plan.family.conditioner(
+        conditioner_weights, spec if live else replace(spec, precision=FLOAT32)
+    ).eval()
+    trunk_weights = plan.checkpoint.weights("transformer")
     given = [] if live else [_given(conditioner, entry) for entry in entries]
     trunk = plan.family.trunk(trunk_weights, spec, given[0] if mode == "bake" else None)
     if plan.precision.maxima is not None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import warnings
 from collections.abc import Callable
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,6 +15,8 @@ from diffusers import (
     AuraFlowTransformer2DModel,
     AutoencoderKL,
     AutoencoderKLFlux2,
+    ChromaPipeline,
+    ChromaTransformer2DModel,
     DDIMScheduler,
     DDPMScheduler,
     DiTPipeline,
@@ -31,6 +34,8 @@ from diffusers import (
     PixArtTransformer2DModel,
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
+    ZImagePipeline,
+    ZImageTransformer2DModel,
 )
 from safetensors.torch import load_file, save_file
 from transformers import (
@@ -241,6 +246,33 @@ def _save_flux(folder, **config):
     pipeline.save_pretrained(folder)
 
 
+def save_tiny_chroma(folder: Path) -> None:
+    """Chroma: 2 double and 3 single blocks."""
+    with seeded(), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of a class of diffusers that this one uses
+        transformer = lively(
+            ChromaTransformer2DModel(
+                in_channels=16,
+                num_layers=2,
+                num_single_layers=3,
+                attention_head_dim=16,
+                num_attention_heads=3,
+                joint_attention_dim=32,
+                axes_dims_rope=(4, 6, 6),
+                approximator_hidden_dim=32,
+                approximator_layers=2,
+            )
+        )
+        pipeline = ChromaPipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=tiny_t5(),
+            tokenizer=tiny_t5_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
 def save_tiny_auraflow(folder: Path) -> None:
     """AuraFlow: 2 joint and 3 single blocks."""
     with seeded():
@@ -354,6 +386,34 @@ def save_tiny_lumina2(folder: Path) -> None:
     pipeline.save_pretrained(folder)
 
 
+def save_tiny_zimage(folder: Path) -> None:
+    """Z-Image: 2 refiners and 3 layers."""
+    with seeded():
+        transformer = lively(
+            ZImageTransformer2DModel(
+                in_channels=4,
+                dim=48,
+                n_layers=3,
+                n_refiner_layers=2,
+                n_heads=3,
+                n_kv_heads=3,
+                axes_dims=[4, 6, 6],
+                axes_lens=[520, 24, 24],
+                cap_feat_dim=16,
+            )
+        )
+        transformer.x_pad_token.data.normal_()  # zeros until it is trained
+        transformer.cap_pad_token.data.normal_()
+        pipeline = ZImagePipeline(
+            transformer=transformer,
+            scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+            vae=tiny_vae(shift_factor=0.1, use_quant_conv=False, use_post_quant_conv=False),
+            text_encoder=tiny_qwen3(3),
+            tokenizer=tiny_qwen_tokenizer(),
+        )
+    pipeline.save_pretrained(folder)
+
+
 def tiny_gemma() -> Gemma2Model:
     return Gemma2Model(
         Gemma2Config(
@@ -448,6 +508,8 @@ SAVE: dict[str, Callable[[Path], None]] = {
     "auraflow": save_tiny_auraflow,
     "flux2": save_tiny_flux2,
     "lumina2": save_tiny_lumina2,
+    "zimage": save_tiny_zimage,
+    "chroma": save_tiny_chroma,
 }
 """Every tiny checkpoint by name."""
 

@@ -5,16 +5,18 @@ from __future__ import annotations
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.auraflow import AuraFlow
 from ditf.export.families.base import Family
+from ditf.export.families.chroma import Chroma
 from ditf.export.families.dit import DiT
 from ditf.export.families.flux import Flux
 from ditf.export.families.flux2 import Flux2
 from ditf.export.families.lumina2 import Lumina2
 from ditf.export.families.pixart import PixArt
 from ditf.export.families.sd3 import SD3
+from ditf.export.families.zimage import ZImage
 from ditf.export.pretrained import current_class, full_config
 from ditf.runtime.errors import InputError
 
-FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, Flux2, AuraFlow, Lumina2)
+FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, Flux2, AuraFlow, Lumina2, ZImage, Chroma)
 
 
 def family_of(checkpoint: Checkpoint) -> Family:

@@ -52,6 +52,9 @@ class AuraFlow(Family):
         kind, number = self.blocks.locate(index)
         return f"{kind}_transformer_blocks.{number}"
 
+    def example_condition(self) -> Condition:
+        return {"prompt_embeds": torch.zeros(1, _TEXT_TOKENS, self.config["joint_attention_dim"])}
+
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
@@ -81,17 +84,15 @@ class AuraFlow(Family):
             sizes[-1] = NORM_ROWS
         return sizes
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
-        joint = min(layer, self.config["num_mmdit_layers"])
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
+        joint = min(spec.layer, self.config["num_mmdit_layers"])
         names = [f"{self.block_name(i)}.{norm}" for i in range(joint) for norm in ("norm1", "norm1_context")]
-        names += [f"{self.block_name(i)}.norm1" for i in range(joint, layer + 1)]
+        names += [f"{self.block_name(i)}.norm1" for i in range(joint, spec.layer + 1)]
         linears = []
-        for name, rows in zip(names, [*self._sizes(layer), NORM_ROWS], strict=True):
+        for name, rows in zip(names, [*self._sizes(spec.layer), NORM_ROWS], strict=True):
             weight, bias = read_linear(weights, f"{name}.linear")
             linears.append((weight[: rows * self.channels], bias))
-        return _Conditioner(weights, self.channels, linears, layer > 0, precision)
+        return _Conditioner(weights, self.channels, linears, spec.layer > 0, spec.precision)
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
         sizes = self._sizes(spec.layer)

@@ -154,6 +154,19 @@ class Family(ABC):
         """Tokens along a side that the position embedding reaches; None where it has no end."""
         return None
 
+    vae_class: ClassVar[str] = "AutoencoderKL"
+    """Of the published checkpoints, in diffusers."""
+
+    ddpm: ClassVar[bool] = False
+    """Whether the published checkpoints have a DDPM schedule; flow matching otherwise."""
+
+    short_text: ClassVar[int | None] = None
+    """Text tokens of a short prompt, where what is masked after them is dropped."""
+
+    @abstractmethod
+    def example_condition(self) -> Condition:
+        """Tensors as `encode_conditions` makes them, their values aside: nothing is masked."""
+
     @abstractmethod
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
@@ -171,6 +184,9 @@ class Family(ABC):
 
     leading_tokens: ClassVar[int] = 0
     """Text tokens in front of T5's, which --text-tokens leaves alone."""
+
+    text_multiple: ClassVar[int] = 1
+    """What the model pads a text's length to a multiple of, with tokens that it reads."""
 
     def text_length(self, condition: Condition) -> int:
         """L, the text tokens of a condition, masked ones among them."""
@@ -205,22 +221,33 @@ class Family(ABC):
     def reference_inputs(
         self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
     ) -> dict[str, Any]:
-        """Keyword arguments of the unmodified transformer's forward, beside `hidden_states`.
+        """Keyword arguments of the unmodified transformer's forward, beside the latents.
 
         Args:
             size: (H, W) of the image in pixels; grid: (h, w) in tokens.
             batch: number of latents.
         """
 
-    def reference_latents(self, x_t: torch.Tensor) -> torch.Tensor:
-        """`hidden_states` of the unmodified transformer's forward, of latents [B, c, h', w']."""
+    def reference_latents(self, x_t: torch.Tensor) -> Any:
+        """First argument of the unmodified transformer's forward, of latents [B, c, h', w']."""
         return x_t
 
+    def reference_tokens(self, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Image [..., N, C] and text [..., L, C] of a sequence of the unmodified transformer.
+
+        Args:
+            tokens: [..., M, C]; those of the image alone are all image.
+            count: N.
+        """
+        return tokens[..., -count:, :], tokens[..., :-count, :]
+
     @abstractmethod
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
-        """What turns a condition into modulation and text for blocks 0..k-1 and block k's norm."""
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
+        """What turns a condition into modulation and text for blocks 0..k-1 and block k's norm.
+
+        Args:
+            spec: of the trunk that reads it; the precision is the conditioner's own.
+        """
 
     @abstractmethod
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> Trunk:
@@ -244,14 +271,23 @@ class Family(ABC):
                 )
 
 
-def check_prompt(prompt: str, tokenizer: Any, limit: int, encoder: str) -> None:
+def check_prompt(prompt: str, tokenizer: Any, limit: int, encoder: str, thinking: bool | None = None) -> None:
     """Reject a prompt that a text encoder would cut.
+
+    Args:
+        thinking: where the pipeline puts the prompt into the tokenizer's template for chats, as it does.
 
     Raises:
         InputError: says how many tokens there are and may be.
     """
-    count = len(tokenizer(prompt, truncation=False, verbose=False).input_ids)
+    text, where = prompt, ""
+    if thinking is not None:
+        chat, where = [{"role": "user", "content": prompt}], " in its template"
+        text = tokenizer.apply_chat_template(
+            chat, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
+        )
+    count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
     if count > limit:
         raise InputError(
-            f"the prompt {prompt[:40]!r}... has {count} tokens, {encoder} reads {limit}", "shorten it"
+            f"the prompt {prompt[:40]!r}... has {count} tokens{where}, {encoder} reads {limit}", "shorten it"
         )

@@ -29,6 +29,7 @@ class DiT(Family):
     name = "dit"
     transformer_class = "DiTTransformer2DModel"
     takes_prompt = False
+    ddpm = True
     defaults = Defaults(
         timestep=261,
         source="none published for DiT: half of DiT-XL's depth, and the timestep DIFT (Tang et al. 2023)"
@@ -39,6 +40,9 @@ class DiT(Family):
     def null_class(self) -> int:
         """It comes after the last class."""
         return int(self.config["num_embeds_ada_norm"])
+
+    def example_condition(self) -> Condition:
+        return {"class_labels": torch.zeros(1, dtype=torch.int64)}
 
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
@@ -53,13 +57,11 @@ class DiT(Family):
             "class_labels": condition["class_labels"].expand(batch),
         }
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         return _Conditioner(
             [
-                self._norm(weights, index, ROWS if index < layer else 2, precision)
-                for index in range(layer + 1)
+                self._norm(weights, index, ROWS if index < spec.layer else 2, spec.precision)
+                for index in range(spec.layer + 1)
             ]
         )
 

@@ -24,7 +24,6 @@ from ditf.export.graph.joint import (
 )
 from ditf.export.graph.layers import Rotary, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Given, PatchEmbedder
 from ditf.export.pretrained import load_text_pipeline
 from ditf.export.weights import Weights
@@ -83,6 +82,13 @@ class Flux(Family):
         """T5 tokens: the pipeline's 512; schnell was trained with 256."""
         return 512 if self.takes_guidance else 256
 
+    def example_condition(self) -> Condition:
+        condition = {
+            "prompt_embeds": torch.zeros(1, self._text_limit, self.config["joint_attention_dim"]),
+            "pooled_prompt_embeds": torch.zeros(1, self.config["pooled_projection_dim"]),
+        }
+        return {**condition, "guidance": torch.zeros(1)} if self.takes_guidance else condition
+
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
@@ -114,17 +120,20 @@ class Flux(Family):
             "encoder_hidden_states": embeds.expand(batch, -1, -1),
             "pooled_projections": condition["pooled_prompt_embeds"].expand(batch, -1),
             "guidance": None if guidance is None else guidance.expand(batch),
-            "img_ids": _pipeline()._prepare_latent_image_ids(batch, *grid, "cpu", torch.float32),
-            "txt_ids": torch.zeros(embeds.shape[1], 3),
+            **self.reference_positions(grid, embeds.shape[1]),
         }
+
+    @staticmethod
+    def reference_positions(grid: tuple[int, int], text_tokens: int) -> dict[str, torch.Tensor]:
+        """Of image [N, 3] and text [L, 3], as the pipeline makes them."""
+        image = _pipeline()._prepare_latent_image_ids(1, *grid, "cpu", torch.float32)
+        return {"img_ids": image, "txt_ids": torch.zeros(text_tokens, 3)}
 
     def reference_latents(self, x_t: torch.Tensor) -> torch.Tensor:
         packed: torch.Tensor = _pipeline()._pack_latents(x_t, *x_t.shape)
         return packed
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         make = (
             CombinedTimestepGuidanceTextProjEmbeddings
             if self.takes_guidance
@@ -133,13 +142,13 @@ class Flux(Family):
         embedding = weights.load_into(
             lambda: make(self.channels, self.config["pooled_projection_dim"]), "time_text_embed"
         )
-        names = [f"{self.block_name(index)}.{norm}.linear" for index, norm in self._norms(layer)]
-        linears = [*zip(names, stream_rows(layer, self._doubles(layer)), strict=True)]
-        own = "norm1" if self.blocks.locate(layer)[0] == "double" else "norm"
-        linears.append((f"{self.block_name(layer)}.{own}.linear", NORM_ROWS))
-        context = "context_embedder" if layer else None
+        names = [f"{self.block_name(index)}.{norm}.linear" for index, norm in self._norms(spec.layer)]
+        linears = [*zip(names, stream_rows(spec.layer, self._doubles(spec.layer)), strict=True)]
+        own = "norm1" if self.blocks.locate(spec.layer)[0] == "double" else "norm"
+        linears.append((f"{self.block_name(spec.layer)}.{own}.linear", NORM_ROWS))
+        context = "context_embedder" if spec.layer else None
         return PooledConditioner(
-            weights, embedding, linears, context, self.takes_guidance, self.channels, precision
+            weights, embedding, linears, context, self.takes_guidance, self.channels, spec.precision
         )
 
     def _doubles(self, layer: int) -> int:

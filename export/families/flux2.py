@@ -11,7 +11,7 @@ from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed, Flux2
 from torch import nn
 
 from ditf.export.checkpoint import Checkpoint
-from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec
+from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.mmdit import stream_rows
 from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
 from ditf.export.graph.joint import (
@@ -23,13 +23,13 @@ from ditf.export.graph.joint import (
 )
 from ditf.export.graph.layers import Linear, Rotary, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Given, PatchEmbedder
 from ditf.export.pretrained import load_text_pipeline
 from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError
 
 _PIPELINE = "Flux2KleinPipeline"
+_TEXT_TOKENS = 512  # max_sequence_length of Flux2KleinPipeline.encode_prompt
 _DOUBLE_IMAGE, _DOUBLE_TEXT, _SINGLE = (
     f"{name}.linear"
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
@@ -56,6 +56,7 @@ class Flux2(Family):
     transformer_class = "Flux2Transformer2DModel"
     takes_prompt = True
     attention_name = "attn"
+    vae_class = "AutoencoderKLFlux2"
     defaults = Defaults(
         timestep=260,
         prompt="a photo",
@@ -72,6 +73,9 @@ class Flux2(Family):
         kind, number = self.blocks.locate(index)
         return f"transformer_blocks.{number}" if kind == "double" else f"single_transformer_blocks.{number}"
 
+    def example_condition(self) -> Condition:
+        return {"prompt_embeds": torch.zeros(1, _TEXT_TOKENS, self.config["joint_attention_dim"])}
+
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
@@ -79,15 +83,9 @@ class Flux2(Family):
         if own != _PIPELINE:
             raise InputError(f"{checkpoint.id} is a {own}, whose text is not supported", f"use a {_PIPELINE}")
         pipeline = load_text_pipeline(checkpoint, (_PIPELINE,))
-        limit = pipeline.tokenizer_max_length
         conditions: list[Condition] = []
         for prompt in map(str, subjects):
-            count = len(_tokens(pipeline.tokenizer, prompt))
-            if count > limit:
-                raise InputError(
-                    f"the prompt {prompt[:40]!r}... has {count} tokens in its template, Qwen3 reads {limit}",
-                    "shorten it",
-                )
+            check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "Qwen3", thinking=False)
             embeds, _ = pipeline.encode_prompt(prompt, device=torch.device("cpu"))
             conditions.append({"prompt_embeds": embeds})
         return conditions
@@ -119,16 +117,16 @@ class Flux2(Family):
         """Two-stream blocks that run."""
         return min(layer, int(self.config["num_layers"]))
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
-        doubles = self._doubles(layer)
-        shared = [_DOUBLE_IMAGE, _DOUBLE_TEXT] * doubles + [_SINGLE] * (layer - doubles)
-        shared.append(_DOUBLE_IMAGE if layer < self.config["num_layers"] else _SINGLE)
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
+        doubles = self._doubles(spec.layer)
+        shared = [_DOUBLE_IMAGE, _DOUBLE_TEXT] * doubles + [_SINGLE] * (spec.layer - doubles)
+        shared.append(_DOUBLE_IMAGE if spec.layer < self.config["num_layers"] else _SINGLE)
         linears, count = [], 0
         starts: dict[str, int] = {}
         rows: list[int] = []
-        for name, used in zip(shared, [*stream_rows(layer, self._doubles(layer)), NORM_ROWS], strict=True):
+        for name, used in zip(
+            shared, [*stream_rows(spec.layer, self._doubles(spec.layer)), NORM_ROWS], strict=True
+        ):
             if name not in starts:
                 starts[name] = count
                 linears.append(read_linear(weights, name))
@@ -140,8 +138,8 @@ class Flux2(Family):
             ),
             "time_guidance_embed",
         )
-        context = Linear(*read_linear(weights, "context_embedder"), torch.float32) if layer else None
-        return _Conditioner(embedding, Projection(linears, precision.of(MODULATION)), rows, context)
+        context = Linear(*read_linear(weights, "context_embedder"), torch.float32) if spec.layer else None
+        return _Conditioner(embedding, Projection(linears, spec.precision.of(MODULATION)), rows, context)
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
         self.require(guidance_embeds=(False,), patch_size=(1,), eps=(1e-6,))
@@ -207,15 +205,6 @@ class Flux2(Family):
         embedding = Flux2PosEmbed(self.config["rope_theta"], self.config["axes_dims_rope"])
         cosine, sine = embedding(torch.cat([text, image]))
         return cosine[:, ::2], sine[:, ::2]  # diffusers repeats each for its pair
-
-
-def _tokens(tokenizer: Any, prompt: str) -> Any:
-    """Token ids of a prompt in the template that the pipeline gives it."""
-    messages = [{"role": "user", "content": prompt}]
-    text = tokenizer.apply_chat_template(
-        messages, tokenize=False, add_generation_prompt=True, enable_thinking=False
-    )
-    return tokenizer(text, truncation=False, verbose=False).input_ids
 
 
 class _Unfused(Weights):

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from diffusers.models.embeddings import TimestepEmbedding, Timesteps, get_1d_rotary_pos_embed
+from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
+from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
 from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
-from ditf.export.graph.layers import Linear, Rotary, constant, read_linear, rms_norm
+from ditf.export.graph.layers import Rotary, read_linear
 from ditf.export.graph.modulation import ModulatedRMSNorm
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.sandwich import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
@@ -24,18 +25,14 @@ _TEXT_TOKENS = 256  # max_sequence_length of Lumina2Pipeline.encode_prompt, its 
 _QK_EPS = 1e-5  # Lumina2TransformerBlock fixes it
 _ROPE_BASE = 10000  # Lumina2Transformer2DModel fixes it
 _TIME_WIDTH = 1024  # widest timestep embedding
-_MASKED = -10000.0  # added to the logits of a token that is not there: its weight is exactly 0
 
 
 class Lumina2(Family):
     """Lumina-Image 2.0: blocks that refine the image alone, then blocks over text and image.
 
     Its norms are RMSNorms with weights, and are not shifted: the feature is
-    F = (1 + scale_k) * weight_k * z / rms(z), what block k hands to its attention.
-
-    An image token's first position is the number of text tokens. Only differences of positions matter, so
-    a text that is shorter than others of its graph stands at the end of their length, masked in front: the
-    image's position is then the same for all.
+    F = (1 + scale_k) * weight_k * z / rms(z), what block k hands to its attention. An image token's first
+    position is the number of text tokens.
     """
 
     name = "lumina2"
@@ -71,6 +68,12 @@ class Lumina2(Family):
         kind, number = self.blocks.locate(index)
         return f"noise_refiner.{number}" if kind == "refiner" else f"layers.{number}"
 
+    def example_condition(self) -> Condition:
+        return {
+            "prompt_embeds": torch.zeros(1, _TEXT_TOKENS, self.config["cap_feat_dim"]),
+            "prompt_attention_mask": torch.ones(1, _TEXT_TOKENS, dtype=torch.int64),
+        }
+
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
@@ -97,29 +100,29 @@ class Lumina2(Family):
             "encoder_attention_mask": condition["prompt_attention_mask"].expand(batch, -1),
         }
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         linears = []
-        for index in range(layer + 1):
-            rows = slice((ROWS if index < layer else 1) * self.channels)
+        for index in range(spec.layer + 1):
+            rows = slice((ROWS if index < spec.layer else 1) * self.channels)
             weight, bias = read_linear(weights, f"{self.block_name(index)}.norm1.linear")
             linears.append((weight[rows], None if bias is None else bias[rows]))
         width = min(self.channels, _TIME_WIDTH)
         time = weights.load_into(
             lambda: TimestepEmbedding(256, width), "time_caption_embed.timestep_embedder"
         )
-        projection = Projection(linears, precision.of(MODULATION), self.channels)
-        text = self._text(weights, precision) if layer > self._refiners else None
-        return _Conditioner(time, projection, text)
+        projection = Projection(linears, spec.precision.of(MODULATION), self.channels)
+        text = self._text(weights, spec.precision) if spec.layer > self._refiners else None
+        embedding = with_constant_frequencies(_TimeEmbedding(time))
+        return RefinedConditioner(embedding, projection, text)
 
-    def _text(self, weights: Weights, precision: Precision) -> _Text:
+    def _text(self, weights: Weights, precision: Precision) -> RefinedText:
         blocks = [
             self._block(weights, f"context_refiner.{index}", precision, text=True)
             for index in range(self._refiners)
         ]
-        cosine, sine = self._rotary([torch.arange(_TEXT_TOKENS), torch.zeros(1), torch.zeros(1)])
-        return _Text(weights, self.config["norm_eps"], blocks, (cosine, sine))
+        rotary = self._rotary([torch.arange(_TEXT_TOKENS + 1), torch.zeros(1), torch.zeros(1)])
+        embedder = "time_caption_embed.caption_embedder"
+        return RefinedText(weights, embedder, self.config["norm_eps"], blocks, rotary)
 
     def _block(
         self,
@@ -179,14 +182,7 @@ class Lumina2(Family):
         )
 
     def _rotary(self, positions: Sequence[torch.Tensor]) -> Rotary:
-        """Cosines and sines [M, D / 2] of positions on the three axes, each [M], or [1] for all."""
-        axes = [
-            get_1d_rotary_pos_embed(width, position.double(), theta=_ROPE_BASE, freqs_dtype=torch.float64)
-            for width, position in zip(self.config["axes_dim_rope"], positions, strict=True)
-        ]
-        count = max(map(len, axes))
-        waves = torch.cat([axis.expand(count, -1) for axis in axes], dim=1)
-        return waves.real.float(), waves.imag.float()
+        return axes_rotary(self.config["axes_dim_rope"], _ROPE_BASE, positions)
 
 
 class _TimeEmbedding(nn.Module):
@@ -199,48 +195,3 @@ class _TimeEmbedding(nn.Module):
 
     def forward(self, timestep: torch.Tensor) -> torch.Tensor:
         return self.projection(self.waves(1 - timestep / 1000))
-
-
-class _Text(nn.Module):
-    """`caption_embedder` and the blocks that refine the text."""
-
-    def __init__(self, weights: Weights, eps: float, blocks: Sequence[SandwichBlock], rotary: Rotary) -> None:
-        super().__init__()
-        embedder = "time_caption_embed.caption_embedder"
-        self.norm = constant(weights.tensor(f"{embedder}.0.weight"))
-        self.eps = eps
-        self.linear = Linear(*read_linear(weights, f"{embedder}.1"), torch.float32)  # writes the residual
-        self.blocks = nn.ModuleList(blocks)
-        self.cosine, self.sine = constant(rotary[0]), constant(rotary[1])
-
-    def forward(self, embeds: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
-        """Embeddings [L, d] and what is added to their logits [L] -> text tokens [L, C]."""
-        tokens = len(embeds)
-        text = self.linear(rms_norm(embeds, self.norm, self.eps))[None]
-        for block in self.blocks:
-            text = block(text, tokens, (self.cosine[:tokens], self.sine[:tokens]), None, bias)
-        return text[0]
-
-
-class _Conditioner(Conditioner):
-    """Timestep -> scales and gates; text embeddings -> refined text, at the end of its length."""
-
-    def __init__(self, time: nn.Module, projection: Projection, text: _Text | None) -> None:
-        super().__init__()
-        self.embedding = with_constant_frequencies(_TimeEmbedding(time))
-        self.projection = projection
-        self.text = text
-        self.inputs = ("prompt_embeds", "prompt_attention_mask") if text else ()
-
-    def forward(
-        self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
-    ) -> dict[str, torch.Tensor]:
-        rows = self.projection(self.embedding(timestep))
-        gates = torch.arange(len(rows), device=rows.device)[:, None] % 2 == 1
-        given = {MODULATION: torch.where(gates, torch.tanh(rows), rows)}
-        if self.text is None:
-            return given
-        embeds, mask = condition["prompt_embeds"][0], condition["prompt_attention_mask"][0]
-        tokens = torch.arange(len(embeds), device=embeds.device) - (len(embeds) - mask.sum())
-        bias = torch.where(tokens < 0, _MASKED, 0.0).to(torch.float32)
-        return {**given, "text": self.text(embeds[tokens.clamp(min=0)], bias), "text_bias": bias}

@@ -16,7 +16,6 @@ from ditf.export.families.sincos import sincos_embedder
 from ditf.export.graph.condition import Conditioner, with_constant_frequencies
 from ditf.export.graph.layers import Linear, constant, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.stream import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
 from ditf.export.graph.taps import Where
 from ditf.export.graph.trunk import Given
@@ -34,6 +33,8 @@ class PixArt(Family):
     transformer_class = "PixArtTransformer2DModel"
     takes_prompt = True
     text_stream = False
+    ddpm = True
+    short_text = 8
     defaults = Defaults(
         timestep=261,
         prompt="a photo",
@@ -46,6 +47,15 @@ class PixArt(Family):
         """Resolution and aspect ratio beside the timestep; by default only alpha's 1024 px models."""
         given = self.config.get("use_additional_conditions")
         return self.sample_size == 128 if given is None else bool(given)
+
+    def example_condition(self) -> Condition:
+        tokens = _TEXT_LIMIT["PixArtAlphaPipeline"]
+        return {
+            "prompt_embeds": torch.zeros(
+                1, tokens, self.config["caption_channels"] or self.config["cross_attention_dim"]
+            ),
+            "prompt_attention_mask": torch.ones(1, tokens, dtype=torch.int64),
+        }
 
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
@@ -85,22 +95,20 @@ class PixArt(Family):
             "aspect_ratio": torch.tensor([[height / width]], dtype=torch.float32).repeat(batch, 1),
         }
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         adaln = weights.load_into(
             lambda: AdaLayerNormSingle(self.channels, use_additional_conditions=self._micro_conditions),
             "adaln_single",
         )
-        tables = [weights.tensor(f"{self.block_name(i)}.scale_shift_table") for i in range(layer + 1)]
+        tables = [weights.tensor(f"{self.block_name(i)}.scale_shift_table") for i in range(spec.layer + 1)]
         projection = None
-        if layer and self.config.get("caption_channels") is not None:
+        if spec.layer and self.config.get("caption_channels") is not None:
             projection = weights.load_into(
                 lambda: PixArtAlphaTextProjection(self.config["caption_channels"], self.channels),
                 "caption_projection",
             )
-        blocks = [f"{self.block_name(i)}.attn2" for i in range(layer)]
-        types = {precision.of(block) for block in blocks}  # one for all: they are stacked
+        blocks = [f"{self.block_name(i)}.attn2" for i in range(spec.layer)]
+        types = {spec.precision.of(block) for block in blocks}  # one for all: they are stacked
         dtype = types.pop() if len(types) == 1 else torch.float32
         keys, values = (
             [
@@ -111,7 +119,7 @@ class PixArt(Family):
         )
         return _Conditioner(
             adaln,
-            self._added_conditions(size, 1),
+            self._added_conditions(spec.size, 1),
             torch.cat([*tables[:-1], tables[-1][:2]]),
             projection,
             keys,

@@ -16,7 +16,6 @@ from ditf.export.families.sincos import cropped_embedder
 from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.joint import DUAL_ROWS, IMAGE_ROWS, NORM_ROWS, JointBlock, JointTrunk
 from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.precision import Precision
 from ditf.export.graph.trunk import Given
 from ditf.export.pretrained import load_text_pipeline
 from ditf.export.weights import Weights
@@ -51,6 +50,12 @@ class SD3(Family):
     def largest_grid(self) -> int:
         return int(self.config["pos_embed_max_size"])
 
+    def example_condition(self) -> Condition:
+        return {
+            "prompt_embeds": torch.zeros(1, _CLIP_TOKENS + _T5_TOKENS, self.config["joint_attention_dim"]),
+            "pooled_prompt_embeds": torch.zeros(1, self.config["pooled_projection_dim"]),
+        }
+
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
@@ -83,21 +88,19 @@ class SD3(Family):
         image = DUAL_ROWS if index in self.config["dual_attention_layers"] else IMAGE_ROWS
         return image, NORM_ROWS if index == layer - 1 else IMAGE_ROWS
 
-    def conditioner(
-        self, weights: Weights, layer: int, size: tuple[int, int], precision: Precision
-    ) -> Conditioner:
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         embedding = weights.load_into(
             lambda: CombinedTimestepTextProjEmbeddings(self.channels, self.config["pooled_projection_dim"]),
             "time_text_embed",
         )
         linears = []
-        for index in range(layer):
-            image, text = self._rows(index, layer)
+        for index in range(spec.layer):
+            image, text = self._rows(index, spec.layer)
             name = self.block_name(index)
             linears += [(f"{name}.norm1.linear", image), (f"{name}.norm1_context.linear", text)]
-        linears.append((f"{self.block_name(layer)}.norm1.linear", NORM_ROWS))
-        context = "context_embedder" if layer else None
-        return PooledConditioner(weights, embedding, linears, context, False, self.channels, precision)
+        linears.append((f"{self.block_name(spec.layer)}.norm1.linear", NORM_ROWS))
+        context = "context_embedder" if spec.layer else None
+        return PooledConditioner(weights, embedding, linears, context, False, self.channels, spec.precision)
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
         self.require(qk_norm=(None, "rms_norm"))

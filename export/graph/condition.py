@@ -85,6 +85,7 @@ class Projection(nn.Module):
     Args:
         linears: weight [n C, D] and bias of each AdaLN linear, in the order of the rows.
         channels: C, where it is not D, the width of the condition.
+        activated: False where x itself is read, without the silu.
     """
 
     def __init__(
@@ -92,8 +93,10 @@ class Projection(nn.Module):
         linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
         dtype: torch.dtype,
         channels: int | None = None,
+        activated: bool = True,
     ) -> None:
         super().__init__()
+        self.activated = activated
         self.channels = channels or linears[0][0].shape[1]
         biases = [bias for _, bias in linears if bias is not None]
         self.linear = Linear(
@@ -105,7 +108,7 @@ class Projection(nn.Module):
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """[1, D] -> [R, C]."""
-        packed = self.linear(nn.functional.silu(embedding))[0]
+        packed = self.linear(nn.functional.silu(embedding) if self.activated else embedding)[0]
         return packed.unflatten(0, (-1, self.channels)).to(torch.float32)
 
 

@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ditf.export.graph.layers import (
     AttentionNames,
@@ -198,11 +200,13 @@ class JointBlock(nn.Module):
         image_rows: Rows = None,
         text_rows: Rows = None,
         text_rotary: Rotary | None = None,
+        text_bias: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """The residuals of image [B, N, C] and text [B, L, C]; the text is as it came in the last block.
 
         Args:
             rotary: of the image tokens; text_rotary: of the text, where it is rotated.
+            text_bias: [L], added to the logits of the text's keys.
         """
         given = (None,) * DUAL_ROWS if image_rows is None else image_rows
         head, tail, second = (None if image_rows is None else image_rows[i : i + 2] for i in (0, 3, 6))
@@ -214,6 +218,7 @@ class JointBlock(nn.Module):
             torch.cat([key, _like(text_key, key)], dim=2),
             torch.cat([value, _like(text_value, value)], dim=2),
             self.attended,
+            None if text_bias is None else functional.pad(text_bias, (x.shape[1], 0)),
         )
         tokens = x.shape[1]
         dual = None if self.norm_dual is None else self.dual(self.norm_dual(x, second), given[8])
@@ -311,18 +316,27 @@ class SingleBlock(nn.Module):
         gate = None if rows is None else rows[2]
         self.out = read_gated(weights, f"{name}.{parts.out}", gate, precision)
 
-    def forward(self, x: torch.Tensor, tokens: int, rotary: Rotary, rows: Rows = None) -> torch.Tensor:
+    def forward(
+        self,
+        x: torch.Tensor,
+        tokens: int,
+        rotary: Rotary,
+        rows: Rows = None,
+        text_bias: torch.Tensor | None = None,
+    ) -> torch.Tensor:
         """Text then image [B, L + N, C] -> the same, or [B, N, C] in the last block.
 
         Args:
             tokens: N.
             rotary: of text and image tokens.
+            text_bias: [L], added to the logits of the text's keys.
         """
+        bias = None if text_bias is None else functional.pad(text_bias, (0, tokens))
         normed = self.norm(x, None if rows is None else rows[:2])
         query, key, value = self.project(normed, rotary)
         if self.last:
             x, normed, query = x[:, -tokens:], normed[:, -tokens:], query[:, :, -tokens:]
-        attended, hidden = attention(query, key, value, self.attended), self.feed_forward(normed)
+        attended, hidden = attention(query, key, value, self.attended, bias), self.feed_forward(normed)
         wider = torch.promote_types(attended.dtype, hidden.dtype)  # the recipe may hold them apart
         hidden = torch.cat([attended.to(wider), hidden.to(wider)], dim=2)
         return x + self.out(hidden, None if rows is None else rows[2])
@@ -338,7 +352,7 @@ class JointTrunk(Trunk):
     """Embedder, two-stream blocks, then single-stream blocks over text and image.
 
     Given at run time: `modulation` [R, C], the image's and the text's rows of each two-stream block, the
-    rows of each single-stream block, block k's; and `text` [L, C].
+    rows of each single-stream block, block k's; `text` [L, C]; and `text_bias` [L] where it may be masked.
 
     Args:
         embedder: latents -> tokens.
@@ -381,18 +395,19 @@ class JointTrunk(Trunk):
         text = self._text(given, x)
         rotary: Rotary | None = None
         image_rotary: Rotary | None = None
-        text_rotary: tuple[Rotary, ...] = ()
+        own: dict[str, Any] = {"text_bias": given["text_bias"]} if "text_bias" in given else {}
+        whole = dict(own)
         if self.cosine is not None and self.sine is not None:
             rotary = (self.cosine, self.sine)
             image_rotary = (self.cosine[-tokens:], self.sine[-tokens:])
             if self.text_rotated:
-                text_rotary = ((self.cosine[:-tokens], self.sine[:-tokens]),)
+                own["text_rotary"] = (self.cosine[:-tokens], self.sine[:-tokens])
         for index, block in enumerate(self.doubles):
-            x, text = block(x, text, image_rotary, rows[2 * index], rows[2 * index + 1], *text_rotary)
+            x, text = block(x, text, image_rotary, rows[2 * index], rows[2 * index + 1], **own)
         if len(self.singles):
             x = torch.cat([text, x], dim=1)
         for index, block in enumerate(self.singles):
-            x = block(x, tokens, rotary, rows[2 * len(self.doubles) + index])
+            x = block(x, tokens, rotary, rows[2 * len(self.doubles) + index], **whole)
         return x
 
     def _text(self, given: Given, x: torch.Tensor) -> torch.Tensor:

@@ -1,4 +1,4 @@
-"""Blocks whose branches are normed before and after: Lumina2's, and the trunk that they make.
+"""Blocks whose branches are normed before and after: Lumina2's and Z-Image's, and the trunk they make.
 
 RMSNorms with weights: the first is scaled and never shifted, the second is what the gate multiplies. The
 first blocks refine the image alone, those after them read text and image as one sequence.
@@ -29,6 +29,7 @@ from ditf.export.graph.trunk import Given, PatchEmbedder, Trunk
 from ditf.export.weights import Weights
 
 ROWS = 4  # scale and gate of the attention, then of the feed-forward
+PADDING_ROTARY = "padding_rotary"
 
 
 @dataclass(frozen=True)
@@ -53,7 +54,7 @@ class SandwichBlock(nn.Module):
         heads: of the queries.
         rows: modulation [4, C]; None when given, or when the block has none.
         eps: of its norms, and of those of query and key.
-        last: no block reads the text after this one: it is only key and value.
+        last: no block reads text and padding after this one: they are only key and value.
         stream: whose tokens it has, where they are not the image's.
     """
 
@@ -133,14 +134,15 @@ class SandwichTrunk(Trunk):
     """Embedder, blocks over the image alone, then blocks over text and image.
 
     Given at run time: `modulation` [4 k + 1, C], `text` [L, C], and `text_bias` [L] of texts that are
-    shorter, which stand at the end of L.
+    shorter, which stand at the end of L; `padding_rotary` [2, 1, D / 2], cosines and sines of the padding.
 
     Args:
         embedder: latents -> tokens.
         refiners: how many blocks have the image alone.
         output_norm: block k's.
         text: [1, L, C] float32, where it is constant.
-        rotary: of text and image tokens, [L + N, D / 2].
+        rotary: of text, padding and image tokens, [L + P + N, D / 2].
+        padding: [P, C] float32, tokens beside the image's, which every block reads.
     """
 
     def __init__(
@@ -151,28 +153,46 @@ class SandwichTrunk(Trunk):
         output_norm: ModulatedRMSNorm,
         text: torch.Tensor | None,
         rotary: Rotary,
+        padding: torch.Tensor | None = None,
     ) -> None:
         super().__init__(embedder, output_norm, embedder.weight.shape[0])
         self.blocks = nn.ModuleList(blocks)
         self.refiners = refiners
         self.text = None if text is None else constant(text)
+        self.padding = None if padding is None or not blocks else constant(padding)
         if blocks:
             self.cosine, self.sine = constant(rotary[0]), constant(rotary[1])
 
     def forward(self, latents: torch.Tensor, given: Given) -> torch.Tensor:
         x: torch.Tensor = self.embedder(latents)
+        if not self.blocks:
+            return x
         tokens = x.shape[1]
+        cosine, sine = self._rotary(given, tokens)
         rows: Sequence[Rows] = (None,) * len(self.blocks)
         if "modulation" in given:
             rows = given["modulation"].split([ROWS] * len(self.blocks) + [1])[:-1]
-        bias = None
+        if self.padding is not None:
+            x = torch.cat([self.padding.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
+        beside, bias = x.shape[1], None
         for index, block in enumerate(self.blocks):
             if index == self.refiners:
                 text = given["text"][None] if "text" in given else self.text
                 assert text is not None
                 x = torch.cat([text.expand(x.shape[0], -1, -1).to(x.dtype), x], dim=1)
                 if "text_bias" in given:
-                    bias = nn.functional.pad(given["text_bias"], (0, tokens))
-            rotary = (self.cosine[-x.shape[1] :], self.sine[-x.shape[1] :])
+                    bias = nn.functional.pad(given["text_bias"], (0, beside))
+            rotary = (cosine[-x.shape[1] :], sine[-x.shape[1] :])
             x = block(x, tokens, rotary, rows[index], bias)
         return x
+
+    def _rotary(self, given: Given, tokens: int) -> Rotary:
+        """Of all tokens; the padding's own where the condition decides on it."""
+        if self.padding is None or PADDING_ROTARY not in given:
+            return self.cosine, self.sine
+        text = len(self.cosine) - len(self.padding) - tokens
+        cosine, sine = (
+            torch.cat([table[:text], own.expand(len(self.padding), -1), table[-tokens:]])
+            for table, own in zip((self.cosine, self.sine), given[PADDING_ROTARY], strict=True)
+        )
+        return cosine, sine

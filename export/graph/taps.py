@@ -22,8 +22,9 @@ class Where:
 
     Attributes:
         name: its module in the checkpoint, such as "transformer_blocks.3.attn1.to_out.0".
-        stream: whose tokens the value has; "both" where they are joined. Where text stands in front of the
-            image in one sequence it is "image", and a recorder tells them apart by their number.
+        stream: whose tokens the value has; "both" where they are joined. Where text or padding
+            stands in front of the image in one sequence it is "image", and a recorder tells them apart by
+            their number: what is not the image's is "text".
     """
 
     name: str

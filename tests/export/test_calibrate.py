@@ -11,6 +11,7 @@ import torch
 from ditf.calib.images import procedural_image
 from ditf.export.calibrate import calibrate, observe
 from ditf.export.exporter import export_bundle
+from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT32
 from ditf.export.options import ExportOptions
 from ditf.export.reference import FeatureSettings, Reference
@@ -34,6 +35,7 @@ LAST = [
     ("auraflow", "4"),
     ("flux2", "4"),
     ("lumina2", "4"),
+    ("zimage", "4"),
 ]
 
 
@@ -70,7 +72,7 @@ def test_the_scale_of_an_rms_norm(checkpoint):
     found = observe(plan, reference.under(entries[0].condition, entries[0].timestep))
     weights = plan.checkpoint.weights("transformer")
     with torch.no_grad():
-        conditioner = plan.family.conditioner(weights, 3, plan.size, FLOAT32)
+        conditioner = plan.family.conditioner(weights, TrunkSpec(3, plan.size, plan.grid, 256, FLOAT32))
         given = conditioner(torch.tensor([entries[0].timestep]), entries[0].condition)
     expected = (1 + given["modulation"][-1]) * weights.tensor("layers.1.norm1.norm.weight")
     scale = found.document["layers"][3]["scale"]

@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import Flux2KleinPipeline, Lumina2Pipeline
+from diffusers import Flux2KleinPipeline, Lumina2Pipeline, ZImagePipeline
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import encode, plan_entries, read_prompts, trim
@@ -15,6 +15,7 @@ from ditf.export.families import family_of
 from ditf.export.options import ExportOptions
 from ditf.export.plan import make_plan
 from ditf.runtime.errors import InputError
+from tests.checkpoints import tiny_t5_tokenizer
 
 
 def entries(folder, **options):
@@ -102,6 +103,8 @@ def test_what_is_refused(checkpoint, name, options, message):
         ("sd3", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
         ("flux2", {"prompt": "a" * 520}, "tokens in its template, Qwen3 reads 512"),
+        ("chroma", {"prompt": "a" * 512}, "tokens, T5 reads 512"),
+        ("zimage", {"prompt": "a" * 512}, "tokens in its template, Qwen3 reads 512"),
         ("lumina2", {"prompt": "a" * 100}, "tokens, Gemma 2, with the system prompt, reads 256"),
     ],
 )
@@ -121,6 +124,11 @@ def test_the_longest_prompt_that_fits(checkpoint):
         ("pixart", {"guidance": 3.5}, "takes no guidance"),
         ("schnell", {"guidance": 3.5}, "takes no guidance"),
         ("dit", {"text_tokens": 8}, "reads no text"),
+        (
+            "zimage",
+            {"text_tokens": 33, "size": (64, 64)},
+            "zimage pads its text to multiples of 32; the next is 64",
+        ),
         ("sd3", {"size": (256, 256)}, "beyond this model's position embedding; choose at most 192x192"),
         ("sd3", {"discard": "published"}, "no massive channels are published for this sd3"),
         ("flux", {"timestep": 1000}, "timestep 1000 is out of range"),
@@ -142,7 +150,9 @@ def test_masked_text_is_dropped_as_far_as_no_prompt_needs_it(checkpoint):
         assert entry.condition["prompt_embeds"].shape[1] == 120
 
 
-@pytest.mark.parametrize(("name", "tokens", "kept"), [("flux", 64, 64), ("sd3", 16, 93), ("pixart", 4, 4)])
+@pytest.mark.parametrize(
+    ("name", "tokens", "kept"), [("flux", 64, 64), ("sd3", 16, 93), ("pixart", 4, 4), ("zimage", 4, 32)]
+)
 def test_text_tokens_are_t5s(checkpoint, name, tokens, kept):
     made, plan = encoded(checkpoint(name), prompt="a longer prompt")
     (entry,) = trim(made, plan.family, tokens=tokens)
@@ -177,6 +187,39 @@ def test_flux2_reads_what_its_whole_pipeline_encodes(checkpoint):
         embeds, _ = pipeline.encode_prompt("the head of a dog")
     torch.testing.assert_close(made[0].condition["prompt_embeds"], embeds, rtol=0, atol=0)
     assert embeds.shape == (1, 512, 48)  # three layers, padding too
+
+
+def test_zimage_reads_what_its_whole_pipeline_encodes(checkpoint):
+    """Unpadded, of its own length: what is behind it is for the shapes of the graphs alone."""
+    made, plan = encoded(checkpoint("zimage"), prompt="the head of a dog")
+    pipeline = ZImagePipeline.from_pretrained(checkpoint("zimage"))
+    with torch.no_grad():
+        (embeds,), _ = pipeline.encode_prompt("the head of a dog", do_classifier_free_guidance=False)
+    condition = made[0].condition
+    own = condition["prompt_attention_mask"].sum()
+    torch.testing.assert_close(condition["prompt_embeds"][0, :own], embeds, rtol=0, atol=0)
+    assert condition["prompt_embeds"].shape == (1, 512, 16)
+    assert plan.family.text_tokens(condition) == 64 > own > 32  # padded with learned tokens, to be read
+
+
+def test_chroma_reads_one_token_of_the_padding(checkpoint):
+    """And no more of it, which its pipeline means with a mask that its attention takes for a bias."""
+    made, plan = encoded(checkpoint("chroma"), prompt="a dog")
+    condition = made[0].condition
+    assert condition["prompt_embeds"].shape == (1, 512, 32)
+    own = len(tiny_t5_tokenizer()("a dog").input_ids)
+    assert condition["prompt_attention_mask"].sum() == own + 1 == plan.family.text_tokens(condition)
+    inputs = plan.family.reference_inputs(condition, 260, plan.size, plan.grid, 2)
+    assert inputs["encoder_hidden_states"].shape == (2, own + 1, 32)
+    assert "attention_mask" not in inputs
+
+
+def test_another_zimage_is_refused(checkpoint, tmp_path):
+    folder = shutil.copytree(checkpoint("zimage"), tmp_path / "omni")
+    config = folder / "transformer" / "config.json"
+    config.write_text(json.dumps({**json.loads(config.read_text()), "siglip_feat_dim": 8}))
+    with pytest.raises(InputError, match="zimage with siglip_feat_dim=8 is not supported"):
+        encoded(folder)
 
 
 def test_the_text_of_another_flux2_is_refused(checkpoint, tmp_path):

@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditf.calib.devices import DEVICES
@@ -92,7 +93,7 @@ def test_published_geometries(name):
         assert cost.operations(VAE) == flops(lambda: vae.encode(pixels)).get_total_flops()
 
 
-NOT_IN_A_BLOCK = ("norm1", "norm1_context", "norm")
+NOT_IN_A_BLOCK = ("norm1", "norm1_context", "norm", "adaLN_modulation")
 """What the conditioner computes: the AdaLN linears; of PixArt the caption's keys and values too."""
 
 
@@ -107,6 +108,7 @@ NOT_IN_A_BLOCK = ("norm1", "norm1_context", "norm")
         ("FLUX.1-dev", 19, "trunk.singles.0", ()),
         ("AuraFlow", 1, "trunk.doubles.1", ()),
         ("AuraFlow", 4, "trunk.singles.0", ()),
+        ("Z-Image-Turbo", 2, "trunk.blocks.2", ()),
     ],
 )
 def test_an_inner_block_costs_what_the_unmodified_one_does(name, index, path, also):
@@ -124,8 +126,8 @@ def test_an_inner_block_costs_what_the_unmodified_one_does(name, index, path, al
     model = shape_model(family.transformer_class, {**family.config, "sample_size": 32})
     inputs = family.reference_inputs(condition, 10, plan.size, plan.grid, 1)
     latents = family.reference_latents(torch.empty((1, plan.latents.channels, 32, 32)))
-    inputs = {key: value.to("meta") if torch.is_tensor(value) else value for key, value in inputs.items()}
-    counts = flops(lambda: model(latents.to("meta"), **inputs, return_dict=False)).get_flop_counts()
+    latents, inputs = tree_map_only(torch.Tensor, lambda value: value.to("meta"), (latents, inputs))
+    counts = flops(lambda: model(latents, **inputs, return_dict=False)).get_flop_counts()
     block = f"{family.transformer_class}.{family.block_name(index)}"
     left_out = sum(
         sum(counts[f"{block}.{part}"].values())

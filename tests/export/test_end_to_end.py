@@ -44,6 +44,8 @@ BUNDLES = [
     ("flux2", "single.2", "live", True, {"ensemble": 3}),
     ("lumina2", "layer.2", "bake", True, {"size": (48, 80), "batch": "dynamic", "ensemble": 3}),
     ("lumina2", "layer.2", "live", True, {"size": (80, 48)}),
+    ("chroma", "single.1", "live", True, {"size": (80, 48)}),
+    ("zimage", "layer.1", "live", True, {"size": (48, 80), "ensemble": 3}),
 ]
 
 

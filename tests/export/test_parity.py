@@ -30,6 +30,8 @@ LAYERS = {
     "auraflow": (0, 1, 2, 3, 4),  # two joint blocks, then three single ones
     "flux2": (0, 2, 4),
     "lumina2": (0, 2, 3, 4),  # two blocks over the image, then three over text and image
+    "chroma": (0, 2, 4),
+    "zimage": (0, 2, 4),  # as lumina2; its 6x10 tokens are padded to 64
 }
 CASES = [(name, layer) for name, layers in LAYERS.items() for layer in layers]
 SHAPES = [((64, 64), 3), ((48, 80), 1)]

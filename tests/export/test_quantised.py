@@ -41,6 +41,7 @@ CASES = [
     ("flux2", "4", "bake"),
     ("lumina2", "4", "bake"),
     ("lumina2", "4", "live"),
+    ("zimage", "4", "bake"),
 ]
 
 

@@ -26,7 +26,17 @@ from tests.export.parity import SETTINGS
 from tests.export.parity import planned as plan_of
 
 SIZE = (48, 80)
-LAST = {"dit": "3", "pixart": "3", "sd35": "3", "flux": "4", "auraflow": "4", "flux2": "4", "lumina2": "4"}
+LAST = {
+    "dit": "3",
+    "pixart": "3",
+    "sd35": "3",
+    "flux": "4",
+    "auraflow": "4",
+    "flux2": "4",
+    "lumina2": "4",
+    "zimage": "4",
+    "chroma": "4",
+}
 
 
 class Measured:
@@ -74,7 +84,8 @@ def test_every_branch_of_every_block_is_measured(checkpoint, name):
         assert {"input", "weight", "output", "query", "key", "logits", "attended", "hidden"} <= kinds
         assert {"emitted", "gated", "scaled weight", "norm input", "gate"} <= kinds
         streams = {extent.stream for extent in ranges if extent.name.startswith(block)}
-        assert ("text" in streams) == (name != "dit" and "refiner" not in block), block
+        alone = name == "dit" or (name == "lumina2" and "refiner" in block)  # Z-Image's have padding
+        assert ("text" in streams) == (not alone), block
     assert [extent.kind for extent in ranges].count(FEATURES) == 1
     assert {extent.kind for extent in ranges} & {"vae residual", "vae inner", "vae logits"}
     assert not decide(ranges).exceptions()
@@ -117,6 +128,8 @@ PLANTED = [
     ("lumina2", "4", "bake", "noise_refiner.1.feed_forward.linear_2", 1e6, "scaled"),
     ("lumina2", "4", "bank", "noise_refiner.1.attn.to_out.0", 1e6, "scaled"),
     ("lumina2", "4", "live", "layers.1.attn.to_v", 1e6, "float32"),
+    ("zimage", "4", "bake", "noise_refiner.1.feed_forward.w2", 1e6, "scaled"),
+    ("zimage", "3", "live", "noise_refiner.1.attention.to_v", 1e6, "float32"),
 ]
 
 
@@ -138,7 +151,9 @@ def test_what_is_planted_is_found_and_survives(checkpoint, tmp_path, name, layer
     assert not naive["cosine_p01"] > 0.999
 
 
-@pytest.mark.parametrize(("name", "where"), [("lumina2", "x_embedder"), ("flux2", "x_embedder")])
+@pytest.mark.parametrize(("name", "where"), [
+    ("lumina2", "x_embedder"), ("flux2", "x_embedder"), ("zimage", "all_x_embedder.2-1"),
+])  # fmt: skip
 def test_a_massive_residual_needs_no_exception(checkpoint, tmp_path, name, where):
     """Of families whose norms are not LayerNorms, or whose embedder has no bias."""
     folder = planted(checkpoint(name), tmp_path / "planted", "transformer", {where: 2e5})

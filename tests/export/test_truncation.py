@@ -23,8 +23,9 @@ def test_only_the_modulation_of_block_k_is_read(tiny_pixart, layer):
     with open_checkpoint(str(tiny_pixart)) as checkpoint:
         family = family_of(checkpoint)
         weights = checkpoint.weights("transformer")
-        family.conditioner(weights, layer, (64, 64), FLOAT32)
-        family.trunk(weights, TrunkSpec(layer, (64, 64), (8, 8), 5, FLOAT32), None)
+        spec = TrunkSpec(layer, (64, 64), (8, 8), 5, FLOAT32)
+        family.conditioner(weights, spec)
+        family.trunk(weights, spec, None)
     blocks = {name for name in weights.read if name.startswith("transformer_blocks.")}
     beyond = {name for name in blocks if int(name.split(".")[1]) >= layer}
     assert beyond == {f"transformer_blocks.{layer}.scale_shift_table"}

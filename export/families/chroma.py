@@ -1,0 +1,164 @@
+"""Chroma (lodestones 2025): diffusers ChromaTransformer2DModel, FLUX.1's blocks modulated otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from diffusers.models.transformers.transformer_chroma import (
+    ChromaApproximator,
+    ChromaCombinedTimestepTextProjEmbeddings,
+)
+from torch import nn
+
+from ditf.export.checkpoint import Checkpoint
+from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
+from ditf.export.families.flux import Flux
+from ditf.export.families.mmdit import stream_rows
+from ditf.export.graph.condition import MODULATION, Conditioner, with_constant_frequencies
+from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
+from ditf.export.graph.layers import Linear, constant, read_linear
+from ditf.export.pretrained import load_text_pipeline
+from ditf.export.weights import Weights
+
+_TEXT_TOKENS = 512  # max_sequence_length of ChromaPipeline.encode_prompt
+_MASKED = -10000.0  # added to the logits of a masked token: its weight is exactly 0
+
+
+class Chroma(Flux):
+    """Chroma: FLUX.1's blocks; one network makes every row of their modulation from timestep and row number.
+
+    The text is T5's alone, and of its padding one token is read. diffusers' pipeline hands that mask on as
+    floats, which its attention adds to the logits instead of masking (huggingface/diffusers 12116, 13619).
+    What is meant, and what the authors' code does, is to mask: the unmodified transformer is given the tokens
+    that are read, and no others.
+    """
+
+    name = "chroma"
+    transformer_class = "ChromaTransformer2DModel"
+    takes_guidance = False
+    short_text = 8
+
+    @property
+    def defaults(self) -> Defaults:
+        published = (self.channels, self.blocks.kinds) == (3072, (("double", 19), ("single", 38)))
+        return Defaults(
+            timestep=260,
+            layer=28 if published else None,
+            prompt="a photo",
+            size=(640, 640),
+            source="none published for Chroma: those DiTF published for FLUX.1, whose blocks and noise"
+            " schedule it has",
+        )
+
+    def example_condition(self) -> Condition:
+        return {
+            "prompt_embeds": torch.zeros(1, _TEXT_TOKENS, self.config["joint_attention_dim"]),
+            "prompt_attention_mask": torch.ones(1, _TEXT_TOKENS, dtype=torch.int64),
+        }
+
+    def encode_conditions(
+        self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
+    ) -> list[Condition]:
+        pipeline = load_text_pipeline(checkpoint, ("ChromaPipeline",))
+        conditions: list[Condition] = []
+        for prompt in map(str, subjects):
+            check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "T5")
+            embeds, _, mask, *_ = pipeline.encode_prompt(
+                prompt, device=torch.device("cpu"), do_classifier_free_guidance=False
+            )
+            conditions.append({"prompt_embeds": embeds, "prompt_attention_mask": mask.to(torch.int64)})
+        return conditions
+
+    def text_tokens(self, condition: Condition) -> int:
+        return int(condition["prompt_attention_mask"].sum())
+
+    def reference_inputs(
+        self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
+    ) -> dict[str, Any]:
+        text = condition["prompt_embeds"][:, : self.text_tokens(condition)]
+        return {
+            "timestep": torch.full((batch,), timestep / 1000),
+            "encoder_hidden_states": text.expand(batch, -1, -1),
+            **self.reference_positions(grid, text.shape[1]),
+        }
+
+    def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
+        all_doubles, all_singles = (count for _, count in self.blocks.kinds)
+        doubles = self._doubles(spec.layer)
+        image = SINGLE_ROWS * all_singles  # where they start: single-stream blocks, images, texts
+        text = image + IMAGE_ROWS * all_doubles
+        starts = [start + IMAGE_ROWS * index for index in range(doubles) for start in (image, text)] + [
+            SINGLE_ROWS * index for index in range(spec.layer - doubles)
+        ]
+        starts.append(
+            image + IMAGE_ROWS * spec.layer
+            if spec.layer < all_doubles
+            else SINGLE_ROWS * (spec.layer - all_doubles)
+        )
+        sizes = [*stream_rows(spec.layer, doubles), NORM_ROWS]
+        rows = [row for start, size in zip(starts, sizes, strict=True) for row in range(start, start + size)]
+        width = self.config["approximator_num_channels"]
+        embedding = ChromaCombinedTimestepTextProjEmbeddings(
+            width // 4, text + IMAGE_ROWS * all_doubles + NORM_ROWS
+        )
+        network = weights.load_into(
+            lambda: ChromaApproximator(
+                width,
+                self.channels,
+                self.config["approximator_hidden_dim"],
+                self.config["approximator_layers"],
+            ),
+            "distilled_guidance_layer",
+        )
+        context = None
+        if spec.layer:
+            context = Linear(*read_linear(weights, "context_embedder"), torch.float32)  # writes the residual
+        return _Conditioner(embedding, network, rows, context)
+
+
+class _Modulation(nn.Module):
+    """Timestep -> some rows of the modulation [R, C].
+
+    Args:
+        embedding: of the unmodified model.
+        network: `distilled_guidance_layer`.
+        rows: numbers of those that are made.
+    """
+
+    def __init__(self, embedding: nn.Module, network: nn.Module, rows: Sequence[int]) -> None:
+        super().__init__()
+        own: torch.Tensor = embedding.get_buffer("mod_proj")[list(rows)]
+        self.time = embedding.get_submodule("time_proj")
+        guidance = self.time(torch.zeros(1, device=own.device)).expand(len(rows), -1)  # distilled away
+        self.numbers = constant(torch.cat([guidance, own], dim=1))
+        self.network = network
+
+    def forward(self, timestep: torch.Tensor) -> torch.Tensor:
+        time = self.time(timestep.to(torch.float32) / 1000 * 1000)  # as the model rounds it
+        numbered = torch.cat([time.expand(len(self.numbers), -1), self.numbers], dim=1)
+        made: torch.Tensor = self.network(numbered)
+        return made
+
+
+class _Conditioner(Conditioner):
+    """Timestep -> modulation; text embeddings -> text tokens, and what masks those that are not read."""
+
+    def __init__(
+        self, embedding: nn.Module, network: nn.Module, rows: Sequence[int], context: Linear | None
+    ) -> None:
+        super().__init__()
+        self.modulation = with_constant_frequencies(_Modulation(embedding, network, rows))
+        self.context = context
+        self.inputs = ("prompt_embeds", "prompt_attention_mask") if context else ()
+
+    def forward(
+        self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        given = {MODULATION: self.modulation(timestep)}
+        if self.context is not None:
+            mask = condition["prompt_attention_mask"][0]
+            given["text"] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
+            given["text_bias"] = torch.where(mask == 0, _MASKED, 0.0).to(torch.float32)
+        return given

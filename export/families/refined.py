@@ -1,0 +1,135 @@
+"""What Lumina2 and Z-Image share: text refined by blocks of its own, scales without shifts, three axes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from diffusers.models.embeddings import get_1d_rotary_pos_embed
+from torch import nn
+
+from ditf.export.graph.condition import MODULATION, Conditioner, Projection
+from ditf.export.graph.layers import Linear, Rotary, constant, read_linear, rms_norm
+from ditf.export.graph.sandwich import PADDING_ROTARY, SandwichBlock
+from ditf.export.weights import Weights
+
+_MASKED = -10000.0  # added to the logits of a token that is not there: its weight is exactly 0
+
+
+def axes_rotary(widths: Sequence[int], base: float, positions: Sequence[torch.Tensor]) -> Rotary:
+    """Cosines and sines [M, D / 2] of positions on several axes.
+
+    Args:
+        widths: of each axis in D.
+        positions: of each axis, [M], or [1] for all.
+    """
+    axes = [
+        get_1d_rotary_pos_embed(width, position.double(), theta=base, freqs_dtype=torch.float64)
+        for width, position in zip(widths, positions, strict=True)
+    ]
+    count = max(map(len, axes))
+    waves = torch.cat([axis.expand(count, -1) for axis in axes], dim=1)
+    return waves.real.float(), waves.imag.float()
+
+
+class RefinedText(nn.Module):
+    """The text embedder and the blocks that refine the text.
+
+    Args:
+        embedder: name of its RMSNorm and linear.
+        rotary: of positions 0, 1, ... to one more than the longest text.
+        padding: [C], what stands for tokens beyond the text's end; None where there are none.
+    """
+
+    def __init__(
+        self,
+        weights: Weights,
+        embedder: str,
+        eps: float,
+        blocks: Sequence[SandwichBlock],
+        rotary: Rotary,
+        padding: torch.Tensor | None = None,
+    ) -> None:
+        super().__init__()
+        self.norm = constant(weights.tensor(f"{embedder}.0.weight"))
+        self.eps = eps
+        self.linear = Linear(*read_linear(weights, f"{embedder}.1"), torch.float32)  # writes the residual
+        self.blocks = nn.ModuleList(blocks)
+        self.cosine, self.sine = constant(rotary[0]), constant(rotary[1])
+        self.padding = None if padding is None else constant(padding)
+
+    def forward(self, embeds: torch.Tensor, bias: torch.Tensor, beyond: torch.Tensor) -> torch.Tensor:
+        """Text tokens [L, C].
+
+        Args:
+            embeds: [L, d]; bias: [L], added to their logits.
+            beyond: bool [L], tokens that the padding stands for.
+        """
+        tokens = len(embeds)
+        text = self.linear(rms_norm(embeds, self.norm, self.eps))
+        if self.padding is not None:
+            text = torch.where(beyond[:, None], self.padding, text)
+        text = text[None]
+        for block in self.blocks:
+            text = block(text, tokens, (self.cosine[1 : tokens + 1], self.sine[1 : tokens + 1]), None, bias)
+        return text[0]
+
+
+class RefinedConditioner(Conditioner):
+    """Timestep -> scales and gates; text embeddings -> refined text, at the end of its length.
+
+    Only differences of positions matter. A text that is shorter than others of its graph stands at the end
+    of their length, masked in front: the image's position, which is that of the text's end, is then the same
+    for all.
+
+    Args:
+        embedding: timestep -> what the AdaLN linears read.
+        text: None where no block reads it.
+        multiple: what a text's length is padded to a multiple of.
+        padding: rotary of positions 0, 1, ... where the image is padded with tokens at the position in front
+            of the text's first, else None.
+    """
+
+    def __init__(
+        self,
+        embedding: nn.Module,
+        projection: Projection,
+        text: RefinedText | None,
+        multiple: int = 1,
+        padding: Rotary | None = None,
+    ) -> None:
+        super().__init__()
+        self.embedding = embedding
+        self.projection = projection
+        self.text = text
+        self.multiple = multiple
+        self.padding = None if padding is None else constant(torch.stack(padding))
+        self.inputs: tuple[str, ...] = ()
+        if text is not None:
+            self.inputs = ("prompt_embeds", "prompt_attention_mask")
+        elif padding is not None:
+            self.inputs = ("prompt_attention_mask",)
+
+    def forward(
+        self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
+    ) -> dict[str, torch.Tensor]:
+        rows = self.projection(self.embedding(timestep))
+        gates = torch.arange(len(rows), device=rows.device)[:, None] % 2 == 1
+        given = {MODULATION: torch.where(gates, torch.tanh(rows), rows)}
+        if not self.inputs:
+            return given
+        mask = condition["prompt_attention_mask"][0]
+        own = mask.sum()
+        missing = (
+            len(mask)
+            - torch.div(own + self.multiple - 1, self.multiple, rounding_mode="trunc") * self.multiple
+        )
+        if self.padding is not None:
+            given[PADDING_ROTARY] = self.padding[:, missing[None]]
+        if self.text is not None:
+            embeds = condition["prompt_embeds"][0]
+            place = torch.arange(len(embeds), device=embeds.device) - missing
+            bias = torch.where(place < 0, _MASKED, 0.0).to(torch.float32)
+            text = self.text(embeds[place.clamp(min=0)], bias, place >= own)
+            given |= {"text": text, "text_bias": bias}
+        return given
