@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from ditf.export.checkpoint import DEMO, Checkpoint
+from ditf.export.checkpoint import DEMO, Checkpoint, Part, vae_part
 from ditf.export.demo import DEMO_CHECKPOINT
 from ditf.export.families import FAMILIES
 from ditf.export.families.base import Condition, Family
@@ -85,6 +85,14 @@ HUB_IDS = {
 }
 """Of the models above, by their names."""
 
+VAES = {
+    "madebyollin/taesd": 4,
+    "madebyollin/taesdxl": 4,
+    "madebyollin/taesd3": 16,
+    "madebyollin/taef1": 16,
+}
+"""Hub ids of the published AutoencoderTiny, and the channels of their latents."""
+
 _TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "auraflow": 256, "flux2": 512, "lumina2": 256}
 _SHORT_PROMPT = {"pixart": 8}
 """Tokens of a short prompt, where the masked ones that follow are dropped."""
@@ -125,6 +133,30 @@ def open_configs(model: str) -> Iterator[Checkpoint]:
         raise InputError(
             f"{model!r:.80} is no directory, and no published model whose config is known",
             f"pass a directory that holds its configs, or one of {', '.join([DEMO, *HUB_IDS.values()])}",
+        )
+
+
+@contextmanager
+def open_vae_configs(vae: str) -> Iterator[Part]:
+    """A VAE for --vae of which only the config is read: a directory, or a published AutoencoderTiny.
+
+    Args:
+        vae: a published one by its hub id; nothing is downloaded.
+
+    Raises:
+        InputError: none of these.
+    """
+    if vae and Path(vae).expanduser().is_dir():
+        yield vae_part(Checkpoint(Path(vae).expanduser(), vae))
+    elif vae.lower() in VAES:
+        with tempfile.TemporaryDirectory(prefix="ditf-configs-") as folder:
+            config = {"_class_name": "AutoencoderTiny", "latent_channels": VAES[vae.lower()]}
+            (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
+            yield vae_part(Checkpoint(Path(folder), vae))
+    else:
+        raise InputError(
+            f"--vae {vae!r:.80} is no directory, and no published VAE whose config is known",
+            f"pass a directory that holds its config, or one of {', '.join(VAES)}",
         )
 
 

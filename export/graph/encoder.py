@@ -1,15 +1,16 @@
-"""x_0 in the graph: the VAE encoder's posterior mean, shifted and scaled, or the pixels themselves."""
+"""x_0 in the graph: what a VAE encodes, shifted and scaled, or the pixels themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.autoencoders.vae import Encoder, EncoderTiny
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import nn
 
 from ditf.calib.recipe import Recipe, Scale
@@ -65,6 +66,58 @@ class KLEncoder(nn.Module):
         if self.patch > 1:
             mean = nn.functional.pixel_unshuffle(mean, self.patch)
         return (mean - self.shift) * self.scale
+
+
+class TinyEncoder(nn.Module):
+    """Encoder half of an AutoencoderTiny (TAESD), which has no norms: all in the graph's precision.
+
+    Pixels are brought to [0, 1] and x_0 is shifted and scaled in float32.
+
+    Args:
+        vae: float32; its encoder is taken over and changed in place.
+        shift, scale: x_0 = (latents - shift) * scale.
+    """
+
+    def __init__(self, vae: AutoencoderTiny, shift: float, scale: float, precision: Precision) -> None:
+        super().__init__()
+        exponent = precision.recipe.vae_residual.exponent
+        scale_tiny_down(vae.encoder, exponent)
+        self.layers = vae.encoder.layers.to(precision.compute)
+        self.restore = 2.0**exponent
+        self.shift, self.scale = shift, scale
+        self.dtype = precision.compute
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents: torch.Tensor = self.layers((pixels * 0.5 + 0.5).to(self.dtype)).to(torch.float32)
+        return (latents * self.restore - self.shift) * self.scale
+
+
+@torch.no_grad()
+def scale_tiny_down(encoder: EncoderTiny, exponent: int) -> None:
+    """Scale everything that an AutoencoderTiny's encoder computes by 2**-exponent, in place.
+
+    relu(a x) is a relu(x), so it is enough to scale the first convolution's weights and every bias.
+
+    Args:
+        encoder: float32, its activations ReLU.
+    """
+    for index, layer in enumerate(tiny_convolutions(encoder.layers).values()):
+        if index == 0:
+            layer.weight.mul_(2.0**-exponent)
+        if layer.bias is not None:
+            layer.bias.mul_(2.0**-exponent)
+
+
+def tiny_convolutions(layers: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of an `EncoderTiny`'s layers by name, in their order."""
+    return {name: module for name, module in layers.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def tiny_blocks(layers: nn.Module) -> Iterator[tuple[str, AutoencoderTinyBlock]]:
+    """The residual blocks of an `EncoderTiny`'s layers by name."""
+    return (
+        (name, module) for name, module in layers.named_modules() if isinstance(module, AutoencoderTinyBlock)
+    )
 
 
 def residual_writers(encoder: Encoder) -> Iterator[tuple[str, nn.Module, bool]]:
