@@ -26,7 +26,7 @@ class LatentSpace:
     Attributes:
         stride: image pixels along the side of a pixel of x_0; 1 without a VAE.
         channels: of x_0.
-        shift, scale: x_0 = (posterior mean - shift) * scale. AutoencoderTiny's latents are scaled already, and
+        shift, scale: x_0 = (posterior mean - shift) * scale. AutoencoderTiny's latents are scaled already:
             its config says 0 and 1.
         source: where the VAE is; None when the model works in pixels.
         name: diffusers class of the VAE.

@@ -58,8 +58,8 @@ def judge_encoder(plan: Plan) -> Swap:
 def _fix(agreement: dict[str, float]) -> str:
     if agreement["correlation_min"] >= _ALIKE:
         return (
-            f"it is {agreement['gain']:.3g} times as large: its config's scaling_factor or shift_factor does not"
-            " belong to its weights"
+            f"it is {agreement['gain']:.3g} times as large: its config's scaling_factor or shift_factor does"
+            " not belong to its weights"
         )
     return "choose a VAE made for this model"
 

@@ -173,8 +173,8 @@ def _check_values(manifest: Manifest) -> None:
         if not all(conforms(manifest.pca.get(name), float) for name in known):
             raise ValueError(f"pca is {manifest.pca!r:.60}")
     if manifest.vae is not None:
-        known = all(conforms(manifest.vae.get(name), str) for name in ("id", "class"))
-        if not known or not conforms(manifest.vae.get("x_0"), dict[str, float]):
+        named = all(conforms(manifest.vae.get(key), str) for key in ("id", "class"))
+        if not named or not conforms(manifest.vae.get("x_0"), dict[str, float]):
             raise ValueError(f"vae is {manifest.vae!r:.60}")
     for part, by_type in manifest.parts.items():
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
