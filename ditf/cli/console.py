@@ -277,8 +277,8 @@ def vae_text(vae: dict[str, Any]) -> str:
     revision = "" if vae.get("revision") is None else f" at {vae['revision'][:12]}"
     x_0 = vae["x_0"]
     return (
-        f"{vae['id']}{revision} ({vae['class']}); x_0 off by {x_0['relative_error']:.2f} of its spread against"
-        f" the checkpoint's own VAE, channels correlate by {x_0['correlation_min']:.2f} at the least"
+        f"{vae['id']}{revision} ({vae['class']}); x_0 off by {x_0['relative_error']:.2f} of its spread from"
+        f" the checkpoint's own VAE's, channels correlate by {x_0['correlation_min']:.2f} at the least"
     )
 
 

@@ -1,4 +1,4 @@
-"""--vae: which encoders are taken, which are refused, and that the graph is the model with the other encoder."""
+"""--vae: which encoders are taken, which are refused, and that the graph is the model with that encoder."""
 
 from __future__ import annotations
 
