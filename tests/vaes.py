@@ -10,12 +10,13 @@ from pathlib import Path
 import numpy as np
 import torch
 from diffusers import AutoencoderKL, AutoencoderTiny
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
+from torch.nn import functional
 
 from ditf.calib.images import procedural_images
 from tests.checkpoints import seeded, tiny_vae
 
 SIDE = 64
-STEPS = 240
 WIDTH = 16
 
 
@@ -25,7 +26,7 @@ class Vaes:
 
     Attributes:
         checkpoint: a PixArt whose x_0 has mean 0 and spread 1, as published ones nearly have.
-        tiny: an AutoencoderTiny distilled from its VAE; tuned: its VAE, every weight a little changed.
+        tiny: an AutoencoderTiny that agrees with its VAE; tuned: its VAE, every weight a little changed.
         other: an AutoencoderKL of another latent space, of as many channels.
     """
 
@@ -41,7 +42,7 @@ def save_vaes(folder: Path, pixart: Path) -> Vaes:
     shutil.copytree(pixart, made.checkpoint)
     own = learnable_vae(0)
     own.save_pretrained(made.checkpoint / "vae")
-    distilled(own).save_pretrained(made.tiny)
+    fitted(own).save_pretrained(made.tiny)
     with torch.no_grad(), seeded():
         for parameter in own.parameters():
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
@@ -51,49 +52,72 @@ def save_vaes(folder: Path, pixart: Path) -> Vaes:
 
 
 def learnable_vae(seed: int) -> AutoencoderKL:
-    """A random AutoencoderKL that a small network can imitate: smooth kernels, small branches."""
-    with seeded(seed), torch.no_grad():
+    """A random AutoencoderKL that a small network can imitate."""
+    with seeded(seed):
         vae = tiny_vae().eval().requires_grad_(False)
-        for name, module in vae.encoder.named_modules():
-            if name.endswith(("conv2", "to_out.0")):
-                module.weight *= 0.3
-            if name == "conv_in" or name.endswith("downsamplers.0.conv"):
-                module.weight.copy_(3 * module.weight.mean((2, 3), keepdim=True).expand_as(module.weight))
-        mean = vae.encode(pixels(16)).latent_dist.mean
-    vae.register_to_config(shift_factor=float(mean.mean()), scaling_factor=float(1 / mean.std()))
+    make_learnable(vae, pixels(16))
     return vae
 
 
-def distilled(vae: AutoencoderKL) -> AutoencoderTiny:
-    """An AutoencoderTiny whose encoder learned x_0 of a VAE, by least squares."""
-    images = pixels(16)
-    with torch.no_grad():
-        mean = vae.encode(images).latent_dist.mean
-        x_0 = (mean - vae.config.shift_factor) * vae.config.scaling_factor
-    with seeded(), torch.enable_grad():
+def fitted(vae: AutoencoderKL) -> AutoencoderTiny:
+    """An AutoencoderTiny that agrees with a VAE."""
+    with seeded():
         tiny = AutoencoderTiny(
             encoder_block_out_channels=(WIDTH,) * 3,
             decoder_block_out_channels=(WIDTH,) * 3,
             num_encoder_blocks=(1, 1, 1),
             num_decoder_blocks=(1, 1, 1),
         )
-        encoder = tiny.encoder
-        encoder.layers[-1].bias.data.copy_(x_0.mean((0, 2, 3)))
-        optimizer = torch.optim.Adam(encoder.parameters(), lr=5e-3)
-        schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 5e-3, STEPS)
-        for _ in range(STEPS):
-            batch = torch.randint(0, len(images), (4,))
-            loss = (tiny.encode(images[batch]).latents - x_0[batch]).square().mean()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-    return tiny.eval().requires_grad_(False)
+        fit_tiny(tiny.eval(), vae, pixels(16))
+    return tiny
 
 
-def pixels(count: int) -> torch.Tensor:
-    """Procedural pictures in [-1, 1], [n, 3, SIDE, SIDE]."""
-    pictures = np.stack(procedural_images((SIDE, SIDE), count))
+@torch.no_grad()
+def make_learnable(vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Smooth kernels and small branches, in place, and an x_0 of mean 0 and spread 1 on the images."""
+    for name, module in vae.encoder.named_modules():
+        if name.endswith(("conv2", "to_out.0")):
+            module.weight *= 0.3
+        if name == "conv_in" or name.endswith("downsamplers.0.conv"):
+            module.weight.copy_(3 * module.weight.mean((2, 3), keepdim=True).expand_as(module.weight))
+    mean = torch.cat([vae.encode(image).latent_dist.mean for image in images.split(1)])
+    vae.register_to_config(shift_factor=float(mean.mean()), scaling_factor=float(1 / mean.std()))
+
+
+@torch.no_grad()
+def fit_tiny(tiny: AutoencoderTiny, vae: AutoencoderKL, images: torch.Tensor) -> None:
+    """Make a tiny encoder agree with a VAE, in place: ReLUs of random colours, averaged, then least squares.
+
+    Args:
+        images: in [-1, 1], [n, 3, H, W].
+    """
+    mean = torch.cat([vae.encode(image).latent_dist.mean for image in images.split(1)])
+    x_0 = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    layers = tiny.encoder.layers
+    first, *strided, last = (layer for layer in layers if isinstance(layer, torch.nn.Conv2d))
+    width = len(first.weight)
+    colour = 2 * torch.randn(width, 3)
+    first.weight.copy_(colour[:, :, None, None].expand_as(first.weight) / 9)
+    first.bias.copy_(0.5 * torch.randn(width) - colour.mean(1) * 1.5)
+    for block in layers:
+        if isinstance(block, AutoencoderTinyBlock):  # then it passes on what is positive
+            block.conv[-1].weight.zero_()
+            block.conv[-1].bias.zero_()
+    for layer in strided:
+        layer.weight.copy_(torch.eye(width)[:, :, None, None].expand_as(layer.weight) / 9)
+    inside = functional.unfold(layers[:-1](images * 0.5 + 0.5), 3, padding=1).transpose(1, 2).flatten(0, 1)
+    known = torch.cat([inside, torch.ones(len(inside), 1)], dim=1).double()
+    products = known.T @ known
+    products += 1e-4 * products.diagonal().mean() * torch.eye(len(products))
+    target = x_0.flatten(2).transpose(1, 2).flatten(0, 1).double()
+    solved = torch.linalg.solve(products, known.T @ target).float()
+    last.weight.copy_(solved[:-1].T.reshape(last.weight.shape))
+    last.bias.copy_(solved[-1])
+
+
+def pixels(count: int, side: int = SIDE) -> torch.Tensor:
+    """Procedural pictures in [-1, 1], [n, 3, side, side]."""
+    pictures = np.stack(procedural_images((side, side), count))
     return torch.from_numpy(pictures).permute(0, 3, 1, 2).float() / 127.5 - 1
 
 

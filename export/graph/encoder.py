@@ -19,7 +19,7 @@ from ditf.export.graph.layers import constant
 from ditf.export.graph.precision import Precision
 
 _QUERIES = 1024
-"""In a chunk of attention: enough to fill a matrix product, few enough for a cache."""
+"""In a chunk of attention: enough to fill a matrix product, few enough to need little memory."""
 
 
 class PixelEncoder(nn.Module):
@@ -131,7 +131,13 @@ class QueryChunks:
 
     The logits of all tokens with all take N^2 numbers, 0.8 GB in float32 at 960 px; those of a chunk stay
     near the processor. On ONNX Runtime every bit of the result is the same (docs/vae.md).
+
+    Args:
+        queries: in a chunk; the last one may have fewer.
     """
+
+    def __init__(self, queries: int = _QUERIES) -> None:
+        self._queries = queries
 
     def __call__(
         self,
@@ -150,7 +156,7 @@ class QueryChunks:
         attended = torch.cat(
             [
                 functional.scaled_dot_product_attention(chunk, key, value)
-                for chunk in query.split(_QUERIES, dim=2)
+                for chunk in query.split(self._queries, dim=2)
             ],
             dim=2,
         )
