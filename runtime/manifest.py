@@ -173,9 +173,13 @@ def _check_values(manifest: Manifest) -> None:
         if not all(conforms(manifest.pca.get(name), float) for name in known):
             raise ValueError(f"pca is {manifest.pca!r:.60}")
     if manifest.vae is not None:
-        named = all(conforms(manifest.vae.get(key), str) for key in ("id", "class"))
-        if not named or not conforms(manifest.vae.get("x_0"), dict[str, float]):
-            raise ValueError(f"vae is {manifest.vae!r:.60}")
+        vae = manifest.vae
+        named = all(conforms(vae.get(key), str) for key in ("id", "class"))
+        named = named and conforms(vae.get("revision"), Optional[str])
+        measured = ("relative_error", "correlation_min")
+        x_0 = vae.get("x_0")
+        if not (named and isinstance(x_0, dict) and all(conforms(x_0.get(key), float) for key in measured)):
+            raise ValueError(f"vae is {vae!r:.60}")
     for part, by_type in manifest.parts.items():
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
             raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")
