@@ -8,7 +8,7 @@ from ditf.calib.devices import DEVICES
 from ditf.export.cost import ATTENTION, GEMMS, VAE, count_cost
 from ditf.export.options import ExportOptions
 from ditf.export.plan import decide
-from ditf.export.published import open_configs
+from ditf.export.published import open_configs, open_vae_configs
 
 MODELS = (
     "DiT-XL/2 512",
@@ -23,6 +23,12 @@ MODELS = (
     "Z-Image-Turbo",
 )
 SHOWN = ("orin-nano", "orin", "thor", "rtx-4090", "h200")
+TINY = {
+    "PixArt-XL/2 512": "madebyollin/taesd",
+    "SD3 medium": "madebyollin/taesd3",
+    "FLUX.1-dev": "madebyollin/taef1",
+}
+VAE_SHOWN = ("orin", "rtx-4090")
 TOO_LARGE = "does not fit"
 
 
@@ -49,5 +55,36 @@ def rows() -> list[tuple[str, ...]]:
     return found
 
 
+def vae_rows() -> list[tuple[str, ...]]:
+    """Header and a row for each model with a published tiny encoder of its latent space, in float16."""
+    found: list[tuple[str, ...]] = [
+        (
+            "model",
+            "--vae",
+            "its own VAE",
+            "share of the work",
+            "with --vae",
+            "share",
+            "activations",
+            *VAE_SHOWN,
+        )
+    ]
+    for model, vae in TINY.items():
+        with open_configs(model) as checkpoint, open_vae_configs(vae) as encoder:
+            options = ExportOptions(model=model, precision="float16")
+            own = count_cost(decide(options, checkpoint))
+            tiny = count_cost(decide(options.model_copy(update={"vae": vae}), checkpoint, encoder))
+        work = []
+        for cost in (own, tiny):
+            share = cost.operations(VAE) / cost.operations()
+            work += [f"{cost.operations(VAE) / 1e9:,.0f} GFLOP", f"{share:.0%}"]
+        activations = " to ".join(f"{cost.activation_bytes / 1e9:.2f} GB" for cost in (own, tiny))
+        seconds = [[cost.seconds(DEVICES[name]) for cost in (own, tiny)] for name in VAE_SHOWN]
+        times = [" to ".join(f"{1e3 * second:.3g} ms" for second in pair) for pair in seconds]
+        found.append((model, vae, *work, activations, *times))
+    return found
+
+
 if __name__ == "__main__":
     write_table("plan.md", "plans", rows())
+    write_table("vae.md", "counted", vae_rows())

@@ -8,7 +8,7 @@ from typing import Protocol
 
 import numpy as np
 
-from ditf.calib.parity import feature_parity, match_parity, worst
+from ditf.calib.parity import WHOLE, feature_parity, match_parity, worst
 from ditf.runtime import FeatureMap
 from ditf.runtime.matching import Matches, match_points
 
@@ -68,7 +68,7 @@ def golden_result(golden: Golden, run: Run, conditions: Sequence[str]) -> Golden
     if "whole_features" in golden:
         cost = feature_parity(rows, golden["whole_features"])
         cost |= match_parity(matches.points, golden["whole_match_points"], cell)
-        metrics |= {f"whole_{name}": value for name, value in cost.items()}
+        metrics |= {f"{WHOLE}{name}": value for name, value in cost.items()}
     return GoldenResult(metrics, maps, matches)
 
 

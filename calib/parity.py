@@ -64,6 +64,15 @@ DISPLACEMENT = {"float32": 0.25, "float16": 2.0, "bfloat16": 4.0, "int8": 4.0}
 MEASURED_MARGIN = 8.0
 """Limit of an error over its measured value: room for another backend's kernels, not for a mistake."""
 
+METRICS = (
+    *("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error", "max_abs_error"),
+    *("matches_same", "matches_within_1px", "matches_within_patch", "match_displacement"),
+)
+"""What is measured of features and matches."""
+
+WHOLE = "whole_"
+"""Prefix of a metric against the model without what the bundle approximates (--vae, --text-tokens)."""
+
 _AT_MOST = frozenset({"relative_error", "channel_error", "max_abs_error", "match_displacement"})
 
 
@@ -97,7 +106,8 @@ class Gate:
     @property
     def ok(self) -> bool:
         # NaN fails either way.
-        return self.value <= self.limit if self.name in _AT_MOST else self.value >= self.limit
+        at_most = self.name.removeprefix(WHOLE) in _AT_MOST
+        return self.value <= self.limit if at_most else self.value >= self.limit
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "value": self.value, "limit": self.limit, "ok": self.ok}

@@ -7,7 +7,8 @@
 3. A branch with anything else out of range (a linear's input, a query, a logit) computes in float32.
 4. The VAE encoder's residual between group norms is scaled as a whole: a group norm does not see a factor
    on its input once its epsilon has it too. Convolutions between two norms likewise, each by its own power.
-   Its attention computes in float32 where its logits may overflow.
+   Its attention computes in float32 where its logits may overflow. An AutoencoderTiny has no norms and only
+   ReLUs, which pass a factor on: everything in it is scaled as a whole, and restored in float32 at its end.
 5. Features that are to be float16 and are out of range, or values that are not finite: no graph is made.
 """
 

@@ -61,7 +61,7 @@ def calibrate(options: ExportOptions, progress: Progress = lambda line: None) ->
         live = options.conditioning == "live"
         entries = trim(encoded, plan.family, live, options.text_tokens)
         noise = plan.noise()
-        reference = Reference(checkpoint, plan.family, plan.layer, plan.size, noise)
+        reference = Reference(checkpoint, plan.family, plan.layer, plan.size, noise, plan.latents)
         found = observe(plan, reference.under(entries[0].condition, entries[0].timestep), progress)
         del reference
         progress("measuring every value that float16 would hold")
@@ -177,6 +177,7 @@ def identity(plan: Plan) -> dict[str, Any]:
     return {
         "model": plan.checkpoint.id,
         "revision": plan.checkpoint.revision,
+        "vae": None if plan.options.vae is None else plan.latents.identity(),
         "layer": plan.layer,
         "timestep": plan.entries[0].timestep,
         "conditioning": plan.options.conditioning,

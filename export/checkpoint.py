@@ -17,6 +17,7 @@ DEMO = "demo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
+_DIFFUSERS_NAME = "diffusion_pytorch_model"
 _AGAIN = "download or save the checkpoint again"
 
 
@@ -102,6 +103,30 @@ class Checkpoint:
         return variant_of(weight_files(self.path / component, self.variant)[0])
 
 
+@dataclass(frozen=True)
+class Part:
+    """One model of a checkpoint.
+
+    Attributes:
+        name: its folder; "." where the checkpoint is nothing but this model.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+
+    def config(self) -> dict[str, Any]:
+        """Its JSON configuration.
+
+        Raises:
+            InputError: missing or not JSON.
+        """
+        return self.checkpoint.config(self.name)
+
+    def weights(self) -> Weights:
+        """Its weights, read lazily."""
+        return self.checkpoint.weights(self.name)
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         document = json.loads(path.read_text("utf-8"))
@@ -159,6 +184,50 @@ def open_checkpoint(
     yield checkpoint
 
 
+def open_vae(vae: str, revision: str | None = None) -> Part:
+    """Find a VAE: in a directory of its own or of a whole checkpoint, or on the hub.
+
+    Args:
+        revision: branch, tag or commit of a hub model.
+
+    Raises:
+        InputError: no such directory or model, or no VAE in it.
+        MissingComponent: the hub cannot be reached.
+    """
+    path = Path(vae).expanduser()
+    if not vae:
+        raise InputError("--vae is empty", "pass the directory or the hub id of a VAE")
+    if revision is not None and path.exists():
+        raise InputError(f"--vae-revision is for hub ids, and {vae} is local", "leave it out")
+    if path.is_dir():
+        checkpoint = Checkpoint(path, vae)
+    elif path.exists():
+        raise InputError(f"--vae {vae} is a file, not a directory", "pass its directory")
+    elif _HUB_ID.match(vae):
+        from ditf.export.hub import download_vae
+
+        snapshot = download_vae(vae, revision)
+        checkpoint = Checkpoint(snapshot, vae, revision=snapshot.name)
+    else:
+        raise InputError(f"--vae {vae}: no such directory", "pass a directory or a hub id (name/model)")
+    return vae_part(checkpoint)
+
+
+def vae_part(checkpoint: Checkpoint) -> Part:
+    """The VAE of a checkpoint, which may be nothing else.
+
+    Raises:
+        InputError: it has none.
+    """
+    for name in ("vae", "."):
+        if (checkpoint.path / name / "config.json").is_file():
+            return Part(checkpoint, name)
+    raise InputError(
+        f"--vae {checkpoint.id} holds neither config.json nor vae/config.json",
+        "pass a directory that AutoencoderTiny.save_pretrained or a pipeline wrote",
+    )
+
+
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """The safetensors files of a component: one, or the shards its index names.
 
@@ -171,6 +240,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
     """
     indexes = {variant_of(path): path for path in sorted(folder.glob("*.safetensors.index*.json"))}
     files = sorted(folder.glob("*.safetensors"))
+    # At the top of a VAE's repository other programs' copies lie beside it.
+    files = [path for path in files if path.name.startswith(_DIFFUSERS_NAME)] or files
     single = {variant_of(path): path for path in files if not _SHARD.search(path.name)}
     found = indexes.keys() | single.keys()
     if variant is None and found:

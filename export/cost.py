@@ -26,7 +26,7 @@ from ditf.export.ledger import Product, keep_ledger
 from ditf.export.noise import NoiseLevel
 from ditf.export.parts import parameter_parts
 from ditf.export.plan import Plan
-from ditf.export.pretrained import full_config, model_shapes, shape_model
+from ditf.export.pretrained import model_shapes, shape_model
 from ditf.export.published import example_condition, prompt_tokens
 from ditf.export.reference import FeatureSettings
 from ditf.export.specialise import image_encoder
@@ -186,9 +186,7 @@ def shape_graph(plan: Plan, condition: Condition | None = None) -> tuple[Feature
 
 
 def _vae(plan: Plan) -> Any:
-    config = plan.checkpoint.config("vae")
-    name = str(config["_class_name"])
-    return shape_model(name, full_config(name, config)).eval().requires_grad_(False)
+    return shape_model(plan.latents.name, plan.latents.config()).eval().requires_grad_(False)
 
 
 def _reference_bytes(plan: Plan) -> tuple[int, int]:

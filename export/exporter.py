@@ -30,7 +30,7 @@ from ditf.export.calibrate import (
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
 from ditf.export.cost import bundle_bytes
-from ditf.export.golden import Case, golden_cases, write_golden
+from ditf.export.golden import Case, Whole, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.graph.modulation import gate_counts, scales, subnormal_weights
 from ditf.export.onnx_file import check_opset, write_onnx
@@ -41,6 +41,7 @@ from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import rehearse
 from ditf.export.specialise import Specialised, specialise
 from ditf.export.survey import Survey, survey
+from ditf.export.swap import Swap, judge_encoder
 from ditf.export.trace import write_trace
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
@@ -54,7 +55,7 @@ _STAGES = {"float32": 8, "bfloat16": 9, "float16": 10, "int8": 10}
 
 def stage_count(options: ExportOptions) -> int:
     """Times that `export_bundle` reports a stage."""
-    return _STAGES[options.precision] + options.surveys
+    return _STAGES[options.precision] + options.surveys + (options.vae is not None)
 
 
 @dataclass(frozen=True)
@@ -95,23 +96,30 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
         check_space(plan.output, bundle_bytes(plan))
         if options.calibration is not None:
             read_calibration(options.calibration, plan)
+        swap = None
+        if options.vae is not None:
+            report(f"comparing the encoder of {options.vae} with the model's own")
+            swap = judge_encoder(plan)
         with staged(plan.output) as folder:
             report(f"{plan.family.blocks.describe(plan.layer)}; encoding {describe(plan.entries)}")
             with torch.no_grad():
                 encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
-                _write_bundle(folder, plan, encoded, report)
+                _write_bundle(folder, plan, encoded, swap, report)
             read_manifest(folder)
     return plan.output
 
 
-def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: Report) -> None:
+def _write_bundle(
+    folder: Path, plan: Plan, encoded: tuple[Entry, ...], swap: Swap | None, report: Report
+) -> None:
     options = plan.options
     noise = plan.noise()
     live = options.conditioning == "live"
     whole = trim(encoded, plan.family, live)
     entries = trim(encoded, plan.family, live, options.text_tokens)
     cut = plan.family.text_length(entries[0].condition) < plan.family.text_length(whole[0].condition)
-    observed = _run_reference(folder, plan, entries, whole[0] if cut else None, noise, report)
+    exact = Whole(whole[0], None if swap is None else swap.x_0) if cut or swap is not None else None
+    observed = _run_reference(folder, plan, entries, exact, noise, report)
     document = observed.document
     if plan.precision.compute != torch.float32:
         report("measuring every value that a 16-bit graph would hold")
@@ -186,6 +194,7 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         },
         features_dtype="float16" if plan.output_dtype == torch.float16 else "float32",
         pca=observed.pca,
+        vae=None if swap is None else {**plan.latents.identity(), "x_0": swap.agreement},
         precision=options.precision,
         recipe=described,
         parts=parts,
@@ -212,13 +221,13 @@ def _run_reference(
     folder: Path,
     plan: Plan,
     entries: tuple[Entry, ...],
-    whole: Entry | None,
+    whole: Whole | None,
     noise: torch.Tensor,
     report: Report,
 ) -> _Observed:
     """Calibrate and write golden.npz with the unmodified model, which is freed on return."""
     options = plan.options
-    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise, plan.latents)
     reference.under(entries[0].condition, entries[0].timestep)
     if options.calibration is not None:
         report(f"taking the calibration of {options.calibration}")

@@ -33,6 +33,20 @@ class Case:
     entry: Entry
 
 
+@dataclass(frozen=True)
+class Whole:
+    """What a bundle approximates, without the approximation.
+
+    Attributes:
+        entry: the first condition with all its text.
+        x_0: of the two images by the checkpoint's own VAE, float32 [2, c, h', w'], where the bundle has
+            another encoder.
+    """
+
+    entry: Entry
+    x_0: torch.Tensor | None
+
+
 def golden_cases(entries: int) -> list[int]:
     """Which of many conditions are checked: the first, the last and some between, `MAX_CASES` at most."""
     return sorted({round(i) for i in np.linspace(0, entries - 1, min(entries, MAX_CASES)).tolist()})
@@ -45,7 +59,7 @@ def write_golden(
     settings: FeatureSettings,
     seed: int,
     cases: Sequence[Case],
-    whole: Entry | None = None,
+    whole: Whole | None = None,
     projection: np.ndarray | None = None,
 ) -> tuple[dict[str, Any], dict[str, float]]:
     """Run the reference on a pair of images and write what a device compares itself with.
@@ -55,10 +69,10 @@ def write_golden(
     match_points [P, 2] and match_scores [P] in the second. For the condition with index i > 0: rows_i
     [S] and features_i [S, C] of the first image. What enters blocks 0..k on the first image under the
     first condition: hidden_rows [H] and hidden_states [k + 1, H, C]. Of a bundle that approximates:
-    whole_features [2, R, C] and whole_match_points [P, 2], what the model gives without the approximation.
+    whole_features [2, R, C] and whole_match_points [P, 2], what the model gives without any approximation.
 
     Args:
-        whole: the first condition without the approximation, if there is one.
+        whole: what the bundle approximates, if it does.
         projection: P of --pca, float32 [N, C]: features are then P times what the model gives, in float32.
 
     Returns:
@@ -90,7 +104,7 @@ def write_golden(
     arrays["hidden_rows"] = np.sort(np.random.default_rng(seed).choice(h * w, few, replace=False))
     arrays["hidden_states"] = np.stack([tokens[arrays["hidden_rows"]] for tokens in entering])
     if whole is not None:
-        exact = _projected(_maps(reference, whole, images, settings), projection)
+        exact = _projected(_maps(reference, whole.entry, images, settings, whole.x_0), projection)
         arrays["whole_features"] = _take(exact, rows)
         arrays["whole_match_points"] = published_match(exact[0], exact[1], points, (height, width))[0]
     others = cases[1:]
@@ -111,10 +125,16 @@ def write_golden(
 
 
 def _maps(
-    reference: Reference, entry: Entry, images: np.ndarray, settings: FeatureSettings
+    reference: Reference,
+    entry: Entry,
+    images: np.ndarray,
+    settings: FeatureSettings,
+    x_0: torch.Tensor | None = None,
 ) -> list[np.ndarray]:
     reference.under(entry.condition, entry.timestep)
-    return [reference.features(reference.hidden_states(image), settings) for image in images]
+    if x_0 is None:
+        return [reference.features(reference.hidden_states(image), settings) for image in images]
+    return [reference.features(reference.hidden_states_of(one), settings) for one in x_0.split(1)]
 
 
 def _projected(maps: list[np.ndarray], projection: np.ndarray | None) -> list[np.ndarray]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
 from ditf.export.checkpoint import variant_of
@@ -23,12 +23,32 @@ def download(model: str, revision: str | None, variant: str | None) -> Path:
         InputError: no such model or revision, or a gated one.
         MissingComponent: the hub cannot be reached and the cache has nothing.
     """
+    return _snapshot(model, revision, lambda files: wanted_files(files, variant))
+
+
+def download_vae(model: str, revision: str | None) -> Path:
+    """The snapshot of a VAE, or of nothing but the VAE of a whole checkpoint.
+
+    Raises:
+        InputError: no such model or revision, or a gated one.
+        MissingComponent: the hub cannot be reached and the cache has nothing.
+    """
+    return _snapshot(model, revision, wanted_vae_files)
+
+
+def _snapshot(model: str, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Path:
+    """The files of a model that `choose` picks.
+
+    Raises:
+        InputError: no such model or revision, or a gated one.
+        MissingComponent: the hub cannot be reached and the cache has nothing.
+    """
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
     try:
         files = HfApi().list_repo_files(model, revision=revision)
-        return Path(snapshot_download(model, revision=revision, allow_patterns=wanted_files(files, variant)))
+        return Path(snapshot_download(model, revision=revision, allow_patterns=choose(files)))
     except GatedRepoError:
         raise InputError(
             f"{model} is gated", "accept its licence on its page, then run: hf auth login"
@@ -72,3 +92,16 @@ def wanted_files(files: Iterable[str], variant: str | None) -> list[str]:
         chosen = variant if variant in variants else plain
         wanted += [path for path in here if path not in weights or variant_of(Path(path.name)) == chosen]
     return [str(path) for path in wanted]
+
+
+def wanted_vae_files(files: Iterable[str]) -> list[str]:
+    """The files of a VAE's repository, or of the vae/ of a whole checkpoint's, that an export reads.
+
+    Weights that other programs have a second copy of beside diffusers' own are left out.
+    """
+    listed = list(files)
+    inside = [name for name in listed if name.startswith("vae/")]
+    if inside:
+        return [name for name in wanted_files(inside, None) if name.startswith("vae/")]
+    moved = [f"vae/{name}" for name in listed if name.startswith(("config.json", "diffusion_pytorch_model"))]
+    return [name.removeprefix("vae/") for name in wanted_files(moved, None)]

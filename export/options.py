@@ -20,6 +20,7 @@ class ExportOptions(BaseModel):
     Attributes:
         model: "demo", a checkpoint directory or a hub id.
         revision: of a hub model; variant: of the weights, such as "fp16".
+        vae: another encoder of the same latent space, a directory or a hub id; vae_revision: of a hub id.
         layer: "9" or "double.9".
         precision: of weights, GEMMs and attention.
         conditioning: "bake", "bank" or "live".
@@ -43,6 +44,8 @@ class ExportOptions(BaseModel):
     model: str = DEMO
     revision: Optional[str] = None
     variant: Optional[str] = None
+    vae: Optional[str] = None
+    vae_revision: Optional[str] = None
     layer: Optional[str] = None
     precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
     conditioning: Literal["bake", "bank", "live"] = "bake"

@@ -75,10 +75,13 @@ def removed_parts(plan: Plan, made: Specialised) -> Counts:
         "parameters": sum(parameters for parameters, _ in stored),
         "bytes": sum(size for _, size in stored),
     }
-    if plan.latents.vae:
-        vae = plan.checkpoint.weights("vae")
+    if plan.latents.source is not None:
+        vae = plan.latents.source.weights()
         encoder = ("encoder.", "quant_conv.", "bn.")
         removed["VAE decoder"] = _count(vae, (name for name in vae.shapes if not name.startswith(encoder)))
+    if plan.options.vae is not None:
+        own = plan.checkpoint.weights("vae")
+        removed["VAE that --vae replaces"] = _count(own, own.shapes)
     return {step: count for step, count in removed.items() if count["parameters"]}
 
 

@@ -47,6 +47,8 @@ def torch_peer(manifest: Manifest, name: str, model: str | None = None) -> Itera
     options = ExportOptions(
         model=model or str(manifest.model["id"]),
         revision=None if model else manifest.model["revision"],
+        vae=None if manifest.vae is None else manifest.vae["id"],
+        vae_revision=None if manifest.vae is None else manifest.vae["revision"],
         layer=str(manifest.layer),
         timestep=(manifest.timestep,),
         prompt=() if manifest.prompt is None else (manifest.prompt,),
@@ -66,7 +68,7 @@ def torch_peer(manifest: Manifest, name: str, model: str | None = None) -> Itera
             raise InputError(f"{options.model} is not the {manifest.model['family']} of this bundle")
         with torch.no_grad():
             entry = encode(plan.entries, plan.family, checkpoint, plan.guidance)[0]
-            reference = Reference(checkpoint, plan.family, plan.layer, plan.size, plan.noise())
+            reference = Reference(checkpoint, plan.family, plan.layer, plan.size, plan.noise(), plan.latents)
             reference.moved(device, dtype, compiled=name == "compile")
             reference.under(entry.condition, entry.timestep)
         discard = manifest.discard

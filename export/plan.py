@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ditf.calib.images import COUNT
-from ditf.export.checkpoint import DEMO, Checkpoint
+from ditf.export.checkpoint import DEMO, Checkpoint, Part, open_vae
 from ditf.export.conditions import Entry, plan_entries
 from ditf.export.demo import DEMO_DEFAULTS
 from ditf.export.families import family_of
@@ -30,6 +30,7 @@ class Plan:
 
     Attributes:
         entries: the conditions, not encoded yet.
+        latents: with the encoder of --vae, if there is one; own_latents: the checkpoint's own.
         levels: signal and noise of every timestep, float64 [T, 2].
         discard: channels, or None to measure them.
     """
@@ -38,6 +39,7 @@ class Plan:
     checkpoint: Checkpoint
     family: Family
     latents: LatentSpace
+    own_latents: LatentSpace
     layer: int
     entries: tuple[Entry, ...]
     guidance: float | None
@@ -57,7 +59,9 @@ class Plan:
             return self.options.output
         name = Path(self.options.model.rstrip("/")).name
         short = next(k for k, v in SHORT_NAMES.items() if v == self.options.precision)
-        return Path("bundles") / f"{name}-l{self.layer}-{short}"
+        # Beside the bundle with the checkpoint's own VAE, to compare them.
+        encoder = "" if self.options.vae is None else f"-{Path(self.options.vae.rstrip('/')).name}"
+        return Path("bundles") / f"{name}-l{self.layer}-{short}{encoder}"
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -84,14 +88,20 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     Raises:
         DitfError: as `decide`, or a checkpoint whose config and weights contradict each other.
     """
-    plan = decide(options, checkpoint)
+    if options.vae is None and options.vae_revision is not None:
+        raise InputError("--vae-revision is of --vae", "add --vae, or leave it out")
+    vae = None if options.vae is None else open_vae(options.vae, options.vae_revision)
+    plan = decide(options, checkpoint, vae)
     family = plan.family
     check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
     return plan
 
 
-def decide(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
+def decide(options: ExportOptions, checkpoint: Checkpoint, vae: Part | None = None) -> Plan:
     """Decide an export from a checkpoint's configs; its weights need not be there.
+
+    Args:
+        vae: of --vae.
 
     Raises:
         DitfError: options that contradict each other or the checkpoint.
@@ -113,7 +123,8 @@ def decide(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         noise_level(scheduler, entry.timestep)
     if options.precision == "int8" and options.opset < 19:
         raise InputError(f"int8 needs opset 19, not {options.opset}", "leave --opset out")
-    latents = LatentSpace.of(checkpoint, family.latent_channels)
+    own_latents = LatentSpace.of(checkpoint, family.latent_channels)
+    latents = own_latents if vae is None else own_latents.encoded_by(vae)
     size = _size(options.size or defaults.size, family, latents)
     guidance = _guidance(options, family, defaults)
     _check_text_tokens(options, family)
@@ -124,6 +135,7 @@ def decide(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         checkpoint=checkpoint,
         family=family,
         latents=latents,
+        own_latents=own_latents,
         layer=layer,
         entries=entries,
         guidance=guidance,

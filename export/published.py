@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ditf.export.checkpoint import DEMO, Checkpoint
+from ditf.export.checkpoint import DEMO, Checkpoint, Part, vae_part
 from ditf.export.demo import DEMO_CHECKPOINT
 from ditf.export.families import FAMILIES
 from ditf.export.families.base import Condition, Family
@@ -87,6 +87,14 @@ HUB_IDS = {
 }
 """Of the models above, by their names."""
 
+VAES = {
+    "madebyollin/taesd": 4,
+    "madebyollin/taesdxl": 4,
+    "madebyollin/taesd3": 16,
+    "madebyollin/taef1": 16,
+}
+"""Hub ids of the published AutoencoderTiny, and the channels of their latents."""
+
 _STAGES = 4  # of the encoder: a stride of 8 in every published VAE
 
 
@@ -121,6 +129,30 @@ def open_configs(model: str) -> Iterator[Checkpoint]:
         raise InputError(
             f"{model!r:.80} is no directory, and no published model whose config is known",
             f"pass a directory that holds its configs, or one of {', '.join([DEMO, *HUB_IDS.values()])}",
+        )
+
+
+@contextmanager
+def open_vae_configs(vae: str) -> Iterator[Part]:
+    """A VAE for --vae of which only the config is read: a directory, or a published AutoencoderTiny.
+
+    Args:
+        vae: a published one by its hub id; nothing is downloaded.
+
+    Raises:
+        InputError: none of these.
+    """
+    if vae and Path(vae).expanduser().is_dir():
+        yield vae_part(Checkpoint(Path(vae).expanduser(), vae))
+    elif vae.lower() in VAES:
+        with tempfile.TemporaryDirectory(prefix="ditf-configs-") as folder:
+            config = {"_class_name": "AutoencoderTiny", "latent_channels": VAES[vae.lower()]}
+            (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
+            yield vae_part(Checkpoint(Path(folder), vae))
+    else:
+        raise InputError(
+            f"--vae {vae!r:.80} is no directory, and no published VAE whose config is known",
+            f"pass a directory that holds its config, or one of {', '.join(VAES)}",
         )
 
 

@@ -14,7 +14,14 @@ from ditf.calib.parity import feature_parity
 from ditf.calib.recipe import FEATURES, VAE_INNER, VAE_LOGITS, VAE_RESIDUAL, Extent
 from ditf.export.conditions import Entry
 from ditf.export.golden import golden_cases
-from ditf.export.graph.encoder import KLEncoder, attentions, residual_writers
+from ditf.export.graph.encoder import (
+    KLEncoder,
+    TinyEncoder,
+    attentions,
+    residual_writers,
+    tiny_blocks,
+    tiny_convolutions,
+)
 from ditf.export.graph.features import FeaturesGraph
 from ditf.export.graph.layers import Linear
 from ditf.export.graph.precision import MEASURING
@@ -152,6 +159,9 @@ def _watching(encoder: nn.Module, seen: _Largest) -> Iterator[None]:
                 watch(module, name, VAE_INNER)
         for name, attention in attentions(encoder.encoder):
             handles += _watch_logits(attention, f"vae.{name}", seen)
+    if isinstance(encoder, TinyEncoder):
+        for name, layer in (*tiny_convolutions(encoder.layers).items(), *tiny_blocks(encoder.layers)):
+            watch(layer, f"layers.{name}", VAE_RESIDUAL)
     try:
         yield
     finally:

@@ -15,7 +15,6 @@ import diffusers
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ditf.calib.blocks import Entering
 from ditf.export.checkpoint import Checkpoint
@@ -54,17 +53,24 @@ class Reference:
         layer: k.
         size: (H, W) of the images in pixels.
         noise: eps, float32 [E, c, h, w].
+        latents: what encodes images; the checkpoint's own VAE by default.
     """
 
     def __init__(
-        self, checkpoint: Checkpoint, family: Family, layer: int, size: tuple[int, int], noise: torch.Tensor
+        self,
+        checkpoint: Checkpoint,
+        family: Family,
+        layer: int,
+        size: tuple[int, int],
+        noise: torch.Tensor,
+        latents: LatentSpace | None = None,
     ) -> None:
         transformer_class = getattr(diffusers, family.transformer_class)
         self._family = family
         self._layer = layer
         self._transformer = load_model(transformer_class, checkpoint, "transformer")
-        self._latents = LatentSpace.of(checkpoint, family.latent_channels)
-        self._vae = self._latents.load_vae(checkpoint) if self._latents.vae else None
+        self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels)
+        self._vae = self._latents.load_vae() if self._latents.vae else None
         self._scheduler = checkpoint.config("scheduler")
         self._block = _submodule(self._transformer, family.block_name(layer))
         self._attention = _submodule(self._block, family.attention_name)
@@ -119,7 +125,12 @@ class Reference:
         Args:
             image: uint8 [H, W, 3] at the export's size.
         """
-        x_t = self._placed(self._family.reference_latents(self._add_noise(self._encode(image))))
+        return self.hidden_states_of(self._encode(image))
+
+    @torch.no_grad()
+    def hidden_states_of(self, x_0: torch.Tensor) -> np.ndarray:
+        """As `hidden_states`, of an image that is encoded already: x_0 float32 [1, c, h', w']."""
+        x_t = self._placed(self._family.reference_latents(self._add_noise(x_0)))
         args, kwargs = _observe(self._block, self._transformer, (x_t,), self._inputs)
         self._block_call = (args, kwargs)
         z: np.ndarray = self._image_tokens(_first(args, kwargs)).mean(dim=0).float().numpy(force=True)
@@ -190,17 +201,7 @@ class Reference:
     def _encode(self, image: np.ndarray) -> torch.Tensor:
         """x_0 [1, c, h', w']."""
         pixels = torch.from_numpy(image.copy()).to(self._device).permute(2, 0, 1)[None].float() / 127.5 - 1
-        if self._vae is None:
-            return pixels
-        mean: torch.Tensor = self._vae.encode(pixels.to(self._dtype)).latent_dist.mean.float()
-        if self._latents.patch == 1:
-            return (mean - self._latents.shift) * self._latents.scale
-        packed: torch.Tensor = diffusers.Flux2KleinPipeline._patchify_latents(mean)
-        norm = self._vae.bn
-        normed: torch.Tensor = functional.batch_norm(
-            packed, norm.running_mean, norm.running_var, eps=norm.eps
-        )
-        return normed
+        return self._latents.encode(self._vae, pixels)
 
     def _add_noise(self, x_0: torch.Tensor) -> torch.Tensor:
         """x_t [E, c, h', w']; DDPM through diffusers' own scheduler, flow matching by its formula."""

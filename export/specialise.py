@@ -22,10 +22,11 @@ from ditf.export.graph.condition import (
     ConditionSource,
     LiveCondition,
 )
-from ditf.export.graph.encoder import KLEncoder, PixelEncoder
+from ditf.export.graph.encoder import KLEncoder, PixelEncoder, TinyEncoder
 from ditf.export.graph.features import NOISE, FeaturesGraph
 from ditf.export.graph.precision import FLOAT32, Precision
 from ditf.export.graph.quantised import quantise
+from ditf.export.latents import TINY
 from ditf.export.noise import NoiseLevel
 from ditf.export.plan import Plan
 from ditf.export.reference import FeatureSettings
@@ -109,7 +110,7 @@ def specialise(
         ]
     baked_noise = plan.options.noise == "baked"
     graph = FeaturesGraph(
-        image_encoder(plan, plan.latents.load_vae(plan.checkpoint) if plan.latents.vae else None),
+        image_encoder(plan, plan.latents.load_vae() if plan.latents.vae else None),
         condition,
         trunk,
         noise,
@@ -148,4 +149,6 @@ def image_encoder(plan: Plan, vae: Any) -> nn.Module:
     latents = plan.latents
     if vae is None:
         return PixelEncoder()
+    if latents.name == TINY:
+        return TinyEncoder(vae, latents.shift, latents.scale, plan.precision)
     return KLEncoder(vae, *latents.shift_and_scale(vae), plan.precision, latents.patch)

@@ -62,6 +62,8 @@ class Manifest:
         features_dtype: of the output; None in bundles that did not say.
         pca: of a projection: "of", the channels before it; what it keeps and costs, measured at export
             (`ditf.calib.projection`), and the images and tokens it was learned from.
+        vae: another encoder than the checkpoint's own (--vae): its id, revision, class, and under "x_0" how
+            well it agrees with that one (`ditf.calib.latents`).
         removed: what the export left out of the checkpoint: {step: {"parameters": n, "bytes": n}}.
     """
 
@@ -98,6 +100,7 @@ class Manifest:
     removed: dict[str, dict[str, int]] = field(default_factory=dict)
     features_dtype: Optional[Literal["float16", "float32"]] = None
     pca: Optional[dict[str, Any]] = None
+    vae: Optional[dict[str, Any]] = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -169,6 +172,14 @@ def _check_values(manifest: Manifest) -> None:
         known = ("of", "energy_held_out", "matches_within_1px")
         if not all(conforms(manifest.pca.get(name), float) for name in known):
             raise ValueError(f"pca is {manifest.pca!r:.60}")
+    if manifest.vae is not None:
+        vae = manifest.vae
+        named = all(conforms(vae.get(key), str) for key in ("id", "class"))
+        named = named and conforms(vae.get("revision"), Optional[str])
+        measured = ("relative_error", "correlation_min")
+        x_0 = vae.get("x_0")
+        if not (named and isinstance(x_0, dict) and all(conforms(x_0.get(key), float) for key in measured)):
+            raise ValueError(f"vae is {vae!r:.60}")
     for part, by_type in manifest.parts.items():
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
             raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")

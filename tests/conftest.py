@@ -14,6 +14,7 @@ import pytest
 from filelock import FileLock
 
 from tests.checkpoints import SAVE
+from tests.vaes import Vaes, save_vaes
 
 ROOT = Path(__file__).parent.parent
 
@@ -126,6 +127,26 @@ def trimmed_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callabl
         layer="2",
         size=(48, 80),
         text_tokens=16,
+    )
+
+
+@pytest.fixture(scope="session")
+def vaes(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -> Vaes:
+    """A checkpoint and encoders for --vae. Read-only."""
+    return save_vaes(tmp_path_factory.mktemp("vaes"), tiny_pixart)
+
+
+@pytest.fixture(scope="session")
+def swapped_bundle(tmp_path_factory: pytest.TempPathFactory, vaes: Vaes) -> Path:
+    """A float16 bundle of a PixArt whose images an AutoencoderTiny encodes."""
+    return _export(
+        tmp_path_factory,
+        "pixart-tiny",
+        model=str(vaes.checkpoint),
+        vae=str(vaes.tiny),
+        layer="2",
+        precision="float16",
+        size=(64, 64),
     )
 
 

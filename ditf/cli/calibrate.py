@@ -12,6 +12,7 @@ from ditf.calib.recipe import INNER, SHOWN, Extent, decide
 from ditf.cli.console import (
     JsonOption,
     QuietOption,
+    VaeOption,
     VerboseOption,
     check_picture,
     check_writable,
@@ -30,6 +31,7 @@ from ditf.runtime.errors import InputError
 
 def calibrate(
     model: Annotated[str, typer.Option(help="'demo', a directory saved by diffusers, or a hub id.")] = "demo",
+    vae: VaeOption = None,
     layer: Annotated[Optional[str], typer.Option(help="Last layer that is looked at.")] = None,
     images: Annotated[
         Optional[Path], typer.Option(metavar="DIR", help="Images; built-in pictures by default.")
@@ -72,6 +74,7 @@ def calibrate(
         check_picture(plot, "export")
     values: dict[str, Any] = {
         "model": model,
+        "vae": vae,
         "layer": layer,
         "conditioning": conditioning,
         "prompt": prompt,

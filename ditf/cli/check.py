@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ditf.calib.golden import GoldenResult, golden_result, image_size
-from ditf.calib.parity import TOLERANCES, Gate, gates, match_parity
+from ditf.calib.parity import METRICS, TOLERANCES, WHOLE, Gate, gates, match_parity
 from ditf.cli.check_where import Report, check_bisect, check_ladder, check_ranges
 from ditf.cli.console import (
     BackendOption,
@@ -22,11 +22,13 @@ from ditf.cli.console import (
     say,
     show,
     table,
+    vae_text,
     write_json,
 )
 from ditf.runtime import FeatureMap, Model
 from ditf.runtime.bundle import GOLDEN, Bundle
-from ditf.runtime.errors import GateFailed, NoPlan
+from ditf.runtime.errors import GateFailed, InputError, NoPlan
+from ditf.runtime.manifest import Manifest
 
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 
@@ -41,6 +43,12 @@ def check(
         bool, typer.Option("--ladder", help="Parity step by step, from PyTorch to the backend.")
     ] = False,
     bisect: Annotated[bool, typer.Option("--bisect", help="The first block and value that are off.")] = False,
+    limit: Annotated[
+        Optional[list[str]],
+        typer.Option(
+            metavar="METRIC=VALUE", help="Gate a metric, such as whole_cosine_mean=0.9, here; repeat."
+        ),
+    ] = None,
     plot: Annotated[
         Optional[Path], typer.Option(metavar="PNG", help="Draw errors over the image, cosines, matches.")
     ] = None,
@@ -60,6 +68,7 @@ def check(
     opened.verify(opened.manifest.files)
     limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
     golden = opened.read_arrays(GOLDEN)
+    limits |= dict(_parse_limit(text, golden) for text in limit or ())
     report = Report()
     if ranges:
         check_ranges(opened, golden, report)
@@ -104,17 +113,18 @@ def _check_parity(
             say(f"features under {checked} of {known} conditions; the worst of each metric counts")
         metrics, result = golden_metrics(model, golden)
         report.document["backend"] = model.detail
-    results = gates(metrics, {**limits, "match_graph_agrees": _GRAPH_LIMIT})
+    results = gates(metrics, {"match_graph_agrees": _GRAPH_LIMIT, **limits})
     failed = [gate for gate in results if not gate.ok]
     show(_render(metrics, results))
-    if bundle.manifest.text_tokens is not None:
-        show(
-            f"whole_*: against the model with all its text; this bundle keeps {bundle.manifest.text_tokens}"
-            " T5 tokens"
-        )
+    if "whole_features" in golden:
+        show(_whole_text(bundle.manifest))
     if not failed:
         show(f"passed: {len(results)} of {len(results)} gates")
-    report.document["metrics"] = metrics
+    report.document |= {
+        "metrics": metrics,
+        "vae": bundle.manifest.vae,
+        "text_tokens": bundle.manifest.text_tokens,
+    }
     report.gates += [gate.to_json() for gate in results]
     if failed:
         names = ", ".join(f"{gate.name} {gate.value:.6g} (limit {gate.limit:g})" for gate in failed)
@@ -125,6 +135,42 @@ def _check_parity(
         with replacing(plot) as temporary:
             plot_parity(golden, result, bundle.manifest.grid, limits, temporary)
         say(f"drew {plot}")
+
+
+def _parse_limit(text: str, golden: dict[str, Any]) -> tuple[str, float]:
+    """Metric and value of "METRIC=VALUE".
+
+    Raises:
+        InputError: not that, or not measured of this bundle.
+    """
+    name, _, number = text.partition("=")
+    try:
+        value = float(number)
+    except ValueError:
+        raise InputError(
+            f"--limit {text} is not METRIC=VALUE", "for example whole_matches_within_patch=0.8"
+        ) from None
+    if name not in METRICS and name.removeprefix(WHOLE) in METRICS and "whole_features" not in golden:
+        raise InputError(
+            f"--limit {text}: this bundle has its model's own encoder and all its text", "leave whole_ out"
+        )
+    if name.removeprefix(WHOLE) not in METRICS:
+        raise InputError(
+            f"--limit {text}: {name!r} is not measured", f"choose {', '.join(METRICS)}, or one after {WHOLE}"
+        )
+    return name, value
+
+
+def _whole_text(manifest: Manifest) -> str:
+    """What the second parity, that of the choice, is against."""
+    against, has = [], []
+    if manifest.vae is not None:
+        against.append("with its own VAE")
+        has.append(f"encodes by {vae_text(manifest.vae)}")
+    if manifest.text_tokens is not None:
+        against.append("with all its text")
+        has.append(f"keeps {manifest.text_tokens} T5 tokens")
+    return f"{WHOLE}*: against the model {' and '.join(against)}; this bundle {' and '.join(has)}"
 
 
 def golden_metrics(model: Model, golden: dict[str, Any]) -> tuple[dict[str, float], GoldenResult]:

@@ -68,6 +68,12 @@ FeaturesDtypeOption = Annotated[
     Optional[str],
     typer.Option("--features-dtype", metavar="float16|float32", help="Type the features are given in."),
 ]
+VaeOption = Annotated[
+    Optional[str],
+    typer.Option(
+        "--vae", metavar="ID|DIR", help="Another encoder of the same latent space, such as madebyollin/taesd."
+    ),
+]
 JsonOption = Annotated[
     Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
 ]
@@ -265,6 +271,16 @@ def pca_text(channels: int, pca: dict[str, Any]) -> str:
     return (
         f"projected to {channels} of {pca['of']} channels: {pca['energy_held_out']:.2%} of the energy and"
         f" {pca['matches_within_1px']:.0%} of the matches within 1 px kept, on the golden pair"
+    )
+
+
+def vae_text(vae: dict[str, Any]) -> str:
+    """Which encoder a bundle has in place of its checkpoint's own, from a manifest's record of it."""
+    revision = "" if vae.get("revision") is None else f" at {vae['revision'][:12]}"
+    x_0 = vae["x_0"]
+    return (
+        f"{vae['id']}{revision} ({vae['class']}); x_0 off by {x_0['relative_error']:.2f} of its spread from"
+        f" the checkpoint's own VAE's, channels correlate by {x_0['correlation_min']:.2f} at the least"
     )
 
 

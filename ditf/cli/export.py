@@ -14,6 +14,7 @@ from ditf.cli.console import (
     FeaturesDtypeOption,
     JsonOption,
     QuietOption,
+    VaeOption,
     VerboseOption,
     bytes_text,
     check_writable,
@@ -22,6 +23,7 @@ from ditf.cli.console import (
     show,
     stages,
     state,
+    vae_text,
     write_json,
 )
 from ditf.runtime.bundle import Bundle
@@ -37,6 +39,10 @@ def export(
     revision: Annotated[Optional[str], typer.Option(help="Branch, tag or commit of a hub id.")] = None,
     variant: Annotated[
         Optional[str], typer.Option(help="Of the weights, such as fp16; the plain ones by default.")
+    ] = None,
+    vae: VaeOption = None,
+    vae_revision: Annotated[
+        Optional[str], typer.Option(help="Branch, tag or commit of --vae, where it is a hub id.")
     ] = None,
     layer: Annotated[
         Optional[str],
@@ -110,7 +116,9 @@ def export(
     ] = None,
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", metavar="DIR", help="bundles/<model>-l<k>-<precision> by default."),
+        typer.Option(
+            "--output", "-o", metavar="DIR", help="bundles/<model>-l<k>-<precision>[-<vae>] by default."
+        ),
     ] = None,
     build: Annotated[bool, typer.Option("--build", help="Then build an engine, as ditf build does.")] = False,
     target: TargetOption = None,
@@ -124,6 +132,8 @@ def export(
         "model": model,
         "revision": revision,
         "variant": variant,
+        "vae": vae,
+        "vae_revision": vae_revision,
         "layer": layer,
         "precision": parse_precision(precision, fp16),
         "conditioning": conditioning,
@@ -171,6 +181,8 @@ def export(
     )
     if manifest.pca is not None:
         show(pca_text(manifest.channels, manifest.pca))
+    if manifest.vae is not None:
+        show(vae_text(manifest.vae))
     built = build_targets(Bundle.open(path), "auto", target) if build else []
     write_json(
         json_file,
@@ -179,6 +191,7 @@ def export(
             "layer": manifest.layer,
             "layer_name": manifest.layer_name,
             "pca": manifest.pca,
+            "vae": manifest.vae,
             "engines": [str(one.folder) for one in built],
         },
     )

@@ -14,6 +14,7 @@ from ditf.cli.console import (
     pca_text,
     show,
     table,
+    vae_text,
     write_json,
 )
 from ditf.runtime.bundle import CONDITIONS, Bundle
@@ -92,6 +93,7 @@ def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
     discard = ",".join(map(str, manifest.discard["channels"])) or "none"
     return [
         ("model", f"{manifest.model['id']} ({manifest.model['family']})"),
+        *([] if manifest.vae is None else [("encoder", vae_text(manifest.vae))]),
         ("layer", manifest.layer_name),
         ("input", f"image uint8 [{_batch(manifest)}, {height}, {width}, 3]"),
         ("output", f"features{dtype} [{_batch(manifest)}, {manifest.channels}, {h}, {w}]"),

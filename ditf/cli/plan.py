@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
@@ -10,6 +11,7 @@ from ditf.calib.devices import DEVICES, Device, find_device
 from ditf.cli.console import (
     JsonOption,
     QuietOption,
+    VaeOption,
     VerboseOption,
     bytes_text,
     check_writable,
@@ -31,6 +33,7 @@ def plan(
     model: Annotated[
         str, typer.Option(help="'demo', a directory with its configs, or a published model's hub id.")
     ] = "demo",
+    vae: VaeOption = None,
     layer: Annotated[
         Optional[str], typer.Option(help="Block whose input is the feature: 9 or single.9.")
     ] = None,
@@ -59,6 +62,7 @@ def plan(
     chosen = DEVICES if device is None else {device: find_device(device)}
     values: dict[str, Any] = {
         "model": model,
+        "vae": vae,
         "layer": layer,
         "precision": parse_precision(precision, fp16),
         "size": None if size is None else parse_size(size),
@@ -74,10 +78,12 @@ def plan(
             quieten_libraries()
         from ditf.export.cost import count_cost
         from ditf.export.plan import decide
-        from ditf.export.published import open_configs
+        from ditf.export.published import open_configs, open_vae_configs
         from ditf.export.remedies import remedies
-    with open_configs(model) as checkpoint:
-        decided = decide(options, checkpoint)
+    with ExitStack() as stack:
+        checkpoint = stack.enter_context(open_configs(model))
+        encoder = None if vae is None else stack.enter_context(open_vae_configs(vae))
+        decided = decide(options, checkpoint, encoder)
         cost = count_cost(decided)
         if device is not None:
             cost.seconds(chosen[device])  # or say that its rate is not published, before anything is shown
@@ -122,6 +128,7 @@ def _described(plan: Plan, cost: Cost) -> str:
         [
             f"{plan.options.model}: {plan.family.blocks.describe(plan.layer)}, {plan.options.precision},"
             f" {height}x{width} px -> {plan.family.channels}x{h}x{w}",
+            *([] if plan.options.vae is None else [f"encoder: {plan.options.vae} ({plan.latents.name})"]),
             f"parameters: {_count(cost.whole)} the whole transformer, {_count(cost.parameters)} in"
             f" the graph, VAE included: {bytes_text(cost.weight_bytes)}",
             f"activations: at most {bytes_text(cost.activation_bytes)}",
@@ -186,6 +193,7 @@ def _document(plan: Plan, cost: Cost, devices: dict[str, Device]) -> dict[str, A
     return {
         "model": plan.options.model,
         "family": plan.family.name,
+        "vae": None if plan.options.vae is None else plan.latents.identity(),
         "layer": plan.layer,
         "layer_name": plan.family.blocks.describe(plan.layer),
         "size": list(plan.size),

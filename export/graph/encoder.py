@@ -1,20 +1,25 @@
-"""x_0 in the graph: the VAE encoder's posterior mean, shifted and scaled, or the pixels themselves."""
+"""x_0 in the graph: what a VAE encodes, shifted and scaled, or the pixels themselves."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
 import torch
-from diffusers import AutoencoderKL, AutoencoderKLFlux2
+from diffusers import AutoencoderKL, AutoencoderKLFlux2, AutoencoderTiny
 from diffusers.models.attention_processor import Attention
-from diffusers.models.autoencoders.vae import Encoder
+from diffusers.models.autoencoders.vae import Encoder, EncoderTiny
 from diffusers.models.downsampling import Downsample2D
 from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch import nn
+from torch.nn import functional
 
 from ditf.calib.recipe import Recipe, Scale
 from ditf.export.graph.layers import constant
 from ditf.export.graph.precision import Precision
+
+_QUERIES = 1024
+"""In a chunk of attention: enough to fill a matrix product, few enough to need little memory."""
 
 
 class PixelEncoder(nn.Module):
@@ -50,6 +55,8 @@ class KLEncoder(nn.Module):
         self.scale = constant(scale) if isinstance(scale, torch.Tensor) else scale
         self.patch = patch
         self.dtype = precision.compute
+        for _, attention in attentions(self.encoder):
+            attention.set_processor(QueryChunks())
         if precision.compute != torch.float32:
             _keep_group_norms_float32(self.encoder)
             if precision.recipe.vae_attention_float32:
@@ -63,8 +70,99 @@ class KLEncoder(nn.Module):
             moments = self.quant_conv(moments)
         mean = moments[:, : self.channels].to(torch.float32)
         if self.patch > 1:
-            mean = nn.functional.pixel_unshuffle(mean, self.patch)
+            mean = functional.pixel_unshuffle(mean, self.patch)
         return (mean - self.shift) * self.scale
+
+
+class TinyEncoder(nn.Module):
+    """Encoder half of an AutoencoderTiny (TAESD), which has no norms: all in the graph's precision.
+
+    Pixels are brought to [0, 1] and x_0 is shifted and scaled in float32.
+
+    Args:
+        vae: float32; its encoder is taken over and changed in place.
+        shift, scale: x_0 = (latents - shift) * scale.
+    """
+
+    def __init__(self, vae: AutoencoderTiny, shift: float, scale: float, precision: Precision) -> None:
+        super().__init__()
+        exponent = precision.recipe.vae_residual.exponent
+        scale_tiny_down(vae.encoder, exponent)
+        self.layers = vae.encoder.layers.to(precision.compute)
+        self.restore = 2.0**exponent
+        self.shift, self.scale = shift, scale
+        self.dtype = precision.compute
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        latents: torch.Tensor = self.layers((pixels * 0.5 + 0.5).to(self.dtype)).to(torch.float32)
+        return (latents * self.restore - self.shift) * self.scale
+
+
+@torch.no_grad()
+def scale_tiny_down(encoder: EncoderTiny, exponent: int) -> None:
+    """Scale everything that an AutoencoderTiny's encoder computes by 2**-exponent, in place.
+
+    relu(a x) is a relu(x), so it is enough to scale the first convolution's weights and every bias.
+
+    Args:
+        encoder: float32, its activations ReLU.
+    """
+    for index, layer in enumerate(tiny_convolutions(encoder.layers).values()):
+        if index == 0:
+            layer.weight.mul_(2.0**-exponent)
+        if layer.bias is not None:
+            layer.bias.mul_(2.0**-exponent)
+
+
+def tiny_convolutions(layers: nn.Module) -> dict[str, nn.Conv2d]:
+    """The convolutions of an `EncoderTiny`'s layers by name, in their order."""
+    return {name: module for name, module in layers.named_modules() if isinstance(module, nn.Conv2d)}
+
+
+def tiny_blocks(layers: nn.Module) -> Iterator[tuple[str, AutoencoderTinyBlock]]:
+    """The residual blocks of an `EncoderTiny`'s layers by name."""
+    return (
+        (name, module) for name, module in layers.named_modules() if isinstance(module, AutoencoderTinyBlock)
+    )
+
+
+class QueryChunks:
+    """Attention of a diffusers `Encoder` in chunks of queries, as a processor: the same sums, less memory.
+
+    The logits of all tokens with all take N^2 numbers, 0.8 GB in float32 at 960 px; those of a chunk stay
+    near the processor. On ONNX Runtime every bit of the result is the same (docs/vae.md).
+
+    Args:
+        queries: in a chunk; the last one may have fewer.
+    """
+
+    def __init__(self, queries: int = _QUERIES) -> None:
+        self._queries = queries
+
+    def __call__(
+        self,
+        attention: Attention,
+        x: torch.Tensor,
+        encoder_hidden_states: None = None,
+        attention_mask: None = None,
+        temb: None = None,
+    ) -> torch.Tensor:
+        """[B, C, h, w] -> [B, C, h, w]; the last three are diffusers' way to call it."""
+        tokens = attention.group_norm(x.flatten(2)).transpose(1, 2)
+        query, key, value = (
+            part(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
+            for part in (attention.to_q, attention.to_k, attention.to_v)
+        )
+        attended = torch.cat(
+            [
+                functional.scaled_dot_product_attention(chunk, key, value)
+                for chunk in query.split(self._queries, dim=2)
+            ],
+            dim=2,
+        )
+        y = attention.to_out[0](attended.transpose(1, 2).flatten(2))
+        y = y.transpose(1, 2).unflatten(2, x.shape[2:])
+        return (y + x if attention.residual_connection else y) / attention.rescale_output_factor
 
 
 def residual_writers(encoder: Encoder) -> Iterator[tuple[str, nn.Module, bool]]:
@@ -129,7 +227,7 @@ class _Float32GroupNorm(nn.Module):
         self.bias = constant(norm.bias.to(torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = nn.functional.group_norm(x.to(torch.float32), self.groups, self.weight, self.bias, self.eps)
+        y = functional.group_norm(x.to(torch.float32), self.groups, self.weight, self.bias, self.eps)
         return y.to(x.dtype)
 
 

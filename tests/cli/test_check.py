@@ -95,6 +95,46 @@ def test_gates_that_the_manifest_lost(ditf, copy):
     assert "passed: 8 of 8 gates" in done.stdout
 
 
+def test_two_parities_where_the_encoder_is_another(ditf, swapped_bundle, tmp_path):
+    """The graph's is gated; the choice's is shown, and gated where a limit is named."""
+    done = ditf("check", swapped_bundle, "--json", "check.json")
+    assert done.returncode == 0, done.stderr
+    assert "whole_*: against the model with its own VAE; this bundle encodes by" in done.stdout
+    assert "(AutoencoderTiny); x_0 off by 0." in done.stdout
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["vae"]["class"] == "AutoencoderTiny"
+    metrics = report["metrics"]
+    assert metrics["cosine_mean"] > 0.999 > metrics["whole_cosine_mean"] > 0.5
+    assert not any(gate["name"].startswith("whole_") for gate in report["gates"])
+    passing = f"whole_cosine_mean={metrics['whole_cosine_mean'] - 0.01}"
+    limits = ("--limit", passing, "--limit", "whole_relative_error=0.0001", "--limit", "cosine_min=0.5")
+    done = ditf("check", swapped_bundle, *limits, "--json", "check.json")
+    assert done.returncode == 1
+    assert "does not match its model: whole_relative_error" in done.stderr
+    gates = {gate["name"]: gate for gate in json.loads((tmp_path / "check.json").read_text())["gates"]}
+    assert gates["whole_cosine_mean"]["ok"]
+    assert gates["cosine_min"]["limit"] == 0.5
+    shown = ditf("inspect", swapped_bundle)
+    assert "(AutoencoderTiny); x_0 off by" in shown.stdout
+    assert "VAE that --vae replaces" in shown.stdout
+
+
+@pytest.mark.parametrize(
+    ("limit", "message"),
+    [
+        ("cosine_mean", "is not METRIC=VALUE"),
+        ("cosine_mean=high", "is not METRIC=VALUE"),
+        ("speed=1", "'speed' is not measured; choose cosine_mean, "),
+        ("whole_cosine_mean=0.9", "this bundle has its model's own encoder and all its text"),
+    ],
+)
+def test_limits_that_are_none(ditf, demo_bundle, limit, message):
+    done = ditf("check", demo_bundle, "--limit", limit, "--quiet")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert done.stderr.count("\n") == 1
+
+
 @pytest.mark.parametrize("change", [{"size": [128, 128]}, {"batch": 3}, {"batch": "dynamic"}])
 def test_a_manifest_of_another_graph(ditf, copy, change):
     manifest = json.loads((copy / "manifest.json").read_text())

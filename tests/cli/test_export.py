@@ -64,6 +64,24 @@ def test_errors_are_one_line(ditf, tmp_path, arguments, code, message):
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
+def test_an_encoder_of_another_latent_space(ditf, tmp_path, vaes):
+    arguments = ("--model", vaes.checkpoint, "--vae", vaes.other, "--size", "64x64", "--quiet")
+    done = ditf("export", *arguments)
+    assert done.returncode == 2
+    assert "does not encode into the latent space of this model" in done.stderr
+    assert done.stderr.count("\n") == 1
+    assert not list(tmp_path.iterdir())
+
+
+def test_another_encoder_is_named(ditf, vaes):
+    arguments = ("--model", vaes.checkpoint, "--vae", vaes.tiny, "--layer", "1", "--size", "64x64")
+    done = ditf("export", *arguments, "--json", "export.json")
+    assert done.returncode == 0, done.stderr
+    assert "bundles/checkpoint-l1-fp32-tiny: layer 1" in done.stdout
+    assert "x_0 off by 0." in done.stdout
+    assert "[9/9" in done.stderr
+
+
 def test_verbose_shows_the_traceback(ditf):
     done = ditf("export", "--layer", "99", "--verbose")
     assert done.returncode == 2

@@ -25,6 +25,23 @@ def test_a_directory_with_configs_and_no_weights(ditf, checkpoint, tmp_path):
         assert name in done.stdout
 
 
+def test_another_encoder(ditf, tmp_path):
+    arguments = ("--model", "PixArt-XL/2 512", "--layer", "9", "--fp16")
+    documents = []
+    for vae in ([], ["--vae", "madebyollin/taesd"]):
+        done = ditf("plan", *arguments, *vae, "--json", "p.json")
+        assert done.returncode == 0, done.stderr
+        documents.append(json.loads((tmp_path / "p.json").read_text()))
+    assert "encoder: madebyollin/taesd (AutoencoderTiny)" in done.stdout
+    assert [document["vae"] for document in documents] == [
+        None,
+        {"id": "madebyollin/taesd", "revision": None, "class": "AutoencoderTiny"},
+    ]
+    full, tiny = ({w["part"]: w["flops"] for w in document["work"]} for document in documents)
+    assert full.pop("VAE encoder") > 9 * tiny.pop("VAE encoder")
+    assert full == tiny
+
+
 def test_what_does_not_fit_is_a_gate(ditf, tmp_path):
     arguments = ("--model", "fal/AuraFlow", "--layer", "14", "--device", "orin-nano", "--json", "p.json")
     done = ditf("plan", *arguments)
@@ -50,6 +67,8 @@ def test_what_does_not_fit_is_a_gate(ditf, tmp_path):
         (["--precision", "fp4"], "'fp4' is not fp32, fp16, bf16, int8"),
         (["--text-tokens", "5"], "reads no text"),
         (["--device", "thor", "--precision", "int8"], "no int8 rate is published for the Jetson AGX Thor"),
+        (["--vae", "madebyollin/taesd"], "works in pixels and has no VAE"),
+        (["--vae", "nobody/knows"], "is no directory, and no published VAE whose config is known"),
         (["--json", "no/such/place.json"], "is not a directory"),
     ],
 )

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
+from diffusers import AutoencoderKL, AutoencoderTiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from ditf.calib.devices import DEVICES
 from ditf.calib.images import golden_pair
+from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import trim
 from ditf.export.cost import (
     ATTENTION,
@@ -33,9 +34,16 @@ from ditf.export.graph.match import MatchGraph
 from ditf.export.ledger import keep_ledger
 from ditf.export.options import ExportOptions
 from ditf.export.parts import parameter_parts
-from ditf.export.plan import decide
+from ditf.export.plan import decide, make_plan
 from ditf.export.pretrained import shape_model
-from ditf.export.published import CONFIGS, HUB_IDS, example_condition, open_configs, published_family
+from ditf.export.published import (
+    CONFIGS,
+    HUB_IDS,
+    example_condition,
+    open_configs,
+    open_vae_configs,
+    published_family,
+)
 from ditf.export.remedies import remedies
 from ditf.export.specialise import specialise
 from ditf.runtime.errors import InputError
@@ -91,6 +99,27 @@ def test_published_geometries(name):
         pixels = torch.empty((1, 3, *plan.size), device="meta")
         vae = vae.to("meta")
         assert cost.operations(VAE) == flops(lambda: vae.encode(pixels)).get_total_flops()
+
+
+def test_a_swapped_encoder_costs_what_the_unmodified_one_does(vaes):
+    """The tests' with its weights, and the published geometry, a ninth of the full one's."""
+    options = ExportOptions(model=str(vaes.checkpoint), vae=str(vaes.tiny), layer="2", size=(48, 80))
+    plan = make_plan(options, Checkpoint(vaes.checkpoint, options.model))
+    tiny = AutoencoderTiny.from_pretrained(vaes.tiny)
+    cost = count_cost(plan)
+    assert cost.operations(VAE) == flops(lambda: tiny.encode(torch.zeros(1, 3, 48, 80))).get_total_flops()
+    for name, vae in (("PixArt-XL/2 512", "madebyollin/taesd"), ("SD3 medium", "madebyollin/taesd3")):
+        with open_configs(name) as checkpoint, open_vae_configs(vae) as encoder:
+            plan = decide(ExportOptions(model=name, vae=vae, layer="3"), checkpoint, encoder)
+            model = shape_model("AutoencoderTiny", plan.latents.config())
+            pixels = torch.empty((1, 3, *plan.size), device="meta")
+            counted_by_torch = flops(lambda: model.encode(pixels)).get_total_flops()  # noqa: B023
+            assert count_cost(plan).operations(VAE) == counted_by_torch
+    assert counted("SD3 medium", layer="3").operations(VAE) > 9 * counted_by_torch
+    with open_configs("PixArt-XL/2 512") as checkpoint, open_vae_configs("madebyollin/taef1") as encoder:
+        options = ExportOptions(model="PixArt-XL/2 512", vae="madebyollin/taef1")
+        with pytest.raises(InputError, match="16 channels at a stride of 8, the model's own VAE 4 at 8"):
+            decide(options, checkpoint, encoder)
 
 
 NOT_IN_A_BLOCK = ("norm1", "norm1_context", "norm", "adaLN_modulation")

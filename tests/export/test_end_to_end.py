@@ -23,6 +23,7 @@ BUNDLES = [
     ("dit", "1", "bank", False, {"ensemble": 3}),
     ("dit", "2", "live", True, {}),
     ("pixart", "3", "bake", False, {"ensemble": 3, "batch": "dynamic", "noise": "input"}),
+    ("pixart", "1", "bake", True, {"size": (160, 168)}),  # more tokens than a chunk of the VAE's attention
     ("pixart", "0", "live", True, {}),
     ("pixart", "2", "live", False, {"size": (80, 48), "batch": "dynamic"}),
     ("pixart-1024", "2", "live", True, {}),

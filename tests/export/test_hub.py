@@ -7,7 +7,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 import pytest
 
-from ditf.export.hub import download, wanted_files
+from ditf.export.hub import download, download_vae, wanted_files, wanted_vae_files
 from ditf.runtime.errors import InputError, MissingComponent
 
 FLUX = [
@@ -47,6 +47,15 @@ def test_a_variant_is_fetched_where_there_is_one():
     assert "text_encoder/model.fp16.safetensors" in wanted
     assert "text_encoder/model.safetensors" not in wanted
     assert "transformer/diffusion_pytorch_model.safetensors.index.json" in wanted
+
+
+def test_of_a_vae_nothing_else_is_fetched():
+    whole = wanted_vae_files([*FLUX, "vae/config.json"])
+    assert sorted(whole) == ["vae/config.json", "vae/diffusion_pytorch_model.fp16.safetensors"]
+    weights = "diffusion_pytorch_model.safetensors"
+    top = ["config.json", weights, "diffusion_pytorch_model.bin", "sdxl.vae.safetensors", "images/a.png"]
+    assert wanted_vae_files(["README.md", *top]) == ["config.json", weights]
+    assert wanted_vae_files(["README.md", "taesd_encoder.pth"]) == []
 
 
 @pytest.fixture
@@ -90,3 +99,5 @@ def test_the_hubs_errors(hub, status, code, error, message):
     hub |= {"status": status, "code": code}
     with pytest.raises(error, match=message):
         download("some/model", "v9", None)
+    with pytest.raises(error, match=message):
+        download_vae("some/model", "v9")

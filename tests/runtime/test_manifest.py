@@ -14,7 +14,8 @@ from ditf.runtime.errors import BundleError
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
 # Bundles of earlier versions have none.
-OPTIONAL = ("conditions", "guidance", "text_tokens", "removed", "features_dtype", "pca")
+OPTIONAL = ("conditions", "guidance", "text_tokens", "removed", "features_dtype", "pca", "vae")
+VAE_X_0 = {"relative_error": 0.1, "correlation_min": 0.9}
 FIELDS = [field.name for field in fields(Manifest) if field.name not in OPTIONAL]
 
 json_values = st.recursive(
@@ -117,6 +118,10 @@ def test_mistyped_field_is_named(document, tmp_path, name, value):
         ("files", {"features.onnx": {}}),
         ("files", {"features.onnx": {"bytes": 10}}),
         ("files", {"features.onnx": {"bytes": "10", "sha256": 3}}),
+        ("vae", {}),
+        ("vae", {"id": "a", "class": "b", "x_0": {"relative_error": 0.1}}),
+        ("vae", {"id": "a", "class": "b", "revision": 3, "x_0": VAE_X_0}),
+        ("vae", {"id": 1, "class": "b", "x_0": VAE_X_0}),
     ],
 )
 def test_impossible_value_is_named(document, tmp_path, name, value):
