@@ -21,6 +21,7 @@ from ditf.export.graph.condition import (
     Conditioner,
     ConditionSource,
     LiveCondition,
+    keep_projections,
 )
 from ditf.export.graph.encoder import KLEncoder, PixelEncoder
 from ditf.export.graph.features import NOISE, FeaturesGraph
@@ -82,6 +83,8 @@ def specialise(
     spec = TrunkSpec(
         plan.layer, plan.size, plan.grid, plan.family.text_length(entries[0].condition), plan.precision
     )
+    if len(entries) > 1 and not live:
+        keep_projections(conditioner)
     given = [] if live else [_given(conditioner, entry) for entry in entries]
     trunk = plan.family.trunk(trunk_weights, spec, given[0] if mode == "bake" else None)
     if plan.precision.maxima is not None:
