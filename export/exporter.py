@@ -33,12 +33,13 @@ from ditf.export.cost import bundle_bytes
 from ditf.export.golden import Case, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.graph.modulation import gate_counts, scales, subnormal_weights
-from ditf.export.onnx_file import check_opset, write_onnx
+from ditf.export.onnx_file import Progress, check_opset, write_onnx
 from ditf.export.options import ExportOptions
-from ditf.export.parts import parameter_parts, removed_parts
+from ditf.export.parts import Counts, parameter_parts, removed_parts
 from ditf.export.plan import Plan, make_plan
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import rehearse
+from ditf.export.scratch import spilling
 from ditf.export.specialise import Specialised, specialise
 from ditf.export.survey import Survey, survey
 from ditf.export.trace import write_trace
@@ -49,7 +50,7 @@ from ditf.runtime.staging import check_space, staged
 
 Report = Callable[[str], None]
 
-_STAGES = {"float32": 8, "bfloat16": 9, "float16": 10, "int8": 10}
+_STAGES = {"float32": 9, "bfloat16": 10, "float16": 11, "int8": 11}
 
 
 def stage_count(options: ExportOptions) -> int:
@@ -75,12 +76,17 @@ class _Observed:
     pca: dict[str, Any] | None
 
 
-def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -> Path:
+def export_bundle(
+    options: ExportOptions,
+    report: Report = lambda stage: None,
+    progress: Progress = lambda done, total: None,
+) -> Path:
     """Export a checkpoint up to a layer.
 
     Args:
         options: what to export.
         report: called with a line for people at the start of each of `stage_count(options)` stages.
+        progress: called with bytes of weights, done and in all, while many are read or written.
 
     Returns:
         The bundle's directory. It is written beside its place and renamed when complete.
@@ -92,19 +98,27 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
     report(f"opening {options.model}")
     with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
         plan = make_plan(options, checkpoint)
-        check_space(plan.output, bundle_bytes(plan))
+        weights = bundle_bytes(plan)
+        check_space(plan.output, weights)
         if options.calibration is not None:
             read_calibration(options.calibration, plan)
         with staged(plan.output) as folder:
             report(f"{plan.family.blocks.describe(plan.layer)}; encoding {describe(plan.entries)}")
             with torch.no_grad():
                 encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
-                _write_bundle(folder, plan, encoded, report)
+                _write_bundle(folder, plan, encoded, weights, report, progress)
             read_manifest(folder)
     return plan.output
 
 
-def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: Report) -> None:
+def _write_bundle(
+    folder: Path,
+    plan: Plan,
+    encoded: tuple[Entry, ...],
+    weights: int,
+    report: Report,
+    progress: Progress,
+) -> None:
     options = plan.options
     noise = plan.noise()
     live = options.conditioning == "live"
@@ -116,7 +130,8 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
     if plan.precision.compute != torch.float32:
         report("measuring every value that a 16-bit graph would hold")
         if observed.found is not None:
-            document.update(ranges_of(plan, observed.found, entries, noise))
+            with spilling(folder):
+                document.update(ranges_of(plan, observed.found, entries, noise))
     if plan.precision.compute == torch.float16:
         extents = read_extents(document)
         if plan.output_dtype != torch.float16:
@@ -127,24 +142,8 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         report(f"recipe: {plan.precision.recipe.summary()}")
     (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
-    made = specialise(plan, entries, noise, observed.settings, observed.projection)
-    report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
-    measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, options.precision)
-    report(f"tracing {plan.layer} blocks in {plan.precision.name}")
-    parts = parameter_parts(made.graph)
-    described = plan.precision.describe(scales(made.graph.trunk))
-    if plan.precision.compute != torch.float32 and options.pca is not None:
-        described["float32"]["projection"] = "part of the tail; the output is cast last"
-    if options.conditioning == "bake":
-        described["gates"] = gate_counts(made.graph.trunk)
-    if plan.precision.recipe.exceptions():
-        described["subnormal_weights"] = subnormal_weights(made.graph.trunk)
-    products = _write_features(folder, plan, made)
-    if plan.precision.compute != torch.float32:
-        described["float32_products"] = products
-    _write_conditions(folder, made)
-    removed = removed_parts(plan, made)
-    del made
+    with spilling(folder, lambda written: progress(written, weights)):
+        written = _write_graph(folder, plan, entries, noise, observed, report, progress)
     gc.collect()
     report("tracing the matcher")
     matcher = _match_onnx(plan.channels, plan.grid, plan.output_dtype, options.opset)
@@ -187,16 +186,16 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         features_dtype="float16" if plan.output_dtype == torch.float16 else "float32",
         pca=observed.pca,
         precision=options.precision,
-        recipe=described,
-        parts=parts,
-        removed=removed,
+        recipe=written.recipe,
+        parts=written.parts,
+        removed=written.removed,
         opset=options.opset,
         conditioning=options.conditioning,
         conditions=[entry.to_json() for entry in plan.entries],
         tolerances=tolerances(
-            options.precision, measured, plan.size[0] / plan.grid[0], plan.output_dtype == torch.float16
+            options.precision, written.rehearsal, plan.size[0] / plan.grid[0], plan.output_dtype == torch.float16
         ),
-        rehearsal=measured,
+        rehearsal=written.rehearsal,
         golden=observed.golden,
         versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
         command=options.command or f"ditf-export --model {shlex.quote(options.model)}",
@@ -206,6 +205,46 @@ def _write_bundle(folder: Path, plan: Plan, encoded: tuple[Entry, ...], report: 
         },
     )
     (folder / NAME).write_text(manifest.to_json(), "utf-8")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What features.onnx is, for the manifest; attributes as there."""
+
+    recipe: dict[str, Any]
+    parts: Counts
+    removed: dict[str, dict[str, int]]
+    rehearsal: dict[str, float]
+
+
+def _write_graph(
+    folder: Path,
+    plan: Plan,
+    entries: tuple[Entry, ...],
+    noise: torch.Tensor,
+    observed: _Observed,
+    report: Report,
+    progress: Progress,
+) -> _Written:
+    """features.onnx with its weights, trace.npz and conditions.npz."""
+    report(f"reading and folding the weights of {plan.layer} blocks")
+    made = specialise(plan, entries, noise, observed.settings, observed.projection)
+    report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
+    measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, plan.options.precision)
+    report(f"tracing {plan.layer} blocks in {plan.precision.name}")
+    parts = parameter_parts(made.graph)
+    described = plan.precision.describe(scales(made.graph.trunk))
+    if plan.precision.compute != torch.float32 and plan.options.pca is not None:
+        described["float32"]["projection"] = "part of the tail; the output is cast last"
+    if plan.options.conditioning == "bake":
+        described["gates"] = gate_counts(made.graph.trunk)
+    if plan.precision.recipe.exceptions():
+        described["subnormal_weights"] = subnormal_weights(made.graph.trunk)
+    products = _write_features(folder, plan, made, progress)
+    if plan.precision.compute != torch.float32:
+        described["float32_products"] = products
+    _write_conditions(folder, made)
+    return _Written(described, parts, removed_parts(plan, made), measured)
 
 
 def _run_reference(
@@ -247,7 +286,7 @@ def _run_reference(
     return _Observed(settings, golden, document, found, seen.projection, pca)
 
 
-def _write_features(folder: Path, plan: Plan, made: Specialised) -> list[str]:
+def _write_features(folder: Path, plan: Plan, made: Specialised, progress: Progress) -> list[str]:
     """features.onnx, and what its program computes on the first golden image; its float32 products."""
     dynamic = plan.options.batch == "dynamic"
     batch = DYNAMIC_EXAMPLE if plan.options.batch == "dynamic" else plan.options.batch
@@ -256,7 +295,8 @@ def _write_features(folder: Path, plan: Plan, made: Specialised) -> list[str]:
     if dynamic:
         image = {0: torch.export.Dim("batch")}
         shapes = (image, tuple({} for _ in made.feeds[0])) if made.feeds[0] else (image,)
-    traced = write_onnx(made.graph, inputs, ["features"], folder / files.FEATURES, plan.options.opset, shapes)
+    path = folder / files.FEATURES
+    traced = write_onnx(made.graph, inputs, ["features"], path, plan.options.opset, shapes, progress)
     inputs["image"] = torch.from_numpy(golden_pair(plan.size)[:1].repeat(batch, axis=0))
     with np.load(folder / files.GOLDEN) as golden:
         write_trace(folder / files.TRACE, traced, inputs, golden, plan.grid, plan.options.ensemble)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import tempfile
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ import diffusers
 import torch
 
 from ditf.export.checkpoint import Checkpoint
+from ditf.export.streaming import streams
 from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
 
@@ -173,6 +176,8 @@ def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
 def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     """The checkpoint's pipeline with its tokenizers and text encoders, in float32, and no transformer or VAE.
 
+    Of encoders too large to hold the weights are read as they are used.
+
     Args:
         classes: pipelines of the family; the checkpoint's own if it is one of them, else the first.
 
@@ -183,20 +188,43 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     pipeline_class = getattr(diffusers, own if own in classes else classes[0])
     encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
     present = [name for name in encoders if checkpoint.has(name)]
-    variants = {checkpoint.loading_variant(name) for name in present}
+    streamed = {name: _stream_encoder(checkpoint, name) for name in present if _streams(checkpoint, name)}
+    variants = {checkpoint.loading_variant(name) for name in present if name not in streamed}
     # Where all have the variant only, it must be named; where some do, from_pretrained finds the others.
     variant = next((name for name in variants if name is not None), None)
-    absent = {name: None for name, entry in checkpoint.index().items() if entry == [None, None]}
-    absent |= {"transformer": None, "vae": None}
-    pipeline = _from_pretrained(pipeline_class, checkpoint.path, variant=variant, **absent)
+    given = {name: None for name, entry in checkpoint.index().items() if entry == [None, None]}
+    given |= {"transformer": None, "vae": None, **streamed}
+    pipeline = _from_pretrained(
+        pipeline_class, checkpoint.path, variant=variant, torch_dtype=torch.float32, **given
+    )
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         if getattr(pipeline, name, "not of this pipeline") is None:
             raise InputError(f"{checkpoint.id} has no {name}", "save or download the whole pipeline")
-    for name in present:
-        encoder = getattr(pipeline, name, None)
-        if encoder is not None:
-            encoder.to(torch.float32)
     return pipeline
+
+
+def _streams(checkpoint: Checkpoint, encoder: str) -> bool:
+    """Whether a text encoder stays on disk; `from_pretrained` can leave those of transformers there."""
+    library = checkpoint.index()[encoder][0]
+    return library == "transformers" and streams(checkpoint.stored(encoder)[0])
+
+
+def _stream_encoder(checkpoint: Checkpoint, name: str) -> Any:
+    """A text encoder of transformers in float32 that reads its weights when they are used."""
+    import transformers
+
+    # Where a weight is not stored as it is used, from_pretrained writes it here.
+    folder = tempfile.TemporaryDirectory(prefix="ditf-encoder-")
+    encoder = _from_pretrained(
+        getattr(transformers, checkpoint.index()[name][1]),
+        checkpoint.path / name,
+        variant=checkpoint.loading_variant(name),
+        dtype=torch.float32,
+        device_map={"": "disk"},
+        offload_folder=folder.name,
+    )
+    encoder.offload_folder = folder  # removed with the encoder
+    return encoder.eval()
 
 
 def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
@@ -219,6 +247,7 @@ def quieten_libraries() -> None:
     """Stop the bars and the advice that diffusers and transformers print for their own users."""
     import transformers
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
 from ditf.export.graph.features import FeaturesGraph
+from ditf.export.scratch import resting
 from ditf.runtime.errors import GateFailed
 
 _SHORT = {torch.float16, torch.bfloat16}
@@ -75,7 +76,7 @@ def rehearse(
                 cases[index] = (arrays[f"rows_{index}"], arrays[f"features_{index}"])
     measured = []
     for index, (rows, expected) in cases.items():
-        with Float32Accumulation():
+        with resting(), Float32Accumulation():
             tokens = graph(image, *feeds[index].values())[0].flatten(1).T
         measured.append(feature_parity(tokens[torch.from_numpy(rows)].numpy(), expected))
     metrics = worst(measured)

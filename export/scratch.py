@@ -20,6 +20,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from ditf.runtime.errors import InputError
+
 SMALLEST = 1 << 20
 """Bytes of the smallest tensor that is spilled."""
 
@@ -38,6 +40,7 @@ class Scratch:
     """
 
     def __init__(self, folder: Path, progress: Progress = lambda written: None) -> None:
+        self._folder = folder
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by `spilling`)
         self._progress = progress
         self._maps: list[mmap.mmap] = []
@@ -48,13 +51,19 @@ class Scratch:
         """The same values in the file.
 
         Raises:
-            OSError: no room.
+            InputError: no room.
         """
         start = -(-self.written // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         size = tensor.numel() * tensor.element_size()
-        self._file.seek(start)
-        self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
-        self._file.flush()
+        try:
+            self._file.seek(start)
+            self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            self._file.flush()
+        except OSError as error:
+            raise InputError(
+                f"weights cannot be written beside {self._folder} ({error.strerror})",
+                "free some space, or choose another --output",
+            ) from error
         mapped = mmap.mmap(self._file.fileno(), size, offset=start)
         self._maps.append(mapped)
         self.written = start + size
