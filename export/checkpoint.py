@@ -60,8 +60,11 @@ class Checkpoint:
         """model_index.json, which names the pipeline and its components; {} where there is none."""
         return _read_json(self.path / "model_index.json") or {}
 
-    def check_complete(self) -> None:
+    def check_complete(self, unneeded: tuple[str, ...] = ()) -> None:
         """Whether every component that model_index.json names is there.
+
+        Args:
+            unneeded: starts of the names of those that may be missing.
 
         Raises:
             InputError: names the first that is missing: a snapshot that was not downloaded to its end.
@@ -69,6 +72,7 @@ class Checkpoint:
         for name, entry in self.index().items():
             named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
             optional = name in ("safety_checker", "feature_extractor", "image_encoder")
+            optional = optional or name.startswith(unneeded)
             if named and not optional and not self.has(name):
                 raise InputError(
                     f"{self.path} is incomplete: its model_index.json names {name}, which is not there",
@@ -116,13 +120,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def open_checkpoint(
-    model: str, revision: str | None = None, variant: str | None = None
+    model: str, revision: str | None = None, variant: str | None = None, unneeded: tuple[str, ...] = ()
 ) -> Iterator[Checkpoint]:
     """Find a checkpoint: the built-in demo, a directory, or a model on the hub.
 
     Args:
         revision: branch, tag or commit of a hub model.
         variant: of the weights, such as "fp16".
+        unneeded: starts of the names of components that may be missing; their weights are not downloaded.
 
     Raises:
         InputError: no such directory or model, pickle weights, or not a diffusers layout.
@@ -148,14 +153,14 @@ def open_checkpoint(
     elif _HUB_ID.match(model):
         from ditf.export.hub import download
 
-        snapshot = download(model, revision, variant)
+        snapshot = download(model, revision, variant, unneeded)
         checkpoint = Checkpoint(snapshot, model, revision=snapshot.name, variant=variant)
     else:
         raise InputError(
             f"{model}: no such directory", "pass a checkpoint directory, a hub id (name/model) or 'demo'"
         )
     checkpoint.config("transformer")
-    checkpoint.check_complete()
+    checkpoint.check_complete(unneeded)
     yield checkpoint
 
 

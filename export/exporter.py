@@ -38,7 +38,7 @@ from ditf.export.options import ExportOptions
 from ditf.export.parts import Counts, parameter_parts, removed_parts
 from ditf.export.plan import Plan, make_plan
 from ditf.export.reference import FeatureSettings, Reference
-from ditf.export.rehearsal import rehearse
+from ditf.export.rehearsal import rehearse, rehearse_alone
 from ditf.export.scratch import spilling
 from ditf.export.specialise import Specialised, specialise
 from ditf.export.survey import Survey, survey
@@ -50,12 +50,13 @@ from ditf.runtime.staging import check_space, staged
 
 Report = Callable[[str], None]
 
-_STAGES = {"float32": 9, "bfloat16": 10, "float16": 11, "int8": 11}
+_STAGES = {"float32": 9, "bfloat16": 9, "float16": 10, "int8": 10}
 
 
 def stage_count(options: ExportOptions) -> int:
     """Times that `export_bundle` reports a stage."""
-    return _STAGES[options.precision] + options.surveys
+    measured = options.precision != "float32" and options.calibration is None
+    return _STAGES[options.precision] + measured + options.surveys - (options.golden == "none")
 
 
 @dataclass(frozen=True)
@@ -96,7 +97,7 @@ def export_bundle(
     """
     check_opset(options.opset)
     report(f"opening {options.model}")
-    with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
+    with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
         plan = make_plan(options, checkpoint)
         weights = bundle_bytes(plan)
         check_space(plan.output, weights)
@@ -125,13 +126,15 @@ def _write_bundle(
     whole = trim(encoded, plan.family, live)
     entries = trim(encoded, plan.family, live, options.text_tokens)
     cut = plan.family.text_length(entries[0].condition) < plan.family.text_length(whole[0].condition)
-    observed = _run_reference(folder, plan, entries, whole[0] if cut else None, noise, report)
+    if options.golden == "none":
+        observed = _without_reference(plan, report)
+    else:
+        observed = _run_reference(folder, plan, entries, whole[0] if cut else None, noise, report)
     document = observed.document
-    if plan.precision.compute != torch.float32:
+    if plan.precision.compute != torch.float32 and observed.found is not None:
         report("measuring every value that a 16-bit graph would hold")
-        if observed.found is not None:
-            with spilling(folder):
-                document.update(ranges_of(plan, observed.found, entries, noise))
+        with spilling(folder):
+            document.update(ranges_of(plan, observed.found, entries, noise))
     if plan.precision.compute == torch.float16:
         extents = read_extents(document)
         if plan.output_dtype != torch.float16:
@@ -140,7 +143,8 @@ def _write_bundle(
         maxima = read_maxima(document) if options.precision == "int8" else None
         plan = replace(plan, precision=replace(plan.precision, recipe=recipe, maxima=maxima))
         report(f"recipe: {plan.precision.recipe.summary()}")
-    (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if document:
+        (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
     with spilling(folder, lambda written: progress(written, weights)):
         written = _write_graph(folder, plan, entries, noise, observed, report, progress)
@@ -192,9 +196,7 @@ def _write_bundle(
         opset=options.opset,
         conditioning=options.conditioning,
         conditions=[entry.to_json() for entry in plan.entries],
-        tolerances=tolerances(
-            options.precision, written.rehearsal, plan.size[0] / plan.grid[0], plan.output_dtype == torch.float16
-        ),
+        tolerances=_tolerances(plan, written.rehearsal),
         rehearsal=written.rehearsal,
         golden=observed.golden,
         versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
@@ -212,8 +214,8 @@ class _Written:
     """What features.onnx is, for the manifest; attributes as there."""
 
     recipe: dict[str, Any]
-    parts: Counts
-    removed: dict[str, dict[str, int]]
+    parts: dict[str, Counts]
+    removed: Counts
     rehearsal: dict[str, float]
 
 
@@ -229,8 +231,13 @@ def _write_graph(
     """features.onnx with its weights, trace.npz and conditions.npz."""
     report(f"reading and folding the weights of {plan.layer} blocks")
     made = specialise(plan, entries, noise, observed.settings, observed.projection)
-    report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
-    measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, plan.options.precision)
+    against = "the reference" if observed.golden else "nothing"
+    report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against {against}")
+    measured: dict[str, float] = {}
+    if observed.golden:
+        measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, plan.options.precision)
+    else:
+        rehearse_alone(made.graph, made.feeds[0], plan.size, plan.options.precision)
     report(f"tracing {plan.layer} blocks in {plan.precision.name}")
     parts = parameter_parts(made.graph)
     described = plan.precision.describe(scales(made.graph.trunk))
@@ -245,6 +252,29 @@ def _write_graph(
         described["float32_products"] = products
     _write_conditions(folder, made)
     return _Written(described, parts, removed_parts(plan, made), measured)
+
+
+def _tolerances(plan: Plan, rehearsal: dict[str, float]) -> dict[str, float]:
+    if not rehearsal:
+        return {}
+    short = plan.output_dtype == torch.float16
+    return tolerances(plan.options.precision, rehearsal, plan.size[0] / plan.grid[0], short)
+
+
+def _without_reference(plan: Plan, report: Report) -> _Observed:
+    """What --golden none knows: what a calibration says, if one was given."""
+    document = {} if plan.options.calibration is None else read_calibration(plan.options.calibration, plan)
+    settings = _settings(plan, document)
+    report(f"discarding channels {list(settings.channels) or 'none'}; no golden outputs")
+    return _Observed(settings, {}, document, None, None, None)
+
+
+def _settings(plan: Plan, document: dict[str, Any]) -> FeatureSettings:
+    return FeatureSettings(
+        channels=massive_channels(document) if plan.discard is None else list(plan.discard),
+        stage=plan.options.discard_stage,
+        adaln=plan.options.adaln,
+    )
 
 
 def _run_reference(
@@ -266,11 +296,7 @@ def _run_reference(
         report(f"calibrating on images with the unmodified {plan.family.transformer_class}")
         found = observe(plan, reference)
         document = found.document
-    settings = FeatureSettings(
-        channels=massive_channels(document) if plan.discard is None else list(plan.discard),
-        stage=options.discard_stage,
-        adaln=options.adaln,
-    )
+    settings = _settings(plan, document)
     cases = [Case(index, entries[index]) for index in golden_cases(len(entries))]
     seen = Survey()
     if options.surveys:
@@ -297,6 +323,8 @@ def _write_features(folder: Path, plan: Plan, made: Specialised, progress: Progr
         shapes = (image, tuple({} for _ in made.feeds[0])) if made.feeds[0] else (image,)
     path = folder / files.FEATURES
     traced = write_onnx(made.graph, inputs, ["features"], path, plan.options.opset, shapes, progress)
+    if plan.options.golden == "none":
+        return traced.float32_products
     inputs["image"] = torch.from_numpy(golden_pair(plan.size)[:1].repeat(batch, axis=0))
     with np.load(folder / files.GOLDEN) as golden:
         write_trace(folder / files.TRACE, traced, inputs, golden, plan.grid, plan.options.ensemble)

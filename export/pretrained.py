@@ -186,44 +186,41 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     """
     own = checkpoint.index().get("_class_name")
     pipeline_class = getattr(diffusers, own if own in classes else classes[0])
-    encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
-    present = [name for name in encoders if checkpoint.has(name)]
-    streamed = {name: _stream_encoder(checkpoint, name) for name in present if _streams(checkpoint, name)}
-    variants = {checkpoint.loading_variant(name) for name in present if name not in streamed}
-    # Where all have the variant only, it must be named; where some do, from_pretrained finds the others.
-    variant = next((name for name in variants if name is not None), None)
-    given = {name: None for name, entry in checkpoint.index().items() if entry == [None, None]}
-    given |= {"transformer": None, "vae": None, **streamed}
-    pipeline = _from_pretrained(
-        pipeline_class, checkpoint.path, variant=variant, torch_dtype=torch.float32, **given
-    )
+    given: dict[str, Any] = {
+        name: None for name, entry in checkpoint.index().items() if entry == [None, None]
+    }
+    given |= {"transformer": None, "vae": None}
+    for name in checkpoint.index():
+        if name.startswith("text_encoder") and checkpoint.has(name):
+            given[name] = _load_encoder(checkpoint, name)
+    pipeline = _from_pretrained(pipeline_class, checkpoint.path, **given)
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         if getattr(pipeline, name, "not of this pipeline") is None:
             raise InputError(f"{checkpoint.id} has no {name}", "save or download the whole pipeline")
     return pipeline
 
 
-def _streams(checkpoint: Checkpoint, encoder: str) -> bool:
-    """Whether a text encoder stays on disk; `from_pretrained` can leave those of transformers there."""
-    library = checkpoint.index()[encoder][0]
-    return library == "transformers" and streams(checkpoint.stored(encoder)[0])
-
-
-def _stream_encoder(checkpoint: Checkpoint, name: str) -> Any:
-    """A text encoder of transformers in float32 that reads its weights when they are used."""
+def _load_encoder(checkpoint: Checkpoint, name: str) -> Any:
+    """A text encoder in float32; of a large one the weights are read when they are used."""
     import transformers
 
+    folder = checkpoint.path / name
+    library, class_name = checkpoint.index()[name]
+    encoder_class = getattr(transformers, str(class_name), None) if library == "transformers" else None
+    if encoder_class is None:
+        raise InputError(
+            f"the {name} of {checkpoint.id} is {class_name} of {library}, which is not installed",
+            "run: pip install --upgrade transformers",
+        )
+    options = {"variant": checkpoint.loading_variant(name), "dtype": torch.float32}
+    if not streams(checkpoint.stored(name)[0]):
+        return _from_pretrained(encoder_class, folder, **options).eval()
     # Where a weight is not stored as it is used, from_pretrained writes it here.
-    folder = tempfile.TemporaryDirectory(prefix="ditf-encoder-")
+    rewritten = tempfile.TemporaryDirectory(prefix="ditf-encoder-")
     encoder = _from_pretrained(
-        getattr(transformers, checkpoint.index()[name][1]),
-        checkpoint.path / name,
-        variant=checkpoint.loading_variant(name),
-        dtype=torch.float32,
-        device_map={"": "disk"},
-        offload_folder=folder.name,
+        encoder_class, folder, **options, device_map={"": "disk"}, offload_folder=rewritten.name
     )
-    encoder.offload_folder = folder  # removed with the encoder
+    encoder.rewritten = rewritten  # removed with the encoder
     return encoder.eval()
 
 

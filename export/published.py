@@ -86,6 +86,8 @@ HUB_IDS = {
 """Of the models above, by their names."""
 
 _TEXT = {"pixart": 120, "sd3": 77 + 256, "flux": 512, "auraflow": 256, "flux2": 512, "lumina2": 256}
+_LONGEST = {"pixart": 300}
+"""Where a model of the family, PixArt-Sigma, reads more."""
 _SHORT_PROMPT = {"pixart": 8}
 """Tokens of a short prompt, where the masked ones that follow are dropped."""
 _TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "cap_feat_dim")  # a family has one of them
@@ -171,6 +173,11 @@ def _most_tokens(family: Family) -> int:
     if family.name == "flux" and not family.takes_guidance:
         return 256  # schnell's
     return _TEXT[family.name]
+
+
+def longest_text(family: Family) -> int:
+    """Text tokens of a condition at the most."""
+    return max(_most_tokens(family), _LONGEST.get(family.name, 0))
 
 
 def example_condition(family: Family, text_tokens: int | None = None) -> Condition:

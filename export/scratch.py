@@ -1,9 +1,9 @@
 """Weights of a graph in a temporary file instead of memory, so that a model of any size can be exported.
 
-Every weight of a traced graph passes through `ditf.export.graph.layers.constant`, which asks `spilled` where it
-is to be. While a `Scratch` is open that is a file without a name, mapped into memory: whatever reads the weight
-finds it, the kernel may take its pages back at any time, and `resting` gives them back early. The tensors are
-ordinary ones, and their values what they would have been.
+Every weight of a traced graph passes through `ditf.export.graph.layers.constant`, which asks `spilled` where
+it is to be. While a `Scratch` is open that is a file without a name, mapped into memory: whatever reads the
+weight finds it, the kernel may take its pages back at any time, and `resting` gives them back early. The
+tensors are ordinary ones, and their values what they would have been.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Scratch:
         size = tensor.numel() * tensor.element_size()
         try:
             self._file.seek(start)
-            self._file.write(memoryview(tensor.contiguous().view(-1).view(torch.uint8).numpy()))
+            self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as error:
             raise InputError(

@@ -26,7 +26,7 @@ from ditf.cli.console import (
 )
 from ditf.runtime import FeatureMap, Model
 from ditf.runtime.bundle import GOLDEN, Bundle
-from ditf.runtime.errors import GateFailed, NoPlan
+from ditf.runtime.errors import GateFailed, InputError, NoPlan
 
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 
@@ -57,6 +57,11 @@ def check(
     if plot is not None:
         check_picture(plot, "check")
     opened = Bundle.open(bundle)
+    if not opened.manifest.golden:
+        raise InputError(
+            f"{bundle} was exported with --golden none: there is nothing to compare it with",
+            "export it again without --golden none",
+        )
     opened.verify(opened.manifest.files)
     limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
     golden = opened.read_arrays(GOLDEN)

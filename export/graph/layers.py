@@ -22,7 +22,7 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 def constant(tensor: torch.Tensor) -> nn.Parameter:
-    """A frozen parameter: named in the graph, counted in the manifest; on disk while a scratch file is open."""
+    """A frozen parameter: named in the graph, counted in the manifest; in the scratch file if one is open."""
     return nn.Parameter(spilled(tensor.detach()), requires_grad=False)
 
 
