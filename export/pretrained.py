@@ -190,9 +190,9 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
         name: None for name, entry in checkpoint.index().items() if entry == [None, None]
     }
     given |= {"transformer": None, "vae": None}
-    for name in checkpoint.index():
-        if name.startswith("text_encoder") and checkpoint.has(name):
-            given[name] = _load_encoder(checkpoint, name)
+    for name, entry in checkpoint.index().items():
+        if name.startswith("text_encoder") and name not in given and checkpoint.has(name):
+            given[name] = _load_encoder(checkpoint, name, entry)
     pipeline = _from_pretrained(pipeline_class, checkpoint.path, **given)
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         if getattr(pipeline, name, "not of this pipeline") is None:
@@ -200,16 +200,16 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     return pipeline
 
 
-def _load_encoder(checkpoint: Checkpoint, name: str) -> Any:
+def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
     """A text encoder in float32; of a large one the weights are read when they are used."""
     import transformers
 
     folder = checkpoint.path / name
-    library, class_name = checkpoint.index()[name]
+    library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
     encoder_class = getattr(transformers, str(class_name), None) if library == "transformers" else None
-    if encoder_class is None:
+    if not hasattr(encoder_class, "from_pretrained"):
         raise InputError(
-            f"the {name} of {checkpoint.id} is {class_name} of {library}, which is not installed",
+            f"{checkpoint.id} has no {name} that transformers {transformers.__version__} can load: {entry!r:.80}",
             "run: pip install --upgrade transformers",
         )
     options = {"variant": checkpoint.loading_variant(name), "dtype": torch.float32}

@@ -1,7 +1,7 @@
 """Unmodified models whose weights stay on disk: each module reads its own, runs, and drops them.
 
-accelerate's hooks do it; what they are given is read in float32 and checked like everything else. A model that
-is small enough is held in memory: reading it again for every image would only cost time.
+accelerate's hooks do it; what they are given is read in float32 and checked like everything else. A model
+that is small enough is held in memory: reading it again for every image would only cost time.
 """
 
 from __future__ import annotations
