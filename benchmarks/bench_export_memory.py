@@ -91,6 +91,7 @@ def write_checkpoint(folder: Path, doubles: int, singles: int) -> int:
 
 
 def write_embeddings(path: Path) -> None:
+    """Random embeddings, as `--prompt-embeds` takes them."""
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
     pooled = torch.randn(1, POOLED, generator=generator)
@@ -144,6 +145,7 @@ def watch(command: list[str]) -> dict[str, Any]:
 
 
 def export_command(checkpoint: Path, embeds: Path, layer: int, output: Path, *more: str) -> list[str]:
+    """The command line of an export that is measured."""
     command = [sys.executable, "-m", "ditf", "export", "--model", str(checkpoint), "--layer", str(layer)]
     command += ["--fp16", "--size", SIZE, "--prompt-embeds", str(embeds), "--output", str(output)]
     return [*command, *more]
@@ -205,6 +207,7 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
+    """Measure every depth, one after another."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--depths", nargs="+", default=["1+2", "2+4", "4+8"], metavar="DOUBLES+SINGLES")
     parser.add_argument(

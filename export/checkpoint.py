@@ -79,6 +79,20 @@ class Checkpoint:
                     _AGAIN,
                 )
 
+    def check_weights(self, unneeded: tuple[str, ...] = ()) -> None:
+        """Open the weights of VAE and text encoders; no value is read.
+
+        Args:
+            unneeded: as for `check_complete`.
+
+        Raises:
+            InputError: a file is missing, truncated or not safetensors.
+        """
+        encoders = [name for name in self.index() if name.startswith("text_encoder")]
+        for name in ("vae", *encoders):
+            if self.has(name) and not name.startswith(unneeded):
+                self.weights(name)
+
     def class_names(self) -> dict[str, int]:
         """{name: number} of the classes, as DiTPipeline reads them; {} where there are none."""
         labels = self.index().get("id2label") or {}

@@ -29,10 +29,11 @@ from ditf.export.calibrate import (
 )
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
-from ditf.export.cost import bundle_bytes
+from ditf.export.cost import bundle_bytes, written_bytes
 from ditf.export.golden import Case, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.graph.modulation import gate_counts, scales, subnormal_weights
+from ditf.export.memory import check_memory
 from ditf.export.onnx_file import Progress, check_opset, write_onnx
 from ditf.export.options import ExportOptions
 from ditf.export.parts import Counts, parameter_parts, removed_parts
@@ -100,7 +101,8 @@ def export_bundle(
     with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
         plan = make_plan(options, checkpoint)
         weights = bundle_bytes(plan)
-        check_space(plan.output, weights)
+        check_space(plan.output, written_bytes(plan, weights))
+        check_memory(plan)
         if options.calibration is not None:
             read_calibration(options.calibration, plan)
         with staged(plan.output) as folder:

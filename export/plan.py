@@ -87,6 +87,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     plan = decide(options, checkpoint)
     family = plan.family
     check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
+    checkpoint.check_weights(options.unneeded)
     return plan
 
 

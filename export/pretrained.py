@@ -209,7 +209,7 @@ def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
     encoder_class = getattr(transformers, str(class_name), None) if library == "transformers" else None
     if not hasattr(encoder_class, "from_pretrained"):
         raise InputError(
-            f"{checkpoint.id} has no {name} that transformers {transformers.__version__} can load: {entry!r:.80}",
+            f"{checkpoint.id} has no {name} of transformers {transformers.__version__}, but {entry!r:.80}",
             "run: pip install --upgrade transformers",
         )
     options = {"variant": checkpoint.loading_variant(name), "dtype": torch.float32}
