@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -101,7 +100,7 @@ def _machine() -> int | None:
 
 
 def _container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a control group leaves (version 2, as containers see it), with the page cache it would give back."""
+    """What a control group leaves (version 2), with the page cache that it would give back."""
     try:
         limit = (root / "memory.max").read_text().strip()
         used = int((root / "memory.current").read_text())

@@ -21,6 +21,7 @@ import typer
 from ditf.runtime.errors import InputError, missing_extra
 
 SCHEMA = 1  # of every --json document
+_MANY = 100 << 20  # bytes that a log says anything about
 _BETWEEN = 10.0  # seconds from one line of a log to the next, of the same stage
 
 
@@ -130,7 +131,7 @@ class _Lines(Stages):
 
     def amount(self, done: int, total: int) -> None:
         now = time.monotonic()
-        if now - self._said > _BETWEEN:
+        if total > _MANY and now - self._said > _BETWEEN:
             self._said = now
             say(f"[{self._done}/{self._total} {now - self._start:5.1f}s] {_amount(done, total)}")
 
