@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import inspect
 import logging
+import shutil
 import tempfile
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -216,11 +218,11 @@ def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
     if not streams(checkpoint.stored(name)[0]):
         return _from_pretrained(encoder_class, folder, **options).eval()
     # Where a weight is not stored as it is used, from_pretrained writes it here.
-    rewritten = tempfile.TemporaryDirectory(prefix="ditf-encoder-")
+    rewritten = tempfile.mkdtemp(prefix="ditf-encoder-")
     encoder = _from_pretrained(
-        encoder_class, folder, **options, device_map={"": "disk"}, offload_folder=rewritten.name
+        encoder_class, folder, **options, device_map={"": "disk"}, offload_folder=rewritten
     )
-    encoder.rewritten = rewritten  # removed with the encoder
+    weakref.finalize(encoder, shutil.rmtree, rewritten, ignore_errors=True)
     return encoder.eval()
 
 

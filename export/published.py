@@ -91,7 +91,7 @@ _LONGEST = {"pixart": 300}
 _SHORT_PROMPT = {"pixart": 8}
 """Tokens of a short prompt, where the masked ones that follow are dropped."""
 _TEXT_WIDTHS = ("caption_channels", "joint_attention_dim", "cap_feat_dim")  # a family has one of them
-_UNMASKED = ("flux2",)  # its text has neither a mask nor a pooled embedding
+_UNMASKED = ("auraflow", "flux2")  # their text has neither a mask nor a pooled embedding
 _DDPM = ("dit", "pixart")  # the others are flow matching
 _STAGES = 4  # of the encoder: a stride of 8 in every published VAE
 

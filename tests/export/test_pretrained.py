@@ -297,6 +297,6 @@ def test_configs_with_wrong_values(copy, component, changes):
 )
 def test_damaged_text_encoders(copy, name, text):
     (copy / name).write_text(text)
-    made = plan(copy)
     with pytest.raises(InputError, match=r"cannot load|fail|has no text_encoder|not a readable"):
+        made = plan(copy)
         encode(made.entries, made.family, made.checkpoint, None)
