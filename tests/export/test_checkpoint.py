@@ -63,7 +63,7 @@ def shards_of(folder):
 def test_damaged_shards_are_found_before_the_work(copy, component):
     """Each is opened, and no value read: the bytes that its header promises have to be there."""
     options = ExportOptions(model=str(copy), layer="2", size=(48, 80))
-    first, second = shards_of(copy / component)
+    _, second = shards_of(copy / component)
     path = copy / component / second
     whole = path.read_bytes()
     with open_checkpoint(str(copy)) as checkpoint:
