@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -23,17 +24,21 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
-from provenance import pin_threads, provenance, say, write_result, write_table
+from PIL import Image
+from provenance import RESULTS, pin_threads, provenance, say, write_result, write_table
 from safetensors.torch import save_file
 
+from ditf.calib.images import procedural_images
 from ditf.cli.console import bytes_text
 from ditf.export.pretrained import model_shapes
 
+NAME = "export-memory"
 CLASS = "FluxTransformer2DModel"
 WIDTH, TEXT_WIDTH, POOLED = 3072, 4096, 768
 TEXT_TOKENS = 16
 SIZE = "128x128"  # few tokens: time and memory are those of the weights
 SHARD = 2 << 30
+POOL = 1 << 26  # random numbers that all tensors are cut from; larger than the largest
 THREADS = 1
 INTERVAL = 0.02  # seconds from sample to sample
 PICTURE = Path(__file__).parent.parent / "docs" / "export-memory.png"
@@ -50,7 +55,7 @@ def write_checkpoint(folder: Path, doubles: int, singles: int) -> int:
     transformer = folder / "transformer"
     transformer.mkdir(parents=True)
     (transformer / "config.json").write_text(json.dumps(config))
-    generator = torch.Generator().manual_seed(0)
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
     shard: dict[str, torch.Tensor] = {}
     shards: list[list[str]] = []
     total = 0
@@ -61,10 +66,10 @@ def write_checkpoint(folder: Path, doubles: int, singles: int) -> int:
         shard.clear()
 
     for name, shape in model_shapes(CLASS, config).items():
-        values = torch.randn(shape, generator=generator)
-        values = 1 + 0.1 * values if name.endswith(("norm_q.weight", "norm_k.weight")) else values
-        values *= shape[-1] ** -0.5 if len(shape) > 1 else 0.1
-        shard[name] = values.to(torch.bfloat16)
+        count, start = math.prod(shape), 7919 * len(shard)
+        values = pool[start : start + count].reshape(shape)
+        values = 10 + values if name.endswith(("norm_q.weight", "norm_k.weight")) else values
+        shard[name] = (values * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)).to(torch.bfloat16)
         total += 2 * values.numel()
         if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
             flush()
@@ -154,13 +159,16 @@ def export_command(checkpoint: Path, embeds: Path, layer: int, output: Path, *mo
 def measure(depth: str, folder: Path) -> dict[str, Any]:
     """Export a checkpoint of so many blocks."""
     doubles, singles = map(int, depth.split("+"))
-    checkpoint, embeds = folder / "checkpoint", folder / "embeds.safetensors"
+    checkpoint, embeds, pictures = folder / "checkpoint", folder / "embeds.safetensors", folder / "pictures"
+    pictures.mkdir()
+    Image.fromarray(procedural_images((128, 128))[0]).save(pictures / "one.png")
     say(f"{depth}: writing a checkpoint")
     stored = write_checkpoint(checkpoint, doubles, singles)
     write_embeddings(embeds)
     say(f"{depth}: {bytes_text(stored)}; exporting")
     layer = doubles + singles - 1
-    result = watch(export_command(checkpoint, embeds, layer, folder / "bundle"))
+    more = ("--calibration-images", str(pictures))  # one: a pass more of the model shows nothing new
+    result = watch(export_command(checkpoint, embeds, layer, folder / "bundle", *more))
     bundle = sum(path.stat().st_size for path in (folder / "bundle").iterdir())
     result = {"depth": depth, "layer": layer, "checkpoint": stored, "bundle": bundle, **result}
     shutil.rmtree(checkpoint)
@@ -213,25 +221,36 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=Path, help="on a disk with room for twice the largest; temporary by default"
     )
+    parser.add_argument("--append", action="store_true", help="keep what was measured of other depths")
     parser.add_argument("--before", type=Path, help="JSON of runs of earlier code, to draw beside these")
     arguments = parser.parse_args()
     pin_threads(THREADS)
     origin = provenance(THREADS)
-    runs = []
     for depth in arguments.depths:
         with tempfile.TemporaryDirectory(prefix="bench-export-", dir=arguments.folder) as folder:
-            runs.append(measure(depth, Path(folder)))
+            run = measure(depth, Path(folder))
+        kept = []
+        if (arguments.append or depth != arguments.depths[0]) and (RESULTS / f"{NAME}.json").exists():
+            kept = json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]
+        runs = sorted(
+            [*(one for one in kept if one["depth"] != depth), run], key=lambda one: one["checkpoint"]
+        )
+        write(origin, runs, arguments.before)
+
+
+def write(origin: dict[str, Any], runs: list[dict[str, Any]], before: Path | None) -> None:
+    """JSON, the table in the docs and the picture."""
     block = largest_block()
     result = {"size": SIZE, "largest_block": block, "bound": 3 * 10**9 + block, "runs": runs}
-    if arguments.before is not None:
-        result["before"] = json.loads(arguments.before.read_text())
+    if before is not None:
+        result["before"] = json.loads(before.read_text())
     rows: list[tuple[str, ...]] = [
         ("blocks", "checkpoint", "bundle", "peak resident", "of it anonymous", "read", "written", "seconds")
     ]
     for run in runs:
         sizes = (run[key] for key in ("checkpoint", "bundle", "rss", "anonymous", "read", "written"))
         rows.append((run["depth"], *map(bytes_text, sizes), f"{run['seconds']:.0f}"))
-    write_result("export-memory", origin, result, rows)
+    write_result(NAME, origin, result, rows)
     write_table("large.md", "memory", rows)
     draw(result, PICTURE)
 
