@@ -106,6 +106,7 @@ def _save(model: ir.Model, path: Path, external: bool, progress: Progress) -> No
         progress(done[0], total)
 
     ir.save(model, path, external_data=f"{path.name}.data" if external else None, callback=wrote)
+    progress(total, total)  # the smallest are in the model itself
 
 
 def _strip_metadata(model: ir.Model) -> None:
