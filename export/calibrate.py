@@ -53,7 +53,7 @@ def calibrate(options: ExportOptions, progress: Progress = lambda line: None) ->
         DitfError: anything wrong with the options, the checkpoint or the images; activations that are NaN or
             infinite, with the first block that has them.
     """
-    with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
+    with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
         plan = make_plan(options, checkpoint)
         progress(f"{plan.family.blocks.describe(plan.layer)}; loading the unmodified model")
         with torch.no_grad():
@@ -174,6 +174,7 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
 
 def identity(plan: Plan) -> dict[str, Any]:
     """What a calibration is of, and what an export that uses it must agree with."""
+    given = [entry.embeds for entry in plan.entries if entry.embeds is not None]
     return {
         "model": plan.checkpoint.id,
         "revision": plan.checkpoint.revision,
@@ -184,6 +185,7 @@ def identity(plan: Plan) -> dict[str, Any]:
         "conditions": [entry.name for entry in plan.entries],
         "text_tokens": plan.options.text_tokens,
         "size": list(plan.size),
+        **({"prompt_embeds": given} if given else {}),
     }
 
 

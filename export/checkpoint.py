@@ -61,8 +61,11 @@ class Checkpoint:
         """model_index.json, which names the pipeline and its components; {} where there is none."""
         return _read_json(self.path / "model_index.json") or {}
 
-    def check_complete(self) -> None:
+    def check_complete(self, unneeded: tuple[str, ...] = ()) -> None:
         """Whether every component that model_index.json names is there.
+
+        Args:
+            unneeded: starts of the names of those that may be missing.
 
         Raises:
             InputError: names the first that is missing: a snapshot that was not downloaded to its end.
@@ -70,11 +73,26 @@ class Checkpoint:
         for name, entry in self.index().items():
             named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
             optional = name in ("safety_checker", "feature_extractor", "image_encoder")
+            optional = optional or name.startswith(unneeded)
             if named and not optional and not self.has(name):
                 raise InputError(
                     f"{self.path} is incomplete: its model_index.json names {name}, which is not there",
                     _AGAIN,
                 )
+
+    def check_weights(self, unneeded: tuple[str, ...] = ()) -> None:
+        """Open the weights of VAE and text encoders; no value is read.
+
+        Args:
+            unneeded: as for `check_complete`.
+
+        Raises:
+            InputError: a file is missing, truncated or not safetensors.
+        """
+        encoders = [name for name in self.index() if name.startswith("text_encoder")]
+        for name in ("vae", *encoders):
+            if self.has(name) and not name.startswith(unneeded):
+                self.weights(name)
 
     def class_names(self) -> dict[str, int]:
         """{name: number} of the classes, as DiTPipeline reads them; {} where there are none."""
@@ -141,13 +159,14 @@ def _read_json(path: Path) -> dict[str, Any] | None:
 
 @contextmanager
 def open_checkpoint(
-    model: str, revision: str | None = None, variant: str | None = None
+    model: str, revision: str | None = None, variant: str | None = None, unneeded: tuple[str, ...] = ()
 ) -> Iterator[Checkpoint]:
     """Find a checkpoint: the built-in demo, a directory, or a model on the hub.
 
     Args:
         revision: branch, tag or commit of a hub model.
         variant: of the weights, such as "fp16".
+        unneeded: starts of the names of components that may be missing; their weights are not downloaded.
 
     Raises:
         InputError: no such directory or model, pickle weights, or not a diffusers layout.
@@ -173,14 +192,14 @@ def open_checkpoint(
     elif _HUB_ID.match(model):
         from ditf.export.hub import download
 
-        snapshot = download(model, revision, variant)
+        snapshot = download(model, revision, variant, unneeded)
         checkpoint = Checkpoint(snapshot, model, revision=snapshot.name, variant=variant)
     else:
         raise InputError(
             f"{model}: no such directory", "pass a checkpoint directory, a hub id (name/model) or 'demo'"
         )
     checkpoint.config("transformer")
-    checkpoint.check_complete()
+    checkpoint.check_complete(unneeded)
     yield checkpoint
 
 

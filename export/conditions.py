@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ditf.export.checkpoint import Checkpoint
+from ditf.export.embeddings import read_embeddings
 from ditf.export.families.base import Condition, Defaults, Family
 from ditf.export.options import ExportOptions
 from ditf.export.pretrained import first_line
@@ -32,6 +33,7 @@ class Entry:
         prompt, class_label: one of them; `class_label` None and no prompt is the null class.
         timestep: diffusion timestep.
         condition: what the text encoders made of it, once they ran.
+        embeds: sha256 of the file that the condition was read from, where one was given.
     """
 
     name: str
@@ -39,6 +41,7 @@ class Entry:
     class_label: int | None
     timestep: int
     condition: Condition
+    embeds: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -46,6 +49,7 @@ class Entry:
             "prompt": self.prompt,
             "class_label": self.class_label,
             "timestep": self.timestep,
+            **({} if self.embeds is None else {"prompt_embeds": self.embeds}),
         }
 
 
@@ -59,12 +63,16 @@ def plan_entries(
             one entry to bake, a class out of range.
     """
     timesteps = options.timestep or (defaults.timestep,)
-    subjects = (
-        _prompts(options, family, defaults) if family.takes_prompt else _classes(options, checkpoint, family)
-    )
+    subjects: list[Entry]
+    if options.prompt_embeds:
+        subjects = _given(options, family)
+    elif family.takes_prompt:
+        subjects = _prompts(options, family, defaults)
+    else:
+        subjects = _classes(options, checkpoint, family)
     entries = tuple(
-        Entry(f"{name}@{timestep}" if len(timesteps) > 1 else name, prompt, label, timestep, {})
-        for (name, prompt, label), timestep in itertools.product(subjects, timesteps)
+        replace(one, name=f"{one.name}@{t}" if len(timesteps) > 1 else one.name, timestep=t)
+        for one, t in itertools.product(subjects, timesteps)
     )
     for name, count in Counter(entry.name for entry in entries).items():
         if count > 1:
@@ -78,9 +86,24 @@ def plan_entries(
     return entries
 
 
-def _prompts(
-    options: ExportOptions, family: Family, defaults: Defaults
-) -> list[tuple[str, str | None, int | None]]:
+def _given(options: ExportOptions, family: Family) -> list[Entry]:
+    """Of files of embeddings; each has its prompt's name, or the file's where that does not say it."""
+    if options.prompt or options.prompts is not None or options.class_label:
+        raise InputError(
+            "--prompt-embeds is in place of a prompt: the file says which one it is of",
+            "leave --prompt, --prompts and --class-label out",
+        )
+    if not family.takes_prompt:
+        raise InputError(f"{family.name} reads no text", "leave --prompt-embeds out")
+    entries = []
+    for path in options.prompt_embeds:
+        found = read_embeddings(path, family)
+        name = path.stem if found.prompt is None else found.prompt
+        entries.append(Entry(name, found.prompt, None, 0, found.condition, found.sha256))
+    return entries
+
+
+def _prompts(options: ExportOptions, family: Family, defaults: Defaults) -> list[Entry]:
     if options.class_label:
         raise InputError(f"{family.name} is text-conditional and takes no class label", "use --prompt")
     named = [(prompt, prompt) for prompt in options.prompt]
@@ -89,18 +112,19 @@ def _prompts(
     if not named:
         assert defaults.prompt is not None
         named = [(defaults.prompt, defaults.prompt)]
-    return [(name, prompt, None) for name, prompt in named]
+    return [Entry(name, prompt, None, 0, {}) for name, prompt in named]
 
 
-def _classes(
-    options: ExportOptions, checkpoint: Checkpoint, family: Family
-) -> list[tuple[str, str | None, int | None]]:
+def _classes(options: ExportOptions, checkpoint: Checkpoint, family: Family) -> list[Entry]:
     if options.prompt or options.prompts is not None:
         raise InputError(f"{family.name} is class-conditional and takes no prompt", "use --class-label")
     if not options.class_label:
-        return [(NULL_CLASS, None, None)]
+        return [Entry(NULL_CLASS, None, None, 0, {})]
     names = checkpoint.class_names()
-    return [(label, None, _class_number(label, names, family.null_class)) for label in options.class_label]
+    return [
+        Entry(label, None, _class_number(label, names, family.null_class), 0, {})
+        for label in options.class_label
+    ]
 
 
 def _class_number(label: str, names: Mapping[str, int], last: int) -> int:
@@ -142,11 +166,14 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
 def encode(
     entries: Sequence[Entry], family: Family, checkpoint: Checkpoint, guidance: float | None
 ) -> tuple[Entry, ...]:
-    """The entries with their conditions, trimmed to the text tokens that matter in any of them.
+    """The entries with their conditions. Where embeddings were given, no text encoder is opened.
 
     Raises:
         InputError: a prompt too long, an encoder that gives NaN.
     """
+    if entries[0].embeds is not None:
+        setting = {} if guidance is None else {"guidance": torch.tensor([guidance])}
+        return tuple(replace(entry, condition={**entry.condition, **setting}) for entry in entries)
     subjects: list[str | int] = []
     for entry in entries:
         subject = entry.prompt if entry.prompt is not None else entry.class_label

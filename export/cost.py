@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -21,6 +21,7 @@ from ditf.export.graph.condition import BakedCondition, LiveCondition
 from ditf.export.graph.features import FeaturesGraph
 from ditf.export.graph.layers import Linear
 from ditf.export.graph.match import MatchGraph
+from ditf.export.graph.precision import FLOAT32
 from ditf.export.graph.stream import FoldedCrossAttention
 from ditf.export.ledger import Product, keep_ledger
 from ditf.export.noise import NoiseLevel
@@ -155,6 +156,31 @@ def bundle_bytes(plan: Plan) -> int:
     graph, _ = shape_graph(plan)
     quantised = set(_quantised(graph)) if plan.options.precision == "int8" else set()
     return _weight_bytes(graph, quantised) + _OTHER_FILES
+
+
+@torch.no_grad()
+def written_bytes(plan: Plan, bundle: int) -> int:
+    """What an export has on disk at most: the bundle and its weights once more while they are traced, or,
+    before there is a bundle, the weights in float32, whose values are measured.
+
+    Args:
+        bundle: from `bundle_bytes`.
+    """
+    at_once = 2 * bundle
+    if len(plan.entries) > 1 and plan.options.conditioning == "bank":
+        at_once += _conditioner_bytes(plan)
+    if plan.options.precision != "float32" and plan.options.calibration is None:
+        graph, _ = shape_graph(replace(plan, precision=FLOAT32))
+        at_once = max(at_once, _weight_bytes(graph, set()))
+    return at_once
+
+
+def _conditioner_bytes(plan: Plan) -> int:
+    """In float32: it is kept on disk while the rows of a bank are computed."""
+    example = example_condition(plan.family, prompt_tokens(plan.family, None))
+    spec = TrunkSpec(plan.layer, plan.size, plan.grid, plan.family.text_length(example), FLOAT32)
+    conditioner, _ = shape_modules(plan.family, spec, example, live=True)
+    return sum(4 * parameter.numel() for parameter in conditioner.parameters())
 
 
 def shape_graph(plan: Plan, condition: Condition | None = None) -> tuple[FeaturesGraph, list[torch.Tensor]]:

@@ -29,16 +29,18 @@ from ditf.export.calibrate import (
 )
 from ditf.export.checkpoint import open_checkpoint
 from ditf.export.conditions import Entry, describe, encode, trim
-from ditf.export.cost import bundle_bytes
+from ditf.export.cost import bundle_bytes, written_bytes
 from ditf.export.golden import Case, Whole, golden_cases, write_golden
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.graph.modulation import gate_counts, scales, subnormal_weights
-from ditf.export.onnx_file import check_opset, write_onnx
+from ditf.export.memory import check_memory
+from ditf.export.onnx_file import Progress, check_opset, write_onnx
 from ditf.export.options import ExportOptions
-from ditf.export.parts import parameter_parts, removed_parts
+from ditf.export.parts import Counts, parameter_parts, removed_parts
 from ditf.export.plan import Plan, make_plan
 from ditf.export.reference import FeatureSettings, Reference
-from ditf.export.rehearsal import rehearse
+from ditf.export.rehearsal import rehearse, rehearse_alone
+from ditf.export.scratch import spilling
 from ditf.export.specialise import Specialised, specialise
 from ditf.export.survey import Survey, survey
 from ditf.export.swap import Swap, judge_encoder
@@ -50,12 +52,14 @@ from ditf.runtime.staging import check_space, staged
 
 Report = Callable[[str], None]
 
-_STAGES = {"float32": 8, "bfloat16": 9, "float16": 10, "int8": 10}
+_STAGES = {"float32": 9, "bfloat16": 9, "float16": 10, "int8": 10}
 
 
 def stage_count(options: ExportOptions) -> int:
     """Times that `export_bundle` reports a stage."""
-    return _STAGES[options.precision] + options.surveys + (options.vae is not None)
+    measured = options.precision != "float32" and options.calibration is None
+    more = measured + options.surveys + (options.vae is not None)
+    return _STAGES[options.precision] + more - (options.golden == "none")
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,17 @@ class _Observed:
     pca: dict[str, Any] | None
 
 
-def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -> Path:
+def export_bundle(
+    options: ExportOptions,
+    report: Report = lambda stage: None,
+    progress: Progress = lambda done, total: None,
+) -> Path:
     """Export a checkpoint up to a layer.
 
     Args:
         options: what to export.
         report: called with a line for people at the start of each of `stage_count(options)` stages.
+        progress: called with bytes of weights, done and in all, while many are read or written.
 
     Returns:
         The bundle's directory. It is written beside its place and renamed when complete.
@@ -91,9 +100,11 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
     """
     check_opset(options.opset)
     report(f"opening {options.model}")
-    with open_checkpoint(options.model, options.revision, options.variant) as checkpoint:
+    with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
         plan = make_plan(options, checkpoint)
-        check_space(plan.output, bundle_bytes(plan))
+        weights = bundle_bytes(plan)
+        check_space(plan.output, written_bytes(plan, weights))
+        check_memory(plan)
         if options.calibration is not None:
             read_calibration(options.calibration, plan)
         swap = None
@@ -104,13 +115,19 @@ def export_bundle(options: ExportOptions, report: Report = lambda stage: None) -
             report(f"{plan.family.blocks.describe(plan.layer)}; encoding {describe(plan.entries)}")
             with torch.no_grad():
                 encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
-                _write_bundle(folder, plan, encoded, swap, report)
+                _write_bundle(folder, plan, encoded, swap, weights, report, progress)
             read_manifest(folder)
     return plan.output
 
 
 def _write_bundle(
-    folder: Path, plan: Plan, encoded: tuple[Entry, ...], swap: Swap | None, report: Report
+    folder: Path,
+    plan: Plan,
+    encoded: tuple[Entry, ...],
+    swap: Swap | None,
+    weights: int,
+    report: Report,
+    progress: Progress,
 ) -> None:
     options = plan.options
     noise = plan.noise()
@@ -119,11 +136,14 @@ def _write_bundle(
     entries = trim(encoded, plan.family, live, options.text_tokens)
     cut = plan.family.text_length(entries[0].condition) < plan.family.text_length(whole[0].condition)
     exact = Whole(whole[0], None if swap is None else swap.x_0) if cut or swap is not None else None
-    observed = _run_reference(folder, plan, entries, exact, noise, report)
+    if options.golden == "none":
+        observed = _without_reference(plan, report)
+    else:
+        observed = _run_reference(folder, plan, entries, exact, noise, report)
     document = observed.document
-    if plan.precision.compute != torch.float32:
+    if plan.precision.compute != torch.float32 and observed.found is not None:
         report("measuring every value that a 16-bit graph would hold")
-        if observed.found is not None:
+        with spilling(folder):
             document.update(ranges_of(plan, observed.found, entries, noise))
     if plan.precision.compute == torch.float16:
         extents = read_extents(document)
@@ -133,26 +153,11 @@ def _write_bundle(
         maxima = read_maxima(document) if options.precision == "int8" else None
         plan = replace(plan, precision=replace(plan.precision, recipe=recipe, maxima=maxima))
         report(f"recipe: {plan.precision.recipe.summary()}")
-    (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    if document:
+        (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
-    made = specialise(plan, entries, noise, observed.settings, observed.projection)
-    report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against the reference")
-    measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, options.precision)
-    report(f"tracing {plan.layer} blocks in {plan.precision.name}")
-    parts = parameter_parts(made.graph)
-    described = plan.precision.describe(scales(made.graph.trunk))
-    if plan.precision.compute != torch.float32 and options.pca is not None:
-        described["float32"]["projection"] = "part of the tail; the output is cast last"
-    if options.conditioning == "bake":
-        described["gates"] = gate_counts(made.graph.trunk)
-    if plan.precision.recipe.exceptions():
-        described["subnormal_weights"] = subnormal_weights(made.graph.trunk)
-    products = _write_features(folder, plan, made)
-    if plan.precision.compute != torch.float32:
-        described["float32_products"] = products
-    _write_conditions(folder, made)
-    removed = removed_parts(plan, made)
-    del made
+    with spilling(folder, lambda written: progress(written, weights)):
+        written = _write_graph(folder, plan, entries, noise, observed, report, progress)
     gc.collect()
     report("tracing the matcher")
     matcher = _match_onnx(plan.channels, plan.grid, plan.output_dtype, options.opset)
@@ -196,16 +201,14 @@ def _write_bundle(
         pca=observed.pca,
         vae=None if swap is None else {**plan.latents.identity(), "x_0": swap.agreement},
         precision=options.precision,
-        recipe=described,
-        parts=parts,
-        removed=removed,
+        recipe=written.recipe,
+        parts=written.parts,
+        removed=written.removed,
         opset=options.opset,
         conditioning=options.conditioning,
         conditions=[entry.to_json() for entry in plan.entries],
-        tolerances=tolerances(
-            options.precision, measured, plan.size[0] / plan.grid[0], plan.output_dtype == torch.float16
-        ),
-        rehearsal=measured,
+        tolerances=_tolerances(plan, written.rehearsal),
+        rehearsal=written.rehearsal,
         golden=observed.golden,
         versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
         command=options.command or f"ditf-export --model {shlex.quote(options.model)}",
@@ -215,6 +218,74 @@ def _write_bundle(
         },
     )
     (folder / NAME).write_text(manifest.to_json(), "utf-8")
+
+
+@dataclass(frozen=True)
+class _Written:
+    """What features.onnx is, for the manifest; attributes as there."""
+
+    recipe: dict[str, Any]
+    parts: dict[str, Counts]
+    removed: Counts
+    rehearsal: dict[str, float]
+
+
+def _write_graph(
+    folder: Path,
+    plan: Plan,
+    entries: tuple[Entry, ...],
+    noise: torch.Tensor,
+    observed: _Observed,
+    report: Report,
+    progress: Progress,
+) -> _Written:
+    """features.onnx with its weights, trace.npz and conditions.npz."""
+    report(f"reading and folding the weights of {plan.layer} blocks")
+    made = specialise(plan, entries, noise, observed.settings, observed.projection)
+    against = "the reference" if observed.golden else "nothing"
+    report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against {against}")
+    measured: dict[str, float] = {}
+    if observed.golden:
+        measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, plan.options.precision)
+    else:
+        rehearse_alone(made.graph, made.feeds[0], plan.size, plan.options.precision)
+    report(f"tracing {plan.layer} blocks in {plan.precision.name}")
+    parts = parameter_parts(made.graph)
+    described = plan.precision.describe(scales(made.graph.trunk))
+    if plan.precision.compute != torch.float32 and plan.options.pca is not None:
+        described["float32"]["projection"] = "part of the tail; the output is cast last"
+    if plan.options.conditioning == "bake":
+        described["gates"] = gate_counts(made.graph.trunk)
+    if plan.precision.recipe.exceptions():
+        described["subnormal_weights"] = subnormal_weights(made.graph.trunk)
+    products = _write_features(folder, plan, made, progress)
+    if plan.precision.compute != torch.float32:
+        described["float32_products"] = products
+    _write_conditions(folder, made)
+    return _Written(described, parts, removed_parts(plan, made), measured)
+
+
+def _tolerances(plan: Plan, rehearsal: dict[str, float]) -> dict[str, float]:
+    if not rehearsal:
+        return {}
+    short = plan.output_dtype == torch.float16
+    return tolerances(plan.options.precision, rehearsal, plan.size[0] / plan.grid[0], short)
+
+
+def _without_reference(plan: Plan, report: Report) -> _Observed:
+    """What --golden none knows: what a calibration says, if one was given."""
+    document = {} if plan.options.calibration is None else read_calibration(plan.options.calibration, plan)
+    settings = _settings(plan, document)
+    report(f"discarding channels {list(settings.channels) or 'none'}; no golden outputs")
+    return _Observed(settings, {}, document, None, None, None)
+
+
+def _settings(plan: Plan, document: dict[str, Any]) -> FeatureSettings:
+    return FeatureSettings(
+        channels=massive_channels(document) if plan.discard is None else list(plan.discard),
+        stage=plan.options.discard_stage,
+        adaln=plan.options.adaln,
+    )
 
 
 def _run_reference(
@@ -236,11 +307,7 @@ def _run_reference(
         report(f"calibrating on images with the unmodified {plan.family.transformer_class}")
         found = observe(plan, reference)
         document = found.document
-    settings = FeatureSettings(
-        channels=massive_channels(document) if plan.discard is None else list(plan.discard),
-        stage=options.discard_stage,
-        adaln=options.adaln,
-    )
+    settings = _settings(plan, document)
     cases = [Case(index, entries[index]) for index in golden_cases(len(entries))]
     seen = Survey()
     if options.surveys:
@@ -256,7 +323,7 @@ def _run_reference(
     return _Observed(settings, golden, document, found, seen.projection, pca)
 
 
-def _write_features(folder: Path, plan: Plan, made: Specialised) -> list[str]:
+def _write_features(folder: Path, plan: Plan, made: Specialised, progress: Progress) -> list[str]:
     """features.onnx, and what its program computes on the first golden image; its float32 products."""
     dynamic = plan.options.batch == "dynamic"
     batch = DYNAMIC_EXAMPLE if plan.options.batch == "dynamic" else plan.options.batch
@@ -265,7 +332,10 @@ def _write_features(folder: Path, plan: Plan, made: Specialised) -> list[str]:
     if dynamic:
         image = {0: torch.export.Dim("batch")}
         shapes = (image, tuple({} for _ in made.feeds[0])) if made.feeds[0] else (image,)
-    traced = write_onnx(made.graph, inputs, ["features"], folder / files.FEATURES, plan.options.opset, shapes)
+    path = folder / files.FEATURES
+    traced = write_onnx(made.graph, inputs, ["features"], path, plan.options.opset, shapes, progress)
+    if plan.options.golden == "none":
+        return traced.float32_products
     inputs["image"] = torch.from_numpy(golden_pair(plan.size)[:1].repeat(batch, axis=0))
     with np.load(folder / files.GOLDEN) as golden:
         write_trace(folder / files.TRACE, traced, inputs, golden, plan.grid, plan.options.ensemble)

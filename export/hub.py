@@ -12,18 +12,19 @@ _SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
 _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
-def download(model: str, revision: str | None, variant: str | None) -> Path:
+def download(model: str, revision: str | None, variant: str | None, unneeded: tuple[str, ...] = ()) -> Path:
     """The snapshot of a model; what an earlier call left in the hub's cache is used.
 
     Args:
         model: hub id; revision: branch, tag or commit.
         variant: of the weights.
+        unneeded: starts of the names of components whose weights are left out.
 
     Raises:
         InputError: no such model or revision, or a gated one.
         MissingComponent: the hub cannot be reached and the cache has nothing.
     """
-    return _snapshot(model, revision, lambda files: wanted_files(files, variant))
+    return _snapshot(model, revision, lambda files: wanted_files(files, variant, unneeded))
 
 
 def download_vae(model: str, revision: str | None) -> Path:
@@ -70,7 +71,7 @@ def _snapshot(model: str, revision: str | None, choose: Callable[[list[str]], li
             ) from error
 
 
-def wanted_files(files: Iterable[str], variant: str | None) -> list[str]:
+def wanted_files(files: Iterable[str], variant: str | None, unneeded: tuple[str, ...] = ()) -> list[str]:
     """The files of a repository that an export reads.
 
     Weights at the top (a second copy for other programs), pickles, and other variants than the one that
@@ -90,6 +91,8 @@ def wanted_files(files: Iterable[str], variant: str | None) -> list[str]:
         named = sorted(name for name in variants if name is not None)
         plain = None if None in variants or not named else named[0]
         chosen = variant if variant in variants else plain
+        if folder.startswith(unneeded):
+            chosen = "none of them"
         wanted += [path for path in here if path not in weights or variant_of(Path(path.name)) == chosen]
     return [str(path) for path in wanted]
 

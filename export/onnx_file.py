@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,9 +16,12 @@ from torch import nn
 
 from ditf.export.graph.quantised import TRANSLATIONS
 from ditf.export.naming import name_values
+from ditf.export.scratch import rest
 from ditf.runtime.errors import InputError
 
 DEFAULT_OPSET = 20
+Progress = Callable[[int, int], None]
+
 OPSETS = range(18, 26)  # torch's exporter writes an invalid Split at 17 and silently stamps 18 at 26
 
 
@@ -55,6 +58,7 @@ def write_onnx(
     path: Path,
     opset: int,
     dynamic_shapes: dict[str, Any] | tuple[Any, ...] | None = None,
+    progress: Progress = lambda done, total: None,
 ) -> Traced:
     """Trace `module` and write `path` and, if it has weights, `path`.data.
 
@@ -62,6 +66,7 @@ def write_onnx(
         inputs: example inputs by name, in the order of the module's forward.
         dynamic_shapes: {dimension: torch.export.Dim} for every argument of the module's forward, by name
             or in order; None for static shapes.
+        progress: called with the bytes of weights that are written, and of all.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
@@ -84,9 +89,24 @@ def write_onnx(
         products = [node for node in program.model.graph if node.op_type in ("MatMul", "Gemm")]
         wide = [str(node.name) for node in products if node.outputs[0].dtype == ir.DataType.FLOAT]
         _strip_metadata(program.model)
-        program.save(path, external_data=any(True for _ in module.parameters()))
+        _save(program.model, path, any(True for _ in module.parameters()), progress)
         check_onnx(path, opset)
     return Traced(program.exported_program, names, wide)
+
+
+def _save(model: ir.Model, path: Path, external: bool, progress: Progress) -> None:
+    """Write a model, tensor by tensor; no more than one of them is in memory."""
+    tensors = [value.const_value for value in model.graph.initializers.values()]
+    total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
+    done = [0]
+
+    def wrote(tensor: ir.TensorProtocol, info: Any) -> None:
+        rest()
+        done[0] += tensor.nbytes
+        progress(done[0], total)
+
+    ir.save(model, path, external_data=f"{path.name}.data" if external else None, callback=wrote)
+    progress(total, total)  # the smallest are in the model itself
 
 
 def _strip_metadata(model: ir.Model) -> None:

@@ -26,6 +26,7 @@ class ExportOptions(BaseModel):
         conditioning: "bake", "bank" or "live".
         timestep, prompt, class_label: one or, with a bank, several; class labels by number or name.
         prompts: a file of lines `name: prompt`.
+        prompt_embeds: files of embeddings (`ditf.export.embeddings`) in place of prompts.
         guidance: for guidance-distilled models.
         text_tokens: T5 tokens to keep, an approximation.
         discard: "auto" measures, "published" takes the family's, "none", or channels.
@@ -35,6 +36,7 @@ class ExportOptions(BaseModel):
         batch: images in one call of the graph, or "dynamic".
         calibration: what `ditf calibrate` wrote; "auto" takes its channels.
         calibration_images: folder of images instead of the built-in ones.
+        golden: "none" leaves the unmodified model out: nothing is measured, and nothing recorded for a check.
         output: bundle directory, bundles/<model>-l<k>-<precision> by default.
         command: recorded in the manifest.
     """
@@ -52,6 +54,7 @@ class ExportOptions(BaseModel):
     timestep: tuple[int, ...] = ()
     prompt: tuple[str, ...] = ()
     prompts: Optional[Path] = None
+    prompt_embeds: tuple[Path, ...] = ()
     class_label: tuple[str, ...] = ()
     guidance: Optional[float] = Field(None, ge=0, le=100, allow_inf_nan=False)
     text_tokens: Optional[int] = Field(None, ge=1)
@@ -68,6 +71,7 @@ class ExportOptions(BaseModel):
     opset: int = DEFAULT_OPSET
     calibration: Optional[Path] = None
     calibration_images: Optional[Path] = None
+    golden: Literal["reference", "none"] = "reference"
     output: Optional[Path] = None
     command: str = ""
 
@@ -77,7 +81,12 @@ class ExportOptions(BaseModel):
         unseen = self.precision == "float32" or not self.adaln  # else their range is measured with all others
         return self.pca is not None or (self.features_dtype == "float16" and unseen)
 
-    @field_validator("timestep", "prompt", "class_label", mode="before")
+    @property
+    def unneeded(self) -> tuple[str, ...]:
+        """Components of the checkpoint, by the start of their names, that need not be there."""
+        return ("text_encoder", "tokenizer") if self.prompt_embeds else ()
+
+    @field_validator("timestep", "prompt", "class_label", "prompt_embeds", mode="before")
     @classmethod
     def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
         if value is None:

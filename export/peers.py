@@ -68,7 +68,9 @@ def torch_peer(manifest: Manifest, name: str, model: str | None = None) -> Itera
             raise InputError(f"{options.model} is not the {manifest.model['family']} of this bundle")
         with torch.no_grad():
             entry = encode(plan.entries, plan.family, checkpoint, plan.guidance)[0]
-            reference = Reference(checkpoint, plan.family, plan.layer, plan.size, plan.noise(), plan.latents)
+            reference = Reference(
+                checkpoint, plan.family, plan.layer, plan.size, plan.noise(), plan.latents, resident=True
+            )
             reference.moved(device, dtype, compiled=name == "compile")
             reference.under(entry.condition, entry.timestep)
         discard = manifest.discard

@@ -94,6 +94,7 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     plan = decide(options, checkpoint, vae)
     family = plan.family
     check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
+    checkpoint.check_weights(options.unneeded)
     return plan
 
 
@@ -128,6 +129,7 @@ def decide(options: ExportOptions, checkpoint: Checkpoint, vae: Part | None = No
     size = _size(options.size or defaults.size, family, latents)
     guidance = _guidance(options, family, defaults)
     _check_text_tokens(options, family)
+    _check_golden(options)
     cell = latents.stride * family.patch_size
     _check_pca(options, family, (size[0] // cell) * (size[1] // cell))
     return Plan(
@@ -182,6 +184,31 @@ def _check_text_tokens(options: ExportOptions, family: Family) -> None:
             f"--text-tokens {options.text_tokens}: {family.name} pads its text to multiples of"
             f" {family.text_multiple}",
             f"the next is {longer}",
+        )
+
+
+def _check_golden(options: ExportOptions) -> None:
+    """What would be measured on the unmodified model has to be given where it does not run."""
+    if options.golden != "none":
+        return
+    if options.pca is not None:
+        raise InputError(
+            "--pca is learned from the model, and --golden none leaves it out", "give one of them"
+        )
+    if options.surveys:
+        raise InputError(
+            "--features-dtype float16 needs the features' range, and --golden none measures nothing",
+            "leave one of them out",
+        )
+    if options.calibration is None and options.discard == "auto":
+        raise InputError(
+            "--discard auto measures, and --golden none measures nothing",
+            "add --calibration FILE (ditf calibrate), or --discard none, published or channels",
+        )
+    if options.calibration is None and options.precision != "float32":
+        raise InputError(
+            f"a {options.precision} graph needs measured ranges, and --golden none measures nothing",
+            "add --calibration FILE (ditf calibrate), or --precision fp32",
         )
 
 

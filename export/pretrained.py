@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import inspect
+import logging
+import shutil
+import tempfile
 import warnings
+import weakref
 from collections.abc import Mapping
 from pathlib import Path
 from types import UnionType
@@ -13,6 +17,7 @@ import diffusers
 import torch
 
 from ditf.export.checkpoint import Checkpoint
+from ditf.export.streaming import streams
 from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
 
@@ -173,6 +178,8 @@ def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
 def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     """The checkpoint's pipeline with its tokenizers and text encoders, in float32, and no transformer or VAE.
 
+    Of encoders too large to hold the weights are read as they are used.
+
     Args:
         classes: pipelines of the family; the checkpoint's own if it is one of them, else the first.
 
@@ -181,22 +188,42 @@ def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
     """
     own = checkpoint.index().get("_class_name")
     pipeline_class = getattr(diffusers, own if own in classes else classes[0])
-    encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
-    present = [name for name in encoders if checkpoint.has(name)]
-    variants = {checkpoint.loading_variant(name) for name in present}
-    # Where all have the variant only, it must be named; where some do, from_pretrained finds the others.
-    variant = next((name for name in variants if name is not None), None)
-    absent = {name: None for name, entry in checkpoint.index().items() if entry == [None, None]}
-    absent |= {"transformer": None, "vae": None}
-    pipeline = _from_pretrained(pipeline_class, checkpoint.path, variant=variant, **absent)
+    given: dict[str, Any] = {
+        name: None for name, entry in checkpoint.index().items() if entry == [None, None]
+    }
+    given |= {"transformer": None, "vae": None}
+    for name, entry in checkpoint.index().items():
+        if name.startswith("text_encoder") and name not in given and checkpoint.has(name):
+            given[name] = _load_encoder(checkpoint, name, entry)
+    pipeline = _from_pretrained(pipeline_class, checkpoint.path, **given)
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
         if getattr(pipeline, name, "not of this pipeline") is None:
             raise InputError(f"{checkpoint.id} has no {name}", "save or download the whole pipeline")
-    for name in present:
-        encoder = getattr(pipeline, name, None)
-        if encoder is not None:
-            encoder.to(torch.float32)
     return pipeline
+
+
+def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
+    """A text encoder in float32; of a large one the weights are read when they are used."""
+    import transformers
+
+    folder = checkpoint.path / name
+    library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
+    encoder_class = getattr(transformers, str(class_name), None) if library == "transformers" else None
+    if not hasattr(encoder_class, "from_pretrained"):
+        raise InputError(
+            f"{checkpoint.id} has no {name} of transformers {transformers.__version__}, but {entry!r:.80}",
+            "run: pip install --upgrade transformers",
+        )
+    options = {"variant": checkpoint.loading_variant(name), "dtype": torch.float32}
+    if not streams(checkpoint.stored(name)[0]):
+        return _from_pretrained(encoder_class, folder, **options).eval()
+    # Where a weight is not stored as it is used, from_pretrained writes it here.
+    rewritten = tempfile.mkdtemp(prefix="ditf-encoder-")
+    encoder = _from_pretrained(
+        encoder_class, folder, **options, device_map={"": "disk"}, offload_folder=rewritten
+    )
+    weakref.finalize(encoder, shutil.rmtree, rewritten, ignore_errors=True)
+    return encoder.eval()
 
 
 def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
@@ -221,6 +248,7 @@ def quieten_libraries() -> None:
     """Stop the bars and the advice that diffusers and transformers print for their own users."""
     import transformers
 
-    for logging in (diffusers.utils.logging, transformers.utils.logging):
-        logging.set_verbosity_error()
-        logging.disable_progress_bar()
+    for library in (diffusers.utils.logging, transformers.utils.logging):
+        library.set_verbosity_error()
+        library.disable_progress_bar()
+    logging.getLogger("accelerate").setLevel(logging.ERROR)

@@ -28,6 +28,7 @@ from ditf.export.graph.precision import MEASURING
 from ditf.export.graph.taps import Where, branch_of, recording
 from ditf.export.plan import Plan
 from ditf.export.reference import FeatureSettings
+from ditf.export.scratch import resting
 from ditf.export.specialise import specialise
 from ditf.runtime.errors import GateFailed
 
@@ -68,7 +69,7 @@ def measure_ranges(
         made = specialise(replace(plan, precision=MEASURING), entries, noise, bare)
     maxima: dict[str, torch.Tensor] = {}
     watched = _watching(made.graph.encoder, seen), _watching_inputs(made.graph.trunk, maxima)
-    with recording(seen.record), watched[0], watched[1]:
+    with recording(seen.record), watched[0], watched[1], resting():
         for number, image in enumerate(images):
             for index in golden_cases(len(made.feeds)) if number == 0 else (0,):
                 feeds = made.feeds[index]

@@ -22,6 +22,7 @@ from ditf.export.families.base import Condition, Family
 from ditf.export.latents import LatentSpace
 from ditf.export.noise import ddpm_scheduler, noise_level
 from ditf.export.pretrained import load_model
+from ditf.export.streaming import stream_model, streams
 from ditf.runtime.errors import MissingComponent
 
 
@@ -54,6 +55,8 @@ class Reference:
         size: (H, W) of the images in pixels.
         noise: eps, float32 [E, c, h, w].
         latents: what encodes images; the checkpoint's own VAE by default.
+        resident: hold all of it in memory, to move it; else a large model's weights are read as they are
+            used, up to block k and no further, in every pass.
     """
 
     def __init__(
@@ -64,11 +67,17 @@ class Reference:
         size: tuple[int, int],
         noise: torch.Tensor,
         latents: LatentSpace | None = None,
+        resident: bool = False,
     ) -> None:
         transformer_class = getattr(diffusers, family.transformer_class)
         self._family = family
         self._layer = layer
-        self._transformer = load_model(transformer_class, checkpoint, "transformer")
+        self._transformer: Any
+        if resident or not streams(checkpoint.stored("transformer")[0]):
+            self._transformer = load_model(transformer_class, checkpoint, "transformer")
+        else:
+            weights = checkpoint.weights("transformer")
+            self._transformer = stream_model(transformer_class, family.config, weights)
         self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels)
         self._vae = self._latents.load_vae() if self._latents.vae else None
         self._scheduler = checkpoint.config("scheduler")
@@ -103,7 +112,7 @@ class Reference:
         return value.to(self._device, self._dtype if wide else value.dtype)
 
     def moved(self, device: str, dtype: torch.dtype, compiled: bool = False) -> Reference:
-        """The same model elsewhere, for timing it: what it gives is then no reference.
+        """The same model, resident, elsewhere, for timing it: what it gives is then no reference.
 
         Args:
             compiled: compile the blocks before k with torch.compile.

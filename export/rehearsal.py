@@ -17,8 +17,10 @@ import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ditf.calib.images import golden_pair
 from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
 from ditf.export.graph.features import FeaturesGraph
+from ditf.export.scratch import resting
 from ditf.runtime.errors import GateFailed
 
 _SHORT = {torch.float16, torch.bfloat16}
@@ -75,17 +77,40 @@ def rehearse(
                 cases[index] = (arrays[f"rows_{index}"], arrays[f"features_{index}"])
     measured = []
     for index, (rows, expected) in cases.items():
-        with Float32Accumulation():
+        with resting(), Float32Accumulation():
             tokens = graph(image, *feeds[index].values())[0].flatten(1).T
         measured.append(feature_parity(tokens[torch.from_numpy(rows)].numpy(), expected))
     metrics = worst(measured)
     limits = {**TOLERANCES[precision], **CEILINGS[precision]}
     for gate in gates(metrics, limits):
         if not gate.ok:
-            fix = "this is a defect of ditf" if precision == "float32" else "export with --precision fp32"
             raise GateFailed(
                 f"the {precision} graph does not match the model: {gate.name} {gate.value:.6g},"
                 f" limit {gate.limit:g}",
-                fix,
+                _fix(precision),
             )
     return metrics
+
+
+@torch.no_grad()
+def rehearse_alone(
+    graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], size: tuple[int, int], precision: str
+) -> None:
+    """Run the module where there is nothing to compare it with: it should at least give numbers.
+
+    Args:
+        graph, precision: as for `rehearse`; feeds: of one condition.
+        size: (H, W) of the image.
+
+    Raises:
+        GateFailed: features that are NaN or infinite.
+    """
+    image = torch.from_numpy(golden_pair(size)[:1])
+    with resting(), Float32Accumulation():
+        features = graph(image, *feeds.values())
+    if not torch.isfinite(features).all():
+        raise GateFailed(f"the {precision} graph gives features that are not finite", _fix(precision))
+
+
+def _fix(precision: str) -> str:
+    return "this is a defect of ditf" if precision == "float32" else "export with --precision fp32"

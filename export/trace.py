@@ -14,6 +14,7 @@ from ditf.calib.bisect import boundary_error, image_tokens
 from ditf.calib.sketch import sketch
 from ditf.export.onnx_file import Traced
 from ditf.export.rehearsal import Float32Accumulation
+from ditf.export.scratch import resting
 from ditf.runtime.manifest import HIDDEN_STATES, hidden_states_name
 
 _LEFT_OUT = (
@@ -43,7 +44,7 @@ def write_trace(
         golden: arrays of golden.npz; grid: (h, w) of the features.
     """
     recorder = _Recorder(traced)
-    with Float32Accumulation():
+    with resting(), Float32Accumulation():
         recorder.run(*inputs.values())
     hidden_states = (
         image_tokens(recorder.kept[hidden_states_name(index)], grid, ensemble)

@@ -25,7 +25,7 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.cli.export import needs_exporter, options_of
+from ditf.cli.export import PromptEmbedsOption, needs_exporter, options_of
 from ditf.runtime.errors import InputError
 
 
@@ -45,6 +45,7 @@ def calibrate(
     prompts: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="Prompts for a bank, in lines 'name: prompt'.")
     ] = None,
+    prompt_embeds: PromptEmbedsOption = None,
     class_label: Annotated[
         Optional[list[str]], typer.Option(help="For class-conditional models; repeat it for a bank.")
     ] = None,
@@ -79,6 +80,7 @@ def calibrate(
         "conditioning": conditioning,
         "prompt": prompt,
         "prompts": prompts,
+        "prompt_embeds": prompt_embeds,
         "class_label": class_label,
         "guidance": guidance,
         "text_tokens": text_tokens,

@@ -65,6 +65,11 @@ def check(
     if plot is not None:
         check_picture(plot, "check")
     opened = Bundle.open(bundle)
+    if not opened.manifest.golden:
+        raise InputError(
+            f"{bundle} was exported with --golden none: there is nothing to compare it with",
+            "export it again without --golden none",
+        )
     opened.verify(opened.manifest.files)
     limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
     golden = opened.read_arrays(GOLDEN)

@@ -10,6 +10,7 @@ import re
 import sys
 import tempfile
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,6 +21,8 @@ import typer
 from ditf.runtime.errors import InputError, missing_extra
 
 SCHEMA = 1  # of every --json document
+_MANY = 100 << 20  # bytes that a log says anything about
+_BETWEEN = 10.0  # seconds from one line of a log to the next, of the same stage
 
 
 class _State:
@@ -99,31 +102,78 @@ def show(text: str) -> None:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
+class Stages(ABC):
+    """Progress of work in stages."""
+
+    @abstractmethod
+    def __call__(self, stage: str) -> None:
+        """A stage starts; says which."""
+
+    @abstractmethod
+    def amount(self, done: int, total: int) -> None:
+        """Bytes of the stage that are done, and of all."""
+
+
+class _Quiet(Stages):
+    def __call__(self, stage: str) -> None:
+        pass
+
+    def amount(self, done: int, total: int) -> None:
+        pass
+
+
+class _Lines(Stages):
+    """Lines in a log; of bytes one every so often, and none of what is quick."""
+
+    def __init__(self, total: int) -> None:
+        self._total = total
+        self._done = 0
+        self._start = self._said = time.monotonic()
+
+    def __call__(self, stage: str) -> None:
+        self._done += 1
+        self._said = time.monotonic()
+        say(f"[{self._done}/{self._total} {self._said - self._start:5.1f}s] {stage}")
+
+    def amount(self, done: int, total: int) -> None:
+        now = time.monotonic()
+        if total > _MANY and now - self._said > _BETWEEN:
+            self._said = now
+            say(f"[{self._done}/{self._total} {now - self._start:5.1f}s] {_amount(done, total)}")
+
+
+class _Bar(Stages):
+    def __init__(self, progress: Any, total: int) -> None:
+        self._progress = progress
+        self._task = progress.add_task("", total=total, completed=-1)
+        self._stage = ""
+
+    def __call__(self, stage: str) -> None:
+        self._stage = stage
+        self._progress.update(self._task, description=stage, advance=1)
+
+    def amount(self, done: int, total: int) -> None:
+        self._progress.update(self._task, description=f"{self._stage}: {_amount(done, total)}")
+
+
+def _amount(done: int, total: int) -> str:
+    return f"{bytes_text(done)} of {bytes_text(max(done, total))}"
+
+
 @contextmanager
-def stages(total: int) -> Iterator[Callable[[str], None]]:
-    """Progress of work in stages: a bar on a terminal, plain lines in a log, nothing with --quiet.
-
-    Yields a function to call with a description when a stage starts.
-    """
-    start = time.monotonic()
+def stages(total: int) -> Iterator[Stages]:
+    """Progress of work in stages: a bar on a terminal, plain lines in a log, nothing with --quiet."""
     if state.quiet:
-        yield lambda stage: None
+        yield _Quiet()
     elif not sys.stderr.isatty():
-        done = [0]
-
-        def plain(stage: str) -> None:
-            done[0] += 1
-            say(f"[{done[0]}/{total} {time.monotonic() - start:5.1f}s] {stage}")
-
-        yield plain
+        yield _Lines(total)
     else:
         from rich.console import Console
         from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
         columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
         with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-            task = progress.add_task("", total=total, completed=-1)
-            yield lambda stage: progress.update(task, description=stage, advance=1)
+            yield _Bar(progress, total)
 
 
 @contextmanager

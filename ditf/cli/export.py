@@ -20,6 +20,7 @@ from ditf.cli.console import (
     check_writable,
     parse_size,
     pca_text,
+    replacing,
     show,
     stages,
     state,
@@ -32,6 +33,15 @@ from ditf.runtime.flavour import choose
 
 if TYPE_CHECKING:
     from ditf.export.options import ExportOptions
+
+
+PromptEmbedsOption = Annotated[
+    Optional[list[Path]],
+    typer.Option(
+        metavar="FILE",
+        help="Embeddings instead of a prompt: text encoders need not be there; repeat for a bank.",
+    ),
+]
 
 
 def export(
@@ -68,6 +78,11 @@ def export(
     ] = None,
     prompts: Annotated[
         Optional[Path], typer.Option(metavar="FILE", help="Prompts for a bank, in lines 'name: prompt'.")
+    ] = None,
+    prompt_embeds: PromptEmbedsOption = None,
+    save_prompt_embeds: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help="Only encode the prompt, for --prompt-embeds on another machine."),
     ] = None,
     class_label: Annotated[
         Optional[list[str]],
@@ -114,6 +129,13 @@ def export(
         Optional[Path],
         typer.Option(metavar="DIR", help="For --discard auto and --pca; built-in by default."),
     ] = None,
+    golden: Annotated[
+        str,
+        typer.Option(
+            metavar="reference|none",
+            help="Run the unmodified model, which ditf check compares with; none leaves it out.",
+        ),
+    ] = "reference",
     output: Annotated[
         Optional[Path],
         typer.Option(
@@ -127,7 +149,7 @@ def export(
     quiet: QuietOption = False,
 ) -> None:
     """Trace a checkpoint up to a layer and write a bundle."""
-    check_writable(json_file)
+    check_writable(json_file, save_prompt_embeds, inputs=prompt_embeds or ())
     values: dict[str, Any] = {
         "model": model,
         "revision": revision,
@@ -140,6 +162,7 @@ def export(
         "timestep": timestep,
         "prompt": prompt,
         "prompts": prompts,
+        "prompt_embeds": prompt_embeds,
         "class_label": class_label,
         "guidance": guidance,
         "text_tokens": text_tokens,
@@ -156,6 +179,7 @@ def export(
         "opset": opset,
         "calibration": calibration,
         "calibration_images": calibration_images,
+        "golden": golden,
         "output": output,
         "command": state.command,
     }
@@ -170,8 +194,15 @@ def export(
         if not state.verbose:
             quieten_libraries()  # before the exporter imports what warns
         from ditf.export.exporter import export_bundle, stage_count
+        from ditf.export.save_prompt import save_prompt
+    if save_prompt_embeds is not None:
+        with replacing(save_prompt_embeds) as temporary:
+            name = save_prompt(options, temporary)
+        show(f"{save_prompt_embeds}: embeddings of {name!r}")
+        write_json(json_file, {"prompt_embeds": str(save_prompt_embeds), "prompt": name})
+        return
     with stages(stage_count(options)) as report:
-        path = export_bundle(options, report)
+        path = export_bundle(options, report, report.amount)
     manifest = Bundle.open(path).manifest
     size_text = bytes_text(sum(file["bytes"] for file in manifest.files.values()))
     height, width = manifest.size

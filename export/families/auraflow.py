@@ -13,7 +13,13 @@ from torch import nn
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.graph.auraflow import NORM_EPS, AuraFlowJointBlock, AuraFlowSingleBlock, Stream
-from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import (
+    MODULATION,
+    Conditioner,
+    LinearRows,
+    Projection,
+    with_constant_frequencies,
+)
 from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, JointTrunk
 from ditf.export.graph.layers import Linear, constant, read_linear
 from ditf.export.graph.modulation import ModulatedNorm
@@ -88,10 +94,9 @@ class AuraFlow(Family):
         joint = min(spec.layer, self.config["num_mmdit_layers"])
         names = [f"{self.block_name(i)}.{norm}" for i in range(joint) for norm in ("norm1", "norm1_context")]
         names += [f"{self.block_name(i)}.norm1" for i in range(joint, spec.layer + 1)]
-        linears = []
-        for name, rows in zip(names, [*self._sizes(spec.layer), NORM_ROWS], strict=True):
-            weight, bias = read_linear(weights, f"{name}.linear")
-            linears.append((weight[: rows * self.channels], bias))
+        sizes = [*self._sizes(spec.layer), NORM_ROWS]
+        parts = [(f"{name}.linear", rows * self.channels) for name, rows in zip(names, sizes, strict=True)]
+        linears = LinearRows(weights, parts)
         return _Conditioner(weights, self.channels, linears, spec.layer > 0, spec.precision)
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
@@ -154,14 +159,14 @@ class _Conditioner(Conditioner):
         self,
         weights: Weights,
         channels: int,
-        linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
+        linears: LinearRows,
         text: bool,
         precision: Precision,
     ) -> None:
         super().__init__()
         projection = weights.load_into(lambda: TimestepEmbedding(256, channels), "time_step_proj")
         self.embedding = with_constant_frequencies(_TimeEmbedding(projection))
-        self.projection = Projection(linears, precision.of(MODULATION))
+        self.projection = Projection(linears, precision.of(MODULATION), channels)
         self.context: Linear | None = None
         if text:
             self.context = Linear(*read_linear(weights, "context_embedder"), torch.float32)

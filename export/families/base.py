@@ -163,6 +163,9 @@ class Family(ABC):
     short_text: ClassVar[int | None] = None
     """Text tokens of a short prompt, where what is masked after them is dropped."""
 
+    longest_text: ClassVar[int | None] = None
+    """Text tokens at the most, where some checkpoints read more than `example_condition` has."""
+
     @abstractmethod
     def example_condition(self) -> Condition:
         """Tensors as `encode_conditions` makes them, their values aside: nothing is masked."""

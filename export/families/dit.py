@@ -12,8 +12,13 @@ from torch import nn
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
 from ditf.export.families.sincos import sincos_embedder
-from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
-from ditf.export.graph.layers import read_linear
+from ditf.export.graph.condition import (
+    MODULATION,
+    Conditioner,
+    LinearRows,
+    Projection,
+    with_constant_frequencies,
+)
 from ditf.export.graph.modulation import ModulatedNorm
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.stream import ROWS, StreamBlock, StreamTrunk
@@ -73,11 +78,8 @@ class DiT(Family):
         embedding = weights.load_into(
             lambda: CombinedTimestepLabelEmbeddings(self.null_class, self.channels), f"{norm}.emb"
         )
-        weight, bias = read_linear(weights, f"{norm}.linear")
-        kept = slice(rows * self.channels)
-        return embedding, Projection(
-            [(weight[kept], None if bias is None else bias[kept])], precision.of(MODULATION)
-        )
+        linear = LinearRows(weights, [(f"{norm}.linear", rows * self.channels)])
+        return embedding, Projection(linear, precision.of(MODULATION), self.channels)
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> StreamTrunk:
         self.require(

@@ -13,7 +13,13 @@ from torch import nn
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.mmdit import stream_rows
-from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import (
+    MODULATION,
+    Conditioner,
+    LinearRows,
+    Projection,
+    with_constant_frequencies,
+)
 from ditf.export.graph.joint import (
     NORM_ROWS,
     JointBlock,
@@ -121,7 +127,8 @@ class Flux2(Family):
         doubles = self._doubles(spec.layer)
         shared = [_DOUBLE_IMAGE, _DOUBLE_TEXT] * doubles + [_SINGLE] * (spec.layer - doubles)
         shared.append(_DOUBLE_IMAGE if spec.layer < self.config["num_layers"] else _SINGLE)
-        linears, count = [], 0
+        parts: list[tuple[str, int]] = []
+        count = 0
         starts: dict[str, int] = {}
         rows: list[int] = []
         for name, used in zip(
@@ -129,8 +136,8 @@ class Flux2(Family):
         ):
             if name not in starts:
                 starts[name] = count
-                linears.append(read_linear(weights, name))
-                count += len(linears[-1][0]) // self.channels
+                parts.append((name, weights.shapes[f"{name}.weight"][0]))
+                count += parts[-1][1] // self.channels
             rows += range(starts[name], starts[name] + used)
         embedding = weights.load_into(
             lambda: Flux2TimestepGuidanceEmbeddings(
@@ -139,7 +146,8 @@ class Flux2(Family):
             "time_guidance_embed",
         )
         context = Linear(*read_linear(weights, "context_embedder"), torch.float32) if spec.layer else None
-        return _Conditioner(embedding, Projection(linears, spec.precision.of(MODULATION)), rows, context)
+        projection = Projection(LinearRows(weights, parts), spec.precision.of(MODULATION), self.channels)
+        return _Conditioner(embedding, projection, rows, context)
 
     def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
         self.require(guidance_embeds=(False,), patch_size=(1,), eps=(1e-6,))

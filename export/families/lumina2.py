@@ -12,7 +12,13 @@ from torch import nn
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
-from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import (
+    MODULATION,
+    Conditioner,
+    LinearRows,
+    Projection,
+    with_constant_frequencies,
+)
 from ditf.export.graph.layers import Rotary, read_linear
 from ditf.export.graph.modulation import ModulatedRMSNorm
 from ditf.export.graph.precision import Precision
@@ -101,11 +107,11 @@ class Lumina2(Family):
         }
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        linears = []
-        for index in range(spec.layer + 1):
-            rows = slice((ROWS if index < spec.layer else 1) * self.channels)
-            weight, bias = read_linear(weights, f"{self.block_name(index)}.norm1.linear")
-            linears.append((weight[rows], None if bias is None else bias[rows]))
+        sizes = [ROWS] * spec.layer + [1]
+        linears = LinearRows(
+            weights,
+            [(f"{self.block_name(i)}.norm1.linear", rows * self.channels) for i, rows in enumerate(sizes)],
+        )
         width = min(self.channels, _TIME_WIDTH)
         time = weights.load_into(
             lambda: TimestepEmbedding(256, width), "time_caption_embed.timestep_embedder"

@@ -7,7 +7,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
-from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import (
+    MODULATION,
+    Conditioner,
+    LinearRows,
+    Projection,
+    with_constant_frequencies,
+)
 from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
 from ditf.export.graph.layers import Linear, read_linear
 from ditf.export.graph.precision import Precision
@@ -51,12 +57,8 @@ class PooledConditioner(Conditioner):
     ) -> None:
         super().__init__()
         self.embedding = with_constant_frequencies(embedding)
-        used = []
-        for name, rows in linears:
-            weight, bias = read_linear(weights, name)
-            kept = slice(rows * channels)
-            used.append((weight[kept], None if bias is None else bias[kept]))
-        self.projection = Projection(used, precision.of(MODULATION))
+        used = LinearRows(weights, [(name, rows * channels) for name, rows in linears])
+        self.projection = Projection(used, precision.of(MODULATION), channels)
         self.context = None
         if context is not None:
             self.context = Linear(*read_linear(weights, context), torch.float32)  # writes the residual

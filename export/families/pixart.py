@@ -35,6 +35,7 @@ class PixArt(Family):
     text_stream = False
     ddpm = True
     short_text = 8
+    longest_text = max(_TEXT_LIMIT.values())
     defaults = Defaults(
         timestep=261,
         prompt="a photo",

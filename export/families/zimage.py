@@ -13,7 +13,13 @@ from torch import nn
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
-from ditf.export.graph.condition import MODULATION, Conditioner, Projection, with_constant_frequencies
+from ditf.export.graph.condition import (
+    MODULATION,
+    Conditioner,
+    LinearRows,
+    Projection,
+    with_constant_frequencies,
+)
 from ditf.export.graph.layers import Rotary, read_linear
 from ditf.export.graph.modulation import ModulatedRMSNorm
 from ditf.export.graph.precision import Precision
@@ -128,11 +134,14 @@ class ZImage(Family):
         return tokens[..., :count, :], tokens[..., _padded(count) :, :]
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        linears = []
-        for index in range(spec.layer + 1):
-            rows = slice((ROWS if index < spec.layer else 1) * self.channels)
-            weight, bias = read_linear(weights, f"{self.block_name(index)}.adaLN_modulation.0")
-            linears.append((weight[rows], None if bias is None else bias[rows]))
+        sizes = [ROWS] * spec.layer + [1]
+        linears = LinearRows(
+            weights,
+            [
+                (f"{self.block_name(i)}.adaLN_modulation.0", rows * self.channels)
+                for i, rows in enumerate(sizes)
+            ],
+        )
         width = min(self.channels, _TIME_WIDTH)
         time = weights.load_into(lambda: TimestepEmbedder(width, _TIME_HIDDEN), "t_embedder")
         embedding = with_constant_frequencies(_TimeEmbedding(time, self.config["t_scale"]))

@@ -5,15 +5,17 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from diffusers.models.embeddings import Timesteps
 from torch import nn
 
-from ditf.export.graph.layers import Linear, constant
-from ditf.export.graph.taps import Where
+from ditf.export.graph.layers import Linear, constant, read_linear
+from ditf.export.graph.taps import Where, tap
 from ditf.export.graph.trunk import Given
 from ditf.export.noise import NoiseLevel
+from ditf.export.weights import Weights
 
 LEVEL = "level"
 MODULATION = "modulation"
@@ -79,11 +81,36 @@ def with_constant_frequencies(embedding: nn.Module) -> nn.Module:
     return embedding
 
 
+class LinearRows(Sequence[tuple[torch.Tensor, torch.Tensor | None]]):
+    """The first outputs of linear layers of a checkpoint, each read anew whenever it is asked for.
+
+    Args:
+        parts: name of each linear, and how many of its outputs are used.
+    """
+
+    def __init__(self, weights: Weights, parts: Sequence[tuple[str, int]]) -> None:
+        self._weights = weights
+        self._parts = list(parts)
+
+    def __len__(self) -> int:
+        return len(self._parts)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Weight [out, in] and bias of one."""
+        name, rows = self._parts[index]
+        weight, bias = read_linear(self._weights, name)
+        return weight[:rows], None if bias is None else bias[:rows]
+
+
 class Projection(nn.Module):
-    """silu(x) W + b -> modulation rows [R, C], float32; the stacked AdaLN linears of all blocks.
+    """silu(x) W + b -> modulation rows [R, C], float32; the AdaLN linears of all blocks.
+
+    They are a third of FLUX.1's parameters, and of a condition that is baked in nothing but their product is
+    needed: each is read, multiplied and forgotten. For a graph that has them, `stack` makes them one linear.
 
     Args:
         linears: weight [n C, D] and bias of each AdaLN linear, in the order of the rows.
+        dtype: of the stacked linear.
         channels: C, where it is not D, the width of the condition.
         activated: False where x itself is read, without the silu.
     """
@@ -98,18 +125,62 @@ class Projection(nn.Module):
         super().__init__()
         self.activated = activated
         self.channels = channels or linears[0][0].shape[1]
-        biases = [bias for _, bias in linears if bias is not None]
+        self.dtype = dtype
+        self.where = Where(MODULATION, "condition")
+        self.linears = linears
+        self.linear: Linear | None = None
+
+    def stack(self) -> None:
+        """Make it one linear, a parameter of this module."""
+        if self.linear is not None:
+            return
+        pairs = list(self.linears)
+        biases = [bias for _, bias in pairs if bias is not None]
         self.linear = Linear(
-            torch.cat([weight for weight, _ in linears]),
+            torch.cat([weight for weight, _ in pairs]),
             torch.cat(biases) if biases else None,
-            dtype,
-            Where(MODULATION, "condition"),
+            self.dtype,
+            self.where,
         )
+
+    def keep(self) -> None:
+        """Read the linears once, for several conditions."""
+        self.linears = [(constant(weight.T).T, bias) for weight, bias in self.linears]
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """[1, D] -> [R, C]."""
-        packed = self.linear(nn.functional.silu(embedding) if self.activated else embedding)[0]
+        x = nn.functional.silu(embedding) if self.activated else embedding
+        packed = self._multiplied(x) if self.linear is None else self.linear(x)[0]
         return packed.unflatten(0, (-1, self.channels)).to(torch.float32)
+
+    def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
+        """The same product [R C], bit for bit: columns of one matrix [D, R C] do not see each other."""
+        tap(self.where, "input", x)
+        parts, extremes, biases = [], [], []
+        for weight, bias in self.linears:
+            y = (x @ weight.T.contiguous())[0]
+            parts.append(y if bias is None else y + bias)
+            extremes.append(torch.stack(torch.aminmax(weight)))
+            if bias is not None:
+                biases.append(bias)
+        tap(self.where, "weight", torch.cat(extremes))
+        if biases:
+            tap(self.where, "weight", torch.cat(biases))
+        return tap(self.where, "output", torch.cat(parts))
+
+
+def stack_projections(conditioner: nn.Module) -> None:
+    """Make the AdaLN linears of a conditioner parameters of it: the graph has them."""
+    for module in conditioner.modules():
+        if isinstance(module, Projection):
+            module.stack()
+
+
+def keep_projections(conditioner: nn.Module) -> None:
+    """Read the AdaLN linears of a conditioner once, for several conditions."""
+    for module in conditioner.modules():
+        if isinstance(module, Projection):
+            module.keep()
 
 
 class ConditionSource(nn.Module, ABC):
@@ -159,6 +230,7 @@ class LiveCondition(ConditionSource):
 
     def __init__(self, conditioner: Conditioner, levels: torch.Tensor) -> None:
         super().__init__()
+        stack_projections(conditioner)
         self.conditioner = conditioner
         self.levels = constant(levels)
         self.inputs = (*conditioner.inputs, TIMESTEP)

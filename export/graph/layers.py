@@ -14,6 +14,7 @@ from torch.nn import functional
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.smoothing import Columns
 from ditf.export.graph.taps import Stream, Where, joined, tap
+from ditf.export.scratch import spilled
 from ditf.export.weights import Weights
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -21,8 +22,8 @@ Rotary = tuple[torch.Tensor, torch.Tensor]
 
 
 def constant(tensor: torch.Tensor) -> nn.Parameter:
-    """A frozen parameter: named in the graph, counted in the manifest."""
-    return nn.Parameter(tensor.detach().clone().contiguous(), requires_grad=False)
+    """A frozen parameter: named in the graph, counted in the manifest; in the scratch file if one is open."""
+    return nn.Parameter(spilled(tensor.detach()), requires_grad=False)
 
 
 class Linear(nn.Module):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +24,7 @@ def test_the_first_command(ditf, tmp_path):
     done = ditf("export", "--layer", "9", "--fp16", "--size", "64x64", "--json", "export.json")
     assert done.returncode == 0, done.stderr
     assert "layer 9 = block.9 of 12" in done.stdout
-    assert "[10/10" in done.stderr  # plain lines in a log
+    assert "[11/11" in done.stderr  # plain lines in a log
     bundle = tmp_path / "bundles" / "demo-l9-fp16"
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["command"] == "ditf export --layer 9 --fp16 --size 64x64 --json export.json"
@@ -164,3 +166,43 @@ def test_exceptions_are_printed_and_inspected(ditf, tmp_path):
     assert re.search(rf"recipe: .*{FEED_FORWARD} scaled by 2\*\*-\d", done.stderr)
     shown = ditf("inspect", "b").stdout
     assert re.search(rf"{FEED_FORWARD} +scaled by 2\*\*-\d +(gated|emitted) of .* reaches 1e\+06", shown)
+
+
+def test_embeddings_go_from_one_machine_to_another(ditf, checkpoint, tmp_path):
+    """Where they go there are no encoders, and here no reference either: then nothing can be checked."""
+    model = checkpoint("flux")
+    done = ditf("export", "--model", model, "--prompt", "a cat", "--save-prompt-embeds", "cat.safetensors")
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "cat.safetensors: embeddings of 'a cat'\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["cat.safetensors"]
+    bare = tmp_path / "bare"
+    shutil.copytree(model, bare, ignore=shutil.ignore_patterns("text_encoder*", "tokenizer*"))
+    arguments = ["--model", bare, "--layer", "0", "--size", "48x80", "--prompt-embeds", "cat.safetensors"]
+    done = ditf("export", *arguments, "--golden", "none", "--discard", "none", "-o", "b")
+    assert done.returncode == 0, done.stderr
+    manifest = read_manifest(tmp_path / "b")
+    sha256 = hashlib.sha256((tmp_path / "cat.safetensors").read_bytes()).hexdigest()
+    assert manifest.prompt == "a cat"
+    assert manifest.conditions[0]["prompt_embeds"] == sha256
+    for flags in ([], ["--ranges"], ["--ladder"], ["--bisect"]):
+        done = ditf("check", "b", *flags)
+        assert done.returncode == 2
+        assert "exported with --golden none: there is nothing to compare it with; export it" in done.stderr
+        assert not done.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--golden", "maybe"], "--golden maybe: "),
+        (["--golden", "none"], "--discard auto measures"),
+        (["--prompt-embeds", "absent.safetensors"], "dit reads no text"),
+        (["--save-prompt-embeds", "x.safetensors"], "dit reads no text"),
+        (["--save-prompt-embeds", "absent/x.safetensors"], "is not a directory"),
+    ],
+)
+def test_flags_of_large_models(ditf, tmp_path, arguments, message):
+    done = ditf("export", *arguments, "-q")
+    assert done.returncode == 2
+    assert message in done.stderr
+    assert not list(tmp_path.iterdir())

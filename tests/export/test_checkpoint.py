@@ -10,6 +10,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditf.export.checkpoint import open_checkpoint
+from ditf.export.options import ExportOptions
+from ditf.export.plan import make_plan
 from ditf.runtime.errors import DitfError, InputError, MissingComponent
 
 WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -41,6 +43,37 @@ def test_sharded_weights_are_read(copy):
     (folder / "model-1.safetensors").unlink()
     with pytest.raises(InputError, match=r"lacks model-1\.safetensors"):
         read_one(copy)
+
+
+def shards_of(folder):
+    """Split a component's file in two shards with an index."""
+    (path,) = folder.glob("*.safetensors")
+    tensors = load_file(path)
+    path.unlink()
+    index = {}
+    for number, name in enumerate(sorted(tensors)):
+        index[name] = f"{path.stem}-0000{1 + number % 2}-of-00002.safetensors"
+    for shard in set(index.values()):
+        save_file({n: t for n, t in tensors.items() if index[n] == shard}, folder / shard)
+    (folder / f"{path.name}.index.json").write_text(json.dumps({"weight_map": index}))
+    return sorted(set(index.values()))
+
+
+@pytest.mark.parametrize("component", ["transformer", "vae", "text_encoder"])
+def test_damaged_shards_are_found_before_the_work(copy, component):
+    """Each is opened, and no value read: the bytes that its header promises have to be there."""
+    options = ExportOptions(model=str(copy), layer="2", size=(48, 80))
+    _, second = shards_of(copy / component)
+    path = copy / component / second
+    whole = path.read_bytes()
+    with open_checkpoint(str(copy)) as checkpoint:
+        make_plan(options, checkpoint)
+        path.write_bytes(whole[:-1])
+        with pytest.raises(InputError, match=rf"{second} is not a readable safetensors .*; download"):
+            make_plan(options, checkpoint)
+        path.unlink()
+        with pytest.raises(InputError, match=f"lacks {second}, which its index names; download"):
+            make_plan(options, checkpoint)
 
 
 def test_half_precision_weights_are_read_as_float32(copy):

@@ -9,8 +9,9 @@ import pytest
 from PIL import Image
 
 import ditf
+from ditf.export import scratch, streaming
 from ditf.export.checkpoint import open_checkpoint
-from ditf.export.exporter import export_bundle
+from ditf.export.exporter import export_bundle, stage_count
 from ditf.export.options import ExportOptions
 from ditf.export.plan import make_plan
 from ditf.runtime.errors import DitfError
@@ -102,3 +103,78 @@ def test_the_seed_changes_the_noise_only(demo_bundle, tmp_path):
         first, second = a.features(image).array, b.features(image).array
     assert not np.array_equal(first, second)
     assert np.corrcoef(first.ravel(), second.ravel())[0, 1] > 0.9
+
+
+def test_streaming_changes_no_byte(checkpoint, live_bundle, tmp_path, monkeypatch):
+    """Everything from disk, reference, encoders and weights, as an export of a large model does."""
+    monkeypatch.setattr(streaming, "RESIDENT", 0)
+    monkeypatch.setattr(scratch, "SMALLEST", 0)
+    amounts = []
+    options = ExportOptions(
+        model=str(checkpoint("flux")),
+        layer="2",
+        precision="float16",
+        size=(48, 80),
+        conditioning="live",
+        prompt=("a cat", "a dog"),
+        output=tmp_path / "b",
+    )
+    stages = []
+    bundle = export_bundle(options, stages.append, lambda done, total: amounts.append((done, total)))
+    assert len(stages) == stage_count(options)
+    for path in live_bundle.iterdir():
+        if path.name != "manifest.json":
+            assert (bundle / path.name).read_bytes() == path.read_bytes(), path.name
+    written = (bundle / "features.onnx.data").stat().st_size
+    assert amounts[-1][0] == amounts[-1][1] >= written
+    assert {path.name for path in tmp_path.iterdir()} == {"b"}
+
+
+def test_without_a_reference(checkpoint, tmp_path):
+    options = ExportOptions(
+        model=str(checkpoint("flux")),
+        layer="1",
+        size=(48, 80),
+        golden="none",
+        discard=(3,),
+        output=tmp_path / "b",
+    )
+    stages = []
+    manifest = read_manifest(export_bundle(options, stages.append))
+    assert len(stages) == stage_count(options)
+    assert (manifest.golden, manifest.rehearsal, manifest.tolerances) == ({}, {}, {})
+    assert set(manifest.files) == {"features.onnx", "features.onnx.data", "match.onnx"}
+    with ditf.load(tmp_path / "b") as model:
+        assert np.isfinite(model.features(np.zeros((48, 80, 3), np.uint8)).array).all()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({}, "--discard auto measures, and --golden none measures nothing; add --calibration"),
+        ({"discard": "none", "precision": "float16"}, "a float16 graph needs measured ranges"),
+        ({"discard": "none", "precision": "int8"}, "a int8 graph needs measured ranges"),
+        ({"discard": "none", "pca": 8}, "--pca is learned from the model"),
+        ({"discard": "none", "features_dtype": "float16"}, "--features-dtype float16 needs"),
+    ],
+)
+def test_what_needs_the_reference_is_refused_without(tmp_path, options, message):
+    with pytest.raises(DitfError, match=message):
+        export_bundle(ExportOptions(golden="none", output=tmp_path / "bundle", **options))
+    assert not list(tmp_path.iterdir())
+
+
+def test_float16_without_a_reference_takes_a_calibration(demo_bundle, tmp_path):
+    """The graph is the one that the reference would have given."""
+    options = ExportOptions(
+        layer="9",
+        precision="float16",
+        golden="none",
+        calibration=demo_bundle / "calibration.json",
+        output=tmp_path / "b",
+    )
+    stages = []
+    bundle = export_bundle(options, stages.append)
+    assert len(stages) == stage_count(options)
+    for name in ("features.onnx", "features.onnx.data", "calibration.json"):
+        assert (bundle / name).read_bytes() == (demo_bundle / name).read_bytes(), name

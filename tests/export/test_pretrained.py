@@ -47,6 +47,11 @@ def plan(folder, **options):
     return make_plan(ExportOptions(model=str(folder), **options), Checkpoint(folder, str(folder)))
 
 
+def encode_default(folder):
+    made = plan(folder)
+    return encode(made.entries, made.family, made.checkpoint, None)
+
+
 def test_a_tensor_too_few(copy):
     rewrite(copy, lambda tensors: tensors.pop("transformer_blocks.2.attn1.to_k.weight"))
     with pytest.raises(InputError, match=r"lack transformer_blocks\.2\.attn1\.to_k\.weight"):
@@ -297,6 +302,5 @@ def test_configs_with_wrong_values(copy, component, changes):
 )
 def test_damaged_text_encoders(copy, name, text):
     (copy / name).write_text(text)
-    made = plan(copy)
     with pytest.raises(InputError, match=r"cannot load|fail|has no text_encoder|not a readable"):
-        encode(made.entries, made.family, made.checkpoint, None)
+        encode_default(copy)

@@ -1,0 +1,259 @@
+"""Memory of an export against the depth of the checkpoint, at FLUX.1's real width.
+
+A random bf16 checkpoint of the real diffusers class, 3072 channels, in shards, with FLUX.1's own VAE layout;
+embeddings are given, so no text encoder is needed. It is cut at its last block, so that all the others are
+exported. Every depth is an export of its own process, watched from outside: the peak is the kernel's (VmHWM),
+what is not pages of files (RssAnon) and the bytes from and to the disk are sampled.
+
+    python benchmarks/bench_export_memory.py --depths 1+2 2+4 4+8 8+16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import shutil
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from PIL import Image
+from provenance import RESULTS, pin_threads, provenance, say, write_result, write_table
+from safetensors.torch import save_file
+
+from ditf.calib.images import procedural_images
+from ditf.cli.console import bytes_text
+from ditf.export.pretrained import model_shapes
+
+NAME = "export-memory"
+CLASS = "FluxTransformer2DModel"
+WIDTH, TEXT_WIDTH, POOLED = 3072, 4096, 768
+TEXT_TOKENS = 16
+SIZE = "128x128"  # few tokens: time and memory are those of the weights
+SHARD = 2 << 30
+POOL = 1 << 26  # random numbers that all tensors are cut from; larger than the largest
+THREADS = 1
+INTERVAL = 0.02  # seconds from sample to sample
+PICTURE = Path(__file__).parent.parent / "docs" / "export-memory.png"
+
+
+def write_checkpoint(folder: Path, doubles: int, singles: int) -> int:
+    """A random checkpoint in diffusers' layout; bytes of its transformer."""
+    config = {
+        "_class_name": CLASS,
+        "num_layers": doubles,
+        "num_single_layers": singles,
+        "guidance_embeds": True,
+    }
+    transformer = folder / "transformer"
+    transformer.mkdir(parents=True)
+    (transformer / "config.json").write_text(json.dumps(config))
+    pool = torch.randn(POOL, generator=torch.Generator().manual_seed(0))
+    shard: dict[str, torch.Tensor] = {}
+    shards: list[list[str]] = []
+    total = 0
+
+    def flush() -> None:
+        save_file(shard, transformer / f"part-{len(shards)}", metadata={"format": "pt"})
+        shards.append(list(shard))
+        shard.clear()
+
+    for name, shape in model_shapes(CLASS, config).items():
+        count, start = math.prod(shape), 7919 * len(shard)
+        values = pool[start : start + count].reshape(shape)
+        values = 10 + values if name.endswith(("norm_q.weight", "norm_k.weight")) else values
+        shard[name] = (values * (shape[-1] ** -0.5 if len(shape) > 1 else 0.1)).to(torch.bfloat16)
+        total += 2 * values.numel()
+        if sum(tensor.nbytes for tensor in shard.values()) > SHARD:
+            flush()
+    flush()
+    weight_map = {}
+    for index, names in enumerate(shards):
+        file = f"diffusion_pytorch_model-{index + 1:05d}-of-{len(shards):05d}.safetensors"
+        (transformer / f"part-{index}").rename(transformer / file)
+        weight_map.update(dict.fromkeys(names, file))
+    index_file = transformer / "diffusion_pytorch_model.safetensors.index.json"
+    index_file.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
+    torch.manual_seed(0)
+    AutoencoderKL(
+        block_out_channels=(128, 256, 512, 512),
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        layers_per_block=2,
+        latent_channels=16,
+        use_quant_conv=False,
+        use_post_quant_conv=False,
+    ).to(torch.bfloat16).save_pretrained(folder / "vae")
+    FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
+    return total
+
+
+def write_embeddings(path: Path) -> None:
+    """Random embeddings, as `--prompt-embeds` takes them."""
+    generator = torch.Generator().manual_seed(1)
+    embeds = torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
+    pooled = torch.randn(1, POOLED, generator=generator)
+    save_file({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, path, metadata={"prompt": "random"})
+
+
+def watch(command: list[str]) -> dict[str, Any]:
+    """Run an export; peaks in bytes, whole and by stage, and seconds."""
+    started = time.monotonic()
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
+    stage = ["start"]
+    said: list[str] = []
+
+    def listen() -> None:
+        assert process.stderr is not None
+        for line in process.stderr:
+            said.append(line.rstrip())
+            if line.startswith("[") and " of " not in line.partition("]")[2][:16]:
+                stage[0] = line.partition("] ")[2].strip()
+
+    listener = threading.Thread(target=listen)
+    listener.start()
+    peaks = {"rss": 0, "anonymous": 0, "read": 0, "written": 0}
+    by_stage: dict[str, dict[str, float]] = {}
+    while process.poll() is None:
+        try:
+            status = Path(f"/proc/{process.pid}/status").read_text()
+            moved = Path(f"/proc/{process.pid}/io").read_text()
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            break
+        found = {
+            line.split(":")[0]: int(line.split()[1]) for line in status.splitlines() if line.endswith(" kB")
+        }
+        disk = {line.split(":")[0]: int(line.split()[1]) for line in moved.splitlines()}
+        if "VmHWM" in found:
+            now = {"rss": found["VmRSS"] << 10, "anonymous": found["RssAnon"] << 10}
+            peaks["rss"] = max(peaks["rss"], found["VmHWM"] << 10)
+            peaks["anonymous"] = max(peaks["anonymous"], now["anonymous"])
+            peaks["read"], peaks["written"] = disk["read_bytes"], disk["write_bytes"]
+            entry = by_stage.setdefault(
+                stage[0], {"rss": 0, "anonymous": 0, "from": time.monotonic() - started}
+            )
+            entry["rss"] = max(entry["rss"], now["rss"])
+            entry["anonymous"] = max(entry["anonymous"], now["anonymous"])
+        time.sleep(INTERVAL)
+    code = process.wait()
+    listener.join()
+    if code:
+        raise RuntimeError("\n".join(said[-5:]))
+    return {**peaks, "seconds": time.monotonic() - started, "stages": by_stage}
+
+
+def export_command(checkpoint: Path, embeds: Path, layer: int, output: Path, *more: str) -> list[str]:
+    """The command line of an export that is measured."""
+    command = [sys.executable, "-m", "ditf", "export", "--model", str(checkpoint), "--layer", str(layer)]
+    command += ["--fp16", "--size", SIZE, "--prompt-embeds", str(embeds), "--output", str(output)]
+    return [*command, *more]
+
+
+def measure(depth: str, folder: Path) -> dict[str, Any]:
+    """Export a checkpoint of so many blocks."""
+    doubles, singles = map(int, depth.split("+"))
+    checkpoint, embeds, pictures = folder / "checkpoint", folder / "embeds.safetensors", folder / "pictures"
+    pictures.mkdir()
+    Image.fromarray(procedural_images((128, 128))[0]).save(pictures / "one.png")
+    say(f"{depth}: writing a checkpoint")
+    stored = write_checkpoint(checkpoint, doubles, singles)
+    write_embeddings(embeds)
+    say(f"{depth}: {bytes_text(stored)}; exporting")
+    layer = doubles + singles - 1
+    more = ("--calibration-images", str(pictures))  # one: a pass more of the model shows nothing new
+    result = watch(export_command(checkpoint, embeds, layer, folder / "bundle", *more))
+    bundle = sum(path.stat().st_size for path in (folder / "bundle").iterdir())
+    result = {"depth": depth, "layer": layer, "checkpoint": stored, "bundle": bundle, **result}
+    shutil.rmtree(checkpoint)
+    shutil.rmtree(folder / "bundle")
+    say(f"{depth}: peak {bytes_text(result['rss'])}, {result['seconds']:.0f} s")
+    return result
+
+
+def largest_block() -> int:
+    """Bytes in float32 of a two-stream block."""
+    config = {"_class_name": CLASS, "num_layers": 1, "num_single_layers": 0, "guidance_embeds": True}
+    shapes = model_shapes(CLASS, config)
+    return sum(
+        4 * torch.Size(shape).numel() for name, shape in shapes.items() if "transformer_blocks." in name
+    )
+
+
+def draw(result: dict[str, Any], path: Path) -> None:
+    """Peaks against what there is to read."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    runs = result["runs"]
+    sizes = [run["checkpoint"] / 1e9 for run in runs]
+    figure, axes = pyplot.subplots(figsize=(7, 4), layout="constrained")
+    for name, key, style in (("peak resident", "rss", "o-"), ("of it anonymous", "anonymous", "s--")):
+        axes.plot(sizes, [run[key] / 1e9 for run in runs], style, label=name)
+    axes.axhline(
+        result["bound"] / 1e9, color="gray", linestyle=":", label="3 GB + the largest block (float32)"
+    )
+    for before in result.get("before", []):
+        axes.plot(
+            before["checkpoint"] / 1e9, before["rss"] / 1e9, "x", color="C3", label="before: all in memory"
+        )
+    axes.plot(sizes, sizes, color="lightgray", label="the checkpoint itself (bf16)")
+    for run, size in zip(runs, sizes, strict=True):
+        axes.annotate(run["depth"], (size, run["rss"] / 1e9), (0, 7), textcoords="offset points", ha="center")
+    axes.set(xlabel="transformer on disk, GB (blocks: two-stream + single)", ylabel="GB", ylim=(0, None))
+    axes.set_title("ditf export --fp16 at FLUX.1's width")
+    axes.legend(fontsize="small")
+    figure.savefig(path, dpi=110)
+
+
+def main() -> None:
+    """Measure every depth, one after another."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--depths", nargs="+", default=["1+2", "2+4", "4+8"], metavar="DOUBLES+SINGLES")
+    parser.add_argument(
+        "--folder", type=Path, help="on a disk with room for twice the largest; temporary by default"
+    )
+    parser.add_argument("--append", action="store_true", help="keep what was measured of other depths")
+    parser.add_argument("--before", type=Path, help="JSON of runs of earlier code, to draw beside these")
+    arguments = parser.parse_args()
+    pin_threads(THREADS)
+    origin = provenance(THREADS)
+    for depth in arguments.depths:
+        with tempfile.TemporaryDirectory(prefix="bench-export-", dir=arguments.folder) as folder:
+            run = measure(depth, Path(folder))
+        kept = []
+        if (arguments.append or depth != arguments.depths[0]) and (RESULTS / f"{NAME}.json").exists():
+            kept = json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]
+        runs = sorted(
+            [*(one for one in kept if one["depth"] != depth), run], key=lambda one: one["checkpoint"]
+        )
+        write(origin, runs, arguments.before)
+
+
+def write(origin: dict[str, Any], runs: list[dict[str, Any]], before: Path | None) -> None:
+    """JSON, the table in the docs and the picture."""
+    block = largest_block()
+    result = {"size": SIZE, "largest_block": block, "bound": 3 * 10**9 + block, "runs": runs}
+    if before is not None:
+        result["before"] = json.loads(before.read_text())
+    rows: list[tuple[str, ...]] = [
+        ("blocks", "checkpoint", "bundle", "peak resident", "of it anonymous", "read", "written", "seconds")
+    ]
+    for run in runs:
+        sizes = (run[key] for key in ("checkpoint", "bundle", "rss", "anonymous", "read", "written"))
+        rows.append((run["depth"], *map(bytes_text, sizes), f"{run['seconds']:.0f}"))
+    write_result(NAME, origin, result, rows)
+    write_table("large.md", "memory", rows)
+    draw(result, PICTURE)
+
+
+if __name__ == "__main__":
+    main()

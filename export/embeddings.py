@@ -1,0 +1,92 @@
+"""Prompt embeddings in a file: what text encoders made of a prompt, so that they need not be there.
+
+A safetensors file whose tensors have the names that a graph of --conditioning live takes; its metadata says
+which prompt they are of.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ditf.export.families.base import Condition, Family
+from ditf.runtime.errors import InputError
+
+_MASK = "prompt_attention_mask"
+_GUIDANCE = "guidance"  # a setting, not a text encoder's
+_MAKE = "make one with ditf export --prompt TEXT --save-prompt-embeds FILE, where the text encoders are"
+
+
+@dataclass(frozen=True)
+class Embeddings:
+    """A file of embeddings.
+
+    Attributes:
+        condition: float32, the mask int64; without guidance.
+        prompt: what they are of, if the file says so.
+        sha256: of the file.
+    """
+
+    condition: Condition
+    prompt: str | None
+    sha256: str
+
+
+def read_embeddings(path: Path, family: Family) -> Embeddings:
+    """Read a file and compare it with what a family takes.
+
+    Raises:
+        InputError: unreadable, not this family's tensors, or values that no text encoder gives.
+    """
+    try:
+        content = path.read_bytes()
+        with safe_open(path, framework="pt") as file:
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
+            metadata = file.metadata() or {}
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"--prompt-embeds {path} is no readable safetensors file ({error})", _MAKE) from None
+    tensors.pop(_GUIDANCE, None)
+    wanted = {name: tensor for name, tensor in family.example_condition().items() if name != _GUIDANCE}
+    for name in sorted(wanted.keys() ^ tensors.keys()):
+        what = "lacks" if name in wanted else "has an unknown"
+        raise InputError(f"--prompt-embeds {path} {what} {name}", f"{family.name} takes {', '.join(wanted)}")
+    tokens = int(tensors["prompt_embeds"].shape[1]) if tensors["prompt_embeds"].ndim == 3 else 0
+    most = family.longest_text or family.text_length(family.example_condition())
+    if not 1 <= tokens <= most:
+        raise InputError(
+            f"prompt_embeds of {path} is {list(tensors['prompt_embeds'].shape)}",
+            f"{family.name} takes 1 to {most} tokens of one prompt",
+        )
+    for name, example in wanted.items():
+        _check(path, name, tensors[name], example, tokens)
+    condition = {name: tensors[name].to(example.dtype) for name, example in wanted.items()}
+    return Embeddings(condition, metadata.get("prompt"), hashlib.sha256(content).hexdigest())
+
+
+def _check(path: Path, name: str, tensor: torch.Tensor, example: torch.Tensor, tokens: int) -> None:
+    shape = list(example.shape)
+    if len(shape) > 1 and name.startswith("prompt_"):
+        shape[1] = tokens
+    if list(tensor.shape) != shape:
+        raise InputError(f"{name} of {path} is {list(tensor.shape)}, not {shape}", _MAKE)
+    if tensor.is_floating_point() != example.is_floating_point():
+        raise InputError(f"{name} of {path} is {str(tensor.dtype).removeprefix('torch.')}", _MAKE)
+    if not torch.isfinite(tensor.to(torch.float32)).all():
+        raise InputError(f"{name} of {path} holds NaN or infinity", _MAKE)
+    if name == _MASK:
+        mask = tensor[0].to(torch.int64)
+        ones = int(mask.sum())
+        if ones < 1 or not torch.equal(mask, (torch.arange(tokens) < ones).to(torch.int64)):
+            raise InputError(f"{name} of {path} is not ones and then zeros", _MAKE)
+
+
+def write_embeddings(path: Path, condition: Condition, prompt: str, model: str) -> None:
+    """Write one condition as `read_embeddings` reads it."""
+    from safetensors.torch import save_file
+
+    tensors = {name: tensor.contiguous() for name, tensor in condition.items() if name != _GUIDANCE}
+    save_file(tensors, path, metadata={"prompt": prompt, "model": model})
