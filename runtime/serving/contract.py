@@ -40,11 +40,12 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's tensors, in order."""
+    """A model's tensors, in order, and the request parameters that it takes beside them."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
+    parameters: tuple[str, ...]
 
 
 def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
@@ -70,6 +71,7 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
             FEATURES,
             (TensorSpec("image", "UINT8", (-1, height, width, 3)),),
             (TensorSpec("features", datatype, (-1, *features)),),
+            (PROMPT,),
         ),
         ModelSpec(
             MATCH,
@@ -81,6 +83,7 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
                 points,
             ),
             found,
+            (METHOD,),
         ),
         ModelSpec(
             CORRESPOND,
@@ -90,6 +93,7 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
                 points,
             ),
             found,
+            (PROMPT, METHOD),
         ),
     )
     return {model.name: model for model in models}
