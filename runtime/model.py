@@ -52,7 +52,9 @@ class Model:
         backend: name of the backend that runs it; `reason` says why that one.
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", fit: str = "stretch") -> None:
+    def __init__(
+        self, bundle: Bundle, backend: str | backends.Backend = "auto", fit: str = "stretch"
+    ) -> None:
         if fit not in FITS:
             raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
         self.bundle = bundle
