@@ -135,7 +135,7 @@ class Server:
         return results
 
     def warm_up(self):
-        """Every model's warm-up, as core's src/backend_model_instance.cc makes it. Their results by sample."""
+        """Results of every warm-up, made as core's src/backend_model_instance.cc makes it."""
         return {
             (name, sample.name): self._warm(name, config, sample)
             for name, config in self.configs.items()

@@ -73,7 +73,9 @@ def test_every_model_answers_as_ditf_does(request, tmp_path, fixture, placement,
         np.testing.assert_array_equal(found, expected)
         maps = model.features_of(pictures)
         matches = (model.match_with_graph if placement.gpu else model.match)(*maps, points)
-        sizes = {f"{side}_size": np.array(size) for side, size in zip(("source", "target"), SIZES)}
+        sizes = {
+            f"{side}_size": np.array(size) for side, size in zip(("source", "target"), SIZES, strict=True)
+        }
         sides = {"source": maps[0].array, "target": maps[1].array}
         for answer in (
             server.infer("cat.correspond", {"source": pictures[0], "target": pictures[1], "points": points}),
