@@ -125,6 +125,13 @@ def fit_image(
     return pixels, (rows, columns)
 
 
+def fitted_image(source: ImageLike, size: tuple[int, int], fit: str = "stretch") -> FittedImage:
+    """Open an image and resize it; see `open_image` and `fit_image`."""
+    image = open_image(source)
+    pixels, covered = fit_image(image, size, fit)
+    return FittedImage(pixels, covered, (image.height, image.width))
+
+
 def _from_array(array: np.ndarray) -> Image.Image:
     if array.dtype != np.uint8 or array.ndim != 3 or array.shape[2] != 3 or array.size == 0:
         raise InputError(f"an image array must be RGB uint8 [H, W, 3], got {array.dtype} {list(array.shape)}")

@@ -18,7 +18,7 @@ from ditf.runtime.engines import IMAGE_SIDES
 from ditf.runtime.errors import InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
 from ditf.runtime.flow import Flow, dense_flow
-from ditf.runtime.images import FITS, FittedImage, ImageLike, fit_image, open_image
+from ditf.runtime.images import FITS, FittedImage, ImageLike, fitted_image
 from ditf.runtime.manifest import Manifest
 from ditf.runtime.match_graph import run_match_graph
 from ditf.runtime.matching import Matches, PointsLike, heat_map, match_points
@@ -122,9 +122,7 @@ class Model:
         Raises:
             InputError: an unreadable image.
         """
-        opened = open_image(image)
-        pixels, covered = fit_image(opened, self.manifest.size, self.fit)
-        return FittedImage(pixels, covered, (opened.height, opened.width))
+        return fitted_image(image, self.manifest.size, self.fit)
 
     def features_of_fitted(self, images: Sequence[FittedImage], feeds: Feeds) -> list[FeatureMap]:
         """Features of several images, in batches of the bundle's size.
