@@ -10,10 +10,14 @@ Bundle, images and store are seen by every machine under the same paths, on a sh
 
 from __future__ import annotations
 
+import functools
 import inspect
+import json
 import os
 import platform
 import signal
+import socket
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,14 +28,15 @@ from uuid import uuid4
 import numpy as np
 
 from ditf.runtime.bundle import Bundle, sha256
-from ditf.runtime.errors import DitfError, InputError, missing_extra
+from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
 from ditf.runtime.extraction import Extraction, Pending, batch_size, failure_text, image_name, store_batch
 from ditf.runtime.images import FittedImage, fitted_image
 from ditf.runtime.model import Model
 from ditf.runtime.store import PARTIAL, STORE, StoreIdentity, features_hash, map_path
 from ditf.runtime.store_writer import StoreWriter
 
-COMPUTED, KEPT, FAILED, PENDING = "computed", "kept", "failed", "pending"
+COMPUTED, KEPT, FAILED, PENDING, FATAL = "computed", "kept", "failed", "pending", "fatal"
+"""What became of an image. Fatal is what no image is to blame for; it ends the run, with its reason."""
 
 _CPUS = 0.5  # of a task that reads, and of an actor: both fit wherever there is a CPU
 _TASK = 32  # images of a task at most: what a lost one takes with it
@@ -94,6 +99,29 @@ class Job:
         return KEPT if written < self.started_ns else COMPUTED
 
 
+_NOTHING: dict[str, Any] = {"image_sha256": "", "pixels": b"", "loss": 0.0}
+_NOTHING |= dict.fromkeys(("height", "width", "rows", "columns"), 0)
+
+
+def _fatal_as_rows(step: Callable[..., Columns]) -> Callable[..., Columns]:
+    """A step whose expected failures come back as rows: of an exception, Ray would bring a text alone."""
+
+    @functools.wraps(step)
+    def careful(first: Any, *rest: Any, **options: Any) -> Columns:
+        try:
+            return step(first, *rest, **options)
+        except DitfError as error:
+            told = [error.exit_code, error.problem, error.fix]
+        except OSError as error:
+            told = [2, f"{platform.node()}: {error.filename or ''} {error.strerror or error}", ""]
+        batch = rest[0] if rest else first
+        rows = [{"name": str(name), "state": FATAL, "reason": json.dumps(told)} for name in batch["name"]]
+        return _columns([{**row, **_NOTHING} for row in rows])
+
+    return careful
+
+
+@_fatal_as_rows
 def prepare(batch: Columns, job: Job) -> Columns:
     """Read images, unless their maps are there.
 
@@ -101,15 +129,14 @@ def prepare(batch: Columns, job: Job) -> Columns:
         batch: `name` and `path` of images.
 
     Returns:
-        name; state: one of the four; reason, of what failed; image_sha256; pixels, their bytes at the
+        name; state; reason, of what failed; image_sha256; pixels, their bytes at the
         engine's size; height, width, of the original; rows, columns, of the pixels that it covers.
     """
     writer = job.writer()
     size = Bundle.open(job.bundle).manifest.size
     rows = []
     for name, path in zip(batch["name"], batch["path"], strict=True):
-        row = {"name": str(name), "state": PENDING, "reason": "", "image_sha256": "", "pixels": b""}
-        row |= {"height": 0, "width": 0, "rows": 0, "columns": 0}
+        row = {"name": str(name), "state": PENDING, "reason": "", **_NOTHING}
         try:
             row["image_sha256"] = sha256(Path(path))
             state = job.found(writer, row["name"], row["image_sha256"])
@@ -128,20 +155,23 @@ def prepare(batch: Columns, job: Job) -> Columns:
 class Extractor:
     """An actor: an open bundle that computes and stores what `prepare` has read.
 
-    The bundle is opened by the first batch, not when the actor is made: what is wrong then ends the run with
-    its reason, where Ray would only say that an actor died.
+    The bundle is opened by the first batch, not when the actor is made: what is wrong then has a reason,
+    where Ray would only say that an actor died.
     """
 
     def __init__(self, job: Job) -> None:
         self._job = job
         self._model: Model | None = None
 
+    @_fatal_as_rows
     def __call__(self, batch: Columns) -> Columns:
         """Compute what is pending.
 
         Returns:
             name, state, reason; loss: what rounding cost, of a map that was computed.
         """
+        if FATAL in batch["state"]:
+            return {name: batch[name] for name in ("name", "state", "reason", "loss")}
         model = self._opened()
         writer = self._job.writer()
         feeds = model.feeds(self._job.prompt)
@@ -191,6 +221,7 @@ def extract_with_ray(
     images: Sequence[Path],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
+    verbose: bool = False,
 ) -> Extraction:
     """Compute the maps that a store does not have yet, on the cluster that is connected.
 
@@ -199,6 +230,7 @@ def extract_with_ray(
         workers: actors; by default one for each GPU, and where there are none one for each machine, whose
             cores an engine shares out by itself. More than there are GPUs share them.
         progress: called with the name of every image, as it is done.
+        verbose: let Ray say on stderr what it does.
 
     Returns:
         What was done. Computed, even if its process did not live to tell, is what was written in this run.
@@ -233,13 +265,20 @@ def extract_with_ray(
     states: dict[str, tuple[str, str]] = {}
     loss = 0.0
     try:
-        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-            for name, state, reason in zip(batch["name"], batch["state"], batch["reason"], strict=True):
-                states[str(name)] = (str(state), str(reason))
-                progress(str(name))
-            loss = max(loss, float(batch["loss"].max()))
-    except (ray.exceptions.RayError, RuntimeError) as error:
-        raise _explained(error) from error
+        with _core_silent(verbose):
+            for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+                for name, state, reason in zip(batch["name"], batch["state"], batch["reason"], strict=True):
+                    if state == FATAL:
+                        raise _fatal(str(reason))
+                    states[str(name)] = (str(state), str(reason))
+                    progress(str(name))
+                loss = max(loss, float(batch["loss"].max()))
+    except ray.exceptions.RayError as error:
+        line = [line for line in str(error).splitlines() if line.strip()][-1:]
+        raise DitfError(
+            f"Ray could not finish ({' '.join(line)[:200] or type(error).__name__})",
+            "run it again: what is stored stays; -v shows what Ray says",
+        ) from error
     return Extraction(
         computed=sum(state == COMPUTED for state, _ in states.values()),
         kept=sum(state == KEPT for state, _ in states.values()),
@@ -266,13 +305,13 @@ def ray_cluster(address: str | None, verbose: bool) -> Iterator[str]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
     if not verbose:
-        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "ERROR")
-        os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")  # it goes to stderr, whatever the others say
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
     try:
         import ray
         import ray.data
     except ImportError:
         raise missing_extra("ray[data]", "ray") from None
+    _check_answers(address)
     handler = signal.getsignal(signal.SIGTERM)
     try:
         ray.init(
@@ -282,11 +321,8 @@ def ray_cluster(address: str | None, verbose: bool) -> Iterator[str]:
             logging_level="INFO" if verbose else "ERROR",
         )
     except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        line = " ".join(str(error).split())[:200]
-        raise InputError(
-            f"no Ray cluster at {address or os.environ.get('RAY_ADDRESS', 'local')} ({line})",
-            "start one with ray start --head, or leave --ray-address out",
-        ) from error
+        place = address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise _no_cluster(place, " ".join(str(error).split())) from error
     finally:
         signal.signal(signal.SIGTERM, handler)  # Ray sets its own, which ends the process as it stands
     try:
@@ -302,16 +338,56 @@ def _cpus(ray: Any) -> float:
     return float(ray.cluster_resources().get("CPU", 0))
 
 
-def _explained(error: BaseException) -> DitfError:
-    """The reason that a process of the cluster gave, or what Ray says."""
-    seen: BaseException | None = error
-    while seen is not None:
-        if isinstance(seen, DitfError):
-            return seen
-        seen = getattr(seen, "cause", None) or seen.__cause__
-    lines = [line for line in str(error).splitlines() if line.strip()] or [type(error).__name__]
-    return DitfError(
-        f"Ray could not finish ({' '.join(lines[-1].split())[:200]})", "run it again: what is stored stays"
+@contextmanager
+def _core_silent(verbose: bool) -> Iterator[None]:
+    """Ray's core writes to file descriptor 2 itself, a warning at every run with actors; here it cannot.
+
+    Python's own stderr goes where it went.
+    """
+    if verbose:
+        yield
+        return
+    before = sys.stderr
+    before.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nowhere, 2)
+    try:
+        with os.fdopen(os.dup(kept), "w", 1, "utf-8") as stream:
+            if before is sys.__stderr__:
+                sys.stderr = stream
+            yield
+    finally:
+        sys.stderr = before
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
+
+
+def _fatal(reason: str) -> DitfError:
+    code, problem, fix = json.loads(reason)
+    return (MissingComponent if code == MissingComponent.exit_code else InputError)(problem, fix)
+
+
+def _check_answers(address: str | None) -> None:
+    """Whether anything listens where a cluster is said to be: Ray itself waits for minutes.
+
+    Raises:
+        InputError: nothing does.
+    """
+    place = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://")
+    host, colon, port = place.rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 10).close()
+    except OSError as error:
+        raise _no_cluster(place, str(error.strerror or error)) from error
+
+
+def _no_cluster(place: str, why: str) -> InputError:
+    return InputError(
+        f"no Ray cluster at {place} ({why[:200]})",
+        "start one with ray start --head, or leave --ray-address out",
     )
 
 

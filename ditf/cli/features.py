@@ -111,7 +111,7 @@ def features(
             say(f"{bundle} on {cluster}")
             with writer, stages(count) as progress:
                 job = Job.of(bundle, writer, prompt, fit, backend)
-                done = extract_with_ray(job, paths, workers, progress)
+                done = extract_with_ray(job, paths, workers, progress, state.verbose)
     else:
         with load(bundle, backend, fit) as model:
             say(f"{bundle} on {model.detail} ({model.reason})")
