@@ -107,14 +107,14 @@ def _fatal_as_rows(step: Callable[..., Columns]) -> Callable[..., Columns]:
     """A step whose expected failures come back as rows: of an exception, Ray would bring a text alone."""
 
     @functools.wraps(step)
-    def careful(first: Any, *rest: Any, **options: Any) -> Columns:
+    def careful(*arguments: Any, **options: Any) -> Columns:
         try:
-            return step(first, *rest, **options)
+            return step(*arguments, **options)
         except DitfError as error:
             told = [error.exit_code, error.problem, error.fix]
         except OSError as error:
             told = [2, f"{platform.node()}: {error.filename or ''} {error.strerror or error}", ""]
-        batch = rest[0] if rest else first
+        batch = next(one for one in arguments if isinstance(one, dict))
         rows = [{"name": str(name), "state": FATAL, "reason": json.dumps(told)} for name in batch["name"]]
         return _columns([{**row, **_NOTHING} for row in rows])
 
