@@ -9,12 +9,14 @@ import shlex
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 import yaml
 from PIL import Image
 
 import ditf as package
 from ditf.calib.images import golden_pair
+from tests.triton_server import Server
 
 DEVICE_PORTS = {8000, 8001, 8002}  # HTTP, gRPC and metrics, of tritonserver by default
 
@@ -96,20 +98,12 @@ def test_the_client_of_ditf_serve(root, demo_bundle, tmp_path):
     assert found["scores"] == pytest.approx(expected.scores.tolist(), abs=1e-6)
 
 
-def test_the_client_asks_what_the_repository_takes(root, demo_bundle, tmp_path):
+def test_the_client_asks_what_the_repository_takes(ditf, root, demo_bundle, tmp_path):
     """Its tensors, as they would be sent, given to the repository's models."""
-    import numpy as np
-
-    from tests.triton_server import Server
-
     spec = importlib.util.spec_from_file_location("triton_client", root / "docs" / "triton_client.py")
     client = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(client)
-    done = subprocess.run(
-        [sys.executable, "-m", "ditf", "export-triton", str(demo_bundle), "--repository", "models", "--name", "cat"],
-        cwd=tmp_path, capture_output=True, text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    assert ditf("export-triton", demo_bundle, "--repository", "models", "--name", "cat").returncode == 0
     server = Server(tmp_path / "models")
 
     class Wire:

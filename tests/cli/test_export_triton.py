@@ -76,7 +76,7 @@ def test_places_that_are_no_repository(ditf, demo_bundle, tmp_path):
         done = ditf("export-triton", tmp_path / "bundle", "--repository", place)
         assert done.returncode == 2, place
         assert message in done.stderr, place
-    done = ditf("export-triton", tmp_path, "--repository", "models")
+    done = ditf("export-triton", tmp_path / "theirs", "--repository", "models")
     assert "is not a bundle" in done.stderr
 
 
