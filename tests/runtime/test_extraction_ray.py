@@ -135,7 +135,7 @@ def cluster(environment):
         env=environment,
     ) as process:
         address = process.stdout.readline().strip()
-        assert address.startswith("127.0.0.1:") or ":" in address
+        assert ":" in address
         yield address, process.pid
         family = psutil.Process(process.pid).children(recursive=True)
         process.stdin.close()
@@ -160,7 +160,7 @@ def actors(pid):
 def test_an_actor_killed_on_the_way(cluster, environment, demo_bundle, tmp_path):
     """Every image once: none lost, none twice, none failed for the death of what computed it."""
     address, pid = cluster
-    count = 240
+    count = 160
     (tmp_path / "images").mkdir()
     for seed in range(count):
         Image.fromarray(procedural_image((40, 40 + seed % 3), seed)).save(tmp_path / f"images/{seed:03}.png")
@@ -169,14 +169,14 @@ def test_an_actor_killed_on_the_way(cluster, environment, demo_bundle, tmp_path)
     arguments = ["--input", "images", "--input", "list.txt", "-o", "store", "--json", "done.json"]
     command = [sys.executable, "-m", "ditf", "features", str(demo_bundle), *arguments]
     ray = ["--engine", "ray", "--ray-address", address, "--workers", "2"]
-    seen, killed = {}, None
+    seen, killed = [], None
     with started([*command, *ray], cwd=tmp_path, env=environment, stdout=subprocess.PIPE) as process:
         for line in process.stderr:
-            for actor in actors(pid):
-                seen[actor.pid] = actor
-            if killed is None and len(seen) == 2 and line.startswith("["):
+            if killed is None and line.startswith("["):
+                seen = actors(pid)
+            if killed is None and len(seen) == 2:
                 killed = line
-                next(iter(seen.values())).kill()
+                seen[0].kill()
         output = process.stdout.read()
     assert process.returncode == 1, output  # for the two images that cannot be had
     assert 1 <= int(killed[1:].partition("/")[0]) < count // 2
