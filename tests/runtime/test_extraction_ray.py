@@ -99,7 +99,7 @@ def test_a_machine_that_does_not_see_the_store_ends_the_run(job, images, tmp_pat
 
 CLUSTER = """
 import ray, sys
-context = ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False,
+context = ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, log_to_driver=False,
                    object_store_memory=100_000_000, logging_level="ERROR")
 print(context.address_info["address"], flush=True)
 sys.stdin.read()
@@ -124,7 +124,11 @@ def environment():
 
 @pytest.fixture(scope="module")
 def cluster(environment):
-    """A Ray cluster of two CPUs: its address. Nothing of it is left in the end."""
+    """A Ray cluster of two CPUs: its address. Nothing of it is left in the end.
+
+    It says that it has a GPU, which nothing looks for: reading and computing are then steps of their own,
+    and two actors share it.
+    """
     pytest.importorskip("ray")
     with subprocess.Popen(
         [sys.executable, "-c", CLUSTER],
@@ -196,8 +200,9 @@ def test_an_actor_killed_on_the_way(cluster, environment, demo_bundle, tmp_path)
 
     lost = store.names[7]
     next(path for path in map_files(tmp_path / "store") if path.name in _file_of(store, lost)).unlink()
+    here = ["--engine", "ray", "--ray-address", "local"]  # a cluster of its own, without a GPU: one step
     done = subprocess.run(
-        [*command, *ray, "-q"], cwd=tmp_path, env=environment, capture_output=True, text=True
+        [*command, *here, "-q"], cwd=tmp_path, env=environment, capture_output=True, text=True
     )
     assert f"1 computed, {count - 1} kept, 2 failed" in done.stdout
     assert done.stderr.count("\n") == 1, done.stderr  # Ray itself says nothing
