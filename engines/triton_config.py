@@ -98,11 +98,11 @@ def features_config(
             ],
         }
     if config["max_batch_size"]:
+        config["dynamic_batching"] = {"max_queue_delay_microseconds": placement.delay_us}
+        # docs/user_guide/batcher.md: of engines alone, where one size is really faster than others.
         preferred = sorted({placement.usual_batch, placement.largest_batch} - {1})
-        config["dynamic_batching"] = {
-            **({"preferred_batch_size": preferred} if preferred else {}),
-            "max_queue_delay_microseconds": placement.delay_us,
-        }
+        if files.platform == PLAN and preferred:
+            config["dynamic_batching"]["preferred_batch_size"] = preferred
     config["instance_group"] = [_instances(placement, files.profile)]
     config["model_warmup"] = _features_warmup(config, inputs, placement)
     return config

@@ -97,7 +97,7 @@ def test_a_dynamic_batch(tmp_path, bank_bundle, pixart_bundle, demo_bundle):
     assert config.max_batch_size == 8
     assert list(config.input[0].dims) == [*manifest.size, 3]
     assert list(config.output[0].dims) == [manifest.channels, *manifest.grid]
-    assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert list(config.dynamic_batching.preferred_batch_size) == []  # of engines alone
     assert config.dynamic_batching.max_queue_delay_microseconds == 2500
     assert config.instance_group[0].count == 3
     assert config.instance_group[0].kind == model_config_pb2.ModelInstanceGroup.KIND_GPU
@@ -324,6 +324,15 @@ def test_a_plan_that_was_left_out(with_engine):
 def test_the_profile_that_takes_most(with_engine):
     plans = choose_plans(with_engine("sm_89", batch=[[1, 1, 1], [1, 4, 8], [16, 16, 16]]), ())
     assert (plans.profile, plans.batch) == (1, (4, 8))
+
+
+def test_preferred_batches_are_an_engines(with_engine):
+    opened = with_engine("sm_89", batch=[[1, 4, 8]])
+    bundle = Bundle(opened.path, replace(opened.manifest, batch="dynamic"))
+    placement = replace(GPU, largest_batch=8, usual_batch=4)
+    config = _parsed(bundle_models(bundle, "cat", placement, choose_plans(bundle, ()))[0].config)
+    assert list(config.dynamic_batching.preferred_batch_size) == [4, 8]
+    assert config.max_batch_size == 8
 
 
 # Text format
