@@ -7,12 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from PIL import Image
-
 from ditf.runtime.bundle import sha256
+from ditf.runtime.conditions import Feeds
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.images import open_image
+from ditf.runtime.images import FittedImage
 from ditf.runtime.model import Model
 from ditf.runtime.store_writer import StoreWriter
 
@@ -36,10 +35,12 @@ class Extraction:
 
 
 @dataclass(frozen=True)
-class _Pending:
+class Pending:
+    """An image that has been read: its name, the hash of its file, and what the engine takes."""
+
     name: str
     image_sha256: str
-    image: Image.Image
+    image: FittedImage
 
 
 def image_name(path: Path) -> str:
@@ -66,11 +67,11 @@ def extract(
         InputError: a condition that the bundle does not have.
         OSError: the store cannot be written, on a full disk for example.
     """
-    model.feeds(prompt)  # a condition that is not there is no image's failure
+    feeds = model.feeds(prompt)  # a condition that is not there is no image's failure
     paths = {image_name(path): path for path in images}
-    size = model.manifest.batch if isinstance(model.manifest.batch, int) else _BATCH
+    size = batch_size(model)
     result = Extraction()
-    pending: list[_Pending] = []
+    pending: list[Pending] = []
     for name, path in paths.items():
         progress(name)
         try:
@@ -78,29 +79,43 @@ def extract(
             if writer.has(name, digest):
                 result.kept += 1
                 continue
-            pending.append(_Pending(name, digest, open_image(path)))
-        except InputError as error:
-            result.failed[name] = str(error)
-        except OSError as error:
-            result.failed[name] = f"{path} cannot be read ({error.strerror})"
+            pending.append(Pending(name, digest, model.fitted(path)))
+        except (InputError, OSError) as error:
+            result.failed[name] = failure_text(path, error)
         if len(pending) == size:
-            _store(model, pending, writer, prompt, result)
+            store_batch(model, pending, writer, feeds, result)
             pending = []
-    if pending:
-        _store(model, pending, writer, prompt, result)
+    store_batch(model, pending, writer, feeds, result)
     return result
 
 
-def _store(
-    model: Model, pending: Sequence[_Pending], writer: StoreWriter, prompt: str | None, result: Extraction
+def batch_size(model: Model) -> int:
+    """Images to compute at a time."""
+    return model.manifest.batch if isinstance(model.manifest.batch, int) else _BATCH
+
+
+def failure_text(path: Path, error: InputError | OSError) -> str:
+    """Why an image could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such image"
+    return f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+
+
+def store_batch(
+    model: Model, pending: Sequence[Pending], writer: StoreWriter, feeds: Feeds, result: Extraction
 ) -> None:
-    """Compute and write a batch; one image whose features cannot be had does not take the others with it."""
+    """Compute and write a batch; one image whose features cannot be had does not take the others with it.
+
+    Args:
+        feeds: from `Model.feeds`.
+        result: is told of it.
+    """
     try:
-        maps = model.features_of([one.image for one in pending], prompt=prompt)
+        maps = model.features_of_fitted([one.image for one in pending], feeds)
     except InputError as error:
         if len(pending) > 1:
             for one in pending:
-                _store(model, [one], writer, prompt, result)
+                store_batch(model, [one], writer, feeds, result)
         else:
             result.failed[pending[0].name] = str(error)
         return
@@ -108,7 +123,7 @@ def _store(
         _put(one, feature_map, writer, result)
 
 
-def _put(one: _Pending, feature_map: FeatureMap, writer: StoreWriter, result: Extraction) -> None:
+def _put(one: Pending, feature_map: FeatureMap, writer: StoreWriter, result: Extraction) -> None:
     try:
         loss = writer.put(one.name, one.image_sha256, feature_map)
     except InputError as error:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
@@ -17,6 +18,21 @@ ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
 FITS = ("stretch", "pad")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 _PAD_VALUE = 128  # mid-grey: 0 after normalisation to [-1, 1]
+
+
+@dataclass(frozen=True)
+class FittedImage:
+    """An image as an engine takes it.
+
+    Attributes:
+        pixels: uint8 [H, W, 3] at the engine's size.
+        covered: rows and columns of them that the image covers.
+        image_size: (H, W) of the original.
+    """
+
+    pixels: np.ndarray
+    covered: tuple[int, int]
+    image_size: tuple[int, int]
 
 
 def open_image(source: ImageLike) -> Image.Image:
@@ -119,6 +135,13 @@ def fit_image(
     pixels = np.full((height, width, 3), _PAD_VALUE, np.uint8)
     pixels[:rows, :columns] = np.asarray(image.resize((columns, rows), Image.Resampling.BICUBIC))
     return pixels, (rows, columns)
+
+
+def fitted_image(source: ImageLike, size: tuple[int, int], fit: str = "stretch") -> FittedImage:
+    """Open an image and resize it; see `open_image` and `fit_image`."""
+    image = open_image(source)
+    pixels, covered = fit_image(image, size, fit)
+    return FittedImage(pixels, covered, (image.height, image.width))
 
 
 def _from_array(array: np.ndarray) -> Image.Image:

@@ -18,7 +18,7 @@ from ditf.runtime.engines import IMAGE_SIDES
 from ditf.runtime.errors import InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
 from ditf.runtime.flow import Flow, dense_flow
-from ditf.runtime.images import FITS, ImageLike, fit_image, open_image
+from ditf.runtime.images import FITS, FittedImage, ImageLike, fitted_image
 from ditf.runtime.manifest import Manifest
 from ditf.runtime.match_graph import run_match_graph
 from ditf.runtime.matching import Matches, PointsLike, heat_map, match_points
@@ -52,7 +52,9 @@ class Model:
         backend: name of the backend that runs it; `reason` says why that one.
     """
 
-    def __init__(self, bundle: Bundle, backend: str = "auto", fit: str = "stretch") -> None:
+    def __init__(
+        self, bundle: Bundle, backend: str | backends.Backend = "auto", fit: str = "stretch"
+    ) -> None:
         if fit not in FITS:
             raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
         self.bundle = bundle
@@ -111,21 +113,36 @@ class Model:
         """Features of several images, in batches of the bundle's size; see `features`."""
         if isinstance(images, (str, Path)):
             raise InputError(f"features_of takes several images, not {str(images)!r}", "pass a list")
-        pixels, covered, sizes = [], [], []
-        for source in images:
-            image = open_image(source)
-            array, extent = fit_image(image, self.manifest.size, self.fit)
-            pixels.append(array)
-            covered.append(extent)
-            sizes.append((image.height, image.width))
-        if not pixels:
+        fitted = [self.fitted(image) for image in images]
+        return self.features_of_fitted(fitted, self._runner.feeds(noise, prompt, embeddings))
+
+    def fitted(self, image: ImageLike) -> FittedImage:
+        """An image at the engine's size, for `features_of_fitted`. Uses no engine: any thread may call it.
+
+        Raises:
+            InputError: an unreadable image.
+        """
+        return fitted_image(image, self.manifest.size, self.fit)
+
+    def features_of_fitted(self, images: Sequence[FittedImage], feeds: Feeds) -> list[FeatureMap]:
+        """Features of several images, in batches of the bundle's size.
+
+        Args:
+            images: from `fitted`.
+            feeds: from `feeds`.
+        """
+        if not images:
             return []
-        maps = self._runner.maps(np.stack(pixels), self._runner.feeds(noise, prompt, embeddings))
-        engine = self.manifest.size
+        maps = self._runner.maps(np.stack([image.pixels for image in images]), feeds)
         return [
-            _crop(array, pixels_covered, engine, size)
-            for array, pixels_covered, size in zip(maps, covered, sizes, strict=True)
+            _crop(array, image.covered, self.manifest.size, image.image_size)
+            for array, image in zip(maps, images, strict=True)
         ]
+
+    @property
+    def largest_batch(self) -> int | None:
+        """Images that one call of the engine takes; None where that is any number."""
+        return self._runner.largest_batch
 
     def run(
         self,

@@ -51,6 +51,11 @@ class FeaturesRunner:
         self.conditions = self._conditions.names
         self._noise = bundle.read_array(NOISE) if manifest.noise == "input" else None
 
+    @property
+    def largest_batch(self) -> int | None:
+        """Images that one call takes; None where that is any number."""
+        return max((high for _, high in self._ranges), default=None)
+
     def feeds(
         self,
         noise: np.ndarray | None = None,

@@ -153,6 +153,20 @@ class StoreWriter:
             ours = {MAPS, PARTIAL, INDEX}
             if any(entry.name not in ours for entry in self.path.iterdir()):
                 raise InputError(f"{self.path} exists and is not a feature store", "choose another --output")
+            self._check_maps()
+
+    def _check_maps(self) -> None:
+        """Refuse maps of other features where store.json, which says whose they are, is gone."""
+        for path in map_files(self.path):
+            try:
+                stored = read_stored(path)
+            except (InputError, FileNotFoundError):
+                continue  # damaged: it is computed again
+            if stored.key != self.identity.key:
+                raise InputError(
+                    f"{self.path} has no {STORE}, and {path.name} is of other features",
+                    "choose another --output, or remove it",
+                )
 
     def _write(self, path: Path, content: bytes, keep: bool = False) -> None:
         """A file that appears whole.

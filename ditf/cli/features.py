@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Optional
@@ -25,6 +26,7 @@ from ditf.cli.console import (
     say,
     show,
     stages,
+    state,
     table,
     write_json,
 )
@@ -32,20 +34,39 @@ from ditf.runtime import FeatureMap, load
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.extraction import Extraction, extract, image_name
-from ditf.runtime.images import FITS, find_images
+from ditf.runtime.extraction_ray import Job, extract_with_ray, ray_cluster
+from ditf.runtime.images import FITS, SUFFIXES, find_images
 from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store_writer import StoreWriter
+
+ENGINES = ("local", "ray")
 
 
 def features(
     bundle: BundleArgument,
-    images: Annotated[
-        list[Path], typer.Argument(metavar="IMAGE|DIR...", help="Images of any size, or folders of them.")
-    ],
     output: Annotated[
         Path,
         typer.Option("--output", "-o", metavar="STORE|NPZ", help="A directory, or a file that ends in .npz."),
     ],
+    images: Annotated[
+        Optional[list[Path]],
+        typer.Argument(metavar="[IMAGE|DIR]...", help="Images of any size, or folders of them."),
+    ] = None,
+    inputs: Annotated[
+        Optional[list[Path]],
+        typer.Option("--input", metavar="DIR|FILE", help="A folder, or a file with an image's path a line."),
+    ] = None,
+    engine: Annotated[
+        str, typer.Option(metavar="local|ray", help="Here, or on the machines of a Ray cluster.")
+    ] = "local",
+    ray_address: Annotated[
+        Optional[str],
+        typer.Option(metavar="ADDRESS", help="As ray.init takes it; RAY_ADDRESS, or one on this machine."),
+    ] = None,
+    workers: Annotated[
+        Optional[int],
+        typer.Option(metavar="N", min=1, max=4096, help="Ray actors; one a GPU, or one a machine."),
+    ] = None,
     features_dtype: FeaturesDtypeOption = None,
     prompt: PromptOption = None,
     fit: FitOption = "stretch",
@@ -62,22 +83,41 @@ def features(
     """
     if features_dtype is not None and features_dtype not in DTYPES:
         raise InputError(f"--features-dtype {features_dtype!r} is not {' or '.join(DTYPES)}", "leave it out")
+    if engine not in ENGINES:
+        raise InputError(f"unknown engine {engine!r}", f"choose one of {', '.join(ENGINES)}")
+    if engine != "ray" and (ray_address is not None or workers is not None):
+        raise InputError("--ray-address and --workers are of a Ray cluster", "add --engine ray")
+    read = (bundle, *(images or ()), *(inputs or ()))
     if output.suffix == ".npz":
-        check_writable(output, json_file, inputs=(bundle, *images))
-        _write_npz(bundle, _listed(images), output, features_dtype, prompt, fit, backend, json_file)
+        if engine == "ray":
+            raise InputError(f"{output} is one file, and many machines write", "name a directory")
+        check_writable(output, json_file, inputs=read)
+        paths = _listed(images or (), inputs or ())
+        for path in paths:
+            if not path.exists():
+                raise InputError(f"{path}: no such image")
+        _write_npz(bundle, paths, output, features_dtype, prompt, fit, backend, json_file)
         return
-    check_outside(output, inputs=(bundle, *images))
-    check_writable(json_file, inputs=(bundle, output, *images))
+    check_outside(output, inputs=read)
+    check_writable(json_file, inputs=(output, *read))
     if fit not in FITS:
         raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
-    paths = _listed(images)
-    identity = StoreIdentity.of(Bundle.open(bundle), fit, prompt, features_dtype or DTYPES[0])
-    writer = StoreWriter(output, identity)
-    with load(bundle, backend, fit) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
-        model.feeds(prompt)
-        with writer, stages(len({image_name(path) for path in paths})) as progress:
-            done = extract(model, paths, writer, prompt, progress)
+    paths = _listed(images or (), inputs or ())
+    opened = Bundle.open(bundle)
+    writer = StoreWriter(output, StoreIdentity.of(opened, fit, prompt, features_dtype or DTYPES[0]))
+    count = len({image_name(path) for path in paths})
+    if engine == "ray":
+        with ray_cluster(ray_address, state.verbose) as cluster:
+            say(f"{bundle} on {cluster}")
+            with writer, stages(count) as progress:
+                job = Job.of(bundle, writer, prompt, fit, backend)
+                done = extract_with_ray(job, paths, workers, progress, state.verbose)
+    else:
+        with load(bundle, backend, fit) as model:
+            say(f"{bundle} on {model.detail} ({model.reason})")
+            model.feeds(prompt)
+            with writer, stages(count) as progress:
+                done = extract(model, paths, writer, prompt, progress)
     _report(bundle, output, writer, done, json_file)
 
 
@@ -119,21 +159,43 @@ def _report(
         )
 
 
-def _listed(images: Sequence[Path]) -> list[Path]:
-    """Images, and those in folders.
+def _listed(images: Sequence[Path], inputs: Sequence[Path]) -> list[Path]:
+    """Images, those in folders, and those that files list. One that is not there is among them.
 
     Raises:
-        InputError: no such image, or a folder without.
+        InputError: none at all is there, a folder without, or a file that is no list.
     """
     paths: list[Path] = []
     for path in images:
-        if path.is_dir():
-            paths += find_images(path)
-        elif path.exists():
-            paths.append(path)
-        else:
-            raise InputError(f"{path}: no such image")
+        paths += find_images(path) if path.is_dir() else [path]
+    for path in inputs:
+        paths += find_images(path) if path.is_dir() else _read_list(path)
+    if not paths:
+        raise InputError("no images are given", "name some, or a folder, or --input")
+    if not any(path.exists() for path in paths):
+        raise InputError(f"{paths[0]}: no such image")
     return paths
+
+
+def _read_list(path: Path) -> list[Path]:
+    """The paths in a file, one a line.
+
+    Raises:
+        InputError: it cannot be read, is itself an image, or lists nothing.
+    """
+    if path.suffix.lower() in SUFFIXES:
+        raise InputError(f"--input {path} is an image", "leave --input out")
+    try:
+        content = path.read_bytes()
+    except OSError as error:
+        raise InputError(
+            f"{path} cannot be read ({error.strerror})", "--input takes a folder or a list"
+        ) from None
+    lines = [line.rstrip(b"\r") for line in content.split(b"\n")]
+    listed = [Path(os.fsdecode(line)) for line in lines if line.strip()]
+    if b"\0" in content or not listed:
+        raise InputError(f"{path} is no list of images", "it needs one path a line")
+    return listed
 
 
 def _write_npz(

@@ -21,6 +21,7 @@ from ditf.cli import (
     doctor,
     evaluate,
     export,
+    export_triton,
     features,
     inspect,
     match,
@@ -53,6 +54,7 @@ app.command("bench")(bench.bench)
 app.command("match")(match.match)
 app.command("eval")(evaluate.evaluate_bundle)
 app.command("track")(track.track)
+app.command("export-triton")(export_triton.export_triton)
 app.command("features")(features.features)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)

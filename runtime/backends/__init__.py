@@ -90,11 +90,11 @@ class Backend(Protocol):
     def open_session(self, bundle: Bundle, graph: str) -> Session: ...
 
 
-def choose(bundle: Bundle, name: str = "auto") -> tuple[str, Backend, str]:
+def choose(bundle: Bundle, name: str | Backend = "auto") -> tuple[str, Backend, str]:
     """Pick what runs a bundle.
 
     Args:
-        name: "auto" or one of `BACKENDS`.
+        name: "auto" or one of `BACKENDS`; or a backend that is none of them, which is taken.
 
     Returns:
         Its name, its module, and why it was picked.
@@ -104,6 +104,8 @@ def choose(bundle: Bundle, name: str = "auto") -> tuple[str, Backend, str]:
         MissingComponent: the named backend, or every backend, is unavailable here.
         BundleError: the bundle has no engine that the named backend can run.
     """
+    if not isinstance(name, str):
+        return type(name).__name__, name, "given"
     if name != "auto":
         if name not in BACKENDS:
             raise InputError(f"unknown backend {name!r}", f"choose auto or {', '.join(BACKENDS)}")

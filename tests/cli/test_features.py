@@ -61,6 +61,30 @@ def test_what_fails_is_listed_and_mended_by_a_rerun(ditf, demo_bundle, folders, 
     assert "2 computed, 3 kept, 0 failed" in done.stdout
 
 
+def test_a_list_and_a_name_that_is_not_there(ditf, demo_bundle, folders, tmp_path):
+    """One mistyped name of many is one failure, wherever it stands."""
+    (tmp_path / "list.txt").write_bytes(b"one/a.png\r\n\none/mistyped.png\n./one/a.png\n")
+    done = ditf(
+        "features", demo_bundle, "absent.png", "--input", "list.txt", "--input", "two", "-o", "store", "-q"
+    )
+    assert done.returncode == 1
+    assert "3 computed, 0 kept, 2 failed" in done.stdout
+    assert "absent.png: no such image" in done.stdout
+    assert "one/mistyped.png: no such image" in done.stdout
+    assert done.stderr.count("\n") == 1
+
+
+def test_ray_that_is_not_installed(demo_bundle, folders, tmp_path):
+    code = (
+        "import sys; sys.modules['ray'] = None; from ditf.cli.main import run;"
+        f" sys.exit(run(['features', {str(demo_bundle)!r}, 'one', '-o', 'store', '--engine', 'ray', '-q']))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 3
+    assert done.stderr == "error: ray[data] is not installed; run: pip install 'ditf[ray]'\n"
+    assert not (tmp_path / "store").exists()
+
+
 def test_a_store_of_another_bundle_is_left_alone(ditf, demo_bundle, demo_bundle_float32, folders, tmp_path):
     assert ditf("features", demo_bundle, "one", "-o", "store").returncode == 0
     before = (tmp_path / "store" / "store.json").read_bytes()
@@ -70,6 +94,12 @@ def test_a_store_of_another_bundle_is_left_alone(ditf, demo_bundle, demo_bundle_
         assert "store holds other features" in done.stderr
         assert done.stderr.count("\n") == 1
     assert (tmp_path / "store" / "store.json").read_bytes() == before
+    (tmp_path / "store" / "store.json").unlink()
+    done = ditf("features", demo_bundle_float32, "one", "-o", "store")
+    assert done.returncode == 2
+    assert "store has no store.json, and" in done.stderr
+    done = ditf("features", demo_bundle, "one", "-o", "store")
+    assert "0 computed, 1 kept, 0 failed" in done.stdout
     done = ditf("features", demo_bundle_float32, "one", "-o", "other")
     assert "rounding to float16 cost at most" in done.stdout
     done = ditf("features", demo_bundle_float32, "one", "-o", "exact", "--features-dtype", "float32")
@@ -84,7 +114,17 @@ def test_a_store_of_another_bundle_is_left_alone(ditf, demo_bundle, demo_bundle_
         (["one", "-o", "one/store"], "would overwrite"),
         (["one", "-o", "file"], "file is a file; name a directory, or a file that ends in .npz"),
         (["one", "-o", "two"], "two exists and is not a feature store"),
-        (["one", "absent.png", "-o", "store"], "absent.png: no such image"),
+        (["absent.png", "-o", "store"], "absent.png: no such image"),
+        (["one", "absent.png", "-o", "f.npz"], "absent.png: no such image"),
+        (["-o", "store"], "no images are given"),
+        (["--input", "absent.txt", "-o", "store"], "absent.txt cannot be read (No such file"),
+        (["--input", "file", "-o", "store"], "file is no list of images"),
+        (["--input", "one/a.png", "-o", "store"], "is an image; leave --input out"),
+        (["one", "-o", "store", "--engine", "spark"], "unknown engine 'spark'; choose one of local, ray"),
+        (["one", "-o", "store", "--workers", "2"], "add --engine ray"),
+        (["one", "-o", "store", "--ray-address", "auto"], "add --engine ray"),
+        (["one", "-o", "f.npz", "--engine", "ray"], "name a directory"),
+        (["one", "-o", "store", "--engine", "ray", "--ray-address", "127.0.0.1:9"], "no Ray cluster at 127"),
         (["nothing", "-o", "store"], "nothing holds no images"),
         (["one", "-o", "store", "--features-dtype", "int8"], "is not float16 or float32"),
         (["one", "-o", "store", "--fit", "crop"], "stretch, pad"),

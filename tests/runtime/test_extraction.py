@@ -13,6 +13,7 @@ from ditf.calib.images import procedural_image
 from ditf.runtime.errors import InputError
 from ditf.runtime.extraction import extract
 from ditf.runtime.features import FeatureMap, not_finite
+from ditf.runtime.images import fitted_image
 from ditf.runtime.store import FeatureStore, StoreIdentity
 from ditf.runtime.store_writer import StoreWriter
 
@@ -80,10 +81,13 @@ class OneBadImage:
         if prompt is not None:
             raise InputError("this bundle has one condition")
 
-    def features_of(self, images, prompt):
-        if any(image.height == 47 for image in images):
+    def fitted(self, path):
+        return fitted_image(path, (8, 8))
+
+    def features_of_fitted(self, images, feeds):
+        if any(image.image_size[0] == 47 for image in images):
             raise not_finite()
-        return [FeatureMap(np.ones((5, 2, 2), np.float16), (i.height, i.width)) for i in images]
+        return [FeatureMap(np.ones((5, 2, 2), np.float16), image.image_size) for image in images]
 
 
 def test_one_image_does_not_take_its_batch_with_it(images, tmp_path):

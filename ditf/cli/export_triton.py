@@ -1,0 +1,182 @@
+"""`ditf export-triton`: a bundle as models for a Triton Inference Server."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+
+from ditf.cli.console import (
+    BundleArgument,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    bytes_text,
+    check_outside,
+    check_writable,
+    say,
+    show,
+    table,
+    write_json,
+)
+from ditf.engines.triton import RepositoryModel, bundle_models, check_name, write_models
+from ditf.engines.triton_config import Placement
+from ditf.engines.triton_plans import FLAVOUR, NoEngine, Plans, choose_plans
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.errors import InputError
+
+_MAX_BATCH = 8
+
+
+def export_triton(
+    bundle: BundleArgument,
+    repository: Annotated[
+        Path, typer.Option(metavar="DIR", help="Triton's model repository; other models in it stay.")
+    ],
+    name: Annotated[
+        Optional[str], typer.Option(metavar="NAME", help="Models are NAME.features, ...; the bundle's name.")
+    ] = None,
+    backend: Annotated[
+        str,
+        typer.Option(
+            metavar="auto|tensorrt|onnxruntime",
+            help="What runs the graphs; auto takes engines that ditf build made, if there are any.",
+        ),
+    ] = "auto",
+    target: Annotated[
+        Optional[str],
+        typer.Option(metavar="sm_87,...", help="GPUs of the servers; all there are engines for."),
+    ] = None,
+    device: Annotated[str, typer.Option(metavar="gpu|cpu", help="Where the graphs run.")] = "gpu",
+    instances: Annotated[
+        int, typer.Option(metavar="N", min=1, max=64, help="Of each graph, on each GPU.")
+    ] = 1,
+    batch_delay: Annotated[
+        float, typer.Option(metavar="MS", min=0, max=1000, help="How long an image waits for others.")
+    ] = 5.0,
+    max_batch: Annotated[
+        Optional[int],
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=1024,
+            help="Images in a call, of a bundle with --batch dynamic; 8, or its engine's.",
+        ),
+    ] = None,
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Write a bundle's models into a Triton model repository: features, match and correspond.
+
+    Clients send what they send to `ditf serve`. Exporting again replaces this bundle's models, and no others.
+    """
+    check_outside(repository, inputs=(bundle,))
+    check_writable(json_file, inputs=(bundle, repository))
+    if device not in ("gpu", "cpu"):
+        raise InputError(f"--device {device!r} is not gpu or cpu")
+    opened = Bundle.open(bundle)
+    called = check_name(name or bundle.resolve().name)
+    plans, reason = _plans(opened, backend, target, device)
+    usual, largest = _batch(opened, plans, max_batch)
+    placement = Placement(device == "gpu", instances, largest, usual, round(batch_delay * 1000))
+    models = bundle_models(opened, called, placement, plans)
+    what = f"TensorRT {plans.version} plans" if plans else "ONNX Runtime"
+    say(f"{bundle} for {what} ({reason})")
+    gone = write_models(repository, opened, called, models)
+    _report(bundle, repository, models, [path.name for path in gone], plans, json_file)
+
+
+def _plans(opened: Bundle, backend: str, target: Optional[str], device: str) -> tuple[Optional[Plans], str]:
+    """The engines to serve, or None for ONNX Runtime; and why."""
+    if backend not in ("auto", FLAVOUR, "onnxruntime"):
+        raise InputError(
+            f"--backend {backend!r} is nothing that Triton runs here",
+            f"choose auto, {FLAVOUR} or onnxruntime",
+        )
+    targets = _parse_gpus(target)
+    if backend == "onnxruntime" or device == "cpu":
+        if targets or backend == FLAVOUR:
+            raise InputError(
+                "engines are TensorRT's, on GPUs", "leave out --target, or --backend and --device"
+            )
+        return None, "named" if backend == "onnxruntime" else "auto; engines need GPUs"
+    try:
+        return choose_plans(opened, targets), "auto" if backend == "auto" else "named"
+    except NoEngine as error:
+        if backend == FLAVOUR:
+            raise
+        return None, f"auto; {error.problem}"
+
+
+def _parse_gpus(text: Optional[str]) -> list[str]:
+    """Compute capabilities of a comma-separated list, each once.
+
+    Raises:
+        InputError: one of them is none.
+    """
+    if text is None:
+        return []
+    targets = list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
+    for target in targets:
+        if not re.fullmatch(r"sm_[1-9]\d{1,2}", target):
+            raise InputError(f"--target {target!r} is no compute capability", "for example --target sm_87")
+    return targets
+
+
+def _batch(opened: Bundle, plans: Optional[Plans], max_batch: Optional[int]) -> tuple[int, int]:
+    """Usual and largest batch."""
+    own = opened.manifest.batch
+    if own != "dynamic":
+        if max_batch not in (None, own):
+            raise InputError(
+                f"--max-batch does not fit: this bundle's batch is {own}", "export it with --batch dynamic"
+            )
+        return own, own
+    if plans is None:
+        return max_batch or _MAX_BATCH, max_batch or _MAX_BATCH
+    usual, largest = plans.batch
+    if max_batch is not None and max_batch > largest:
+        raise InputError(
+            f"--max-batch {max_batch} is more than its engines take, {largest}", "build them with --batch"
+        )
+    return min(usual, max_batch or largest), max_batch or largest
+
+
+def _report(
+    bundle: Path,
+    repository: Path,
+    models: Sequence[RepositoryModel],
+    gone: Sequence[str],
+    plans: Optional[Plans],
+    json_file: Optional[Path],
+) -> None:
+    rows: list[tuple[str, ...]] = [("model", "runs on", "batch", "bytes")]
+    listed = []
+    for model in models:
+        size = sum(path.stat().st_size for path in model.copied.values())
+        runs = str(model.config.get("platform", "python"))
+        batch = str(model.config["max_batch_size"] or "")
+        rows.append((model.name, runs, batch, bytes_text(size)))
+        listed.append({"name": model.name, "platform": runs, "bytes": size})
+    show(table(rows))
+    for folder, record in plans.engines.values() if plans else ():
+        show(f"engine {folder.name}: TensorRT {record.version}, built on {record.gpu}")
+    if plans:
+        show(f"needs a Triton with TensorRT {plans.version}; its release notes say which it has")
+    for name in gone:
+        show(f"removed {name}, which this bundle no longer has")
+    write_json(
+        json_file,
+        {
+            "bundle": str(bundle),
+            "repository": str(repository),
+            "models": listed,
+            "removed": list(gone),
+            "tensorrt": plans.version if plans else None,
+            "engines": list(plans.engines) if plans else [],
+        },
+    )

@@ -1,0 +1,288 @@
+"""A bundle as models of a Triton model repository.
+
+    DIR/<name>.features/        features.onnx, or plans of it
+    DIR/<name>.match_graph/     match.onnx, or plans of it; on GPUs
+    DIR/<name>.match/           two maps and points in: Python, which calls match_graph
+    DIR/<name>.correspond/      two images and points in: Python, which calls features and match_graph
+    DIR/<name>.features_graph/  of a bundle whose graph takes more than images; features is then Python too
+
+Layout: triton-inference-server/server, docs/user_guide/model_repository.md. A ditf.json in each says whose
+it is.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ditf.engines.pbtxt import pbtxt
+from ditf.engines.triton_config import (
+    FEATURES_MODEL,
+    MATCH_MODEL,
+    ONNX,
+    PLAN,
+    Config,
+    Files,
+    Placement,
+    batches,
+    features_config,
+    match_config,
+    python_config,
+)
+from ditf.engines.triton_plans import Plans, capability
+from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, GOLDEN, MATCH, NOISE, Bundle
+from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
+from ditf.runtime.errors import InputError
+from ditf.runtime.manifest import NAME as MANIFEST
+from ditf.runtime.serving import contract
+from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
+from ditf.runtime.staging import abandoned, check_space
+from ditf.runtime.store import features_hash
+
+MARKER = "ditf.json"
+CONFIG = "config.pbtxt"
+SCHEMA = 1
+
+_PYTHON = '''"""Written by ditf export-triton. The code is in the ditf that is installed beside Triton."""
+
+from pathlib import Path
+
+from ditf.runtime.serving.triton import BundleModel
+
+
+class TritonPythonModel(BundleModel):
+    folder = Path(__file__).parent
+'''
+
+_DIRECTORY = "model.onnx"  # of an ONNX model of several files; the model in it has the same name
+
+
+@dataclass
+class RepositoryModel:
+    """A model to be written.
+
+    Attributes:
+        config: of config.pbtxt.
+        copied: {place in the model's folder: file}; written: {place: content}.
+    """
+
+    config: Config
+    copied: dict[str, Path] = field(default_factory=dict)
+    written: dict[str, bytes] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        return str(self.config["name"])
+
+
+def check_name(name: str) -> str:
+    """A bundle's name in a repository, checked.
+
+    Raises:
+        InputError: not one that a URL's path, a directory and a metric can all have.
+    """
+    if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
+        raise InputError(
+            f"{name!r} cannot be in a model's name", "choose letters, digits, dots and dashes with --name"
+        )
+    return name
+
+
+def bundle_models(
+    bundle: Bundle, name: str, placement: Placement, plans: Plans | None
+) -> list[RepositoryModel]:
+    """The models of a bundle, graphs first.
+
+    Args:
+        plans: what runs the graphs; None is ONNX Runtime.
+    """
+    manifest = bundle.manifest
+    inputs = graph_inputs(bundle)
+    plain = set(inputs) == {"image"}
+    features_name = f"{name}.{contract.FEATURES if plain else FEATURES_MODEL}"
+    files, copied = _features_files(bundle, plans)
+    features = RepositoryModel(features_config(features_name, manifest, inputs, files, placement), copied)
+    features.written |= _warmup(bundle, batches(manifest, inputs))
+    models = [features]
+    graphs = {FEATURES_GRAPH: features_name}
+    if placement.gpu:
+        graphs[MATCH_GRAPH] = f"{name}.{MATCH_MODEL}"
+        files, copied = _match_files(bundle, plans)
+        models.append(RepositoryModel(match_config(graphs[MATCH_GRAPH], manifest, files, placement), copied))
+    roles = [contract.MATCH, contract.CORRESPOND] if plain else list(contract.model_specs(manifest))
+    # One prepares while another waits for the graph; of a dynamic batch, so many that there is one.
+    count = placement.instances * (4 if batches(manifest, inputs) else 2)
+    for role in roles:
+        config = python_config(f"{name}.{role}", role, manifest, graphs, placement.largest_batch, count)
+        beside = [file for file in (NOISE, CONDITIONS) if file in manifest.files]
+        models.append(
+            RepositoryModel(
+                config,
+                {f"1/{file}": bundle.path / file for file in (MANIFEST, *beside)},
+                {"1/model.py": _PYTHON.encode()},
+            )
+        )
+    return models
+
+
+def write_models(
+    repository: Path, bundle: Bundle, name: str, models: Sequence[RepositoryModel]
+) -> list[Path]:
+    """Put a bundle's models into a repository, in place of those that it had there.
+
+    They are written elsewhere and then renamed, graphs first: what is called is there before who calls it.
+    Elsewhere is beside the repository, because Triton takes every folder in one for a model, hidden ones too
+    (core, src/filesystem/implementations/local.h); in it only where it is a file system of its own.
+
+    Returns:
+        Folders of models that were there and are no more.
+
+    Raises:
+        InputError: a folder of this name is not ditf's, or there is no room.
+    """
+    if repository.exists() and not repository.is_dir():
+        raise InputError(f"{repository} is a file", "name a directory")
+    if (repository / MANIFEST).exists() or (repository / CONFIG).exists():
+        raise InputError(f"{repository} is a bundle or a model, not a repository", "choose another directory")
+    for model in models:
+        _check_ours(repository / model.name, name)
+    wanted = {model.name for model in models}
+    gone = [path for path in _own(repository, name) if path.name not in wanted]
+    total = sum(path.stat().st_size for model in models for path in model.copied.values())
+    check_space(repository, total)
+    with _staging(repository) as temporary:
+        for model in models:
+            _write(temporary / model.name, bundle, name, model)
+        repository.mkdir(parents=True, exist_ok=True)
+        _swap(temporary, repository, [model.name for model in models], gone)
+    return gone
+
+
+def _write(folder: Path, bundle: Bundle, name: str, model: RepositoryModel) -> None:
+    for place, source in model.copied.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, folder / place)
+    for place, content in model.written.items():
+        (folder / place).parent.mkdir(parents=True, exist_ok=True)
+        (folder / place).write_bytes(content)
+    (folder / CONFIG).write_text(pbtxt(model.config), "utf-8")
+    marker = {"schema": SCHEMA, "bundle": name, "features": features_hash(bundle)}
+    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+
+
+def _swap(temporary: Path, repository: Path, names: Sequence[str], gone: Sequence[Path]) -> None:
+    """Rename all models into their places; if one cannot be, all are as they were."""
+    old = temporary / ".old"
+    old.mkdir()
+    done: list[tuple[Path, Path]] = []
+    try:
+        for name in names:
+            target = repository / name
+            if target.exists():
+                target.rename(old / name)
+                done.append((old / name, target))
+            (temporary / name).rename(target)
+            done.append((target, temporary / name))
+        for path in gone:
+            path.rename(old / path.name)
+            done.append((old / path.name, path))
+    except BaseException:
+        for now, before in reversed(done):
+            now.rename(before)
+        raise
+
+
+@contextmanager
+def _staging(repository: Path) -> Iterator[Path]:
+    """A folder on the repository's file system, which is removed in the end."""
+    beside = repository.parent
+    if repository.exists() and repository.stat().st_dev != beside.stat().st_dev:
+        beside = repository
+    temporary = beside / f".{repository.name}.partial-{os.getpid()}"
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        for path in abandoned(beside):
+            if path.name.startswith(f".{repository.name}."):
+                shutil.rmtree(path, ignore_errors=True)
+        temporary.mkdir()
+    except OSError as error:
+        raise InputError(f"{beside} cannot be written ({error.strerror})", "choose another place") from error
+    try:
+        yield temporary
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _check_ours(folder: Path, name: str) -> None:
+    if folder.exists() and _owner(folder) != name:
+        raise InputError(
+            f"{folder} is not a model that ditf made of {name}", "choose another --name, or move it away"
+        )
+
+
+def _own(repository: Path, name: str) -> list[Path]:
+    """Models of a bundle that a repository has."""
+    if not repository.is_dir():
+        return []
+    return [path for path in sorted(repository.iterdir()) if path.is_dir() and _owner(path) == name]
+
+
+def _owner(folder: Path) -> str | None:
+    """The name that a model was made under; None of one that ditf did not make."""
+    try:
+        owner = json.loads((folder / MARKER).read_text("utf-8"))["bundle"]
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        return None
+    return owner if isinstance(owner, str) else None
+
+
+def _features_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Path]]:
+    if plans is not None:
+        return _plan_files(plans, FEATURES_PLAN)
+    bundle.verify([FEATURES, FEATURES_DATA])
+    # ONNX Runtime finds the weights beside the model, which makes it one of several files: a directory.
+    copied = {
+        f"1/{_DIRECTORY}/{_DIRECTORY}": bundle.path / FEATURES,
+        f"1/{_DIRECTORY}/{FEATURES_DATA}": bundle.path / FEATURES_DATA,
+    }
+    return Files(ONNX, None, {}), copied
+
+
+def _match_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Path]]:
+    if plans is not None and all(MATCH_PLAN in record.plans for _, record in plans.engines.values()):
+        return _plan_files(plans, MATCH_PLAN)
+    bundle.verify([MATCH])
+    return Files(ONNX, None, {}), {"1/model.onnx": bundle.path / MATCH}
+
+
+def _plan_files(plans: Plans, plan: str) -> tuple[Files, dict[str, Path]]:
+    named = {folder.name: f"{folder.name}.plan" for folder, _ in plans.engines.values()}
+    default = plans.default and named[plans.default[0].name]
+    by_capability = {
+        capability(target): named[folder.name] for target, (folder, _) in plans.by_target.items()
+    }
+    copied = {f"1/{named[key]}": folder / plan for key, (folder, _) in plans.engines.items()}
+    return Files(PLAN, default, by_capability, plans.profile), copied
+
+
+def _warmup(bundle: Bundle, dynamic: bool) -> dict[str, bytes]:
+    """Data of the features model's warm-up: golden images, and what else the graph takes."""
+    batch = bundle.manifest.batch
+    count = 1 if dynamic or batch == "dynamic" else int(batch)
+    images = bundle.read_arrays(GOLDEN)["images"]
+    data: dict[str, Any] = {"image": np.take(images, np.arange(count), axis=0, mode="wrap")}
+    if bundle.manifest.noise == "input":
+        data["noise"] = bundle.read_array(NOISE)
+    if bundle.manifest.conditioning != "bake":
+        first: Mapping[str, np.ndarray] = bundle.read_arrays(CONDITIONS)
+        data |= {key.partition(".")[2]: array for key, array in first.items() if key.startswith("0.")}
+    return {f"warmup/{name}": np.ascontiguousarray(array).tobytes() for name, array in data.items()}

@@ -1,0 +1,140 @@
+"""Which of a bundle's engines a Triton can serve: of full TensorRT, one version, one plan for each GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.engines import EngineRecord, engine_folders, read_record, verify_plans
+from ditf.runtime.errors import BundleError, InputError
+
+FLAVOUR = "tensorrt"
+_OLDEST_COMPATIBLE = 80  # what hardware compatibility reaches down to
+_BUILD = "build one on the GPU that will serve it: ditf build --backend tensorrt"
+
+
+class NoEngine(InputError):
+    """A bundle without an engine that Triton could load."""
+
+
+@dataclass(frozen=True)
+class Plans:
+    """Engines that go into one model.
+
+    Attributes:
+        version: of TensorRT, of all of them.
+        by_target: {"sm_87": (folder, record)}.
+        default: the one for any other GPU from sm_80 on; None where there is none.
+        profile: index of the profile that takes one image and more.
+        batch: usual and largest batch, of all of them.
+    """
+
+    version: str
+    by_target: dict[str, tuple[Path, EngineRecord]]
+    default: tuple[Path, EngineRecord] | None
+    profile: int
+    batch: tuple[int, int]
+
+    @property
+    def engines(self) -> dict[str, tuple[Path, EngineRecord]]:
+        """All, {folder's name: ...}."""
+        both = [*self.by_target.values(), *([self.default] if self.default else [])]
+        return {folder.name: (folder, record) for folder, record in both}
+
+
+def choose_plans(bundle: Bundle, targets: Sequence[str]) -> Plans:
+    """The engines to serve.
+
+    Args:
+        targets: GPUs of the servers, "sm_87"; all that the bundle has engines for by default.
+
+    Raises:
+        NoEngine: there is none.
+        InputError: none for a target, or several versions of TensorRT: a Triton has one.
+        BundleError: a plan is damaged.
+    """
+    usable, passed_over = _usable(bundle)
+    compatible = [one for one in usable if one[1].options.get("hardware_compatible")]
+    by_target: dict[str, tuple[Path, EngineRecord]] = {}
+    for folder, record in usable:
+        by_target.setdefault(_built_for(record), (folder, record))
+    if targets:
+        chosen = {}
+        for target in targets:
+            reached = compatible if int(target.removeprefix("sm_")) >= _OLDEST_COMPATIBLE else []
+            fitting = [by_target[target]] if target in by_target else reached[:1]
+            if not fitting:
+                why = "; ".join(passed_over) or "it has none"
+                there = f"it has them for {', '.join(by_target)}" if by_target else why
+                raise InputError(f"{bundle.path} has no {FLAVOUR} engine for {target}: {there}", _BUILD)
+            chosen[target] = fitting[0]
+        by_target, compatible = chosen, []
+    if not by_target:
+        why = "; ".join(passed_over) or "it has none"
+        raise NoEngine(f"{bundle.path} has no {FLAVOUR} engine: {why}", _BUILD)
+    default = compatible[0] if compatible else None
+    engines = [*by_target.values(), *([default] if default else [])]
+    versions = sorted({record.version for _, record in engines})
+    if len(versions) > 1:
+        raise InputError(
+            f"the engines are of TensorRT {' and '.join(versions)}, and a Triton has one",
+            "name the GPUs of one with --target",
+        )
+    profiles = [_profile(folder, record) for folder, record in engines]
+    if len({index for index, _ in profiles}) > 1:
+        raise InputError("the engines have their batches in different profiles", "build them alike")
+    for folder, record in engines:
+        verify_plans(folder, record)
+    smallest = min((batch for _, batch in profiles), key=lambda batch: batch[1])
+    return Plans(versions[0], by_target, default, profiles[0][0], smallest)
+
+
+def capability(target: str) -> str:
+    """Triton's way to write a compute capability: "8.7" for "sm_87"."""
+    digits = target.removeprefix("sm_")
+    return f"{digits[:-1]}.{digits[-1]}"
+
+
+def _usable(bundle: Bundle) -> tuple[list[tuple[Path, EngineRecord]], list[str]]:
+    """Engines of this bundle that Triton's backend deserialises, newest first; and why not the others."""
+    usable, passed_over = [], []
+    for folder in engine_folders(bundle.path):
+        try:
+            record = read_record(folder)
+        except BundleError as error:
+            passed_over.append(error.problem)
+            continue
+        stale = record.stale(bundle)
+        if record.flavour != FLAVOUR:
+            passed_over.append(f"{folder.name} is of {record.flavour}, which Triton does not load")
+        elif stale:
+            passed_over.append(f"{folder.name} was {stale}")
+        elif record.options.get("strip_weights"):
+            passed_over.append(f"{folder.name} was built with --strip-weights")
+        else:
+            usable.append((folder, record))
+    return sorted(usable, key=lambda one: _numbers(one[1].version), reverse=True), passed_over
+
+
+def _built_for(record: EngineRecord) -> str:
+    return record.target or (record.gpu or "").rpartition(" ")[2]
+
+
+def _profile(folder: Path, record: EngineRecord) -> tuple[int, tuple[int, int]]:
+    """The profile from one image up to the most, and its usual and largest batch."""
+    fixed = len(record.batch) == 1 and len(set(record.batch[0])) == 1
+    found = [(high, index, usual) for index, (low, usual, high) in enumerate(record.batch) if low == 1]
+    if fixed and not found:
+        return 0, (record.batch[0][0], record.batch[0][0])
+    if not found:
+        raise InputError(
+            f"{folder.name} takes batches of {record.batch_text}, none of 1", "build it with --batch 1,4,8"
+        )
+    high, index, usual = max(found)
+    return index, (usual, high)
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(part) if part.isdigit() else 0 for part in version.split(".")]

@@ -1,0 +1,234 @@
+"""The Python models of a Triton repository: a bundle whose graphs are models of the same server.
+
+Triton's Python backend (triton-inference-server/python_backend, README.md) imports a model.py, whose class
+comes from here. Images are resized, conditions chosen, matrices made and points matched by the code that does
+it everywhere in ditf; only the graphs are run elsewhere, called by name ("business logic scripting").
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Collection, Mapping, Sequence
+from pathlib import Path
+from typing import Any, ClassVar
+
+import numpy as np
+
+from ditf.runtime.backends import Probe, Session
+from ditf.runtime.bundle import CONDITIONS, FEATURES, NOISE, Bundle
+from ditf.runtime.errors import DitfError, InputError, NoPlan
+from ditf.runtime.features import FeatureMap
+from ditf.runtime.model import Model
+from ditf.runtime.serving.contract import CORRESPOND, MATCH, METHOD, PROMPT
+from ditf.runtime.serving.contract import FEATURES as FEATURES_MODEL
+
+MODEL, FEATURES_GRAPH, MATCH_GRAPH, LARGEST_BATCH = (
+    "ditf_model",
+    "ditf_features_graph",
+    "ditf_match_graph",
+    "ditf_largest_batch",
+)
+"""Parameters of a Python model's config.pbtxt: which of the contract's models it is; the names of the models
+that run features.onnx and match.onnx (without the latter, numpy matches); images that the former takes."""
+
+PIXELS = 32_000_000
+"""Of an image that is matched, at most."""
+
+_POINTS = 100_000
+
+Results = dict[str, np.ndarray]
+
+
+def graph_inputs(bundle: Bundle) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
+    """Inputs of a bundle's features graph, {name: (dtype, shape)}; -1 for a dynamic batch."""
+    manifest = bundle.manifest
+    batch = -1 if manifest.batch == "dynamic" else manifest.batch
+    inputs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
+    inputs["image"] = (np.dtype(np.uint8), (batch, *manifest.size, 3))
+    if manifest.noise == "input":
+        noise = bundle.read_array(NOISE)
+        inputs["noise"] = (noise.dtype, noise.shape)
+    if manifest.conditioning != "bake":
+        for key, array in bundle.read_arrays(CONDITIONS).items():
+            inputs[key.partition(".")[2]] = (array.dtype, array.shape)
+    return inputs
+
+
+class BundleModel:
+    """What model.py names TritonPythonModel.
+
+    Attributes:
+        folder: of model.py; the bundle's manifest, noise and conditions are beside it.
+    """
+
+    folder: ClassVar[Path]
+
+    def initialize(self, args: Mapping[str, str]) -> None:
+        """Called by Triton with the model's configuration, as JSON in `model_config`."""
+        self._utils = importlib.import_module("triton_python_backend_utils")
+        listed = json.loads(args["model_config"])["parameters"]
+        parameters = {name: value["string_value"] for name, value in listed.items()}
+        self._answer = _ANSWERS[parameters[MODEL]]
+        self._outputs = _OUTPUTS[parameters[MODEL]]
+        self._model = Model(Bundle.open(self.folder), TritonGraphs(self._utils, parameters))
+
+    def execute(self, requests: Sequence[Any]) -> list[Any]:
+        """One answer a request, in order; what is wrong with one is its own answer."""
+        return [self._execute(request) for request in requests]
+
+    def finalize(self) -> None:
+        """Called by Triton when the model is unloaded."""
+        self._model.close()
+
+    def _execute(self, request: Any) -> Any:
+        utils = self._utils
+        try:
+            inputs = {tensor.name(): tensor.as_numpy() for tensor in request.inputs()}
+            parameters = json.loads(request.parameters() or "{}")
+            results = self._answer(self._model, inputs, parameters)
+        except DitfError as error:
+            kind = utils.TritonError
+            code = kind.INVALID_ARG if isinstance(error, InputError) else kind.INTERNAL
+            return utils.InferenceResponse(error=kind(str(error), code))
+        wanted = set(request.requested_output_names())
+        tensors = [utils.Tensor(name, results[name]) for name in self._outputs if name in wanted]
+        return utils.InferenceResponse(output_tensors=tensors)
+
+
+class TritonGraphs:
+    """A backend (`ditf.runtime.backends`) that runs a bundle's graphs as models of the server it is in."""
+
+    def __init__(self, utils: Any, parameters: Mapping[str, str]) -> None:
+        self._utils = utils
+        self._parameters = parameters
+
+    def probe(self) -> Probe:
+        return Probe(True, "Triton")
+
+    def prepared(self, bundle: Bundle) -> bool:
+        return True
+
+    def ready(self, bundle: Bundle) -> None:
+        pass
+
+    def open_session(self, bundle: Bundle, graph: str) -> Session:
+        if graph == FEATURES:
+            inputs = {name: shape for name, (_, shape) in graph_inputs(bundle).items()}
+            largest = int(self._parameters[LARGEST_BATCH])
+            return _GraphSession(
+                self._utils,
+                self._parameters[FEATURES_GRAPH],
+                {name: tuple(None if n == -1 else n for n in shape) for name, shape in inputs.items()},
+                ("features",),
+                ((1, largest),) if bundle.manifest.batch == "dynamic" else (),
+            )
+        if MATCH_GRAPH not in self._parameters:
+            raise NoPlan("the repository has no match.onnx", "numpy matches")
+        return _GraphSession(self._utils, self._parameters[MATCH_GRAPH], {}, ("points", "scores"), ())
+
+
+class _Kept:
+    """An array that is matched by a graph where there is one (`ditf.runtime.features.Resident`).
+
+    It is in host memory all the same: what comes back from a GPU into Python there needs a framework to be
+    cut, and one is not to be had for a copy of a megabyte.
+    """
+
+    def __init__(self, array: np.ndarray) -> None:
+        self._array = array
+        self.shape = array.shape
+        self.dtype = array.dtype
+
+    def numpy(self) -> np.ndarray:
+        return self._array
+
+    def reshape(self, *shape: int) -> _Kept:
+        return _Kept(self._array.reshape(shape))
+
+    def __getitem__(self, index: int) -> _Kept:
+        return _Kept(self._array[index])
+
+
+class _GraphSession:
+    """A graph that is another model of the server; see `ditf.runtime.backends.Session`."""
+
+    device_seconds = device_bytes = None
+
+    def __init__(
+        self,
+        utils: Any,
+        name: str,
+        inputs: dict[str, tuple[int | None, ...]],
+        outputs: tuple[str, ...],
+        batches: tuple[tuple[int, int], ...],
+    ) -> None:
+        self.inputs = inputs
+        self.outputs = outputs
+        self.detail = f"Triton's model {name}"
+        self.batches = batches
+        self._utils = utils
+        self._name = name
+
+    def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
+        """Run the graph; the answer comes into host memory, whatever device the graph is on."""
+        utils = self._utils
+        arrays = {name: value.numpy() if isinstance(value, _Kept) else value for name, value in feeds.items()}
+        response = utils.InferenceRequest(
+            model_name=self._name,
+            requested_output_names=list(self.outputs),
+            inputs=[utils.Tensor(name, np.ascontiguousarray(array)) for name, array in arrays.items()],
+            preferred_memory=utils.PreferredMemory(utils.TRITONSERVER_MEMORY_CPU, 0),
+        ).exec()
+        if response.has_error():
+            raise DitfError(f"{self._name} failed ({response.error().message()})", "see Triton's log")
+        arrays = {tensor.name(): tensor.as_numpy() for tensor in response.output_tensors()}
+        return {name: _Kept(array) if name in keep else array for name, array in arrays.items()}
+
+    def close(self) -> None:
+        """Nothing: the graph is Triton's."""
+
+
+def _features(model: Model, inputs: Results, parameters: Mapping[str, Any]) -> Results:
+    return {"features": model.run(inputs["image"], prompt=parameters.get(PROMPT))}
+
+
+def _match(model: Model, inputs: Results, parameters: Mapping[str, Any]) -> Results:
+    sides = []
+    for name in ("source", "target"):
+        height, width = (int(length) for length in inputs[f"{name}_size"])
+        _check_size(f"{name}_size", height, width)
+        sides.append(FeatureMap(_Kept(inputs[name]), (height, width)))
+    return _matched(model, sides, inputs["points"], parameters)
+
+
+def _correspond(model: Model, inputs: Results, parameters: Mapping[str, Any]) -> Results:
+    pictures = [inputs["source"], inputs["target"]]
+    for name, picture in zip(("source", "target"), pictures, strict=True):
+        _check_size(name, *picture.shape[:2])
+    sides = model.features_of(pictures, prompt=parameters.get(PROMPT))
+    return _matched(model, sides, inputs["points"], parameters)
+
+
+def _matched(
+    model: Model, sides: Sequence[FeatureMap], points: np.ndarray, parameters: Mapping[str, Any]
+) -> Results:
+    if len(points) > _POINTS:
+        raise InputError(f"{len(points):,} points are more than {_POINTS:,}", "send fewer")
+    found = model.match(sides[0], sides[1], points, parameters.get(METHOD, "argmax"))
+    return {"matches": found.points, "scores": found.scores}
+
+
+def _check_size(name: str, height: int, width: int) -> None:
+    if height < 1 or width < 1 or height * width > PIXELS:
+        raise InputError(
+            f"{name} is {height}x{width}, (height, width) in pixels", f"at most {PIXELS:,} pixels"
+        )
+
+
+_ANSWERS: dict[str, Callable[[Model, Results, Mapping[str, Any]], Results]] = {
+    FEATURES_MODEL: _features,
+    MATCH: _match,
+    CORRESPOND: _correspond,
+}
+_OUTPUTS = {FEATURES_MODEL: ("features",), MATCH: ("matches", "scores"), CORRESPOND: ("matches", "scores")}
