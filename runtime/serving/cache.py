@@ -50,6 +50,12 @@ class FeatureCache:
             self._entries.move_to_end(key)
             return self._entries[key][0]
 
+    def clear(self) -> None:
+        """Keep nothing."""
+        with self._lock:
+            self._entries.clear()
+            self.bytes = 0
+
     def put(self, key: bytes, features: FeatureMap, batch: int) -> FeatureMap:
         """Keep the features of an image.
 

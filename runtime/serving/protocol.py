@@ -236,7 +236,7 @@ def _shape(value: Any, spec: TensorSpec) -> tuple[int, ...]:
             f"{spec.name} has the shape {list(spec.shape)}, not {value!r:.60}", "-1 is any length"
         )
     if any(wanted not in (-1, given) for given, wanted in zip(value, spec.shape, strict=True)):
-        raise InputError(f"{spec.name} has the shape {list(spec.shape)}, not {value}", "-1 is any length")
+        raise InputError(f"{spec.name} has the shape {list(spec.shape)}, not {value}")
     return tuple(value)
 
 
@@ -262,6 +262,10 @@ def _from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarra
         raise InputError(f"data of {spec.name} does not fit {spec.datatype}")
     with np.errstate(over="ignore"):  # infinity is refused by what uses it
         return array.astype(dtype).reshape(shape)
+
+
+def _fits(array: np.ndarray, info: np.iinfo[Any]) -> bool:
+    return bool(info.min <= array.min() and array.max() <= info.max)
 
 
 def _model_parameters(parameters: dict[str, Any], model: ModelSpec) -> dict[str, str]:
