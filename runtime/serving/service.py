@@ -256,7 +256,8 @@ class Service:
             return list(await asyncio.gather(*waiting))
         finally:
             for one in waiting:
-                one.cancel()
+                if not one.cancel() and not one.cancelled():
+                    one.exception()  # asyncio complains of failures that nobody looked at
 
     def _check_count(self, points: PointsLike) -> None:
         if len(points) > self.limits.points:
