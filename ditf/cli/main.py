@@ -25,6 +25,7 @@ from ditf.cli import (
     inspect,
     match,
     plan,
+    serve,
     track,
 )
 from ditf.cli.console import state
@@ -54,6 +55,7 @@ app.command("match")(match.match)
 app.command("eval")(evaluate.evaluate_bundle)
 app.command("track")(track.track)
 app.command("features")(features.features)
+app.command("serve")(serve.serve)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)

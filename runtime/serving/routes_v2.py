@@ -173,7 +173,7 @@ async def _correspond(service: Service, bundle: str, asked: InferRequest, ticket
         asked.parameters.get(METHOD, METHODS[0]),
         ticket,
     )
-    return {"matches": found.points, "scores": found.scores}
+    return {"matches": found.matches.points, "scores": found.matches.scores}
 
 
 _RUN: dict[str, Callable[[Service, str, InferRequest, Ticket], Awaitable[Results]]] = {

@@ -12,6 +12,7 @@ from typing import TypeVar, Union
 
 import numpy as np
 
+from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
 from ditf.runtime.matching import Matches, PointsLike, check_points
@@ -40,6 +41,22 @@ class Batching:
 
     delay_s: float = 0.005
     images: int = 8
+
+
+@dataclass(frozen=True)
+class Correspondence:
+    """Points of one picture and their matches in another.
+
+    Attributes:
+        points: float64 [N, 2], as asked for.
+        matches: in the target.
+        source_size, target_size: (H, W) px.
+    """
+
+    points: np.ndarray
+    matches: Matches
+    source_size: tuple[int, int]
+    target_size: tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -120,11 +137,12 @@ class Service:
         prompt: str | None,
         method: str,
         ticket: Ticket,
-    ) -> Matches:
+    ) -> Correspondence:
         """Where points of the first picture are in the second; see `Model.match`."""
         check_method(method)
         source, target, checked = await self._pair(bundle, pictures, points, prompt, ticket)
-        return await self._matched(bundle, source, target, checked, method, ticket)
+        matches = await self._matched(bundle, source, target, checked, method, ticket)
+        return Correspondence(checked, matches, source.image_size, target.image_size)
 
     async def match(
         self,
@@ -196,15 +214,32 @@ class Service:
         """Features of both pictures, and the points, which are checked before the engine is asked."""
         self._check_count(points)
         self.models[bundle].feeds(prompt)
-        prepared = await self._prepared(bundle, pictures, prompt)
+        prepared = await self._prepared(bundle, pictures, prompt, ("source", "target"))
         checked = check_points(points, prepared[0].image_size)
         source, target = await self._maps(bundle, prepared, prompt, ticket)
         return source, target, checked
 
     async def _prepared(
-        self, bundle: str, pictures: Sequence[Picture], prompt: str | None
+        self, bundle: str, pictures: Sequence[Picture], prompt: str | None, names: Sequence[str] = ()
     ) -> list[_Prepared]:
-        return await self.aside("decode", lambda: [self._prepare(bundle, one, prompt) for one in pictures])
+        """Pictures decoded and fitted, those that are not known.
+
+        Args:
+            names: of the pictures, for errors.
+        """
+
+        def prepare() -> list[_Prepared]:
+            prepared = []
+            for index, picture in enumerate(pictures):
+                try:
+                    prepared.append(self._prepare(bundle, picture, prompt))
+                except InputError as error:
+                    if names:
+                        raise type(error)(f"{names[index]}: {error.problem}", error.fix) from error
+                    raise
+            return prepared
+
+        return await self.aside("decode", prepare)
 
     def _prepare(self, bundle: str, picture: Picture, prompt: str | None) -> _Prepared:
         key = image_key(f"{bundle}\n{prompt or ''}", picture)
