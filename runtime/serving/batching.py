@@ -274,8 +274,8 @@ class Worker:
         ids = [job.ticket.request_id for job in jobs]
         self._observer.engine_failed()
         logger.error("the engine failed", exc_info=error, extra={"fields": {"request_ids": ids}})
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return EngineError(f"the engine failed ({reason})", "see the server's log")
+        # What it says names files of this machine: that is for the log.
+        return EngineError("the engine failed on this request", f"the server's log says why, at {ids[0]}")
 
 
 def _together(first: _ImageJob, job: _ImageJob) -> bool:
