@@ -105,11 +105,11 @@ def serve(
         loopback = _is_loopback(listening)
         if not loopback and key is None:
             say(f"warning: anyone who reaches {host} can use this server; set {KEY_VARIABLE}")
-        logs.set_up(log_format, logging.WARNING if state.quiet else logging.INFO)
         models: dict[str, Model] = {}
         for name, path in names.items():
             models[name] = load(path, backend, fit)
             say(f"{path} on {models[name].detail} ({models[name].reason})")
+        logs.set_up(log_format, logging.WARNING if state.quiet else logging.INFO)
         metrics = Metrics()
         service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import socket
 import time
 from types import FrameType
@@ -32,7 +33,9 @@ def bind(host: str, port: int) -> socket.socket:
         )[0]
         return socket.create_server(address[:2], family=family, backlog=1024)
     except (OSError, UnicodeError, OverflowError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None)
+        # create_server adds its own words; getaddrinfo's numbers are not the system's.
+        reason = os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or error
         raise InputError(
             f"cannot listen on {host}:{port} ({reason})", "choose another --host or --port"
         ) from None

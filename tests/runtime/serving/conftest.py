@@ -1,4 +1,4 @@
-"""Bundles and servers of the serving tests."""
+"""The server of the serving tests."""
 
 from __future__ import annotations
 
@@ -7,13 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.runtime.serving.tiny import Running, serving, tiny_bundle
-
-
-@pytest.fixture(scope="session")
-def tiny(tmp_path_factory: pytest.TempPathFactory, demo_bundle: Path) -> Path:
-    """A bundle that fails and lingers when its image says so. Read-only."""
-    return tiny_bundle(demo_bundle, tmp_path_factory.mktemp("bundles") / "tiny")
+from tests.runtime.serving.tiny import Running, serving
 
 
 @pytest.fixture(scope="session")
