@@ -105,6 +105,12 @@ class Gate:
         open_paths: that need no key.
         hosts: names in the Host header that are answered; None for any. A server on the loopback names them,
             so that no web page reaches it by a name that resolves there.
+
+    Attributes:
+        draining: set to let nothing more in.
+        connections: that are open; of the server.
+        reading, in_flight: requests whose body is being read, and those let in.
+        buffered: bytes of bodies.
     """
 
     def __init__(
@@ -123,6 +129,7 @@ class Gate:
         self._open = frozenset(open_paths)
         self._hosts = None if hosts is None else frozenset(hosts)
         self.draining = False
+        self.connections: Collection[object] = ()
         self.reading = 0
         self.in_flight = 0
         self.buffered = 0
@@ -155,6 +162,10 @@ class Gate:
 
     def _check(self, exchange: _Exchange) -> None:
         path = exchange.scope["path"]
+        if len(self.connections) > self._limits.connections:
+            raise _Refused(503, "too many connections; try again", retry_after="1", connection="close")
+        if path not in self._open and exchange.headers.get(b"sec-fetch-site") == "cross-site":
+            raise _Refused(403, "pages of other sites may not use this server")
         if self._hosts is not None:
             host = exchange.headers.get(b"host", "")
             if _host_name(host) not in self._hosts:

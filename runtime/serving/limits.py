@@ -24,7 +24,7 @@ class Limits:
         body_bytes: of one request, also after decompression; json_bytes: of what of it is JSON.
         buffered_bytes: of all bodies together.
         pixels: of one image; points: of one request.
-        connections: open ones.
+        connections: open ones; requests of more are refused.
         deadline_s: from the body's end until the engine starts on it.
         head_s, body_s: for a client to send the head, or the body, of a request.
         stall_s: for a client that reads none of its answer.
@@ -41,7 +41,7 @@ class Limits:
     buffered_bytes: int = 512 * MIB
     pixels: int = 32_000_000
     points: int = 4096
-    connections: int = 1024
+    connections: int = 512
     deadline_s: float = 30.0
     head_s: float = 10.0
     body_s: float = 30.0

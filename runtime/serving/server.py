@@ -64,13 +64,13 @@ class Server(uvicorn.Server):
                 log_config=None,
                 access_log=False,
                 server_header=False,
-                limit_concurrency=limits.connections,
                 timeout_keep_alive=math.ceil(limits.head_s),
                 timeout_graceful_shutdown=_CLOSING_S,
                 proxy_headers=False,
             )
         )
         self._gate = gate
+        gate.connections = self.server_state.connections
         self._drain = limits.drain_s
         self._stopping: float | None = None
 

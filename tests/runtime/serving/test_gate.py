@@ -316,6 +316,27 @@ def test_a_name_that_resolves_to_the_loopback_is_not_it(server):
     assert status(f"localhost:{server.port}") == status("LOCALHOST") == status("[::1]:80") == 200
 
 
+def test_pages_of_other_sites_may_not_ask(server):
+    """Browsers say where a request comes from, whatever the page wants."""
+    for site, expected in (("cross-site", 403), ("same-origin", 422), ("none", 422)):
+        answer = requests.post(f"{server.url}/match", headers={"Sec-Fetch-Site": site}, timeout=9)
+        assert answer.status_code == expected
+
+
+def test_too_many_connections(tiny):
+    with serving(tiny, limits=Limits(connections=4)) as server:
+        held = [raw(server) for _ in range(4)]
+        while len(server.gate.connections) < 4:
+            time.sleep(0.002)
+        answer = requests.get(f"{server.url}/v2", timeout=9)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        for connection in held:
+            connection.close()
+        while len(server.gate.connections) > 1:
+            time.sleep(0.002)
+        assert requests.get(f"{server.url}/v2", timeout=9).status_code == 200
+
+
 def test_a_line_of_log_for_each_request(server, caplog):
     logging.getLogger("ditf.serve").setLevel(logging.INFO)
     with caplog.at_level(logging.INFO, "ditf.serve"):
