@@ -62,7 +62,8 @@ def test_the_limits(page):
     found = [re.sub(r"\D", "", value) for value in rows.values() if value[:1].isdigit()]
     expected = [
         LIMITS.requests, LIMITS.body_bytes >> 20, LIMITS.json_bytes >> 20, LIMITS.buffered_bytes >> 20,
-        LIMITS.pixels // 1_000_000, LIMITS.points, LIMITS.head_s, LIMITS.body_s, LIMITS.stall_s,
+        LIMITS.pixels // 1_000_000, LIMITS.points, LIMITS.scores // 1_000_000,
+        LIMITS.head_s, LIMITS.body_s, LIMITS.stall_s,
         LIMITS.connections,
     ]  # fmt: skip
     assert found == [f"{value:g}" for value in expected]

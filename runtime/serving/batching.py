@@ -41,10 +41,17 @@ class Observer(Protocol):
 
 @dataclass(frozen=True)
 class Ticket:
-    """A request on its way: its id, for the log, and when it is too late to start on it (monotonic, s)."""
+    """A request on its way.
+
+    Attributes:
+        request_id: for the log.
+        deadline: when it is too late to start on it (monotonic, s).
+        hold: counts bytes that it is about to hold; raises Overloaded where there is no room.
+    """
 
     request_id: str
     deadline: float
+    hold: Callable[[int], None] = lambda count: None
 
 
 @dataclass(eq=False)

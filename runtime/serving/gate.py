@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Protocol
 
+from ditf.runtime.serving.errors import Overloaded
 from ditf.runtime.serving.limits import Limits
 from ditf.runtime.serving.logs import LOGGER
 
@@ -26,7 +27,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-REQUEST_ID = "request_id"  # in scope["state"]
+REQUEST_ID, HOLD = "request_id", "hold"
+"""In scope["state"]: the request's id, and a function that counts bytes it is about to hold, or refuses."""
 
 logger = logging.getLogger(LOGGER)
 
@@ -69,6 +71,7 @@ class _Exchange:
         self.status = 0
         self.complete = False
         self.received = self.sent = 0
+        self.held = 0
         self._send = send
 
     async def send(self, message: Message) -> None:
@@ -110,7 +113,7 @@ class Gate:
         draining: set to let nothing more in.
         connections: that are open; of the server.
         reading, in_flight: requests whose body is being read, and those let in.
-        buffered: bytes of bodies.
+        buffered: bytes that requests hold: bodies, inflated ones, large answers.
     """
 
     def __init__(
@@ -144,7 +147,9 @@ class Gate:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
-        scope.setdefault("state", {})[REQUEST_ID] = exchange.id
+        scope.setdefault("state", {}).update(
+            {REQUEST_ID: exchange.id, HOLD: lambda count: self._hold(exchange, count)}
+        )
         try:
             self._check(exchange)
             if scope["method"] in ("GET", "HEAD"):
@@ -158,7 +163,14 @@ class Gate:
             if exchange.status == 0:
                 await exchange.refuse(_Refused(500, f"a defect of ditf; the log has it as {exchange.id}"))
         finally:
+            self.buffered -= exchange.held
             self._record(exchange)
+
+    def _hold(self, exchange: _Exchange, count: int) -> None:
+        if self.buffered + count > self._limits.buffered_bytes:
+            raise Overloaded("the server is busy", "try again")
+        exchange.held += count
+        self.buffered += count
 
     def _check(self, exchange: _Exchange) -> None:
         path = exchange.scope["path"]
@@ -191,31 +203,27 @@ class Gate:
         try:
             await asyncio.wait_for(self._read(exchange, receive, body), limits.body_s)
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-            self.buffered -= exchange.received
             raise _Refused(
                 408, f"the body took longer than {limits.body_s:g} s", connection="close"
             ) from None
-        except BaseException:
-            self.buffered -= exchange.received
-            raise
+        except Overloaded as error:
+            raise _Refused(503, str(error), retry_after=str(error.retry_after_s)) from None
         finally:
             self.reading -= 1
+        if exchange.status == _CLIENT_LEFT:
+            return
         self._watcher.stage("read", time.monotonic() - exchange.started)
+        self._check_room()
+        self.in_flight += 1
         try:
-            if not exchange.complete and exchange.status != _CLIENT_LEFT:
-                self._check_room()
-                self.in_flight += 1
-                try:
-                    await self._answer(exchange, receive, body)
-                finally:
-                    self.in_flight -= 1
+            await self._answer(exchange, receive, body)
         finally:
-            self.buffered -= exchange.received
+            self.in_flight -= 1
 
     def _check_room(self) -> None:
         if self.draining:
             raise _Refused(503, "the server is stopping", retry_after="1", connection="close")
-        if self.in_flight >= self._limits.requests or self.buffered > self._limits.buffered_bytes:
+        if self.in_flight >= self._limits.requests:
             raise _Refused(503, "the server is busy; try again", retry_after="1")
 
     async def _read(self, exchange: _Exchange, receive: Receive, body: deque[bytes]) -> None:
@@ -228,11 +236,9 @@ class Gate:
                 return
             piece = message.get("body", b"")
             exchange.received += len(piece)
-            self.buffered += len(piece)
             if exchange.received > limits.body_bytes:
                 raise _too_large(limits)
-            if self.buffered > limits.buffered_bytes:
-                raise _Refused(503, "the server is busy; try again", retry_after="1")
+            self._hold(exchange, len(piece))
             body.append(piece)
             if not message.get("more_body", False):
                 return

@@ -22,8 +22,9 @@ class Limits:
         requests: with their bodies read: waiting, running or being answered. More are refused.
         images: that wait for the engine.
         body_bytes: of one request, also after decompression; json_bytes: of what of it is JSON.
-        buffered_bytes: of all bodies together.
-        pixels: of one image; points: of one request.
+        buffered_bytes: that all requests hold together: bodies, also inflated ones, and large answers.
+        pixels: of one image; points: of one request; scores: points times pixels of the target, a second
+            of matching for each 1e9 or so.
         connections: open ones; requests of more are refused.
         deadline_s: from the body's end until the engine starts on it.
         head_s, body_s: for a client to send the head, or the body, of a request.
@@ -41,6 +42,7 @@ class Limits:
     buffered_bytes: int = 512 * MIB
     pixels: int = 32_000_000
     points: int = 4096
+    scores: int = 8_000_000_000
     connections: int = 512
     deadline_s: float = 30.0
     head_s: float = 10.0

@@ -26,7 +26,8 @@ class Metrics:
         ProcessCollector(registry=registry)
         self._stage = Histogram(
             "ditf_stage_seconds",
-            "Time of a stage: read (the body), decode, queue, features (one call), match, draw",
+            "Time of a stage: read (the body), inflate, parse, decode, queue, features (one call), match,"
+            " draw, encode",
             ["stage"],
             buckets=_SECONDS,
             registry=registry,
@@ -48,7 +49,7 @@ class Metrics:
                 ("ditf_queue_depth", "Images and matchings that wait for the engine"),
                 ("ditf_engine_busy", "1 while the engine runs"),
                 ("ditf_requests_in_flight", "Requests let in and not answered"),
-                ("ditf_buffered_bytes", "Of bodies of requests"),
+                ("ditf_buffered_bytes", "That requests hold"),
                 ("ditf_cache_bytes", "Of features in the cache"),
                 ("ditf_cache_images", "Images in the cache"),
             )

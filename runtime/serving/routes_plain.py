@@ -16,7 +16,7 @@ from ditf.runtime.drawing_dense import draw_heat_map
 from ditf.runtime.matching import parse_points
 from ditf.runtime.serving.batching import Ticket
 from ditf.runtime.serving.decoding import decode_image
-from ditf.runtime.serving.gate import REQUEST_ID
+from ditf.runtime.serving.gate import HOLD, REQUEST_ID
 from ditf.runtime.serving.service import Service
 from ditf.runtime.soft_argmax import METHODS
 
@@ -243,7 +243,8 @@ def _describe(service: Service, name: str) -> ServedBundle:
 
 
 def _ticket(service: Service, request: Request) -> Ticket:
-    return service.ticket(request.scope["state"][REQUEST_ID])
+    state = request.scope["state"]
+    return service.ticket(state[REQUEST_ID], state[HOLD])
 
 
 def _png(picture: Image.Image) -> bytes:

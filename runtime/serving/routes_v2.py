@@ -24,7 +24,7 @@ from ditf.runtime.serving.contract import (
     model_specs,
 )
 from ditf.runtime.serving.errors import NotFound
-from ditf.runtime.serving.gate import REQUEST_ID
+from ditf.runtime.serving.gate import HOLD, REQUEST_ID
 from ditf.runtime.serving.protocol import InferRequest, encode_response, inflate, parse_request
 from ditf.runtime.serving.service import Service
 from ditf.runtime.soft_argmax import METHODS
@@ -109,16 +109,19 @@ class V2Routes:
 
     async def infer(self, request: Request) -> Response:
         name, bundle, spec = self._found(request)
-        body = await request.body()
+        body = body_in = await request.body()
         limits = self._service.limits
         headers = request.headers
 
-        def parse() -> InferRequest:
-            whole = inflate(body, headers.get("Content-Encoding", "").lower(), limits.body_bytes)
-            return parse_request(whole, headers.get(_HEADER_LENGTH), spec, limits.json_bytes)
-
-        asked = await self._service.aside("decode", parse)
-        ticket = self._service.ticket(request.scope["state"][REQUEST_ID], asked.timeout_s)
+        encoding = headers.get("Content-Encoding", "").lower()
+        state = request.scope["state"]
+        if encoding:
+            body = await self._service.aside("inflate", lambda: inflate(body_in, encoding, limits.body_bytes))
+            state[HOLD](len(body))
+        asked = await self._service.aside(
+            "parse", lambda: parse_request(body, headers.get(_HEADER_LENGTH), spec, limits.json_bytes)
+        )
+        ticket = self._service.ticket(state[REQUEST_ID], state[HOLD], asked.timeout_s)
         results = await _RUN[spec.name](self._service, bundle, asked, ticket)
         content, header_length = await self._service.aside(
             "encode", lambda: encode_response(name, VERSION, asked, results)

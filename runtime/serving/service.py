@@ -101,12 +101,11 @@ class Service:
         """Name of the first bundle."""
         return next(iter(self.models))
 
-    def ticket(self, request_id: str, timeout_s: float | None = None) -> Ticket:
+    def ticket(self, request_id: str, hold: Callable[[int], None], timeout_s: float | None = None) -> Ticket:
         """Let a request in, for no longer than the server's deadline."""
         seconds = self.limits.deadline_s
-        return Ticket(
-            request_id, time.monotonic() + (seconds if timeout_s is None else min(timeout_s, seconds))
-        )
+        wait = seconds if timeout_s is None else min(timeout_s, seconds)
+        return Ticket(request_id, time.monotonic() + wait, hold)
 
     def bundle(self, name: str | None) -> str:
         """The name of a bundle; the first one's for None.
@@ -159,6 +158,7 @@ class Service:
         for one in (source, target):
             check_pixels(one.image_size, self.limits.pixels)
         checked = check_points(points, source.image_size)
+        self._check_work(len(checked), target.image_size)
         return await self._matched(bundle, source, target, checked, method, ticket)
 
     async def heat_map(
@@ -171,6 +171,8 @@ class Service:
     ) -> np.ndarray:
         """Cosine of a point of the first picture with every pixel of the second, float32 [H, W]."""
         source, target, checked = await self._pair(bundle, pictures, [point], prompt, ticket)
+        height, width = target.image_size
+        ticket.hold(2 * 4 * height * width)  # float32, and what it is encoded to
         model = self.models[bundle]
         future = self.worker.call("match", lambda: model.heat_map(source, target, checked[0]), ticket)
         return (await self._finished([future], ticket))[0]
@@ -218,6 +220,7 @@ class Service:
         self.models[bundle].feeds(prompt)
         prepared = await self._prepared(bundle, pictures, prompt, ("source", "target"))
         checked = check_points(points, prepared[0].image_size)
+        self._check_work(len(checked), prepared[1].image_size)
         source, target = await self._maps(bundle, prepared, prompt, ticket)
         return source, target, checked
 
@@ -300,4 +303,13 @@ class Service:
         if len(points) > self.limits.points:
             raise TooLarge(
                 f"{len(points):,} points are more than {self.limits.points:,}", "send fewer at once"
+            )
+
+    def _check_work(self, points: int, target_size: tuple[int, int]) -> None:
+        most = max(1, self.limits.scores // (target_size[0] * target_size[1]))
+        if points > most:
+            height, width = target_size
+            raise TooLarge(
+                f"{points:,} points in a target of {width}x{height} pixels are more than {most:,}",
+                "send fewer at once",
             )
