@@ -18,7 +18,6 @@ from ditf.cli.console import (
     FitOption,
     QuietOption,
     VerboseOption,
-    say,
     show,
     state,
 )
@@ -27,6 +26,10 @@ from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.serving.limits import MIB, Limits
 
 KEY_VARIABLE = "DITF_API_KEY"
+
+_CLOSING_S = 5.0  # for a call of the engine that runs when all else has ended
+
+_log = logging.getLogger("ditf.serve")
 
 
 def serve(
@@ -100,16 +103,15 @@ def serve(
     key = _api_key(api_key_file)
     names = _names(bundles)
     warnings.simplefilter("error", Image.DecompressionBombWarning)
-    listening = bind(host, port)
-    try:
+    level = logging.WARNING if state.quiet else logging.INFO
+    with bind(host, port) as listening, logs.logging_to_stderr(log_format, level):
         loopback = _is_loopback(listening)
         if not loopback and key is None:
-            say(f"warning: anyone who reaches {host} can use this server; set {KEY_VARIABLE}")
+            _log.warning(f"anyone who reaches {host} can use this server; set {KEY_VARIABLE}")
         models: dict[str, Model] = {}
         for name, path in names.items():
-            models[name] = load(path, backend, fit)
-            say(f"{path} on {models[name].detail} ({models[name].reason})")
-        logs.set_up(log_format, logging.WARNING if state.quiet else logging.INFO)
+            models[name] = model = load(path, backend, fit)
+            _tell("opened", bundle=str(path), backend=model.detail, reason=model.reason)
         metrics = Metrics()
         service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)
         try:
@@ -117,11 +119,13 @@ def serve(
             gate = make_app(service, metrics, key, {*LOOPBACK, host} if loopback else None)
             show(url(listening))
             Server(gate, limits).run([listening])
-            say("stopped")
         finally:
-            service.close(5.0)
-    finally:
-        listening.close()
+            ended = service.close(_CLOSING_S)
+        _tell("stopped", engine="closed" if ended else "still in a call")
+
+
+def _tell(event: str, **fields: str) -> None:
+    _log.info(event, extra={"fields": fields})
 
 
 def _names(bundles: list[Path]) -> dict[str, Path]:

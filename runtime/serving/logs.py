@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
@@ -41,8 +43,9 @@ class TextFormatter(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
-def set_up(style: str, level: int) -> None:
-    """Send the server's log to stderr, and uvicorn's warnings with it.
+@contextmanager
+def logging_to_stderr(style: str, level: int) -> Iterator[None]:
+    """The server's log on stderr, and uvicorn's warnings with it.
 
     Args:
         style: "json", "text", or "auto": text on a terminal.
@@ -52,8 +55,14 @@ def set_up(style: str, level: int) -> None:
         style = "text" if sys.stderr.isatty() else "json"
     handler = logging.StreamHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
-    for name, least in ((LOGGER, level), ("uvicorn", logging.WARNING)):
-        logger = logging.getLogger(name)
-        logger.handlers = [handler]
-        logger.propagate = False
+    loggers = {logging.getLogger(LOGGER): level, logging.getLogger("uvicorn"): logging.WARNING}
+    before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
+    for logger, least in loggers.items():
+        logger.handlers, logger.propagate = [handler], False
         logger.setLevel(least)
+    try:
+        yield
+    finally:
+        for logger, handlers, propagate, least in before:
+            logger.handlers, logger.propagate = handlers, propagate
+            logger.setLevel(least)

@@ -17,8 +17,8 @@ import numpy as np
 import pytest
 import requests
 
+from tests.runtime.serving.pictures import encoded
 from tests.runtime.serving.test_gate import infer
-from tests.runtime.serving.test_plain import encoded
 from tests.runtime.serving.tiny import image, mean_colours
 
 
@@ -82,11 +82,10 @@ def test_serving_a_bundle_that_is_deleted_and_a_sigterm_under_load(tiny, tmp_pat
         for seed, status, features in outcomes:
             if status == 200:
                 np.testing.assert_allclose(features, mean_colours(image(seed, loops=2)), rtol=1e-5)
-        lines = err.splitlines()
-        assert lines[0].startswith(f"{bundle} on onnxruntime")
-        assert lines[-1] == "stopped"
-        requests_logged = [json.loads(line) for line in lines[1:-1]]
-        answered = [line["status"] for line in requests_logged if line["path"].endswith("/infer")]
+        lines = [json.loads(line) for line in err.splitlines()]
+        assert (lines[0]["event"], lines[0]["bundle"]) == ("opened", str(bundle))
+        assert (lines[-1]["event"], lines[-1]["engine"]) == ("stopped", "closed")
+        answered = [line["status"] for line in lines[1:-1] if line["path"].endswith("/infer")]
         assert answered.count(200) == sum(status == 200 for _, status, _ in outcomes)
         assert set(answered) <= {200, 503}
 

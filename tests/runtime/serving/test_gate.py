@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import http.client
 import json
 import logging
@@ -18,6 +19,7 @@ import tritonclient.http as triton
 
 from ditf.runtime.serving.limits import Limits
 from ditf.runtime.serving.service import Batching
+from tests.runtime.serving.pictures import encoded
 from tests.runtime.serving.tiny import image, mean_colours, serving
 
 SHORT = Limits(
@@ -86,10 +88,12 @@ def busy(server, loops):
 def settled(server):
     """Wait until nothing is left of any request."""
     for _ in range(2000):
-        if server.gate.idle and server.service.worker.waiting == 0:
-            break
+        gate = server.gate
+        left = (gate.reading, gate.in_flight, gate.buffered, server.service.worker.waiting)
+        if left == (0, 0, 0, 0):
+            return
         time.sleep(0.005)
-    assert (server.gate.reading, server.gate.in_flight, server.gate.buffered) == (0, 0, 0)
+    pytest.fail(f"reading, in flight, buffered, waiting: {left}")
 
 
 def test_a_body_beyond_the_limit_is_refused_before_it_is_read(server):
@@ -260,6 +264,43 @@ def test_too_many_bytes_of_bodies_together(tiny):
             with raw(server, head + bytes(800_000)) as second:
                 assert second.recv(65536).startswith(b"HTTP/1.1 503 ")
         settled(server)
+
+
+def test_what_is_inflated_counts(tiny):
+    """A megabyte of zeros is a kilobyte of gzip: a few of them fill the room, one by one they pass."""
+    limits = Limits(body_bytes=1 << 20, buffered_bytes=1 << 20)
+    with serving(tiny, limits=limits, batching=Batching(0.0, 1), cache_bytes=0) as server, busy(server, 60):
+        body = gzip.compress(np.zeros((25, 96, 96, 3), np.uint8).tobytes())
+
+        def send(_):
+            headers = {"Content-Encoding": "gzip", "Inference-Header-Content-Length": "0"}
+            url = f"{server.url}/v2/models/features/infer"
+            return requests.post(url, body, headers=headers, timeout=20).status_code
+
+        with ThreadPoolExecutor(4) as pool:
+            assert sorted(pool.map(send, range(4))) == [200, 503, 503, 503]
+        settled(server)
+
+
+def test_heat_maps_of_large_images_count(tiny):
+    limits = Limits(buffered_bytes=6 << 20)
+    with serving(tiny, limits=limits) as server:
+        files = {"source": encoded(image(1)), "target": encoded(np.zeros((1000, 1000, 3), np.uint8))}
+        data = {"point": "1,1"}
+        answer = requests.post(f"{server.url}/heat-map", files=files, data=data, timeout=20)
+        assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        settled(server)
+
+
+def test_points_times_pixels_are_bounded(tiny):
+    with serving(tiny, limits=Limits(scores=100_000)) as server:
+        files = {"source": encoded(image(1)), "target": encoded(image(2))}
+        answers = [
+            requests.post(f"{server.url}/match", files=files, data={"points": points}, timeout=20)
+            for points in (["1,1"] * 10, ["1,1"] * 11)
+        ]
+        assert [answer.status_code for answer in answers] == [200, 413]
+        assert "more than 10" in answers[1].json()["error"]
 
 
 def test_draining(tiny):

@@ -14,7 +14,7 @@ from schemathesis.specs.openapi.checks import (
     status_code_conformance,
 )
 
-from tests.runtime.serving.test_plain import encoded, noise
+from tests.runtime.serving.pictures import encoded, noise
 
 CHECKS = [
     not_a_server_error,

@@ -10,17 +10,8 @@ import requests
 from PIL import Image
 
 import ditf
+from tests.runtime.serving.pictures import encoded, noise
 from tests.runtime.serving.tiny import image
-
-
-def encoded(pixels, format="PNG", **options):
-    file = io.BytesIO()
-    Image.fromarray(pixels).save(file, format, **options)
-    return file.getvalue()
-
-
-def noise(seed, height=50, width=70):
-    return np.random.default_rng(seed).integers(0, 256, (height, width, 3), np.uint8)
 
 
 @pytest.fixture(scope="module")
