@@ -104,9 +104,7 @@ class Server:
 
 def main() -> None:
     """Measure, and write the result."""
-    from provenance import pin_threads, provenance, say, write_result
-
-    from ditf.cli.console import bytes_text
+    from provenance import pin_threads, provenance, say, write_result, write_table
 
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--requests", type=int, default=288, help="of a mode in a round")
@@ -140,6 +138,17 @@ def main() -> None:
         say("overload")
         with serving(bundle, *MODES["dynamic batches"], "--queue", "16") as server:
             overload = shed(server, expected, arguments.overload_seconds)
+    result = {"rounds": rounds, "steady": steady, "overload": overload, "clients": CLIENTS, "frames": FRAMES}
+    rows = table_of(result)
+    write_result("serve", origin, result, rows)
+    write_table("serving.md", "serve", rows)
+
+
+def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
+    """What was measured, for people."""
+    from ditf.cli.console import bytes_text
+
+    rounds, steady, overload = result["rounds"], result["steady"], result["overload"]
     rows = [("", "requests a second", "p50", "p99", "images a call", "wrong answers")]
     for mode, several in rounds.items():
         ok = [one["status"]["200"] for one in several]
@@ -156,7 +165,7 @@ def main() -> None:
     shedding = overload["during"]["status"]
     rows += [
         (
-            f"{arguments.steady} requests: resident {bytes_text(steady['first_bytes'])} after a tenth,"
+            f"{steady['requests']:,} requests: resident {bytes_text(steady['first_bytes'])} after a tenth,"
             f" {bytes_text(steady['last_bytes'])} at the end",
             f"{steady['per_second']:.1f}", "", f"{steady['p99_ms']:.0f} ms", "", f"{steady['wrong']}",
         ),
@@ -176,8 +185,7 @@ def main() -> None:
             f"{overload['after']['status']['200']['p99_ms']:.0f} ms", "", f"{overload['after']['wrong']}",
         ),
     ]  # fmt: skip
-    result = {"rounds": rounds, "steady": steady, "overload": overload, "clients": CLIENTS, "frames": FRAMES}
-    write_result("serve", origin, result, rows)
+    return rows
 
 
 def median(entries: Sequence[dict[str, Any]], key: str) -> float:

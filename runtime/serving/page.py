@@ -28,7 +28,7 @@ def add_page(app: FastAPI, files: dict[str, tuple[bytes, str]]) -> None:
     """Serve files; add them last, so that they hide no route."""
 
     async def page(request: Request) -> Response:
-        content, kind = files[request.url.path]
+        content, kind = files[request.scope["path"]]
         return Response(content, media_type=kind)
 
     for path in files:
