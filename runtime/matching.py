@@ -40,6 +40,22 @@ class Matches:
     scores: np.ndarray
 
 
+def parse_points(texts: Sequence[str]) -> list[tuple[float, float]]:
+    """Points written as "x,y".
+
+    Raises:
+        InputError: not two numbers.
+    """
+    points = []
+    for text in texts:
+        try:
+            x, y = (float(part) for part in text.split(","))
+        except ValueError:
+            raise InputError(f"point {text!r:.80} is not x,y", "for example 120,88") from None
+        points.append((x, y))
+    return points
+
+
 def check_points(points: PointsLike, image_size: tuple[int, int]) -> np.ndarray:
     """Validate points: float64 [N, 2], (x, y) px, inside an image of size (H, W).
 

@@ -150,6 +150,14 @@ def swapped_bundle(tmp_path_factory: pytest.TempPathFactory, vaes: Vaes) -> Path
     )
 
 
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory: pytest.TempPathFactory, demo_bundle: Path) -> Path:
+    """A bundle whose engine fails, or takes its time, when an image says so. Read-only."""
+    from tests.runtime.serving.tiny import tiny_bundle
+
+    return tiny_bundle(demo_bundle, tmp_path_factory.mktemp("bundles") / "tiny")
+
+
 @pytest.fixture
 def ditf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Runs `ditf ARGUMENTS` in an empty directory, in this process: importing torch takes seconds."""

@@ -293,22 +293,6 @@ def parse_size(text: str) -> tuple[int, int]:
     return int(match[1]), int(match[2])
 
 
-def parse_points(texts: list[str]) -> list[tuple[float, float]]:
-    """Points given as "x,y".
-
-    Raises:
-        InputError: not two numbers.
-    """
-    points = []
-    for text in texts:
-        try:
-            x, y = (float(part) for part in text.split(","))
-        except ValueError:
-            raise InputError(f"point {text!r} is not x,y", "for example --points 120,88") from None
-        points.append((x, y))
-    return points
-
-
 def table(rows: list[tuple[str, ...]]) -> str:
     """Left-aligned columns of plain text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]

@@ -26,6 +26,7 @@ from ditf.cli import (
     inspect,
     match,
     plan,
+    serve,
     track,
 )
 from ditf.cli.console import state
@@ -56,6 +57,7 @@ app.command("eval")(evaluate.evaluate_bundle)
 app.command("track")(track.track)
 app.command("export-triton")(export_triton.export_triton)
 app.command("features")(features.features)
+app.command("serve")(serve.serve)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)

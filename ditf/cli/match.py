@@ -20,7 +20,6 @@ from ditf.cli.console import (
     QuietOption,
     VerboseOption,
     check_writable,
-    parse_points,
     replacing,
     say,
     show,
@@ -33,7 +32,7 @@ from ditf.runtime.flow import Flow
 from ditf.runtime.homography import METHODS as HOMOGRAPHIES
 from ditf.runtime.homography import cell_threshold, find_homography, opencv
 from ditf.runtime.images import SUFFIXES, open_image
-from ditf.runtime.matching import check_points
+from ditf.runtime.matching import check_points, parse_points
 from ditf.runtime.mutual import check_options, mutual_points
 from ditf.runtime.soft_argmax import check_method
 

@@ -75,7 +75,7 @@ def test_sdist_builds_what_the_wheel_holds(root, built):
 
 def test_extras_are_the_ones_errors_name(pyproject):
     extras = pyproject["project"]["optional-dependencies"]
-    assert {"export", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "dev"} <= set(extras)
+    assert {"export", "onnxruntime", "onnxruntime-gpu", "tensorrt-rtx", "serve", "dev"} <= set(extras)
 
 
 def test_no_machine_paths_or_hosts(root):

@@ -18,6 +18,9 @@ HEAVY = (
     "typer",
     "rich",
     "pydantic",
+    "fastapi",
+    "uvicorn",
+    "prometheus_client",
 )
 
 
@@ -25,7 +28,18 @@ def python(code, interpreter=sys.executable, **options):
     return subprocess.run([interpreter, "-c", code], capture_output=True, text=True, **options)
 
 
-@pytest.mark.parametrize("module", ["ditf", "ditf.runtime", "ditf.calib.parity", "ditf.engines.build"])
+@pytest.mark.parametrize(
+    "module",
+    [
+        "ditf",
+        "ditf.runtime",
+        "ditf.runtime.serving.contract",
+        "ditf.runtime.serving.protocol",
+        "ditf.runtime.serving.service",
+        "ditf.calib.parity",
+        "ditf.engines.build",
+    ],
+)
 def test_light_imports(module):
     code = f"import {module}, sys; print([name for name in {HEAVY} if name in sys.modules])"
     done = python(code)

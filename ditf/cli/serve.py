@@ -1,0 +1,169 @@
+"""`ditf serve`: bundles over HTTP, for other processes and for people."""
+
+from __future__ import annotations
+
+import ipaddress
+import logging
+import os
+import socket
+import warnings
+from pathlib import Path
+from typing import Annotated, Optional
+
+import typer
+from PIL import Image
+
+from ditf.cli.console import (
+    BackendOption,
+    FitOption,
+    QuietOption,
+    VerboseOption,
+    show,
+    state,
+)
+from ditf.runtime import Model, load
+from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.serving.limits import MIB, Limits
+
+KEY_VARIABLE = "DITF_API_KEY"
+
+_CLOSING_S = 5.0  # for a call of the engine that runs when all else has ended
+
+_log = logging.getLogger("ditf.serve")
+
+
+def serve(
+    bundles: Annotated[
+        list[Path], typer.Argument(metavar="BUNDLE...", help="Directories made by ditf-export.")
+    ],
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one this machine has.")
+    ] = "127.0.0.1",
+    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one; it is printed.")] = 8000,
+    api_key_file: Annotated[
+        Optional[Path],
+        typer.Option(metavar="FILE", help=f"The key that requests must bear; or set {KEY_VARIABLE}."),
+    ] = None,
+    batch_delay: Annotated[
+        float, typer.Option(metavar="MS", min=0, max=1000, help="How long an image waits for others.")
+    ] = 5.0,
+    max_batch: Annotated[
+        int,
+        typer.Option(
+            metavar="N", min=1, max=1024, help="Images in a call, of a bundle with --batch dynamic."
+        ),
+    ] = 8,
+    queue: Annotated[
+        int, typer.Option(metavar="N", min=1, max=100_000, help="Requests at once; more are answered 503.")
+    ] = 64,
+    deadline: Annotated[
+        float, typer.Option(metavar="S", min=0.001, help="A request that waited longer is answered 504.")
+    ] = 30.0,
+    max_body: Annotated[float, typer.Option(metavar="MIB", min=0.001, help="Of one request.")] = 64.0,
+    max_pixels: Annotated[
+        float, typer.Option(metavar="MPX", min=0.001, help="Of one image, in millions.")
+    ] = 32.0,
+    cache: Annotated[
+        float, typer.Option(metavar="MIB", min=0, help="Of features of images seen before; 0 for none.")
+    ] = 256.0,
+    drain: Annotated[
+        float, typer.Option(metavar="S", min=0, help="To finish what is in flight, on SIGTERM.")
+    ] = 30.0,
+    log_format: Annotated[
+        str, typer.Option(metavar="auto|json|text", help="Of the log, on stderr; auto: text on a terminal.")
+    ] = "auto",
+    fit: FitOption = "stretch",
+    backend: BackendOption = "auto",
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Serve bundles over HTTP: the Open Inference Protocol at /v2, and routes for curl.
+
+    The address is printed when requests are taken. SIGTERM or Ctrl-C: what is in flight is answered first.
+    """
+    try:
+        from ditf.runtime.serving import logs
+        from ditf.runtime.serving.app import make_app
+        from ditf.runtime.serving.metrics import Metrics
+        from ditf.runtime.serving.server import LOOPBACK, Server, bind, url
+        from ditf.runtime.serving.service import Batching, Service
+    except ImportError as error:
+        raise missing_extra(error.name or "fastapi", "serve") from None
+    if log_format not in logs.FORMATS:
+        raise InputError(f"--log-format {log_format!r} is not {', '.join(logs.FORMATS)}")
+    limits = Limits(
+        requests=queue,
+        images=2 * queue,
+        body_bytes=int(max_body * MIB),
+        buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
+        pixels=int(max_pixels * 1e6),
+        deadline_s=deadline,
+        drain_s=drain,
+    )
+    key = _api_key(api_key_file)
+    names = _names(bundles)
+    warnings.simplefilter("error", Image.DecompressionBombWarning)
+    level = logging.WARNING if state.quiet else logging.INFO
+    with bind(host, port) as listening, logs.logging_to_stderr(log_format, level):
+        loopback = _is_loopback(listening)
+        if not loopback and key is None:
+            _log.warning(f"anyone who reaches {host} can use this server; set {KEY_VARIABLE}")
+        models: dict[str, Model] = {}
+        for name, path in names.items():
+            models[name] = model = load(path, backend, fit)
+            _tell("opened", bundle=str(path), backend=model.detail, reason=model.reason)
+        metrics = Metrics()
+        service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)
+        try:
+            service.warm_up()
+            gate = make_app(service, metrics, key, {*LOOPBACK, host} if loopback else None)
+            show(url(listening))
+            Server(gate, limits).run([listening])
+        finally:
+            ended = service.close(_CLOSING_S)
+        _tell("stopped", engine="closed" if ended else "still in a call")
+
+
+def _tell(event: str, **fields: str) -> None:
+    _log.info(event, extra={"fields": fields})
+
+
+def _names(bundles: list[Path]) -> dict[str, Path]:
+    """Bundles by the name of their directory.
+
+    Raises:
+        InputError: two have the same.
+    """
+    names: dict[str, Path] = {}
+    for path in bundles:
+        name = path.resolve().name
+        if name in names:
+            raise InputError(f"{names[name]} and {path} are both called {name}", "rename one")
+        names[name] = path
+    return names
+
+
+def _api_key(file: Path | None) -> str | None:
+    """The key, of a file or the environment: never of the command line, which everyone can list.
+
+    Raises:
+        InputError: an unreadable file, or nothing that a header could hold.
+    """
+    if file is None:
+        key = os.environ.get(KEY_VARIABLE)
+        if key is None:
+            return None
+        where = KEY_VARIABLE
+    else:
+        where = str(file)
+        try:
+            key = file.read_text("utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            raise InputError(f"{file} holds no key ({error})", "write one line into it") from None
+    if not key or not key.isascii() or not key.isprintable() or " " in key:
+        raise InputError(f"{where} holds no key", "use printable ASCII characters without spaces")
+    return key
+
+
+def _is_loopback(listening: socket.socket) -> bool:
+    return ipaddress.ip_address(listening.getsockname()[0]).is_loopback

@@ -1,0 +1,296 @@
+"""One thread owns the engines: requests queue for it in bounded numbers, and images go in batches."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from typing import Any, Generic, Protocol, TypeVar
+
+from ditf.runtime.errors import InputError
+from ditf.runtime.features import FeatureMap
+from ditf.runtime.images import FittedImage
+from ditf.runtime.model import Model
+from ditf.runtime.serving.cache import FeatureCache
+from ditf.runtime.serving.errors import DeadlineExceeded, EngineError, Overloaded
+
+logger = logging.getLogger("ditf.serve")
+
+T = TypeVar("T")
+
+
+class Observer(Protocol):
+    """Who wants to know what a server does."""
+
+    def stage(self, name: str, seconds: float) -> None:
+        """A stage of a request took so long."""
+
+    def batch(self, images: int) -> None:
+        """The engine is called with so many images."""
+
+    def cache(self, hit: bool) -> None:
+        """An image was looked for in the cache."""
+
+    def engine_failed(self) -> None:
+        """A call of the engine raised."""
+
+
+@dataclass(frozen=True)
+class Ticket:
+    """A request on its way.
+
+    Attributes:
+        request_id: for the log.
+        deadline: when it is too late to start on it (monotonic, s).
+        hold: counts bytes that it is about to hold; raises Overloaded where there is no room.
+    """
+
+    request_id: str
+    deadline: float
+    hold: Callable[[int], None] = lambda count: None
+
+
+@dataclass(eq=False)
+class _Job(Generic[T]):
+    ticket: Ticket
+    future: Future[T] = field(default_factory=Future)
+    arrived: float = field(default_factory=time.monotonic)
+
+    def start(self, observer: Observer) -> bool:
+        """Whether it is to be run: nobody gave it up, and it is not too late."""
+        if not self.future.set_running_or_notify_cancel():
+            return False
+        now = time.monotonic()
+        observer.stage("queue", now - self.arrived)
+        if now > self.ticket.deadline:
+            self.future.set_exception(DeadlineExceeded("the request waited past its deadline", "try again"))
+            return False
+        return True
+
+
+@dataclass(eq=False)
+class _ImageJob(_Job[FeatureMap]):
+    bundle: str = ""
+    prompt: str | None = None
+    key: bytes = b""
+    image: FittedImage | None = None
+
+
+@dataclass(eq=False)
+class _CallJob(_Job[Any]):
+    stage: str = ""
+    call: Callable[[], Any] = lambda: None
+
+
+class Worker:
+    """The thread that runs models, and what waits for it.
+
+    Images for the same bundle and condition are run together: as soon as a batch is full, or the oldest has
+    waited for `delay_s`. What comes after features, matching above all, goes first: it ends a request.
+
+    Args:
+        models: by bundle name. They are used by this thread alone, and closed with it.
+        cache: where features go.
+        images: that may wait.
+        delay_s: how long an image waits for others.
+        largest_batch: of bundles that take any number.
+        observer: told of everything.
+
+    Attributes:
+        running: something is being run.
+    """
+
+    def __init__(
+        self,
+        models: Mapping[str, Model],
+        cache: FeatureCache,
+        images: int,
+        delay_s: float,
+        largest_batch: int,
+        observer: Observer,
+    ) -> None:
+        self._models = models
+        self._cache = cache
+        self._room = images
+        self._delay = delay_s
+        self._largest = {name: model.largest_batch or largest_batch for name, model in models.items()}
+        self._observer = observer
+        self._images: deque[_ImageJob] = deque()
+        self._calls: deque[_CallJob] = deque()
+        self._changed = threading.Condition()
+        self._closing = False
+        self.running = False
+        self._thread = threading.Thread(target=self._work, name="ditf-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def waiting(self) -> int:
+        """Images and calls that wait."""
+        return len(self._images) + len(self._calls)
+
+    @property
+    def alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def features(
+        self,
+        bundle: str,
+        prompt: str | None,
+        images: Sequence[tuple[bytes, FittedImage]],
+        ticket: Ticket,
+    ) -> list[Future[FeatureMap]]:
+        """Queue images, all or none.
+
+        Args:
+            images: each with its key in the cache.
+
+        Raises:
+            Overloaded: they do not all fit.
+        """
+        jobs = [
+            _ImageJob(ticket, bundle=bundle, prompt=prompt, key=key, image=image) for key, image in images
+        ]
+        with self._changed:
+            if len(self._images) + len(jobs) > self._room:
+                self._images = deque(job for job in self._images if not job.future.cancelled())
+            if self._closing or len(self._images) + len(jobs) > self._room:
+                raise Overloaded("the queue is full", "try again")
+            self._images.extend(jobs)
+            self._changed.notify()
+        return [job.future for job in jobs]
+
+    def call(self, stage: str, call: Callable[[], T], ticket: Ticket) -> Future[T]:
+        """Queue something else that uses a model. It belongs to a request that has been let in.
+
+        Raises:
+            Overloaded: the worker is closing.
+        """
+        job = _CallJob(ticket, stage=stage, call=call)
+        with self._changed:
+            if self._closing:
+                raise Overloaded("the server is stopping", "try again")
+            self._calls.append(job)
+            self._changed.notify()
+        return job.future
+
+    def close(self, timeout_s: float) -> bool:
+        """Fail what waits, let what runs end, close the models; False if it did not end in time."""
+        with self._changed:
+            self._closing = True
+            left: list[_Job[Any]] = [*self._images, *self._calls]
+            self._images.clear()
+            self._calls.clear()
+            self._changed.notify()
+        for job in left:
+            job.future.cancel()
+        self._thread.join(timeout_s)
+        if self._thread.is_alive():
+            return False
+        for model in self._models.values():
+            model.close()
+        return True
+
+    def _work(self) -> None:
+        while True:
+            batch = self._next()
+            if batch is None:
+                return
+            self.running = True
+            try:
+                if isinstance(batch, _CallJob):
+                    self._run_call(batch)
+                else:
+                    self._run_images(batch)
+            except Exception:  # the thread serves everyone: nothing may end it
+                logger.exception("the worker failed")
+                for job in [batch] if isinstance(batch, _CallJob) else batch:
+                    if not job.future.done():
+                        job.future.set_exception(EngineError("the worker failed", "see the server's log"))
+            finally:
+                self.running = False
+
+    def _next(self) -> _CallJob | list[_ImageJob] | None:
+        """What to run now; waits for it. None when closing."""
+        with self._changed:
+            while True:
+                if self._calls:
+                    return self._calls.popleft()
+                wait = None
+                if self._images:
+                    first = self._images[0]
+                    largest = self._largest[first.bundle]
+                    batch = [job for job in self._images if _together(first, job)][:largest]
+                    wait = first.arrived + self._delay - time.monotonic()
+                    if len(batch) == largest or wait <= 0:
+                        taken = set(map(id, batch))
+                        self._images = deque(job for job in self._images if id(job) not in taken)
+                        return batch
+                elif self._closing:
+                    return None
+                self._changed.wait(wait)
+
+    def _run_call(self, job: _CallJob) -> None:
+        if not job.start(self._observer):
+            return
+        start = time.monotonic()
+        try:
+            result = job.call()
+        except InputError as error:
+            job.future.set_exception(error)
+        except Exception as error:
+            job.future.set_exception(self._failed(error, [job]))
+        else:
+            self._observer.stage(job.stage, time.monotonic() - start)
+            job.future.set_result(result)
+
+    def _run_images(self, jobs: Sequence[_ImageJob]) -> None:
+        wanted: dict[bytes, list[_ImageJob]] = {}
+        for job in jobs:
+            if not job.start(self._observer):
+                continue
+            kept = self._cache.get(job.key)  # another request may have brought it meanwhile
+            if kept is not None:
+                job.future.set_result(kept)
+            else:
+                wanted.setdefault(job.key, []).append(job)
+        if wanted:
+            self._compute(list(wanted.values()))
+
+    def _compute(self, groups: Sequence[Sequence[_ImageJob]]) -> None:
+        """Features of one image a group; what fails in a batch is tried alone, and fails alone."""
+        first = groups[0][0]
+        model = self._models[first.bundle]
+        start = time.monotonic()
+        self._observer.batch(len(groups))
+        try:
+            images = [group[0].image for group in groups if group[0].image is not None]
+            maps = model.features_of_fitted(images, model.feeds(first.prompt))
+        except Exception as error:
+            if len(groups) > 1:
+                for group in groups:
+                    self._compute([group])
+                return
+            failure = self._failed(error, groups[0])
+            for job in groups[0]:
+                job.future.set_exception(failure)
+            return
+        self._observer.stage("features", time.monotonic() - start)
+        for group, features in zip(groups, maps, strict=True):
+            features = self._cache.put(group[0].key, features, len(groups))
+            for job in group:
+                job.future.set_result(features)
+
+    def _failed(self, error: Exception, jobs: Sequence[_Job[Any]]) -> EngineError:
+        ids = [job.ticket.request_id for job in jobs]
+        self._observer.engine_failed()
+        logger.error("the engine failed", exc_info=error, extra={"fields": {"request_ids": ids}})
+        # What it says names files of this machine: that is for the log.
+        return EngineError("the engine failed on this request", f"the server's log says why, at {ids[0]}")
+
+
+def _together(first: _ImageJob, job: _ImageJob) -> bool:
+    return job.bundle == first.bundle and job.prompt == first.prompt

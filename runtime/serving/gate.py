@@ -1,0 +1,303 @@
+"""Who is let in: everything about a request that is decided before, or whatever, its route does with it.
+
+An ASGI middleware: request ids, the key, limits of body and time, room, a client that leaves, draining, and
+one line of log and one of metrics for each request. A body is read before the request counts as let in, so
+that a slow client holds a connection and what it has sent, and nothing else.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hmac
+import json
+import logging
+import re
+import time
+import uuid
+from collections import deque
+from collections.abc import Awaitable, Callable, Collection, MutableMapping
+from typing import Any, Protocol
+
+from ditf.runtime.serving.errors import Overloaded
+from ditf.runtime.serving.limits import Limits
+from ditf.runtime.serving.logs import LOGGER
+
+Message = MutableMapping[str, Any]
+Receive = Callable[[], Awaitable[Message]]
+Send = Callable[[Message], Awaitable[None]]
+App = Callable[[Message, Receive, Send], Awaitable[None]]
+
+REQUEST_ID, HOLD = "request_id", "hold"
+"""In scope["state"]: the request's id, and a function that counts bytes it is about to hold, or refuses."""
+
+logger = logging.getLogger(LOGGER)
+
+_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
+_CLIENT_LEFT = 499  # nginx's, for the log: nobody is there to be answered
+_HEADERS = [
+    (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+    (b"cache-control", b"no-store"),
+]
+
+
+class Watcher(Protocol):
+    """Who is told of answers and of stages."""
+
+    def request(self, endpoint: str, status: int, seconds: float) -> None: ...
+
+    def stage(self, name: str, seconds: float) -> None: ...
+
+
+class _Refused(Exception):
+    """A request that goes no further."""
+
+    def __init__(self, status: int, problem: str, **headers: str) -> None:
+        super().__init__(problem)
+        self.status = status
+        self.headers = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
+
+
+class _Exchange:
+    """One request and what became of it."""
+
+    def __init__(self, scope: Message, send: Send) -> None:
+        self.scope = scope
+        self.headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
+        given = self.headers.get(b"x-request-id", "")
+        self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+        self.started = time.monotonic()
+        self.status = 0
+        self.complete = False
+        self.received = self.sent = 0
+        self.held = 0
+        self._send = send
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == "http.response.start":
+            self.status = message["status"]
+            own = [*_HEADERS, (b"x-request-id", self.id.encode())]
+            message = {**message, "headers": [*message.get("headers", []), *own]}
+        else:
+            self.sent += len(message.get("body", b""))
+            self.complete = not message.get("more_body", False)
+        await self._send(message)
+
+    async def refuse(self, refusal: _Refused) -> None:
+        body = json.dumps({"error": str(refusal)}).encode()
+        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
+        await self.send(
+            {
+                "type": "http.response.start",
+                "status": refusal.status,
+                "headers": [*headers, *refusal.headers],
+            }
+        )
+        await self.send({"type": "http.response.body", "body": body})
+
+
+class Gate:
+    """The outermost application.
+
+    Args:
+        app: what is let in goes to.
+        limits: of requests.
+        watcher: told of every answer.
+        api_key: that requests must bear; None for everyone.
+        open_paths: that need no key.
+        hosts: names in the Host header that are answered; None for any. A server on the loopback names them,
+            so that no web page reaches it by a name that resolves there.
+
+    Attributes:
+        draining: set to let nothing more in.
+        connections: that are open; of the server.
+        reading, in_flight: requests whose body is being read, and those let in.
+        buffered: bytes that requests hold: bodies, inflated ones, large answers.
+    """
+
+    def __init__(
+        self,
+        app: App,
+        limits: Limits,
+        watcher: Watcher,
+        api_key: str | None = None,
+        open_paths: Collection[str] = (),
+        hosts: Collection[str] | None = None,
+    ) -> None:
+        self._app = app
+        self._limits = limits
+        self._watcher = watcher
+        self._key = None if api_key is None else api_key.encode()
+        self._open = frozenset(open_paths)
+        self._hosts = None if hosts is None else frozenset(hosts)
+        self.draining = False
+        self.connections: Collection[object] = ()
+        self.reading = 0
+        self.in_flight = 0
+        self.buffered = 0
+
+    @property
+    def idle(self) -> bool:
+        """Nothing is being read or answered."""
+        return self.reading == self.in_flight == 0
+
+    async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        exchange = _Exchange(scope, send)
+        scope.setdefault("state", {}).update(
+            {REQUEST_ID: exchange.id, HOLD: lambda count: self._hold(exchange, count)}
+        )
+        try:
+            self._check(exchange)
+            if scope["method"] in ("GET", "HEAD"):
+                await self._app(scope, receive, exchange.send)
+            else:
+                await self._with_body(exchange, receive)
+        except _Refused as refusal:
+            await exchange.refuse(refusal)
+        except Exception:
+            logger.exception("a defect", extra={"fields": {"request_id": exchange.id}})
+            if exchange.status == 0:
+                await exchange.refuse(_Refused(500, f"a defect of ditf; the log has it as {exchange.id}"))
+        finally:
+            self.buffered -= exchange.held
+            self._record(exchange)
+
+    def _hold(self, exchange: _Exchange, count: int) -> None:
+        if self.buffered + count > self._limits.buffered_bytes:
+            raise Overloaded("the server is busy", "try again")
+        exchange.held += count
+        self.buffered += count
+
+    def _check(self, exchange: _Exchange) -> None:
+        path = exchange.scope["path"]
+        if len(self.connections) > self._limits.connections:
+            raise _Refused(503, "too many connections; try again", retry_after="1", connection="close")
+        if path not in self._open and exchange.headers.get(b"sec-fetch-site") == "cross-site":
+            raise _Refused(403, "pages of other sites may not use this server")
+        if self._hosts is not None:
+            host = exchange.headers.get(b"host", "")
+            if _host_name(host) not in self._hosts:
+                raise _Refused(421, f"this server is not {host!r:.80}; ask it by its address")
+        if self._key is not None and path not in self._open:
+            bearer = exchange.headers.get(b"authorization", "")
+            given = exchange.headers.get(b"x-api-key", "")
+            if bearer[:7].lower() == "bearer ":
+                given = bearer[7:].strip()
+            if not hmac.compare_digest(given.encode("latin-1"), self._key):
+                raise _Refused(
+                    401, "an API key is needed: Authorization: Bearer KEY", www_authenticate="Bearer"
+                )
+
+    async def _with_body(self, exchange: _Exchange, receive: Receive) -> None:
+        limits = self._limits
+        declared = exchange.headers.get(b"content-length", "")
+        if declared.isdigit() and int(declared) > limits.body_bytes:
+            raise _too_large(limits)
+        self._check_room()
+        self.reading += 1
+        body: deque[bytes] = deque()
+        try:
+            await asyncio.wait_for(self._read(exchange, receive, body), limits.body_s)
+        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+            raise _Refused(
+                408, f"the body took longer than {limits.body_s:g} s", connection="close"
+            ) from None
+        except Overloaded as error:
+            raise _Refused(503, str(error), retry_after=str(error.retry_after_s)) from None
+        finally:
+            self.reading -= 1
+        if exchange.status == _CLIENT_LEFT:
+            return
+        self._watcher.stage("read", time.monotonic() - exchange.started)
+        self._check_room()
+        self.in_flight += 1
+        try:
+            await self._answer(exchange, receive, body)
+        finally:
+            self.in_flight -= 1
+
+    def _check_room(self) -> None:
+        if self.draining:
+            raise _Refused(503, "the server is stopping", retry_after="1", connection="close")
+        if self.in_flight >= self._limits.requests:
+            raise _Refused(503, "the server is busy; try again", retry_after="1")
+
+    async def _read(self, exchange: _Exchange, receive: Receive, body: deque[bytes]) -> None:
+        """The whole body, in the pieces it came in."""
+        limits = self._limits
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                exchange.status = _CLIENT_LEFT
+                return
+            piece = message.get("body", b"")
+            exchange.received += len(piece)
+            if exchange.received > limits.body_bytes:
+                raise _too_large(limits)
+            self._hold(exchange, len(piece))
+            body.append(piece)
+            if not message.get("more_body", False):
+                return
+
+    async def _answer(self, exchange: _Exchange, receive: Receive, body: deque[bytes]) -> None:
+        """Run the application on a body; it is cancelled when the client leaves."""
+        left = asyncio.Event()
+
+        async def replay() -> Message:
+            if body:
+                piece = body.popleft()
+                return {"type": "http.request", "body": piece, "more_body": bool(body)}
+            await left.wait()
+            return {"type": "http.disconnect"}
+
+        async def watch() -> None:
+            while (await receive())["type"] != "http.disconnect":
+                pass
+            left.set()
+
+        work = asyncio.ensure_future(self._app(exchange.scope, replay, exchange.send))
+        leaving = asyncio.ensure_future(watch())
+        try:
+            await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            if not work.done() and not exchange.complete:
+                exchange.status = _CLIENT_LEFT
+                work.cancel()
+            await work
+        except asyncio.CancelledError:
+            if exchange.status != _CLIENT_LEFT:  # the server is ending, not the client
+                raise
+        finally:
+            leaving.cancel()
+            work.cancel()
+
+    def _record(self, exchange: _Exchange) -> None:
+        seconds = time.monotonic() - exchange.started
+        endpoint = getattr(exchange.scope.get("endpoint"), "__name__", "none")
+        self._watcher.request(endpoint, exchange.status, seconds)
+        client = exchange.scope.get("client")
+        fields = {
+            "request_id": exchange.id,
+            "method": exchange.scope["method"][:16],
+            "path": exchange.scope["path"][:200],
+            "status": exchange.status,
+            "ms": round(seconds * 1e3, 1),
+            "bytes_in": exchange.received,
+            "bytes_out": exchange.sent,
+            "client": client[0] if client else None,
+        }
+        level = logging.ERROR if exchange.status == 500 else logging.INFO
+        logger.log(level, "request", extra={"fields": fields})
+
+
+def _too_large(limits: Limits) -> _Refused:
+    return _Refused(413, f"the body has more than {limits.body_bytes:,} bytes")
+
+
+def _host_name(host: str) -> str:
+    """A Host header without its port."""
+    name, _, port = host.rpartition(":")
+    return (name if port.isdigit() and name else host).lower()
