@@ -56,6 +56,7 @@ def make_app(
     async def prometheus(request: Request) -> Response:
         text = metrics.text(
             queue_depth=service.worker.waiting,
+            engine_busy=service.worker.running,
             requests_in_flight=gate.in_flight,
             buffered_bytes=gate.buffered,
             cache_bytes=service.cache.bytes,

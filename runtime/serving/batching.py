@@ -92,6 +92,9 @@ class Worker:
         delay_s: how long an image waits for others.
         largest_batch: of bundles that take any number.
         observer: told of everything.
+
+    Attributes:
+        running: something is being run.
     """
 
     def __init__(
@@ -113,6 +116,7 @@ class Worker:
         self._calls: deque[_CallJob] = deque()
         self._changed = threading.Condition()
         self._closing = False
+        self.running = False
         self._thread = threading.Thread(target=self._work, name="ditf-engine", daemon=True)
         self._thread.start()
 
@@ -188,6 +192,7 @@ class Worker:
             batch = self._next()
             if batch is None:
                 return
+            self.running = True
             try:
                 if isinstance(batch, _CallJob):
                     self._run_call(batch)
@@ -198,6 +203,8 @@ class Worker:
                 for job in [batch] if isinstance(batch, _CallJob) else batch:
                     if not job.future.done():
                         job.future.set_exception(EngineError("the worker failed", "see the server's log"))
+            finally:
+                self.running = False
 
     def _next(self) -> _CallJob | list[_ImageJob] | None:
         """What to run now; waits for it. None when closing."""
@@ -274,8 +281,8 @@ class Worker:
         ids = [job.ticket.request_id for job in jobs]
         self._observer.engine_failed()
         logger.error("the engine failed", exc_info=error, extra={"fields": {"request_ids": ids}})
-        reason = " ".join(str(error).split())[:200] or type(error).__name__
-        return EngineError(f"the engine failed ({reason})", "see the server's log")
+        # What it says names files of this machine: that is for the log.
+        return EngineError("the engine failed on this request", f"the server's log says why, at {ids[0]}")
 
 
 def _together(first: _ImageJob, job: _ImageJob) -> bool:

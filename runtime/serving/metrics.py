@@ -46,6 +46,7 @@ class Metrics:
             name: Gauge(name, text, registry=registry)
             for name, text in (
                 ("ditf_queue_depth", "Images and matchings that wait for the engine"),
+                ("ditf_engine_busy", "1 while the engine runs"),
                 ("ditf_requests_in_flight", "Requests let in and not answered"),
                 ("ditf_buffered_bytes", "Of bodies of requests"),
                 ("ditf_cache_bytes", "Of features in the cache"),

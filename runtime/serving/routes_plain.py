@@ -24,7 +24,9 @@ NPY = "application/x-npy"
 PNG = "image/png"
 
 Method = Literal["argmax", "window", "kernel"]
-PointText = Annotated[str, Form(description="x,y in pixels of the source, several separated by spaces")]
+PointTexts = Annotated[
+    list[str], Form(description="x,y in pixels of the source; several, or several in one with spaces between")
+]
 BundleText = Annotated[Optional[str], Form(description="Name of a bundle; the first one by default")]
 PromptText = Annotated[Optional[str], Form(description="Condition of a bundle that has several")]
 
@@ -120,8 +122,8 @@ def plain_routes(service: Service) -> APIRouter:
         request: Request,
         source: Annotated[UploadFile, File(description="Image the points are in")],
         target: Annotated[UploadFile, File(description="Image to find them in")],
-        points: Annotated[list[PointText], Form()],
-        method: Annotated[Method, Form()] = METHODS[0],
+        points: PointTexts,
+        method: Annotated[Method, Form()] = "argmax",
         bundle: BundleText = None,
         prompt: PromptText = None,
         format: Annotated[

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import socket
 import time
 from types import FrameType
@@ -61,7 +62,7 @@ class Server(uvicorn.Server):
                 access_log=False,
                 server_header=False,
                 limit_concurrency=limits.connections,
-                timeout_keep_alive=max(5, int(limits.head_s)),
+                timeout_keep_alive=math.ceil(limits.head_s),
                 timeout_graceful_shutdown=_CLOSING_S,
                 proxy_headers=False,
             )

@@ -188,15 +188,17 @@ class Service:
 
     def warm_up(self) -> None:
         """Run every model once: what does not run is known before anybody asks, and first calls are slow."""
-        for name, model in self.models.items():
-            height, width = model.manifest.size
-            fitted = model.fitted(np.zeros((height, width, 3), np.uint8))
-            ticket = Ticket("warm-up", float("inf"))
-            [features] = [
-                one.result() for one in self.worker.features(name, None, [(b"warm-up", fitted)], ticket)
-            ]
-            self.worker.call("match", lambda m=model, f=features: m.match(f, f, [[0, 0]]), ticket).result()
+        for name in self.models:
+            self._warm_up(name)
         self.cache.clear()
+
+    def _warm_up(self, bundle: str) -> None:
+        model = self.models[bundle]
+        fitted = model.fitted(np.zeros((*model.manifest.size, 3), np.uint8))
+        ticket = Ticket("warm-up", float("inf"))
+        [future] = self.worker.features(bundle, None, [(b"warm-up", fitted)], ticket)
+        features = future.result()
+        self.worker.call("match", lambda: model.match(features, features, [[0, 0]]), ticket).result()
 
     def close(self, timeout_s: float) -> bool:
         """Stop; False if the engine did not end its call in time."""
