@@ -129,6 +129,9 @@ async function show(side, blob) {
   side.image.src = address;
   side.image.alt = blob.name || `Sample, ${side.id === "source" ? "first" : "second"} image`;
   side.image.hidden = false;
+  const ratio = probe.naturalWidth / probe.naturalHeight;
+  side.picture.style.width = `min(100%, calc(75vh * ${ratio}))`; // all of it in the window
+  side.picture.style.aspectRatio = ratio;
   await side.image.decode();
   fail("");
   if (side.id === "source") {
