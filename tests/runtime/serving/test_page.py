@@ -204,8 +204,6 @@ def test_a_phone(page):
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
     page.click(0.5, 0.5)
     page.rows(1)
-    beyond = "return [...document.querySelectorAll('*')].filter((e) => e.getBoundingClientRect().right > 360.5)"
-    assert [one.get_attribute("outerHTML")[:80] for one in page.driver.execute_script(beyond)] == []
     assert page.driver.execute_script("return document.documentElement.scrollWidth") <= 360
     first, second = (page.find(f"#{side} .picture").rect for side in ("source", "target"))
     assert second["y"] > first["y"] + first["height"]
