@@ -74,9 +74,14 @@ def draw_matches(
 
 def fit(image: Image.Image) -> Image.Image:
     """An image no larger than a picture holds."""
-    scale = min(1.0, _HEIGHT / image.height, 2 * _HEIGHT / image.width)
-    size = (max(1, round(image.width * scale)), max(1, round(image.height * scale)))
-    return image.resize(size, Image.Resampling.LANCZOS)
+    return image.resize(fitted_size(image.size), Image.Resampling.LANCZOS)
+
+
+def fitted_size(size: Sequence[int]) -> tuple[int, int]:
+    """(width, height) that `fit` gives an image of (width, height)."""
+    width, height = size
+    scale = min(1.0, _HEIGHT / height, 2 * _HEIGHT / width)
+    return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ditf.runtime.drawing import GAP, draw_scale, fit, scale_colours, side_by_side
+from ditf.runtime.drawing import GAP, draw_scale, fit, fitted_size, scale_colours, side_by_side
 from ditf.runtime.flow import warp
 
 
@@ -23,9 +23,7 @@ def draw_heat_map(
             it dark violet: on most pixels a query's cosine says little.
     """
     left, right = fit(source), fit(target)
-    low, high = float(np.median(heat)), float(heat.max())
-    small = np.asarray(Image.fromarray(heat).resize(right.size, Image.Resampling.BILINEAR))
-    colours = Image.fromarray(scale_colours((small - low) / max(high - low, 1e-6)))
+    colours, low, high = heat_colours(heat)
     shown = Image.blend(right.convert("L").convert("RGB"), colours, 0.6)
     canvas = side_by_side([left, shown])
     _mark(canvas, (np.asarray(point) + 0.5) * left.width / source.width)
@@ -33,6 +31,20 @@ def draw_heat_map(
     _mark(canvas, (best + 0.5) * right.width / target.width + (left.width + GAP, 0))
     draw_scale(canvas, "cosine", low, high)
     return canvas
+
+
+def heat_colours(heat: np.ndarray) -> tuple[Image.Image, float, float]:
+    """A heat map's colours, and the cosines of the darkest and the brightest.
+
+    Args:
+        heat: float32 [H, W].
+
+    Returns:
+        RGB, as large as `fit` makes an image of H x W; the median and the maximum.
+    """
+    low, high = float(np.median(heat)), float(heat.max())
+    small = np.asarray(Image.fromarray(heat).resize(fitted_size(heat.shape[::-1]), Image.Resampling.BILINEAR))
+    return Image.fromarray(scale_colours((small - low) / max(high - low, 1e-6))), low, high
 
 
 def draw_flow(source: Image.Image, target: Image.Image, field: np.ndarray, back: np.ndarray) -> Image.Image:

@@ -12,7 +12,7 @@ from fastapi.responses import JSONResponse
 from PIL import Image
 
 from ditf.runtime.drawing import draw_matches
-from ditf.runtime.drawing_dense import draw_heat_map
+from ditf.runtime.drawing_dense import draw_heat_map, heat_colours
 from ditf.runtime.matching import parse_points
 from ditf.runtime.serving.batching import Ticket
 from ditf.runtime.serving.decoding import decode_image
@@ -178,6 +178,10 @@ def plain_routes(service: Service) -> APIRouter:
             Optional[Literal["png", "npy"]],
             Query(description="A picture, or float32 [H, W]; by default what Accept asks for, or png"),
         ] = None,
+        view: Annotated[
+            Literal["pair", "target"],
+            Query(description="Of the picture: both images, or the colours alone, to lay over the target"),
+        ] = "pair",
     ) -> Response:
         name = service.bundle(bundle)
         pictures = (await source.read(), await target.read())
@@ -185,6 +189,11 @@ def plain_routes(service: Service) -> APIRouter:
         heat = await service.heat_map(name, pictures, asked, prompt, _ticket(service, request))
         if format == "npy" or (format is None and NPY in request.headers.get("accept", "")):
             return Response(await service.aside("encode", lambda: _npy(heat)), media_type=NPY)
+        if view == "target":
+            colours, low, high = await service.aside("draw", lambda: heat_colours(heat))
+            headers = {"X-Cosine-Low": f"{low:.6f}", "X-Cosine-High": f"{high:.6f}"}
+            png = await service.aside("encode", lambda: _png(colours))
+            return Response(png, media_type=PNG, headers=headers)
         limit = service.limits.pixels
         return Response(
             await service.aside(
