@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import requests
 from PIL import Image
-
 from selenium import webdriver
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.chrome.service import Service
