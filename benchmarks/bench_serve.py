@@ -176,11 +176,11 @@ def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
             f"{overload['during']['wrong']}",
         ),
         (
-            f"   {shedding['503']['answers']} refused with 503", "",
+            f"the same: {shedding['503']['answers']:,} refused with 503", "",
             f"{shedding['503']['p50_ms']:.0f} ms", f"{shedding['503']['p99_ms']:.0f} ms", "", "",
         ),
         (
-            f"   afterwards, {CLIENTS} clients: {overload['after']['status']['200']['answers']} answered",
+            f"afterwards, {CLIENTS} clients: {overload['after']['status']['200']['answers']} answered",
             f"{overload['after']['per_second']:.1f}", "",
             f"{overload['after']['status']['200']['p99_ms']:.0f} ms", "", f"{overload['after']['wrong']}",
         ),
