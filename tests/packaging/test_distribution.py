@@ -55,12 +55,13 @@ def test_wheel(root, built):
     modules = {name for name in names if name.endswith(".py")}
     assert modules == source_modules(root)
     rest = {name for name in names - modules if ".dist-info/" not in name}
-    model = {
-        f"ditf/export/{path.relative_to(root / 'export')}"
-        for path in (root / "export" / "demo_model").rglob("*")
+    data = {
+        f"ditf/{path.relative_to(root)}"
+        for folder in ("export/demo_model", "runtime/serving/static")
+        for path in (root / folder).rglob("*")
         if path.is_file()
     }
-    assert rest == {"ditf/py.typed", *model}
+    assert rest == {"ditf/py.typed", *data}
     weights = root / "export" / "demo_model" / "transformer" / "diffusion_pytorch_model.safetensors"
     assert weights.stat().st_size < 12e6
     assert any(name.endswith("licenses/LICENSE") for name in names)
