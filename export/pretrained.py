@@ -208,7 +208,7 @@ def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
 
     folder = checkpoint.path / name
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    encoder_class = getattr(transformers, str(class_name), None) if library == "transformers" else None
+    encoder_class: Any = getattr(transformers, str(class_name), None) if library == "transformers" else None
     if not hasattr(encoder_class, "from_pretrained"):
         raise InputError(
             f"{checkpoint.id} has no {name} of transformers {transformers.__version__}, but {entry!r:.80}",
