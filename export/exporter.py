@@ -115,6 +115,7 @@ def export_bundle(
             report(f"{plan.family.blocks.describe(plan.layer)}; encoding {describe(plan.entries)}")
             with torch.no_grad():
                 encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
+                gc.collect()  # a pipeline refers to itself
                 _write_bundle(folder, plan, encoded, swap, weights, report, progress)
             read_manifest(folder)
     return plan.output

@@ -17,7 +17,7 @@ import diffusers
 import torch
 
 from ditf.export.checkpoint import Checkpoint
-from ditf.export.streaming import streams
+from ditf.export.streaming import stream_encoder, streams
 from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
 
@@ -208,7 +208,7 @@ def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
 
     folder = checkpoint.path / name
     library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    encoder_class = getattr(transformers, str(class_name), None) if library == "transformers" else None
+    encoder_class: Any = getattr(transformers, str(class_name), None) if library == "transformers" else None
     if not hasattr(encoder_class, "from_pretrained"):
         raise InputError(
             f"{checkpoint.id} has no {name} of transformers {transformers.__version__}, but {entry!r:.80}",
@@ -217,7 +217,16 @@ def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
     options = {"variant": checkpoint.loading_variant(name), "dtype": torch.float32}
     if not streams(checkpoint.stored(name)[0]):
         return _from_pretrained(encoder_class, folder, **options).eval()
-    # Where a weight is not stored as it is used, from_pretrained writes it here.
+    try:
+        streamed = stream_encoder(encoder_class, folder, checkpoint.weights(name))
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        raise InputError(
+            f"{encoder_class.__name__} cannot be made of {folder}/config.json ({first_line(error)})",
+            "download or save the checkpoint again",
+        ) from error
+    if streamed is not None:
+        return streamed
+    # Tensors of an older layout: from_pretrained converts them, and writes here what it has to change.
     rewritten = tempfile.mkdtemp(prefix="ditf-encoder-")
     encoder = _from_pretrained(
         encoder_class, folder, **options, device_map={"": "disk"}, offload_folder=rewritten

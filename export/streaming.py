@@ -7,6 +7,7 @@ that is small enough is held in memory: reading it again for every image would o
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,19 +25,24 @@ def streams(parameters: int) -> bool:
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
-    """Tensors by name, as accelerate asks for them."""
+    """Tensors by name, as accelerate asks for them.
 
-    def __init__(self, weights: Weights) -> None:
+    Args:
+        stored: {name in the model: name in the checkpoint}.
+    """
+
+    def __init__(self, weights: Weights, stored: Mapping[str, str]) -> None:
         self._weights = weights
+        self._stored = stored
 
     def __getitem__(self, name: str) -> torch.Tensor:
-        return self._weights.tensor(name)
+        return self._weights.tensor(self._stored[name])
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self._weights.shapes)
+        return iter(self._stored)
 
     def __len__(self) -> int:
-        return len(self._weights.shapes)
+        return len(self._stored)
 
 
 def stream_model(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
@@ -49,16 +55,42 @@ def stream_model(model_class: Any, config: Mapping[str, Any], weights: Weights) 
         InputError: a tensor that cannot be read, or holds NaN or infinity.
     """
     from accelerate import init_empty_weights
-    from accelerate.hooks import attach_align_device_hook
 
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     with init_empty_weights(include_buffers=False):
         model: nn.Module = model_class.from_config(known)
-    for name, buffer in model.named_buffers():
+    return _streamed(model, weights, {name: name for name in weights.shapes})
+
+
+def stream_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | None:
+    """The same of a model of transformers; None where its tensors are not stored as it has them."""
+    from accelerate import init_empty_weights
+
+    config = encoder_class.config_class.from_pretrained(folder)
+    config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = encoder_class(config)
+    model.tie_weights()  # type: ignore[operator]
+    same: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
         if name in weights:
-            buffer.copy_(weights.tensor(name))
+            same[id(parameter)] = name
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    persistent = model.state_dict().keys()
+    stored = {name: same.get(id(tensor), name) for name, tensor in tensors.items() if name in persistent}
+    if any(weights.shapes.get(stored[name]) != tuple(tensors[name].shape) for name in stored):
+        return None
+    return _streamed(model, weights, stored)
+
+
+def _streamed(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
+    from accelerate.hooks import attach_align_device_hook
+
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(weights.tensor(stored[name]))
     model.eval().requires_grad_(False)
     attach_align_device_hook(
-        model, execution_device=torch.device("cpu"), offload=True, weights_map=_Tensors(weights)
+        model, execution_device=torch.device("cpu"), offload=True, weights_map=_Tensors(weights, stored)
     )
     return model

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditf.calib.images import procedural_image
-from ditf.export import streaming
+from ditf.export import pretrained, streaming
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import encode
 from ditf.export.options import ExportOptions
@@ -105,5 +105,16 @@ def test_text_encoders_are_the_same_bits(checkpoint, tmp_path, monkeypatch, name
     monkeypatch.setattr(streaming, "RESIDENT", 0)
     streamed = condition_of(plan).condition
     assert resident.keys() == streamed.keys()
+    for key, tensor in resident.items():
+        assert torch.equal(tensor, streamed[key]), key
+
+
+def test_encoders_of_another_layout_are_left_to_transformers(checkpoint, monkeypatch):
+    """Where the tensors are not stored as the model has them, `from_pretrained` maps them."""
+    plan = plan_of(checkpoint("flux"))
+    resident = condition_of(plan).condition
+    monkeypatch.setattr(streaming, "RESIDENT", 0)
+    monkeypatch.setattr(pretrained, "stream_encoder", lambda *arguments: None)
+    streamed = condition_of(plan).condition
     for key, tensor in resident.items():
         assert torch.equal(tensor, streamed[key]), key
