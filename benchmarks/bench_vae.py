@@ -9,8 +9,9 @@ and AutoencoderTiny of TAESD's. One image at a time on one thread, in processor 
               casts, not the speed of float16
 
 Parts are the encoder (image to x_t), the transformer (to what enters block k) and the tail (to the
-features). In PyTorch they are timed within each run; a graph is cut in three, its own nodes and weights,
-and the pieces are timed by themselves. The graphs are the exporter's, without the rest of a bundle.
+features), timed within each run; end to end is their sum. features.onnx is cut in three for it, its own
+nodes and weights, and the pieces run one after the other. The graphs are the exporter's, without the rest
+of a bundle.
 
 Two parities on the golden pair, from the same runs: of the graph, against PyTorch with the same encoder,
 and of the choice, against PyTorch with the full one. Published weights are not at hand: the full encoder
@@ -230,27 +231,21 @@ class Eager:
 
 
 class Graph:
-    """A graph on ONNX Runtime, whole and in parts.
-
-    Attributes:
-        answers: of every image that was run, by its number.
-    """
+    """A graph on ONNX Runtime, piece after piece; attributes as of `Eager`."""
 
     def __init__(self, target: Path) -> None:
-        self._whole = open_session(target / FEATURES, THREADS)
-        self._parts = {part: open_session(target / f"{part}.onnx", THREADS) for part in PARTS}
-        self._given = np.empty(0)
+        self._parts = [open_session(target / f"{part}.onnx", THREADS) for part in PARTS]
+        self.seconds: list[tuple[float, ...]] = []
         self.answers: dict[int, np.ndarray] = {}
 
     def whole(self, index: int, image: np.ndarray) -> None:
         """End to end."""
-        self.answers[index] = self._whole.run(None, {"image": image[None]})[0][0]
-
-    def part(self, name: str, image: np.ndarray) -> None:
-        """One part, of what the part before it left."""
-        session = self._parts[name]
-        given = image[None] if name == PARTS[0] else self._given
-        self._given = session.run(None, {session.get_inputs()[0].name: given})[0]
+        clock, given = [time.process_time()], image[None]
+        for session in self._parts:
+            given = session.run(None, {session.get_inputs()[0].name: given})[0]
+            clock.append(time.process_time())
+        self.seconds.append(tuple(np.diff(clock)))
+        self.answers[index] = given[0]
 
 
 def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
@@ -261,17 +256,12 @@ def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
     eager = {encoder: Eager(folder, encoder, geometry.layer) for encoder in ENCODERS}
     names = [f"{encoder}-{precision}" for encoder in ENCODERS for precision in PRECISIONS]
     graphs = {name: Graph(folder / name) for name in names}
-    runs: dict[str, Any] = {}
-    for encoder, peer in eager.items():
-        runs[f"{encoder}-eager"] = lambda n, peer=peer: peer.whole(n % 2, images[n % 2])
-    for name, graph in graphs.items():
-        runs[name] = lambda n, graph=graph: graph.whole(n % 2, images[n % 2])
-        for part in PARTS:
-            runs[f"{name} {part}"] = lambda n, graph=graph, part=part: graph.part(part, images[n % 2])
+    sides: dict[str, Eager | Graph] = {f"{encoder}-eager": peer for encoder, peer in eager.items()} | graphs
+    runs = {name: (lambda n, side=side: side.whole(n % 2, images[n % 2])) for name, side in sides.items()}
     seconds, disturbance = interleave(runs, repeats)
-    for encoder, peer in eager.items():
+    for name, side in sides.items():
         for index, part in enumerate(PARTS):  # without the untimed round
-            seconds[f"{encoder}-eager {part}"] = [values[index] for values in peer.seconds[1:]]
+            seconds[f"{name} {part}"] = [values[index] for values in side.seconds[1:]]
     ratios = {}
     for name in names:
         for part in ("", *(f" {part}" for part in PARTS)):
