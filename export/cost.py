@@ -166,7 +166,7 @@ def written_bytes(plan: Plan, bundle: int) -> int:
     Args:
         bundle: from `bundle_bytes`.
     """
-    at_once = 2 * bundle
+    at_once = 2 * bundle - _OTHER_FILES
     if len(plan.entries) > 1 and plan.options.conditioning == "bank":
         at_once += _conditioner_bytes(plan)
     if plan.options.precision != "float32" and plan.options.calibration is None:

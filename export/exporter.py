@@ -146,6 +146,7 @@ def _write_bundle(
         report("measuring every value that a 16-bit graph would hold")
         with spilling(folder):
             document.update(ranges_of(plan, observed.found, entries, noise))
+        gc.collect()
     if plan.precision.compute == torch.float16:
         extents = read_extents(document)
         if plan.output_dtype != torch.float16:

@@ -9,6 +9,7 @@ tensors are ordinary ones, and their values what they would have been.
 from __future__ import annotations
 
 import mmap
+import os
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -24,6 +25,11 @@ from ditf.runtime.errors import InputError
 
 SMALLEST = 1 << 20
 """Bytes of the smallest tensor that is spilled."""
+
+_SEGMENT = 1 << 30
+"""Bytes of the file that are mapped at once."""
+
+_ALIGNMENT = 64
 
 _RESIDENT = 256 << 20
 """Bytes of mapped weights that are read before their pages are given back."""
@@ -44,6 +50,7 @@ class Scratch:
         self._file = tempfile.TemporaryFile(dir=folder)  # noqa: SIM115  (closed by `spilling`)
         self._progress = progress
         self._maps: list[mmap.mmap] = []
+        self._start = self._used = 0  # of the last mapping: where it is in the file, and how much of it
         self._read = 0
         self.written = 0
 
@@ -53,10 +60,10 @@ class Scratch:
         Raises:
             InputError: no room.
         """
-        start = -(-self.written // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
         size = tensor.numel() * tensor.element_size()
         try:
-            self._file.seek(start)
+            start = self._room(size)
+            self._file.seek(self._start + start)
             self._file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
             self._file.flush()
         except OSError as error:
@@ -64,12 +71,23 @@ class Scratch:
                 f"weights cannot be written beside {self._folder} ({error.strerror})",
                 "free some space, or choose another --output",
             ) from error
-        mapped = mmap.mmap(self._file.fileno(), size, offset=start)
-        self._maps.append(mapped)
-        self.written = start + size
+        self._used = start + size
+        self.written += size
         self._progress(self.written)
         self.rest()
-        return torch.frombuffer(mapped, dtype=tensor.dtype).view(tensor.shape)
+        values = torch.frombuffer(self._maps[-1], dtype=tensor.dtype, count=tensor.numel(), offset=start)
+        return values.view(tensor.shape)
+
+    def _room(self, size: int) -> int:
+        """Where in the last mapping so many bytes go. A mapping has many tensors: each takes a descriptor."""
+        start = -(-self._used // _ALIGNMENT) * _ALIGNMENT
+        if not self._maps or start + size > len(self._maps[-1]):
+            self._start = os.fstat(self._file.fileno()).st_size
+            length = -(-max(size, _SEGMENT) // mmap.ALLOCATIONGRANULARITY) * mmap.ALLOCATIONGRANULARITY
+            os.ftruncate(self._file.fileno(), self._start + length)  # what is not written takes no room
+            self._maps.append(mmap.mmap(self._file.fileno(), length, offset=self._start))
+            start = 0
+        return start
 
     def has_read(self, size: int) -> None:
         """Some bytes of mapped weights were read; gives their pages back once they are many."""

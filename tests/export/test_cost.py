@@ -265,7 +265,7 @@ def test_a_bundle_is_as_large_as_was_said(request, bundle):
 def test_no_space_is_said_before_the_work(tmp_path, monkeypatch):
     monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**12, 10**12, 1000))
     stages = []
-    with pytest.raises(InputError, match=r"needs about 18 MB and .* has 0 MB free"):
+    with pytest.raises(InputError, match=r"needs about 19 MB and .* has 0 MB free"):
         export_bundle(ExportOptions(layer="1", size=(64, 64), output=tmp_path / "b"), stages.append)
     assert stages == ["opening demo"]
     assert not list(tmp_path.iterdir())

@@ -25,6 +25,11 @@ def mapped_bytes():
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("RssFile"))
 
 
+def descriptors():
+    """How many this process has open."""
+    return len(list(Path("/proc/self/fd").iterdir()))
+
+
 @given(
     shape=st.lists(st.integers(1, 7), min_size=1, max_size=3),
     dtype=st.sampled_from([torch.float32, torch.float16, torch.bfloat16, torch.int8]),
@@ -85,6 +90,22 @@ def test_pages_are_given_back(tmp_path):
         with resting():
             assert [float((x @ weight).sum()) for weight in weights] == sums
         assert mapped_bytes() - before < count * SMALLEST // 4
+
+
+def test_many_tensors_take_few_descriptors(tmp_path, monkeypatch):
+    """Of mappings that are too small for all, and of a tensor that is larger than one."""
+    monkeypatch.setattr(scratch, "_SEGMENT", 5 * SMALLEST)
+    before = descriptors()
+    with spilling(tmp_path) as file:
+        weights = [constant(torch.full(LARGE, float(index))) for index in range(20)]
+        weights.append(constant(torch.full((6, *LARGE), 20.0)))
+        weights.append(constant(torch.full(LARGE, 21.0)))
+        assert file.written == 27 * SMALLEST
+        assert descriptors() - before <= 1 + 4 + 1 + 1
+        file.rest()
+        assert [float(weight.mean()) for weight in weights] == list(range(22))
+    del weights
+    assert descriptors() == before
 
 
 def test_progress_is_in_bytes(tmp_path):
