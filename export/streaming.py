@@ -6,6 +6,7 @@ that is small enough is held in memory: reading it again for every image would o
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -57,7 +58,8 @@ def stream_model(model_class: Any, config: Mapping[str, Any], weights: Weights) 
     from accelerate import init_empty_weights
 
     known = {key: value for key, value in config.items() if not key.startswith("_")}
-    with init_empty_weights(include_buffers=False):
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what diffusers will change in its own classes
         model: nn.Module = model_class.from_config(known)
     return _streamed(model, weights, {name: name for name in weights.shapes})
 
