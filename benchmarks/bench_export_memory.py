@@ -115,7 +115,7 @@ def watch(command: list[str]) -> dict[str, Any]:
         for line in process.stderr:
             said.append(line.rstrip())
             if line.startswith("[") and " of " not in line.partition("]")[2][:16]:
-                stage[0] = line.partition("] ")[2].strip()
+                stage[0] = line.partition("] ")[2].partition(" /")[0].strip()  # without places
 
     listener = threading.Thread(target=listen)
     listener.start()
