@@ -115,7 +115,7 @@ def watch(command: list[str]) -> dict[str, Any]:
         for line in process.stderr:
             said.append(line.rstrip())
             if line.startswith("[") and " of " not in line.partition("]")[2][:16]:
-                stage[0] = line.partition("] ")[2].strip()
+                stage[0] = line.partition("] ")[2].partition(" /")[0].strip()  # without places
 
     listener = threading.Thread(target=listen)
     listener.start()
@@ -208,9 +208,14 @@ def draw(result: dict[str, Any], path: Path) -> None:
     axes.plot(sizes, sizes, color="lightgray", label="the checkpoint itself (bf16)")
     for run, size in zip(runs, sizes, strict=True):
         axes.annotate(run["depth"], (size, run["rss"] / 1e9), (0, 7), textcoords="offset points", ha="center")
-    axes.set(xlabel="transformer on disk, GB (blocks: two-stream + single)", ylabel="GB", ylim=(0, None))
+    axes.set(
+        xlabel="transformer on disk, GB (blocks: two-stream + single)",
+        ylabel="GB",
+        xlim=(0, None),
+        ylim=(0, None),
+    )
     axes.set_title("ditf export --fp16 at FLUX.1's width")
-    axes.legend(fontsize="small")
+    figure.legend(loc="outside lower center", ncols=2, fontsize="small")
     figure.savefig(path, dpi=110)
 
 

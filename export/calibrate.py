@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,7 @@ from ditf.export.options import ExportOptions
 from ditf.export.plan import Plan, make_plan
 from ditf.export.ranges import measure_ranges
 from ditf.export.reference import Reference
+from ditf.export.scratch import spilling
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import fit_image, list_images, open_image
 from ditf.runtime.manifest import tool_versions
@@ -39,12 +41,15 @@ def stage_count(options: ExportOptions) -> int:
     return 2 + (COUNT if folder is None else len(list_images(folder)))
 
 
-def calibrate(options: ExportOptions, progress: Progress = lambda line: None) -> dict[str, Any]:
+def calibrate(
+    options: ExportOptions, progress: Progress = lambda line: None, folder: Path | None = None
+) -> dict[str, Any]:
     """Run the unmodified model over images and collect what enters blocks 0..k.
 
     Args:
         options: as for an export; `calibration_images` is a folder, the built-in pictures by default.
         progress: called with a line for people for every image.
+        folder: with room for the graph's weights in float32; the system's temporary one by default.
 
     Returns:
         The document of calibration.json.
@@ -65,7 +70,8 @@ def calibrate(options: ExportOptions, progress: Progress = lambda line: None) ->
         found = observe(plan, reference.under(entries[0].condition, entries[0].timestep), progress)
         del reference
         progress("measuring every value that float16 would hold")
-        return {**found.document, **ranges_of(plan, found, entries, noise)}
+        with spilling(folder or Path(tempfile.gettempdir())):
+            return {**found.document, **ranges_of(plan, found, entries, noise)}
 
 
 @dataclass(frozen=True)

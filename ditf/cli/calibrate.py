@@ -99,7 +99,7 @@ def calibrate(
         from ditf.export.calibrate import calibrate as run
         from ditf.export.calibrate import stage_count
     with stages(stage_count(options)) as report:
-        document = run(options, report)
+        document = run(options, report, output.absolute().parent)
     with replacing(output) as temporary:
         temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
     if plot is not None:
