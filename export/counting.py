@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from ditf.export.families.base import Condition, Family, TrunkSpec
-from ditf.export.graph.condition import Conditioner, stack_projections
+from ditf.export.graph.condition import Conditioner, hold_projections
 from ditf.export.graph.precision import FLOAT32
 from ditf.export.graph.trunk import Trunk
 from ditf.export.pretrained import model_shapes
@@ -71,7 +71,7 @@ def shape_modules(
     with torch.device("meta"):  # for what a conditioner keeps beside its parameters
         conditioner = family.conditioner(weights, spec if live else replace(spec, precision=FLOAT32))
         if live:
-            stack_projections(conditioner)
+            hold_projections(conditioner)
         given = conditioner(torch.zeros(1), {name: t.to("meta") for name, t in condition.items()})
     trunk = family.trunk(weights, spec, None if live else given)
     return conditioner.to("meta"), trunk.to("meta")

@@ -21,7 +21,7 @@ from ditf.export.graph.condition import (
     Conditioner,
     ConditionSource,
     LiveCondition,
-    keep_projections,
+    hold_projections,
 )
 from ditf.export.graph.encoder import KLEncoder, PixelEncoder, TinyEncoder
 from ditf.export.graph.features import NOISE, FeaturesGraph
@@ -85,7 +85,7 @@ def specialise(
     ).eval()
     trunk_weights = plan.checkpoint.weights("transformer")
     if len(entries) > 1 and not live:
-        keep_projections(conditioner)
+        hold_projections(conditioner)
     given = [] if live else [_given(conditioner, entry) for entry in entries]
     trunk = plan.family.trunk(trunk_weights, spec, given[0] if mode == "bake" else None)
     if plan.precision.maxima is not None:

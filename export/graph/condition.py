@@ -106,11 +106,12 @@ class Projection(nn.Module):
     """silu(x) W + b -> modulation rows [R, C], float32; the AdaLN linears of all blocks.
 
     They are a third of FLUX.1's parameters, and of a condition that is baked in nothing but their product is
-    needed: each is read, multiplied and forgotten. For a graph that has them, `stack` makes them one linear.
+    needed: each is read, multiplied and forgotten. `hold` makes them parameters, for a graph that has them or
+    for several conditions.
 
     Args:
         linears: weight [n C, D] and bias of each AdaLN linear, in the order of the rows.
-        dtype: of the stacked linear.
+        dtype: of the parameters.
         channels: C, where it is not D, the width of the condition.
         activated: False where x itself is read, without the silu.
     """
@@ -128,33 +129,22 @@ class Projection(nn.Module):
         self.dtype = dtype
         self.where = Where(MODULATION, "condition")
         self.linears = linears
-        self.linear: Linear | None = None
+        self.held = nn.ModuleList()
 
-    def stack(self) -> None:
-        """Make it one linear, a parameter of this module."""
-        if self.linear is not None:
-            return
-        pairs = list(self.linears)
-        biases = [bias for _, bias in pairs if bias is not None]
-        self.linear = Linear(
-            torch.cat([weight for weight, _ in pairs]),
-            torch.cat(biases) if biases else None,
-            self.dtype,
-            self.where,
-        )
-
-    def keep(self) -> None:
-        """Read the linears once, for several conditions."""
-        self.linears = [(constant(weight.T).T, bias) for weight, bias in self.linears]
+    def hold(self) -> None:
+        """Make the linears parameters of this module."""
+        if not self.held:
+            for weight, bias in self.linears:
+                self.held.append(Linear(weight, bias, self.dtype, self.where))
 
     def forward(self, embedding: torch.Tensor) -> torch.Tensor:
         """[1, D] -> [R, C]."""
         x = nn.functional.silu(embedding) if self.activated else embedding
-        packed = self._multiplied(x) if self.linear is None else self.linear(x)[0]
+        packed = torch.cat([linear(x)[0] for linear in self.held]) if self.held else self._multiplied(x)
         return packed.unflatten(0, (-1, self.channels)).to(torch.float32)
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
-        """The same product [R C], bit for bit: columns of one matrix [D, R C] do not see each other."""
+        """The same product [R C], bit for bit, without holding any."""
         tap(self.where, "input", x)
         parts, extremes, biases = [], [], []
         for weight, bias in self.linears:
@@ -169,18 +159,11 @@ class Projection(nn.Module):
         return tap(self.where, "output", torch.cat(parts))
 
 
-def stack_projections(conditioner: nn.Module) -> None:
-    """Make the AdaLN linears of a conditioner parameters of it: the graph has them."""
+def hold_projections(conditioner: nn.Module) -> None:
+    """Make the AdaLN linears of a conditioner parameters of it."""
     for module in conditioner.modules():
         if isinstance(module, Projection):
-            module.stack()
-
-
-def keep_projections(conditioner: nn.Module) -> None:
-    """Read the AdaLN linears of a conditioner once, for several conditions."""
-    for module in conditioner.modules():
-        if isinstance(module, Projection):
-            module.keep()
+            module.hold()
 
 
 class ConditionSource(nn.Module, ABC):
@@ -230,7 +213,7 @@ class LiveCondition(ConditionSource):
 
     def __init__(self, conditioner: Conditioner, levels: torch.Tensor) -> None:
         super().__init__()
-        stack_projections(conditioner)
+        hold_projections(conditioner)
         self.conditioner = conditioner
         self.levels = constant(levels)
         self.inputs = (*conditioner.inputs, TIMESTEP)
