@@ -9,7 +9,9 @@ let chosen = null;
 let nextNumber = 1;
 let generation = 0; // answers to what was asked before images or options changed are dropped
 let heatRequest = null;
+let pending = 0; // requests for matches
 let cursor = null;
+const problems = {}; // by what they are of: the key, a file, an answer
 
 start();
 
@@ -23,6 +25,7 @@ async function start() {
 async function readBundles() {
   const answer = await ask("bundles", {});
   if (!answer) return;
+  fail("key", "");
   bundles = (await answer.json()).bundles;
   $("bundle").max = bundles.length - 1;
   $("bundle-option").hidden = bundles.length < 2;
@@ -62,7 +65,7 @@ function listen() {
   }
   const { picture, image } = sides.source;
   picture.addEventListener("click", (event) => {
-    if (!ready()) return;
+    if (!ready() || event.detail > 1) return; // the second of a double click is no other point
     const box = image.getBoundingClientRect();
     const x = Math.floor(((event.clientX - box.left) / box.width) * image.naturalWidth);
     const y = Math.floor(((event.clientY - box.top) / box.height) * image.naturalHeight);
@@ -74,8 +77,9 @@ function listen() {
     event.preventDefault();
     const point = [Number($("x").value), Number($("y").value)];
     const [x, y] = inside(point);
-    if (x !== point[0] || y !== point[1]) fail(`The first image is ${size(image)} pixels: ${point.join(", ")} is outside`);
-    else if (ready()) addPoint(point);
+    const outside = x !== point[0] || y !== point[1];
+    fail("answer", outside ? `The first image is ${size(image)} pixels: ${point.join(", ")} is outside` : "");
+    if (!outside && ready()) addPoint(point);
   });
   $("clear").addEventListener("click", clear);
   $("options").addEventListener("submit", (event) => event.preventDefault());
@@ -95,10 +99,16 @@ function listen() {
 
 async function loadSample(name) {
   const mine = ++generation;
-  const blobs = await Promise.all(["left", "right"].map(async (which) => {
-    const answer = await fetch(`samples/${name}-${which}.jpg`);
-    return answer.blob();
-  }));
+  let blobs;
+  try {
+    blobs = await Promise.all(["left", "right"].map(async (which) => {
+      const answer = await fetch(`samples/${name}-${which}.jpg`);
+      return answer.blob();
+    }));
+  } catch {
+    $("sample").value = "";
+    return fail("answer", "The server does not answer");
+  }
   if (mine !== generation) return;
   sides.source.input.value = sides.target.input.value = "";
   await Promise.all([show(sides.source, blobs[0]), show(sides.target, blobs[1])]);
@@ -110,7 +120,6 @@ async function own(side, file) {
 }
 
 async function show(side, blob) {
-  generation += 1;
   const mine = (side.loading += 1);
   const address = URL.createObjectURL(blob);
   const probe = new Image();
@@ -119,10 +128,11 @@ async function show(side, blob) {
     await probe.decode();
   } catch {
     URL.revokeObjectURL(address);
-    fail(`${blob.name || "That file"} is not an image this browser can show`);
+    if (mine === side.loading) fail("file", `${blob.name || "That file"} is not an image this browser can show`);
     return;
   }
   if (mine !== side.loading) return URL.revokeObjectURL(address);
+  generation += 1;
   if (side.address) URL.revokeObjectURL(side.address);
   side.blob = blob;
   side.address = address;
@@ -130,10 +140,10 @@ async function show(side, blob) {
   side.image.alt = blob.name || `Sample, ${side.id === "source" ? "first" : "second"} image`;
   side.image.hidden = false;
   const ratio = probe.naturalWidth / probe.naturalHeight;
-  side.picture.style.width = `min(100%, calc(75vh * ${ratio}))`; // all of it in the window
+  side.picture.style.width = `max(3rem, min(100%, calc(75vh * ${ratio})))`; // all of it in the window
   side.picture.style.aspectRatio = ratio;
-  await side.image.decode();
-  fail("");
+  fail("file", "");
+  fail("answer", "");
   if (side.id === "source") {
     $("x").max = side.image.naturalWidth - 1;
     $("y").max = side.image.naturalHeight - 1;
@@ -182,6 +192,7 @@ function showCursor(point) {
 // Points
 
 function addPoint(point) {
+  fail("file", "");
   const entry = { number: nextNumber++, point, match: null, score: null };
   entry.row = addRow(entry);
   entry.marks = [addMark(sides.source, entry), addMark(sides.target, entry)];
@@ -211,7 +222,6 @@ function clear() {
   nextNumber = 1;
   listChanged();
   choose(null);
-  busy(false);
   say("");
 }
 
@@ -276,20 +286,20 @@ function matchAgain() {
     entry.row.cells[3].textContent = "";
     entry.marks[1].hidden = true;
   }
-  if (points.length && ready()) match(points);
+  say("");
+  if (points.length && ready()) match([...points]);
   heat();
 }
 
 async function match(entries) {
   const mine = generation;
   const list = entries.map((entry) => entry.point.join(","));
-  busy(true);
+  busy(+1);
   const answer = await ask("match", { points: list.join(" "), method: $("method").value });
+  const found = answer && (await answer.json());
+  busy(-1);
   if (mine !== generation) return;
-  busy(false);
-  if (!answer) return entries.forEach((entry) => (entry.row.cells[2].textContent = "failed"));
-  const found = await answer.json();
-  if (mine !== generation) return;
+  if (!found) return entries.forEach((entry) => (entry.row.cells[2].textContent = "failed"));
   entries.forEach((entry, index) => {
     entry.match = found.matches[index];
     entry.score = found.scores[index];
@@ -299,23 +309,23 @@ async function match(entries) {
     place(entry.marks[1], entry.match, sides.target.image);
     entry.marks[1].hidden = false;
   });
-  const last = entries.at(-1);
-  say(`Point ${last.number} at ${text(last.point)} matches ${text(last.match)}, cosine ${last.score.toFixed(4)}`);
+  const last = entries.filter((entry) => points.includes(entry)).at(-1);
+  if (last) say(`Point ${last.number} at ${text(last.point)} matches ${text(last.match)}, cosine ${last.score.toFixed(4)}`);
 }
 
 async function heat() {
   heatRequest?.abort();
   const picture = sides.target.picture.querySelector(".heat");
-  if (!chosen || !ready()) {
-    picture.hidden = $("scale").hidden = true;
-    return;
-  }
+  picture.hidden = $("scale").hidden = true; // it is of another point, or of another image
+  if (!chosen || !ready()) return;
   const entry = chosen;
+  const mine = generation;
   heatRequest = new AbortController();
   const options = { point: entry.point.join(",") };
   const answer = await ask("heat-map?view=target", options, heatRequest.signal);
-  if (!answer || chosen !== entry) return;
-  const address = URL.createObjectURL(await answer.blob());
+  const blob = answer && (await answer.blob());
+  if (!blob || chosen !== entry || mine !== generation) return;
+  const address = URL.createObjectURL(blob);
   picture.onload = () => URL.revokeObjectURL(address);
   picture.src = address;
   picture.hidden = $("scale").hidden = false;
@@ -331,8 +341,13 @@ function showHeat() {
 
 // An answer of a route, or null after telling what went wrong.
 async function ask(route, fields, signal) {
-  const headers = $("key").value ? { "X-Api-Key": $("key").value } : {};
-  const options = { headers, signal };
+  const mine = generation;
+  const key = $("key").value;
+  if (/[^\x21-\x7e]/.test(key)) {
+    fail("key", "That is no API key: it has characters that no header takes");
+    return null;
+  }
+  const options = { headers: key ? { "X-Api-Key": key } : {}, signal };
   if (Object.keys(fields).length) {
     options.method = "POST";
     options.body = new FormData();
@@ -342,22 +357,26 @@ async function ask(route, fields, signal) {
     if (!$("prompt-option").hidden) options.body.set("prompt", $("prompt").value);
     for (const [name, value] of Object.entries(fields)) options.body.set(name, value);
   }
-  let answer;
+  let problem = "";
   try {
-    answer = await fetch(route, options);
+    const answer = await fetch(route, options);
+    if (answer.ok) {
+      if (mine === generation) fail("answer", "");
+      return answer;
+    }
+    if (answer.status === 401) {
+      $("key-option").hidden = false;
+      $("key").focus();
+      fail("key", key ? "That is not this server's API key" : "This server asks for an API key: type it above");
+      return null;
+    }
+    problem = await answer.json().then((found) => found.error, () => `The server answered ${answer.status}`);
   } catch (error) {
-    if (error.name !== "AbortError") fail("The server does not answer");
-    return null;
+    if (error.name === "AbortError") return null;
+    problem = "The server does not answer";
   }
-  if (answer.ok) {
-    fail("");
-    return answer;
-  }
-  if (answer.status === 401) {
-    $("key-option").hidden = false;
-    $("key").focus();
-  }
-  fail(await answer.json().then((found) => found.error, () => `The server answered ${answer.status}`));
+  // What was wrong with images that are no longer there is of no use.
+  if (mine === generation) fail("answer", problem.replace(/\bsource: /, "First image: ").replace(/\btarget: /, "Second image: "));
   return null;
 }
 
@@ -370,6 +389,7 @@ function chooseBundle() {
   const one = bundle();
   const about = `${one.model || one.name}, ${one.layer}, ${one.precision}, ${one.size.join(" x ")} px`;
   $("served").textContent = `${one.name}: ${about}; ${one.grid.join(" x ")} cells of ${one.channels} channels`;
+  $("bundle-name").textContent = `${Number($("bundle").value) + 1} of ${bundles.length}: ${one.name}`;
   $("bundle").setAttribute("aria-valuetext", `${one.name}, ${about}`);
   fill($("method"), one.methods);
   fill($("prompt"), one.conditions);
@@ -393,12 +413,15 @@ function say(words) {
   $("said").textContent = words;
 }
 
-function fail(words) {
-  $("problem").textContent = words;
-  $("problem").hidden = !words;
+function fail(kind, words) {
+  problems[kind] = words;
+  const told = Object.values(problems).filter(Boolean);
+  $("problem").textContent = told.join(". ");
+  $("problem").hidden = !told.length;
 }
 
-function busy(waiting) {
-  sides.target.picture.setAttribute("aria-busy", waiting);
-  sides.target.picture.classList.toggle("busy", waiting);
+function busy(more) {
+  pending += more;
+  sides.target.picture.setAttribute("aria-busy", pending > 0);
+  sides.target.picture.classList.toggle("busy", pending > 0);
 }

@@ -197,6 +197,54 @@ def test_a_file_that_is_no_image(page, tmp_path):
     assert not page.find("#problem").is_displayed()
 
 
+def test_an_image_the_server_refuses(browser, server, page, tmp_path):
+    """Nothing of the image before it stays."""
+    page.click(0.6, 0.4)
+    page.rows(1)
+    page.heat()
+    Image.new("RGB", (30, 20)).save(tmp_path / "a.gif")
+    page.find("#target input[type=file]").send_keys(str(tmp_path / "a.gif"))
+    page.wait(lambda: page.find("#problem").text.startswith("Second image: "))
+    page.wait(lambda: page.find("#points tbody td:nth-child(3)").text == "failed")
+    assert not page.find("#target .heat").is_displayed()
+    assert not page.find("#scale").is_displayed()
+    assert page.find("#said").text == ""
+    page.find("#target input[type=file]").send_keys(str(save(tmp_path / "b.png", 30, 20)))
+    page.rows(1)
+    page.heat()
+    assert not page.find("#problem").is_displayed()
+    browser.get_log("browser")  # of the refusals
+
+
+def save(path, width, height):
+    Image.effect_noise((width, height), 50).convert("RGB").save(path)
+    return path
+
+
+@pytest.mark.parametrize("shape", [(3000, 40), (40, 3000), (1, 1)])
+def test_odd_images_stay_in_the_window(page, tmp_path, shape):
+    for side in ("source", "target"):
+        page.find(f"#{side} input[type=file]").send_keys(str(save(tmp_path / f"{side}.png", *shape)))
+        page.wait(lambda side=side: page.width(side) == shape[0])
+    page.click(0.5, 0.5)
+    [(point, _, _)] = page.rows(1)
+    assert np.abs(np.subtract(point, np.subtract(shape, 1) / 2)).max() <= max(shape) / 48
+    overflow = "return document.documentElement.scrollWidth - document.documentElement.clientWidth"
+    assert page.driver.execute_script(overflow) <= 0
+    assert page.find("#target .picture").rect["height"] <= 0.76 * 1000
+
+
+def test_points_come_and_go_while_answers_are_under_way(page):
+    for across in (0.3, 0.4, 0.5):
+        page.click(across, 0.5)
+    Select(page.find("#method")).select_by_value("window")
+    page.click(0.6, 0.5)
+    page.find("#points tbody button[aria-label='Remove point 2']").click()
+    rows = page.rows(3)
+    assert [row[0][0] for row in rows] == pytest.approx([144, 240, 288], abs=2)
+    page.wait(lambda: page.find("#target .picture").get_attribute("aria-busy") == "false")
+
+
 def test_a_phone(page):
     screen = {"width": 360, "height": 740, "deviceScaleFactor": 2, "mobile": True}
     page.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
@@ -209,11 +257,15 @@ def test_a_phone(page):
 
 
 def test_an_api_key(browser, demo_bundle):
-    with serving(demo_bundle, api_key="open sesame") as running:
+    with serving(demo_bundle, api_key="opensesame") as running:
         page = Page(browser, running.url)
         page.wait(lambda: page.find("#key").is_displayed())
-        assert "an API key is needed" in page.find("#problem").text
-        page.find("#key").send_keys("open sesame", Keys.TAB)
+        asked = "This server asks for an API key: type it above"
+        page.wait(lambda: page.find("#problem").text == asked and page.width("target"))
+        page.find("#key").send_keys("wrong", Keys.TAB)
+        page.wait(lambda: page.find("#problem").text == "That is not this server's API key")
+        page.find("#key").clear()
+        page.find("#key").send_keys("opensesame", Keys.TAB)
         page.loaded().wait(lambda: page.find("#served").text)
         page.click(0.5, 0.5)
         page.rows(1)
