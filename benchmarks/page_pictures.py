@@ -57,7 +57,7 @@ def take_pictures(driver: webdriver.Chrome, url: str) -> None:
     driver.find_element(By.CSS_SELECTOR, "#points tbody tr:nth-child(2) button").click()
     wait.until(lambda driver: driver.find_element(By.ID, "scale-point").text == "2")
     driver.execute_script("document.activeElement.blur()")
-    for name, width, height, scale in (("page", 1100, 800, 1), ("page-phone", 390, 844, 1)):
+    for name, width, height, scale in (("page", 1100, 800, 1), ("page-phone", 390, 1760, 1)):
         screen = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": width < 500}
         driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", screen)
         shot = driver.execute_cdp_cmd("Page.captureScreenshot", {"captureBeyondViewport": True})
