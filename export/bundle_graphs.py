@@ -49,8 +49,8 @@ def write_graph(
     """features.onnx with its weights, trace.npz and conditions.npz."""
     report(f"reading and folding the weights of {plan.layer} blocks")
     made = specialise(plan, entries, noise, observed.settings, observed.projection)
-    against = "the reference" if observed.golden else "nothing"
-    report(f"rehearsing {plan.layer} blocks in {plan.precision.name} against {against}")
+    against = " against the reference" if observed.golden else ""
+    report(f"rehearsing {plan.layer} blocks in {plan.precision.name}{against}")
     measured: dict[str, float] = {}
     if observed.golden:
         measured = rehearse(made.graph, made.feeds, folder / files.GOLDEN, plan.options.precision)

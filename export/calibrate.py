@@ -120,6 +120,8 @@ def observe(plan: Plan, reference: Reference, progress: Progress = lambda line: 
         reference.trace(image, visit)
     document = {
         "schema": SCHEMA,
+        "model": plan.checkpoint.id,
+        "revision": plan.checkpoint.revision,
         **identity(plan),
         "images": {
             "count": len(images),
@@ -179,12 +181,13 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
 
 
 def identity(plan: Plan) -> dict[str, Any]:
-    """What a calibration is of, and what an export that uses it must agree with."""
+    """What a calibration is of, and what an export that uses it must agree with: not where the model lies."""
     given = [entry.embeds for entry in plan.entries if entry.embeds is not None]
+    vae = plan.latents.source
     return {
-        "model": plan.checkpoint.id,
-        "revision": plan.checkpoint.revision,
-        "vae": None if plan.options.vae is None else plan.latents.identity(),
+        "weights": plan.checkpoint.weights("transformer").fingerprint(),
+        "vae": None if vae is None else vae.weights().fingerprint(),
+        "guidance": plan.guidance,
         "layer": plan.layer,
         "timestep": plan.entries[0].timestep,
         "conditioning": plan.options.conditioning,

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditf.export.weights import SafetensorsWeights, Weights
+from ditf.export.weights import SafetensorsWeights
 from ditf.runtime.errors import InputError
 
 DEMO = "demo"
@@ -103,7 +103,7 @@ class Checkpoint:
             name.strip(): int(number) for number, names in labels.items() for name in str(names).split(",")
         }
 
-    def weights(self, component: str) -> Weights:
+    def weights(self, component: str) -> SafetensorsWeights:
         """A component's weights, read lazily."""
         return SafetensorsWeights(weight_files(self.path / component, self.variant))
 
@@ -140,7 +140,7 @@ class Part:
         """
         return self.checkpoint.config(self.name)
 
-    def weights(self) -> Weights:
+    def weights(self) -> SafetensorsWeights:
         """Its weights, read lazily."""
         return self.checkpoint.weights(self.name)
 

@@ -86,7 +86,7 @@ def _check(path: Path, name: str, tensor: torch.Tensor, example: torch.Tensor, t
 
 def write_embeddings(path: Path, condition: Condition, prompt: str, model: str) -> None:
     """Write one condition as `read_embeddings` reads it."""
-    from safetensors.torch import save_file
+    from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in condition.items() if name != _GUIDANCE}
-    save_file(tensors, path, metadata={"prompt": prompt, "model": model})
+    path.write_bytes(save(tensors, metadata={"prompt": prompt, "model": model}))

@@ -113,4 +113,6 @@ def rehearse_alone(
 
 
 def _fix(precision: str) -> str:
-    return "this is a defect of ditf" if precision == "float32" else "export with --precision fp32"
+    if precision != "float32":
+        return "export with --precision fp32"
+    return "look at the checkpoint's weights and the embeddings of --prompt-embeds"

@@ -21,12 +21,13 @@ _COLUMNS = ("cosine_p01", "relative_error", "channel_error", "matches_within_1px
 
 
 class Report:
-    """What the parts found, for --json, and what failed."""
+    """What the parts found, for --json, what failed, and which of the user's own limits were missed."""
 
     def __init__(self) -> None:
         self.document: dict[str, Any] = {}
         self.gates: list[dict[str, Any]] = []
         self.failures: list[str] = []
+        self.missed: list[str] = []
 
 
 def check_ranges(bundle: Bundle, golden: Golden, report: Report) -> None:

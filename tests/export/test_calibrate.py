@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 
 from ditf.calib.images import procedural_image
-from ditf.export.calibrate import calibrate, observe
+from ditf.export.calibrate import calibrate, identity, observe
+from ditf.export.checkpoint import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT32
 from ditf.export.options import ExportOptions
+from ditf.export.plan import make_plan
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.runtime.errors import InputError
 from ditf.runtime.manifest import read_manifest
@@ -108,6 +112,20 @@ def test_an_export_takes_the_channels_of_the_file(checkpoint, calibration, tmp_p
     assert json.loads((bundle / "calibration.json").read_text()) == document
 
 
+def test_a_calibration_is_of_weights_wherever_they_lie(checkpoint, tmp_path):
+    def of(folder):
+        return identity(make_plan(options(folder), Checkpoint(folder, str(folder))))
+
+    model = checkpoint("flux")
+    shutil.copytree(model, tmp_path / "elsewhere")
+    assert of(tmp_path / "elsewhere") == of(model)
+    path = tmp_path / "elsewhere" / "transformer" / "diffusion_pytorch_model.safetensors"
+    tensors = load_file(path)
+    tensors["x_embedder.weight"] *= 1.5
+    save_file(tensors, path, metadata={"format": "pt"})
+    assert of(tmp_path / "elsewhere") != of(model)
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -117,7 +135,8 @@ def test_an_export_takes_the_channels_of_the_file(checkpoint, calibration, tmp_p
         ({"conditions": ["a dog"]}, r"has conditions \['a dog'\] instead of \['a cat'\]"),
         ({"conditioning": "live"}, "has conditioning 'live' instead of 'bake'"),
         ({"ranges": [{"name": "x"}]}, "is no calibration"),
-        ({"model": "other"}, "has model 'other'"),
+        ({"weights": "0" * 16}, "has weights '0000000000000000' instead of"),
+        ({"guidance": 7.0}, r"has guidance 7\.0 instead of 3\.5"),
         ({"layers": []}, "is no calibration"),
         ({"layers": [{"image": {"massive_channels": [{"channel": 4800}]}}]}, "is no calibration"),
         ({"layers": 3}, "is no calibration"),

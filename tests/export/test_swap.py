@@ -158,8 +158,7 @@ def test_a_bundle_beside_the_plain_one(vaes):
 
 def test_a_calibration_is_of_its_encoder(vaes):
     plain, swapped = (identity(plan_of(vaes.checkpoint, vae)) for vae in (None, vaes.tiny))
-    assert plain.pop("vae") is None
-    assert swapped.pop("vae") == {"id": str(vaes.tiny), "revision": None, "class": "AutoencoderTiny"}
+    assert plain.pop("vae") != swapped.pop("vae")
     assert plain == swapped
 
 
