@@ -81,7 +81,7 @@ def test_another_encoder_is_named(ditf, vaes):
     assert done.returncode == 0, done.stderr
     assert "bundles/checkpoint-l1-fp32-tiny: layer 1" in done.stdout
     assert "x_0 off by 0." in done.stdout
-    assert "[9/9" in done.stderr
+    assert "[10/10" in done.stderr
 
 
 def test_verbose_shows_the_traceback(ditf):

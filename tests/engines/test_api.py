@@ -88,7 +88,8 @@ def missing(source: str, api: dict[str, list[str]]) -> set[str]:
 
 def sources() -> dict[str, str]:
     runtime = ROOT / "runtime"
-    paths = [*(ROOT / "engines").glob("*.py"), runtime / "flavour.py", runtime / "backends/engine_session.py"]
+    engines = [path for path in (ROOT / "engines").glob("*.py") if not path.name.startswith("triton")]
+    paths = [*engines, runtime / "flavour.py", runtime / "backends/engine_session.py"]
     return {path.name: path.read_text() for path in sorted(paths)}
 
 

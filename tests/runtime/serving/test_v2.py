@@ -193,10 +193,12 @@ def test_wrong_parameters(client, parameters, message):
         client.infer("correspond", correspond_inputs(image(1), image(2)), parameters=parameters)
 
 
-def test_a_timeout_of_the_client(client):
+def test_a_timeout_of_the_client(client, server):
     """Triton's timeout, in microseconds: what waits for longer is not run."""
-    slow = client.async_infer("tiny.features", [tensor("image", image(1, loops=30)[None])])
-    time.sleep(0.05)
+    slow = client.async_infer("tiny.features", [tensor("image", image(1, loops=100)[None])])
+    while not server.gate.in_flight:
+        time.sleep(0.01)
+    time.sleep(0.1)
     with pytest.raises(InferenceServerException, match="waited past its deadline") as caught:
         client.infer("tiny.features", [tensor("image", image(55)[None])], timeout=20_000)
     assert caught.value.status() == "504"
