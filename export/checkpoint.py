@@ -77,7 +77,9 @@ class Checkpoint:
             if named and not optional and not self.has(name):
                 raise InputError(
                     f"{self.path} is incomplete: its model_index.json names {name}, which is not there",
-                    _AGAIN,
+                    "give what it made of the prompt with --prompt-embeds, or download it too"
+                    if name.startswith(("text_encoder", "tokenizer"))
+                    else _AGAIN,
                 )
 
     def check_weights(self, unneeded: tuple[str, ...] = ()) -> None:

@@ -42,6 +42,8 @@ def read_embeddings(path: Path, family: Family) -> Embeddings:
     Raises:
         InputError: unreadable, not this family's tensors, or values that no text encoder gives.
     """
+    if not path.is_file():
+        raise InputError(f"--prompt-embeds {path}: no such file", _MAKE)
     try:
         content = path.read_bytes()
         with safe_open(path, framework="pt") as file:
@@ -58,8 +60,9 @@ def read_embeddings(path: Path, family: Family) -> Embeddings:
     most = family.longest_text or family.text_length(family.example_condition())
     if not 1 <= tokens <= most:
         raise InputError(
-            f"prompt_embeds of {path} is {list(tensors['prompt_embeds'].shape)}",
-            f"{family.name} takes 1 to {most} tokens of one prompt",
+            f"prompt_embeds of {path} is {list(tensors['prompt_embeds'].shape)}, not [1, tokens, channels]"
+            f" with 1 to {most} tokens",
+            _MAKE,
         )
     for name, example in wanted.items():
         _check(path, name, tensors[name], example, tokens)
@@ -74,7 +77,10 @@ def _check(path: Path, name: str, tensor: torch.Tensor, example: torch.Tensor, t
     if list(tensor.shape) != shape:
         raise InputError(f"{name} of {path} is {list(tensor.shape)}, not {shape}", _MAKE)
     if tensor.is_floating_point() != example.is_floating_point():
-        raise InputError(f"{name} of {path} is {str(tensor.dtype).removeprefix('torch.')}", _MAKE)
+        wanted = "floating point" if example.is_floating_point() else "whole numbers"
+        raise InputError(
+            f"{name} of {path} is {str(tensor.dtype).removeprefix('torch.')}, not {wanted}", _MAKE
+        )
     if not torch.isfinite(tensor.to(torch.float32)).all():
         raise InputError(f"{name} of {path} holds NaN or infinity", _MAKE)
     if name == _MASK:

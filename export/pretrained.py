@@ -260,4 +260,5 @@ def quieten_libraries() -> None:
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    logging.getLogger("accelerate").setLevel(logging.ERROR)
+    for name in ("accelerate", "huggingface_hub"):  # the hub's client tells of every attempt
+        logging.getLogger(name).setLevel(logging.ERROR)
