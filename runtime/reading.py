@@ -1,0 +1,62 @@
+"""Opening files that someone else may have written: regular files only, of bounded size."""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+from typing import BinaryIO, Union
+
+_KINDS = {
+    stat.S_IFIFO: "a FIFO",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+    stat.S_IFSOCK: "a socket",
+}
+
+
+def open_regular(path: Union[str, Path], limit: int | None = None) -> BinaryIO:
+    """Open a regular file for reading, following symbolic links.
+
+    Opening a FIFO waits for a writer, and reading a device may never end. So the file is opened without
+    waiting, and `fstat` says what was opened; a check of the path before opening it could be outrun.
+
+    Args:
+        limit: the largest size in bytes that is accepted, or None for any.
+
+    Returns:
+        The open file, in binary mode; the caller closes it.
+
+    Raises:
+        FileNotFoundError: no such file.
+        IsADirectoryError: a directory.
+        OSError: not a regular file, or larger than `limit`; `strerror` says which in words.
+    """
+    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    try:
+        opened = os.fstat(descriptor)
+        if stat.S_ISDIR(opened.st_mode):
+            raise IsADirectoryError(errno.EISDIR, "it is a directory", str(path))
+        if not stat.S_ISREG(opened.st_mode):
+            kind = _KINDS.get(stat.S_IFMT(opened.st_mode), "something else")
+            raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
+        if limit is not None and opened.st_size > limit:
+            raise OSError(errno.EFBIG, f"it has {opened.st_size:,} bytes, more than {limit:,}", str(path))
+        return os.fdopen(descriptor, "rb")
+    except BaseException:
+        os.close(descriptor)
+        raise
+
+
+def read_regular(path: Union[str, Path], limit: int) -> bytes:
+    """All bytes of a regular file of at most `limit` bytes.
+
+    Raises:
+        OSError: as `open_regular`, or the file grew past `limit` while it was read.
+    """
+    with open_regular(path, limit) as file:
+        content = file.read(limit + 1)
+    if len(content) > limit:
+        raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
+    return content
