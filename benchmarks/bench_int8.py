@@ -47,6 +47,7 @@ from ditf.export.reference import FeatureSettings, Reference
 from ditf.export.rehearsal import Float32Accumulation
 from ditf.export.specialise import specialise
 from ditf.runtime.flavour import load
+from ditf.runtime.onnx_graph import Graph
 
 THREADS = 1
 SIDE, PATCH = 256, 8
@@ -108,7 +109,7 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
         found[side] = {"metrics": metrics, "bytes": graph_bytes(path)}
         if precision.maxima is not None:
             found[side]["rtx_bytes"] = len(
-                compile_plan(load("tensorrt-rtx"), path, BuildOptions("sm_89")).plan
+                compile_plan(load("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89")).plan
             )
         sessions[side] = open_session(path, quantised=precision.maxima is not None)
     seconds, disturbance = interleave(

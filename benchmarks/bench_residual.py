@@ -46,6 +46,7 @@ from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
 from ditf.export.pretrained import model_shapes, quieten_libraries
 from ditf.export.rehearsal import Float32Accumulation
 from ditf.runtime.flavour import load
+from ditf.runtime.onnx_graph import Graph
 
 THREADS = 1
 SIDES = {"float32 residual": FLOAT16, "float16 residual": replace(FLOAT16, residual=torch.float16)}
@@ -76,7 +77,7 @@ def main() -> None:
                 actual = module(latents[0]).to(torch.float32).numpy()
             write_onnx(module, {"latents": latents[0]}, ["features"], path, DEFAULT_OPSET)
             del module
-            engine = compile_plan(load("tensorrt-rtx"), path, BuildOptions("sm_89"))
+            engine = compile_plan(load("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89"))
             kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
             results[side] = {
                 "nodes": len(kinds),

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from ditf.calib.golden import Golden
 from ditf.calib.onnx_twin import Twin
 from ditf.calib.sketch import sketch, worst_error
 from ditf.runtime.bundle import GOLDEN, TRACE, Bundle
 from ditf.runtime.errors import BundleError
+from ditf.runtime.golden_file import Golden, read_golden
 from ditf.runtime.manifest import DYNAMIC_EXAMPLE, hidden_states_name
 from ditf.runtime.runner import FeaturesRunner
 
@@ -155,7 +155,7 @@ def _run(bundle: Bundle, twin: Twin, names: Sequence[str]) -> dict[str, np.ndarr
     session = twin.with_outputs(names).open()
     runner = FeaturesRunner(bundle, session)
     batch = bundle.manifest.batch
-    image = bundle.read_arrays(GOLDEN)["images"][:1]
+    image = read_golden(bundle)["images"][:1]
     repeated = image.repeat(DYNAMIC_EXAMPLE if batch == "dynamic" else int(batch), axis=0)
     return session.run({"image": repeated, **runner.feeds()})
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -10,10 +10,8 @@ import numpy as np
 
 from ditf.calib.parity import WHOLE, feature_parity, match_parity, worst
 from ditf.runtime import FeatureMap
+from ditf.runtime.golden_file import Golden
 from ditf.runtime.matching import Matches, match_points
-
-Golden = Mapping[str, np.ndarray]
-"""The arrays of golden.npz (`ditf.export.golden`)."""
 
 
 class Run(Protocol):

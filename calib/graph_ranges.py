@@ -6,9 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ditf.calib.golden import Golden
 from ditf.calib.onnx_twin import LARGEST, Twin
 from ditf.runtime.bundle import Bundle
+from ditf.runtime.golden_file import Golden
 from ditf.runtime.runner import FeaturesRunner
 
 HEADROOM_LIMIT = 1.0

@@ -6,12 +6,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ditf.calib.golden import Golden, golden_result
+from ditf.calib.golden import golden_result
 from ditf.calib.onnx_twin import widened
 from ditf.calib.parity import Gate, gates
 from ditf.runtime import Model
 from ditf.runtime.bundle import FEATURES, Bundle
 from ditf.runtime.errors import MissingComponent
+from ditf.runtime.golden_file import Golden
 from ditf.runtime.runner import FeaturesRunner
 
 
@@ -69,5 +70,5 @@ def first_off(rungs: list[Rung], limits: Mapping[str, float]) -> Rung | None:
 
 
 def _twin_metrics(bundle: Bundle, golden: Golden, rounded: bool) -> dict[str, float]:
-    runner = FeaturesRunner(bundle, widened(bundle.path / FEATURES, rounded).open())
+    runner = FeaturesRunner(bundle, widened(bundle.read_graph(FEATURES), rounded).open())
     return golden_result(golden, runner.run, runner.conditions).metrics

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from ditf.runtime.errors import BundleError, missing_extra
+from ditf.runtime.onnx_graph import Graph
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 """The largest finite number of each 16-bit type."""
@@ -104,6 +105,7 @@ class TwinSession:
 
     twin: Twin
     inputs: dict[str, tuple[int | None, ...]] = field(init=False)
+    outputs: dict[str, tuple[int | None, ...]] = field(init=False)
     batches: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
@@ -127,10 +129,13 @@ class TwinSession:
                 copy.CopyFrom(self.twin.model)  # saving moves the weights out of a message
                 onnx.save(copy, path, save_as_external_data=True, location="twin.data")
                 self._session = onnxruntime.InferenceSession(path, options, providers=providers)
-        self.inputs = {
-            item.name: tuple(size if isinstance(size, int) else None for size in item.shape)
-            for item in self._session.get_inputs()
-        }
+        self.inputs, self.outputs = (
+            {
+                item.name: tuple(size if isinstance(size, int) else None for size in item.shape)
+                for item in items
+            }
+            for items in (self._session.get_inputs(), self._session.get_outputs())
+        )
 
     def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, np.ndarray]:
         """Every output by name, in host memory."""
@@ -142,11 +147,11 @@ class TwinSession:
         return {name.removeprefix(_MAX): float(value) for name, value in self.run(feeds).items()}
 
 
-def widened(path: Path, rounded: bool = False) -> Twin:
-    """The twin of a file.
+def widened(graph: Graph, rounded: bool = False) -> Twin:
+    """The twin of a graph.
 
     Args:
-        path: a flat ONNX graph; its weights lie beside it.
+        graph: flat, with its weights.
         rounded: round every 16-bit value that is computed; else it keeps what float32 gives it.
 
     Raises:
@@ -158,17 +163,33 @@ def widened(path: Path, rounded: bool = False) -> Twin:
     except ImportError:
         raise missing_extra("onnx", "check") from None
     try:
-        types = _types(onnx.shape_inference.infer_shapes(onnx.load(path, load_external_data=False)))
-        model = onnx.load(path)
-    except Exception as error:  # onnx, protobuf and the file system each raise their own
-        raise BundleError(f"{path} cannot be read ({str(error)[:100]})", "export the bundle again") from error
+        model = onnx.load_from_string(graph.model)
+        types = _types(onnx.shape_inference.infer_shapes(model))
+        _fill_in(model, graph)
+    except Exception as error:  # onnx and protobuf each raise their own
+        raise BundleError(
+            f"{graph.path} cannot be read ({str(error)[:100]})", "export the bundle again"
+        ) from error
     untyped = [name for node in model.graph.node for name in node.output if name and name not in types]
     if untyped:
-        raise BundleError(f"the type of {untyped[0]} in {path} cannot be told", "export the bundle again")
+        raise BundleError(
+            f"the type of {untyped[0]} in {graph.path} cannot be told", "export the bundle again"
+        )
     computed = [name for node in model.graph.node for name in node.output]
     short = {name: types[name] for name in computed if types.get(name) in LARGEST}
     model.graph.CopyFrom(_widened_graph(onnx, model.graph, types, short if rounded else {}))
     return Twin(model, short)
+
+
+def _fill_in(model: Any, graph: Graph) -> None:
+    """Move the weights that are in another file into the model."""
+    import onnx
+
+    for tensor in model.graph.initializer:
+        if tensor.name in graph.tensors:
+            tensor.raw_data = bytes(graph.tensors[tensor.name][1])
+            tensor.data_location = onnx.TensorProto.DEFAULT
+            del tensor.external_data[:]
 
 
 def _types(model: Any) -> dict[str, str]:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from ditf.calib.golden import Golden, GoldenResult, take_rows
+from ditf.calib.golden import GoldenResult, take_rows
+from ditf.runtime.golden_file import Golden
 
 _LEAST = 1e-9  # below float32's resolution of a cosine
 

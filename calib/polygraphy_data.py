@@ -6,10 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ditf.calib.golden import Golden
 from ditf.calib.onnx_twin import widened
 from ditf.runtime.bundle import FEATURES, Bundle
 from ditf.runtime.errors import missing_extra
+from ditf.runtime.golden_file import Golden
 from ditf.runtime.runner import FeaturesRunner
 
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
@@ -36,7 +36,7 @@ def export_polygraphy(bundle: Bundle, golden: Golden, folder: Path) -> tuple[Pat
         from polygraphy.json import save_json
     except ImportError:
         raise missing_extra("polygraphy", "check") from None
-    runner = FeaturesRunner(bundle, widened(bundle.path / FEATURES).open())
+    runner = FeaturesRunner(bundle, widened(bundle.read_graph(FEATURES)).open())
     feeds = runner.feeds()
     dtype = np.float32 if bundle.manifest.precision == "float32" or not bundle.manifest.adaln else np.float16
     inputs, results = [], []

@@ -109,7 +109,8 @@ def build(
                     audit(layers, bundle.manifest.precision, recipe.get("float32_products", []))
 
             try:
-                compiled = compile_plan(trt, bundle.path / onnx, given, profiles, check, cache, step)
+                graph = bundle.read_graph(onnx)
+                compiled = compile_plan(trt, graph, given, profiles, check, cache, step)
             except BundleError as error:
                 raise _explained(error, bundle, target) from error
             (temporary / plan).write_bytes(compiled.plan)

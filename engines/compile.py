@@ -7,13 +7,13 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 from ditf.engines.network import LayerType, Network, Profile
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 from ditf.runtime.flavour import PORTABLE, TARGETS, has
+from ditf.runtime.onnx_graph import Graph
 
 Report = Callable[[str], None]
 Step = Callable[[str, int, int], None]
@@ -56,7 +56,7 @@ class Compiled:
 
 def compile_plan(
     trt: Any,
-    onnx: Path,
+    graph: Graph,
     options: BuildOptions,
     profiles: Sequence[Profile] = (),
     check: Callable[[tuple[LayerType, ...]], None] = lambda layers: None,
@@ -76,12 +76,12 @@ def compile_plan(
         BundleError: the parser or the compiler refuses the graph; holds their first message.
     """
     with _signals_kept() as arrived:
-        return _compile(trt, onnx, options, profiles, check, cache, step, lambda: arrived)
+        return _compile(trt, graph, options, profiles, check, cache, step, lambda: arrived)
 
 
 def _compile(
     trt: Any,
-    onnx: Path,
+    graph: Graph,
     options: BuildOptions,
     profiles: Sequence[Profile],
     check: Callable[[tuple[LayerType, ...]], None],
@@ -94,7 +94,7 @@ def _compile(
     Args:
         stop: asked now and then; what is true calls the build off.
     """
-    network = Network(trt, onnx)
+    network = Network(trt, graph)
     layers = network.layers
     check(layers)
     config = network.builder.create_builder_config()
@@ -112,7 +112,7 @@ def _compile(
     plan = network.builder.build_serialized_network(network.network, config)
     if plan is None:  # there is no exception
         raise BundleError(
-            f"{trt.__name__} cannot compile {onnx.name} for {options.target or 'this GPU'}"
+            f"{trt.__name__} cannot compile {graph.path.name} for {options.target or 'this GPU'}"
             f" ({network.log.last})",
             "give it a larger --workspace"
             if options.workspace is not None and "OutOfMemory" in network.log.last

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ditf.runtime.errors import BundleError, GateFailed
 from ditf.runtime.flavour import Log
+from ditf.runtime.graph_loading import parse
 from ditf.runtime.manifest import HIDDEN_STATES
+from ditf.runtime.onnx_graph import Graph
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]
@@ -38,21 +39,22 @@ class Network:
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        onnx: the graph; its weights lie beside it.
+        graph: with its weights, which the network uses where they are.
 
     Raises:
         BundleError: the parser refuses the graph; holds its first message.
     """
 
-    def __init__(self, trt: Any, onnx: Path) -> None:
+    def __init__(self, trt: Any, graph: Graph) -> None:
+        self._graph = graph
         self.log = Log(trt)
         self.builder = trt.Builder(self.log.logger)
         self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self.network, self.log.logger)
-        if not parser.parse_from_file(str(onnx)):
+        if not parse(trt, parser, graph):
             reason = _parse_error(parser) or self.log.last
             raise BundleError(
-                f"{trt.__name__} cannot parse {onnx.name} ({reason})", "export the bundle again"
+                f"{trt.__name__} cannot parse {graph.path.name} ({reason})", "export the bundle again"
             )
 
     @property

@@ -39,9 +39,10 @@ from ditf.engines.triton_config import (
     python_config,
 )
 from ditf.engines.triton_plans import Plans, capability
-from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, GOLDEN, MATCH, NOISE, Bundle
+from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
 from ditf.runtime.errors import InputError
+from ditf.runtime.golden_file import read_golden
 from ditf.runtime.manifest import NAME as MANIFEST
 from ditf.runtime.serving import contract
 from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
@@ -278,7 +279,7 @@ def _warmup(bundle: Bundle, dynamic: bool) -> dict[str, bytes]:
     """Data of the features model's warm-up: golden images, and what else the graph takes."""
     batch = bundle.manifest.batch
     count = 1 if dynamic or batch == "dynamic" else int(batch)
-    images = bundle.read_arrays(GOLDEN)["images"]
+    images = read_golden(bundle)["images"]
     data: dict[str, Any] = {"image": np.take(images, np.arange(count), axis=0, mode="wrap")}
     if bundle.manifest.noise == "input":
         data["noise"] = bundle.read_array(NOISE)

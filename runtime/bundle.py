@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import hashlib
+import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
-from zipfile import BadZipFile
+from typing import BinaryIO, Union
 
 import numpy as np
 
+from ditf.runtime import arrays
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.manifest import Manifest, read_manifest
+from ditf.runtime.onnx_graph import Graph
+from ditf.runtime.reading import open_regular, read_hashed, sha256_of
 
 FEATURES = "features.onnx"
 FEATURES_DATA = "features.onnx.data"
@@ -25,7 +27,8 @@ NOISE = "noise.npy"  # only with --noise input
 PROJECTION = "projection.npy"  # only with --pca
 CONDITIONS = "conditions.npz"  # only with --conditioning bank or live
 
-_BLOCK = 1 << 20
+_COPY_AGAIN = "copy or export the bundle again"
+_LARGEST_ARRAYS = 1 << 30  # bytes of all arrays of one file; conditions.npz is the largest
 
 
 @dataclass(frozen=True)
@@ -49,65 +52,99 @@ class Bundle:
         return cls(path, read_manifest(path))
 
     def verify(self, names: Iterable[str]) -> None:
-        """Check files against the manifest's sizes and hashes, before anything is deserialised.
+        """Check files against the manifest's sizes and hashes.
+
+        What is used afterwards is read by `read`, which checks the very bytes that it returns.
 
         Raises:
             BundleError: a file is missing, truncated, altered or not listed.
         """
         for name in names:
-            listed = self.manifest.files.get(name)
-            if listed is None:
-                raise BundleError(
-                    f"{self.path / name} is not listed in the manifest", "export the bundle again"
-                )
-            self._verify_file(self.path / name, listed["bytes"], listed["sha256"])
+            with self._listed(name) as (file, size, digest):
+                _check(self.path / name, digest, sha256_of(file, size))
+
+    def read(self, name: str) -> bytearray:
+        """The content of a file, which has the manifest's size and hash.
+
+        The bytes that are returned are the bytes that were hashed: the file is opened and read once.
+
+        Raises:
+            BundleError: as `verify`.
+        """
+        with self._listed(name) as (file, size, digest):
+            content, actual = read_hashed(file, size)
+            _check(self.path / name, digest, actual)
+        return content
+
+    def read_graph(self, name: str) -> Graph:
+        """features.onnx with its weights, or match.onnx.
+
+        Raises:
+            BundleError: as `verify`; or the graph refers to a file that is not its own.
+        """
+        model = bytes(self.read(name))
+        weights = {FEATURES_DATA: self.read(FEATURES_DATA)} if name == FEATURES else {}
+        try:
+            return Graph(self.path / name, model, weights)
+        except ValueError as error:
+            raise BundleError(
+                f"{self.path / name} cannot be used ({str(error)[:120]})", "export the bundle again"
+            ) from error
 
     def read_array(self, name: str) -> np.ndarray:
-        """A verified .npy file of the bundle."""
-        self.verify([name])
-        with self._readable(name), (self.path / name).open("rb") as file:
-            array: np.ndarray = np.load(file, allow_pickle=False)
-            return array
+        """A .npy file of the bundle.
+
+        Raises:
+            BundleError: as `verify`; or it holds no array.
+        """
+        with self._arrays(name) as content:
+            return arrays.read_npy(content, name, len(content))
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
-        """A verified .npz file of the bundle."""
-        self.verify([name])
-        # Opened here: numpy leaves what it cannot read open.
-        with (
-            self._readable(name),
-            (self.path / name).open("rb") as file,
-            np.load(file, allow_pickle=False) as arrays,
-        ):
-            return dict(arrays)
+        """A .npz file of the bundle.
+
+        Raises:
+            BundleError: as `verify`; or it holds no arrays, or more than a bundle's hold.
+        """
+        with self._arrays(name) as content:
+            return arrays.read_npz(content, name, _LARGEST_ARRAYS)
 
     @contextmanager
-    def _readable(self, name: str) -> Iterator[None]:
+    def _arrays(self, name: str) -> Iterator[bytes]:
+        content = bytes(self.read(name))
         try:
-            yield
-        except (ValueError, OSError, EOFError, BadZipFile) as error:
+            yield content
+        except ValueError as error:
             raise BundleError(
                 f"{self.path / name} holds no arrays ({str(error)[:80]})", "export the bundle again"
             ) from error
 
-    def _verify_file(self, path: Path, size: int, digest: str) -> None:
-        fix = "copy or export the bundle again"
+    @contextmanager
+    def _listed(self, name: str) -> Iterator[tuple[BinaryIO, int, str]]:
+        """An open file of the bundle that has its listed size; the size, and its listed hash."""
+        listed = self.manifest.files.get(name)
+        path = self.path / name
+        if listed is None:
+            raise BundleError(f"{path} is not listed in the manifest", "export the bundle again")
         try:
-            actual = path.stat().st_size
-            if actual != size:
-                word = "truncated" if actual < size else "longer than it was"
-                raise BundleError(f"{path} is {word}: {actual:,} bytes instead of {size:,}", fix)
-            if sha256(path) != digest:
-                raise BundleError(f"{path} has changed: its sha256 is not the manifest's", fix)
+            with open_regular(path) as file:
+                size, actual = listed["bytes"], os.fstat(file.fileno()).st_size
+                if actual != size:
+                    word = "truncated" if actual < size else "longer than it was"
+                    raise BundleError(f"{path} is {word}: {actual:,} bytes instead of {size:,}", _COPY_AGAIN)
+                yield file, size, listed["sha256"]
         except FileNotFoundError:
-            raise BundleError(f"{path} is missing from the bundle", fix) from None
+            raise BundleError(f"{path} is missing from the bundle", _COPY_AGAIN) from None
         except OSError as error:
-            raise BundleError(f"{path} cannot be read ({error.strerror})", fix) from error
+            raise BundleError(f"{path} cannot be read ({error.strerror})", _COPY_AGAIN) from error
+
+
+def _check(path: Path, expected: str, actual: str) -> None:
+    if actual != expected:
+        raise BundleError(f"{path} has changed: its sha256 is not the manifest's", _COPY_AGAIN)
 
 
 def sha256(path: Path) -> str:
-    """Hex digest of a file, read in blocks."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while block := file.read(_BLOCK):
-            digest.update(block)
-    return digest.hexdigest()
+    """Hex digest of a regular file, read in blocks."""
+    with open_regular(path) as file:
+        return sha256_of(file)

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Optional, get_type_hints
+from typing import Any, BinaryIO, Optional, get_type_hints
 
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle, sha256
+from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
 from ditf.runtime.errors import BundleError, NewerSchema
 from ditf.runtime.flavour import FLAVOURS, PORTABLE, TARGETS
 from ditf.runtime.gpu import Gpu, version_text
 from ditf.runtime.manifest import conforms
+from ditf.runtime.reading import open_regular, read_hashed, read_regular, sha256_of
 
 SCHEMA = 1
 ENGINES = "engines"
@@ -25,6 +28,8 @@ IMAGE_SIDES = (1, 640, 2048)
 """Ranges of match.plan: points at a time, and rows or columns of the target image; smallest, usual,
 largest. TensorRT may reserve memory for the largest, here 1 GB."""
 
+_BUILD_AGAIN = "build it again: ditf build --force"
+_RECORD_BYTES = 1 << 20  # the largest engine.json that is read
 _OLDEST_COMPATIBLE = "sm_80"  # what hardware compatibility reaches down to
 
 
@@ -97,6 +102,11 @@ class EngineRecord:
         return ""
 
     @property
+    def host_code(self) -> bool:
+        """Whether the plan brings code that runs on the CPU, as a version-compatible one does."""
+        return bool(self.options.get("version_compatible"))
+
+    @property
     def batch_text(self) -> str:
         """Batches for people: "1", "1-8", "1 and 8"."""
         return " and ".join("-".join(map(str, dict.fromkeys((low, high)))) for low, _, high in self.batch)
@@ -116,13 +126,13 @@ def read_record(folder: Path) -> EngineRecord:
     """
     path = folder / RECORD
     fix = "build it again: ditf build"
-    if path.exists() and not path.is_file():
-        raise BundleError(f"{path} is no file", fix)
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads(read_regular(path, _RECORD_BYTES))
     except FileNotFoundError:
         raise BundleError(f"{folder} has no {RECORD}", fix) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})", fix) from error
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error})", fix) from error
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
         raise BundleError(f"{path} is no engine record", fix)
@@ -155,7 +165,10 @@ def _contradiction(folder: Path, record: EngineRecord) -> str:
         and all(len(one) == 3 and 1 <= one[0] <= one[1] <= one[2] for one in record.batch),
         "plans": FEATURES_PLAN in record.plans
         and {*record.plans, *record.left_out} == set(PLANS.values())
-        and all({"bytes", "sha256"} <= set(listed) for listed in record.plans.values()),
+        and all(
+            conforms(listed.get("bytes"), int) and conforms(listed.get("sha256"), str)
+            for listed in record.plans.values()
+        ),
     }
     return next((name for name, fine in valid.items() if not fine), "")
 
@@ -169,16 +182,44 @@ def verify_plans(folder: Path, record: EngineRecord, contents: bool = True) -> N
     Raises:
         BundleError: one is missing, truncated, or another's.
     """
-    for name, listed in record.plans.items():
-        path = folder / name
-        if not path.is_file():
-            raise BundleError(f"{path} is missing", "build it again: ditf build --force")
-        size = path.stat().st_size
-        if size != listed["bytes"]:
-            word = "truncated" if size < listed["bytes"] else "longer than it was"
-            raise BundleError(f"{path} is {word}", "build it again: ditf build --force")
-        if contents and sha256(path) != listed["sha256"]:
-            raise BundleError(f"{path} is not the plan that was built", "build it again: ditf build --force")
+    for name in record.plans:
+        with _opened(folder, record, name) as (file, size, digest):
+            if contents:
+                _check(folder / name, digest, sha256_of(file, size))
+
+
+def read_plan(folder: Path, record: EngineRecord, name: str) -> bytes:
+    """The bytes of a plan, which have the record's size and hash. The file is opened and read once.
+
+    Raises:
+        BundleError: it is missing, truncated, or another's.
+    """
+    with _opened(folder, record, name) as (file, size, digest):
+        content, actual = read_hashed(file, size)
+        _check(folder / name, digest, actual)
+    return bytes(content)
+
+
+@contextmanager
+def _opened(folder: Path, record: EngineRecord, name: str) -> Iterator[tuple[BinaryIO, int, str]]:
+    """An open plan of the recorded size; the size, and its recorded hash."""
+    path = folder / name
+    try:
+        with open_regular(path) as file:
+            size, actual = record.plans[name]["bytes"], os.fstat(file.fileno()).st_size
+            if actual != size:
+                word = "truncated" if actual < size else "longer than it was"
+                raise BundleError(f"{path} is {word}", _BUILD_AGAIN)
+            yield file, size, record.plans[name]["sha256"]
+    except FileNotFoundError:
+        raise BundleError(f"{path} is missing", _BUILD_AGAIN) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})", _BUILD_AGAIN) from error
+
+
+def _check(path: Path, expected: str, actual: str) -> None:
+    if actual != expected:
+        raise BundleError(f"{path} is not the plan that was built", _BUILD_AGAIN)
 
 
 def engine_of(bundle: Bundle, flavour: str) -> bool:
@@ -211,7 +252,6 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
         what = "; ".join(misfits) or "it has none"
         raise BundleError(f"{bundle.path} has no {flavour} engine that runs here: {what}", fix)
     _, folder, record = min(fitting, key=lambda one: (one[0], one[1]))
-    verify_plans(folder, record)
     return folder, record
 
 

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from ditf.runtime.errors import BundleError
+from ditf.runtime.reading import read_regular
 
 SCHEMA = 1
 DYNAMIC_EXAMPLE = 2
 """Batch that a graph with a dynamic one is traced at: torch.export would specialise 1."""
 NAME = "manifest.json"
+LARGEST = 16 << 20
+"""Bytes of a manifest that is read; those of bundles have a few tens of thousands."""
 
 
 HIDDEN_STATES = "hidden_states."
@@ -107,19 +110,35 @@ class Manifest:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read and validate a bundle's manifest.
+    """Read and validate a bundle's manifest; see `parse_manifest`.
 
     Raises:
-        BundleError: no bundle there, not JSON, of a newer schema, or with fields missing or mistyped.
+        BundleError: no bundle there, or not a manifest.
     """
     path = bundle / NAME
     try:
-        document = json.loads(path.read_text("utf-8"))
+        return parse_manifest(bundle, read_regular(path, LARGEST))
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"{bundle} is not a bundle: it has no {NAME}", "make one with ditf-export"
         ) from None
-    except (OSError, ValueError, RecursionError) as error:
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})", "export the bundle again") from error
+
+
+def parse_manifest(bundle: Path, content: bytes) -> Manifest:
+    """Validate the content of a bundle's manifest.
+
+    Args:
+        bundle: the directory, for messages.
+
+    Raises:
+        BundleError: not JSON, of a newer schema, or with fields missing or mistyped.
+    """
+    path = bundle / NAME
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error})", "export the bundle again") from error
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
         raise BundleError(f"{path} is not a ditf manifest", "export the bundle again")
@@ -163,6 +182,12 @@ def _check_values(manifest: Manifest) -> None:
         numbers = value if isinstance(value, tuple) else (value,)
         if any(number != "dynamic" and number < 1 for number in numbers):
             raise ValueError(f"{name} is {value!r}")
+    if not all(isinstance(manifest.model.get(key), str) for key in ("id", "family")):
+        raise ValueError(f"model is {manifest.model!r:.60}")
+    channels = manifest.discard.get("channels")
+    numbered = isinstance(channels, list) and all(type(one) is int and one >= 0 for one in channels)
+    if not (numbered and all(isinstance(manifest.discard.get(key), str) for key in ("stage", "source"))):
+        raise ValueError(f"discard is {manifest.discard!r:.60}")
     if not isinstance(manifest.recipe.get("float32"), dict):
         raise ValueError("recipe has no float32 part")
     for exception in manifest.recipe.get("exceptions", []):
@@ -189,6 +214,8 @@ def _check_values(manifest: Manifest) -> None:
     if manifest.conditioning != "bake" and not manifest.conditions:
         raise ValueError("conditions are missing")
     for name, entry in manifest.files.items():
+        if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
+            raise ValueError(f"files names {name!r:.60}, which is no file of a bundle")
         if not (conforms(entry.get("bytes"), int) and conforms(entry.get("sha256"), str)):
             raise ValueError(f"files[{name!r}] is {entry!r:.60}")
 

@@ -15,7 +15,7 @@ from ditf.runtime import backends
 from ditf.runtime.bundle import FEATURES, MATCH, Bundle
 from ditf.runtime.conditions import Feeds
 from ditf.runtime.engines import IMAGE_SIDES
-from ditf.runtime.errors import InputError, NoPlan
+from ditf.runtime.errors import BundleError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
 from ditf.runtime.flow import Flow, dense_flow
 from ditf.runtime.images import FITS, FittedImage, ImageLike, fitted_image
@@ -62,6 +62,8 @@ class Model:
         self.backend, self._module, self.reason = backends.choose(bundle, backend)
         self._features = self._module.open_session(bundle, FEATURES)
         self._runner = FeaturesRunner(bundle, self._features)
+        if "features" not in self._features.outputs:
+            raise BundleError(f"{bundle.path}: {FEATURES} gives no features", "export the bundle again")
         self._match: backends.Session | None = None
         self._opening = threading.Lock()
         self._closed = False

@@ -20,6 +20,10 @@ class FeaturesSession(Protocol):
         """{name: shape}; None for a dynamic dimension."""
 
     @property
+    def outputs(self) -> Mapping[str, tuple[int | None, ...]]:
+        """The same of what it gives."""
+
+    @property
     def batches(self) -> tuple[tuple[int, int], ...]:
         """See `ditf.runtime.backends.Session`."""
 
@@ -47,9 +51,21 @@ class FeaturesRunner:
                 f"{bundle.path}: {FEATURES} takes {dict(session.inputs)}, its manifest says otherwise",
                 "export the bundle again",
             )
+        self._check_features(bundle, (batch, manifest.channels, *manifest.grid))
         self._conditions = Conditions(bundle, session.inputs)
         self.conditions = self._conditions.names
         self._noise = bundle.read_array(NOISE) if manifest.noise == "input" else None
+
+    def _check_features(self, bundle: Bundle, expected: tuple[int | None, ...]) -> None:
+        """Compare the shape of `features` with the manifest's, where the graph gives features at all."""
+        found = self._session.outputs.get("features", expected)
+        unlike = any(None not in pair and pair[0] != pair[1] for pair in zip(found, expected, strict=False))
+        if unlike or len(found) != len(expected):
+            raise BundleError(
+                f"{bundle.path}: {FEATURES} gives features of {list(found)}, its manifest says"
+                f" {list(expected)}",
+                "export the bundle again",
+            )
 
     @property
     def largest_batch(self) -> int | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import typer
 
@@ -28,8 +28,9 @@ from ditf.cli.console import (
     write_json,
 )
 from ditf.runtime import FeatureMap, Model
-from ditf.runtime.bundle import GOLDEN, Bundle
+from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import GateFailed, InputError, NoPlan
+from ditf.runtime.golden_file import Golden, read_golden
 from ditf.runtime.manifest import Manifest
 
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
@@ -74,7 +75,7 @@ def check(
         )
     opened.verify(opened.manifest.files)
     limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
-    golden = opened.read_arrays(GOLDEN)
+    golden = read_golden(opened)
     asked = dict(_parse_limit(text, golden) for text in limit or ())
     limits |= asked
     report = Report()
@@ -108,7 +109,7 @@ def check(
 
 def _check_parity(
     bundle: Bundle,
-    golden: dict[str, Any],
+    golden: Golden,
     backend: str,
     limits: dict[str, float],
     asked: Collection[str],
@@ -155,7 +156,7 @@ def _check_parity(
         say(f"drew {plot}")
 
 
-def _parse_limit(text: str, golden: dict[str, Any]) -> tuple[str, float]:
+def _parse_limit(text: str, golden: Golden) -> tuple[str, float]:
     """Metric and value of "METRIC=VALUE".
 
     Raises:
@@ -193,7 +194,7 @@ def _whole_text(manifest: Manifest) -> str:
     return f"{WHOLE}*: against the model {' and '.join(against)}; this bundle {' and '.join(has)}"
 
 
-def golden_metrics(model: Model, golden: dict[str, Any]) -> tuple[dict[str, float], GoldenResult]:
+def golden_metrics(model: Model, golden: Golden) -> tuple[dict[str, float], GoldenResult]:
     """Every parity metric of an opened bundle, match.onnx's agreement among them, and what they are of."""
     result = golden_result(golden, model.run, model.conditions)
     metrics = dict(result.metrics)

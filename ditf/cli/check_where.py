@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ditf.calib.bisect import bisect
-from ditf.calib.golden import Golden, golden_result
+from ditf.calib.golden import golden_result
 from ditf.calib.graph_ranges import HEADROOM_LIMIT, graph_ranges
 from ditf.calib.ladder import first_off, ladder
 from ditf.calib.onnx_twin import widened
@@ -14,6 +14,7 @@ from ditf.calib.parity import gates
 from ditf.cli.console import show, table
 from ditf.runtime.bundle import FEATURES, Bundle
 from ditf.runtime.engines import engine_folders
+from ditf.runtime.golden_file import Golden
 from ditf.runtime.runner import FeaturesRunner
 
 _SHOWN = 10  # largest values
@@ -32,7 +33,7 @@ class Report:
 
 def check_ranges(bundle: Bundle, golden: Golden, report: Report) -> None:
     """The largest 16-bit values; fails where one is infinite in its type."""
-    found = graph_ranges(bundle, widened(bundle.path / FEATURES), golden)
+    found = graph_ranges(bundle, widened(bundle.read_graph(FEATURES)), golden)
     report.document["ranges"] = [one.to_json() for one in found]
     if not found:
         show("ranges: nothing in this graph is 16-bit")
@@ -83,7 +84,7 @@ def check_ladder(
 
 def check_bisect(bundle: Bundle, golden: Golden, limits: Mapping[str, float], report: Report) -> None:
     """The first block and value that are off; fails where there is one."""
-    twin = widened(bundle.path / FEATURES, rounded=True)
+    twin = widened(bundle.read_graph(FEATURES), rounded=True)
     runner = FeaturesRunner(bundle, twin.open())
     metrics = golden_result(golden, runner.run, ()).metrics  # under the first condition
     found = bisect(bundle, twin, golden, all(gate.ok for gate in gates(metrics, limits)))

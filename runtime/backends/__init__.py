@@ -44,8 +44,7 @@ class Session(Protocol):
     """One opened graph.
 
     Attributes:
-        inputs: {name: shape} in the graph's order; None for a dynamic dimension.
-        outputs: names, in the graph's order.
+        inputs, outputs: {name: shape} in the graph's order; None for a dynamic dimension.
         detail: what runs it, for people: version and device.
         batches: (smallest, largest) number of images, one for each profile; () where
             any size does that `inputs` allows.
@@ -54,7 +53,7 @@ class Session(Protocol):
     """
 
     inputs: dict[str, tuple[int | None, ...]]
-    outputs: tuple[str, ...]
+    outputs: dict[str, tuple[int | None, ...]]
     detail: str
 
     @property

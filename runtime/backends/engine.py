@@ -8,8 +8,8 @@ from typing import Any
 from ditf.runtime.backends import Probe
 from ditf.runtime.backends.cuda import no_driver, open_cuda
 from ditf.runtime.backends.engine_session import EngineSession
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA, Bundle
-from ditf.runtime.engines import PLANS, EngineRecord, cache_file, choose_engine, engine_of
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.engines import PLANS, EngineRecord, cache_file, choose_engine, engine_of, read_plan
 from ditf.runtime.errors import BundleError, MissingComponent, NoPlan
 from ditf.runtime.flavour import load
 from ditf.runtime.gpu import Gpu, find_gpu
@@ -56,14 +56,11 @@ def open_session(flavour: str, bundle: Bundle, graph: str) -> EngineSession:
     plan = PLANS[graph]
     if plan in record.left_out:
         raise NoPlan(f"{folder.name} has no {plan}: {record.left_out[plan]}", "match with numpy")
-    onnx = None
-    if record.options.get("strip_weights"):
-        bundle.verify([FEATURES, FEATURES_DATA] if graph == FEATURES else [graph])
-        onnx = bundle.path / graph
+    content = read_plan(folder, record, plan)
+    refitted_from = bundle.read_graph(graph) if record.options.get("strip_weights") else None
     detail = f"{flavour} {trt.__version__}, {gpu}, {folder.name}"
     kernels = cache_file("kernels", folder.name, str(gpu), plan)
-    host_code = bool(record.options.get("version_compatible"))
-    return EngineSession(trt, folder / plan, detail, onnx, kernels, host_code)
+    return EngineSession(trt, folder / plan, content, detail, refitted_from, kernels, record.host_code)
 
 
 def _select(flavour: str, bundle: Bundle) -> tuple[Any, Gpu, Path, EngineRecord]:

@@ -21,6 +21,8 @@ from ditf.runtime.backends.cuda import (
 )
 from ditf.runtime.errors import BundleError, DitfError, InputError
 from ditf.runtime.flavour import Log, has
+from ditf.runtime.graph_loading import refit
+from ditf.runtime.onnx_graph import Graph
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +45,11 @@ class EngineSession:
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        plan: the file, verified by the caller, and of an engine that fits this machine.
+        path: of the plan, for messages; plan: its bytes, verified, of an engine that fits this machine.
         detail: what runs it, for people.
-        onnx: what a plan without weights is refitted from; None for a plan that has them.
+        graph: what a plan without weights is refitted from; None for a plan that has them.
         kernels: where TensorRT-RTX keeps the kernels that it compiles on this machine.
-        host_code: let the plan bring code for the CPU, as a version-compatible one does.
+        host_code: let the plan run code of its own on the CPU, as a version-compatible one does.
 
     Attributes:
         device_seconds: of the last run by the GPU's clock, copies included.
@@ -61,9 +63,10 @@ class EngineSession:
     def __init__(
         self,
         trt: Any,
-        plan: Path,
+        path: Path,
+        plan: bytes,
         detail: str,
-        onnx: Path | None = None,
+        graph: Graph | None = None,
         kernels: Path | None = None,
         host_code: bool = False,
     ) -> None:
@@ -71,7 +74,7 @@ class EngineSession:
         self._cuda = open_cuda()
         self._lock = threading.Lock()
         self._log = Log(trt)
-        self._plan = plan
+        self._plan = path
         self.detail = detail
         self.device_seconds = 0.0
         self._closed = False
@@ -83,17 +86,17 @@ class EngineSession:
         self._watch = Stopwatch(self._cuda, self._stream)
         self._runtime = trt.Runtime(self._log.logger)
         self._runtime.engine_host_code_allowed = host_code
-        self._engine = self._deserialise(onnx)
+        self._engine = self._deserialise(plan, graph)
         self._settings: _Settings | None = _Settings(trt, self._engine, kernels)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self._dtypes = {name: _dtype(self._engine.get_tensor_dtype(name).name) for name in names}
-        self.inputs = {
+        shapes = {
             name: tuple(None if size < 0 else int(size) for size in self._engine.get_tensor_shape(name))
             for name in names
-            if modes[name] == trt.TensorIOMode.INPUT
         }
-        self.outputs = tuple(name for name in names if modes[name] == trt.TensorIOMode.OUTPUT)
+        self.inputs = {name: shapes[name] for name in names if modes[name] == trt.TensorIOMode.INPUT}
+        self.outputs = {name: shapes[name] for name in names if modes[name] == trt.TensorIOMode.OUTPUT}
         self._pinned = {name: Pinned(self._cuda) for name in names}
         self.profiles = tuple(self._profile(i) for i in range(self._engine.num_optimization_profiles))
 
@@ -157,10 +160,9 @@ class EngineSession:
             self._cuda("cudaStreamDestroy", self._stream)
             self._engine = self._settings = self._runtime = None  # in this order: TensorRT wants it
 
-    def _deserialise(self, onnx: Path | None) -> Any:
-        needed = self._plan.stat().st_size
+    def _deserialise(self, content: bytes, graph: Graph | None) -> Any:
+        needed = len(content)
         free = self._cuda.free_bytes
-        content = self._plan.read_bytes()
         wrong = invalidity(self._trt, self._runtime, content)
         if wrong and "INSUFFICIENT_GPU_MEMORY" not in wrong:
             raise BundleError(
@@ -179,12 +181,11 @@ class EngineSession:
                 f"{self._trt.__name__} refuses {self._plan} ({self._log.last})",
                 "build it again on this machine: ditf build --force",
             )
-        if onnx is not None:
+        if graph is not None:
             refitter = self._trt.Refitter(engine, self._log.logger)
-            loader = self._trt.OnnxParserRefitter(refitter, self._log.logger)
-            if not (loader.refit_from_file(str(onnx)) and refitter.refit_cuda_engine()):
+            if not (refit(self._trt, refitter, self._log.logger, graph) and refitter.refit_cuda_engine()):
                 raise BundleError(
-                    f"the weights of {onnx} do not fit {self._plan} ({self._log.last})",
+                    f"the weights of {graph.path} do not fit {self._plan} ({self._log.last})",
                     "build it again without --strip-weights",
                 )
         return engine

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
-from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ditf.runtime.backends import Probe
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA, Bundle
+from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import BundleError, MissingComponent
+from ditf.runtime.onnx_graph import ITEM_BYTES, Graph
 
 logger = logging.getLogger(__name__)
 
@@ -41,9 +42,8 @@ def ready(bundle: Bundle) -> None:
 
 
 def open_session(bundle: Bundle, graph: str) -> OnnxRuntimeSession:
-    """Open a graph and the weights beside it, verified."""
-    bundle.verify([FEATURES, FEATURES_DATA] if graph == FEATURES else [graph])
-    return OnnxRuntimeSession(bundle.path / graph)
+    """Open a graph with its weights, from the bytes that were verified."""
+    return OnnxRuntimeSession(bundle.read_graph(graph))
 
 
 class OnnxRuntimeSession:
@@ -52,7 +52,7 @@ class OnnxRuntimeSession:
     batches = ()
     device_seconds = device_bytes = None
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, graph: Graph) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -61,21 +61,25 @@ class OnnxRuntimeSession:
         options.log_severity_level = 3  # errors; what matters is raised
         # Threads that spin between runs take the cores from the matcher, and power from a robot.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        # Bytes that begin as ONNX Runtime's own format does would be read as that, and it can name files.
+        options.add_session_config_entry("session.load_model_format", "ONNX")
+        weights = _initializers(onnxruntime, graph)
+        options.add_external_initializers(list(weights), list(weights.values()))
         available = onnxruntime.get_available_providers()
         wanted = [provider for provider in _WANTED if provider in available]
         try:
             session = onnxruntime.InferenceSession(
-                str(path), options, providers=wanted, disabled_optimizers=_disabled(path)
+                graph.model, options, providers=wanted, disabled_optimizers=_disabled(graph.model)
             )
         except Exception as error:  # its exceptions share no base class
             if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
                 raise MissingComponent(
                     f"ONNX Runtime {onnxruntime.__version__} has no kernel on {', '.join(wanted)} for"
-                    f" {path} ({_first_line(error)})",
+                    f" {graph.path} ({_first_line(error)})",
                     "run it where there is a GPU, or export with --precision fp16",
                 ) from error
             raise BundleError(
-                f"ONNX Runtime {onnxruntime.__version__} refuses {path} ({_first_line(error)})",
+                f"ONNX Runtime {onnxruntime.__version__} refuses {graph.path} ({_first_line(error)})",
                 "export the bundle again with the installed versions",
             ) from error
         used = session.get_providers()
@@ -84,13 +88,10 @@ class OnnxRuntimeSession:
         if lost:
             logger.warning("onnxruntime runs on %s%s", used[0], lost)
         self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}"
-        self.inputs = {
-            item.name: tuple(size if isinstance(size, int) else None for size in item.shape)
-            for item in session.get_inputs()
-        }
-        self.outputs = tuple(item.name for item in session.get_outputs())
+        self.inputs = {item.name: _known(item.shape) for item in session.get_inputs()}
+        self.outputs = {item.name: _known(item.shape) for item in session.get_outputs()}
         self._session = session
-        self._path = path
+        self._path = graph.path
 
     def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, np.ndarray]:
         """Run the graph; arrays in and out are in host memory, whatever is to be kept."""
@@ -111,10 +112,32 @@ class OnnxRuntimeSession:
         self._session = None
 
 
-def _disabled(path: Path) -> list[str]:
+def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
+    """ONNX Runtime's view of the weights, by name. The bytes stay where they are: nothing is copied.
+
+    Raises:
+        BundleError: a type that has no whole number of bytes an element.
+    """
+    values = {}
+    for name, (tensor, content) in graph.tensors.items():
+        if tensor.dtype not in ITEM_BYTES:
+            raise BundleError(
+                f"{graph.path}: {name} has the ONNX type {tensor.dtype}, which cannot be handed over",
+                "export the bundle again with fp16, fp32 or int8",
+            )
+        # ONNX Runtime reads the bytes as the type that is named: NumPy has no bfloat16.
+        array = np.frombuffer(content, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
+        values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype)
+    return values
+
+
+def _known(shape: list[int | str | None]) -> tuple[int | None, ...]:
+    return tuple(size if isinstance(size, int) else None for size in shape)
+
+
+def _disabled(model: bytes) -> list[str]:
     """Optimisations to leave out: one that would turn a quantised graph's products into float ones."""
-    quantised = b"DequantizeLinear" in path.read_bytes()  # weights lie in another file
-    return ["MatMulAddFusion"] if quantised else []
+    return ["MatMulAddFusion"] if b"DequantizeLinear" in model else []
 
 
 def _first_line(error: Exception) -> str:

@@ -116,16 +116,18 @@ class TritonGraphs:
         if graph == FEATURES:
             inputs = {name: shape for name, (_, shape) in graph_inputs(bundle).items()}
             largest = int(self._parameters[LARGEST_BATCH])
+            manifest = bundle.manifest
             return _GraphSession(
                 self._utils,
                 self._parameters[FEATURES_GRAPH],
                 {name: tuple(None if n == -1 else n for n in shape) for name, shape in inputs.items()},
-                ("features",),
+                {"features": (None, manifest.channels, *manifest.grid)},
                 ((1, largest),) if bundle.manifest.batch == "dynamic" else (),
             )
         if MATCH_GRAPH not in self._parameters:
             raise NoPlan("the repository has no match.onnx", "numpy matches")
-        return _GraphSession(self._utils, self._parameters[MATCH_GRAPH], {}, ("points", "scores"), ())
+        outputs = {"points": (None, 2), "scores": (None,)}
+        return _GraphSession(self._utils, self._parameters[MATCH_GRAPH], {}, outputs, ())
 
 
 class _Kept:
@@ -160,7 +162,7 @@ class _GraphSession:
         utils: Any,
         name: str,
         inputs: dict[str, tuple[int | None, ...]],
-        outputs: tuple[str, ...],
+        outputs: dict[str, tuple[int | None, ...]],
         batches: tuple[tuple[int, int], ...],
     ) -> None:
         self.inputs = inputs

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,6 +13,7 @@ from onnx.reference import ReferenceEvaluator
 
 from ditf.calib.onnx_twin import widened
 from ditf.runtime.errors import BundleError
+from ditf.runtime.onnx_graph import Graph
 
 HALF, FLOAT = TensorProto.FLOAT16, TensorProto.FLOAT
 
@@ -76,7 +79,7 @@ def test_rounded_is_float16_arithmetic(tmp_path, make, scale):
     path = make(tmp_path / "g.onnx", scale)
     with np.errstate(over="ignore", invalid="ignore"):
         [expected] = ReferenceEvaluator(str(path)).run(None, {"x": inputs()})
-    actual = widened(path, rounded=True).open().run({"x": inputs()})["y"]
+    actual = widened(Graph.read(path), rounded=True).open().run({"x": inputs()})["y"]
     np.testing.assert_allclose(actual, expected.astype(np.float32), rtol=4e-3, atol=4e-3)
 
 
@@ -90,8 +93,8 @@ def test_overflow_that_onnx_runtime_hides(tmp_path, make):
     assert not np.isfinite(true).all()
     hidden = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})[0]
     assert np.isfinite(hidden).all()
-    assert not np.isfinite(widened(path, rounded=True).open().run({"x": x})["y"]).all()
-    maxima = widened(path).with_maxima().open().maxima({"x": x})
+    assert not np.isfinite(widened(Graph.read(path), rounded=True).open().run({"x": x})["y"]).all()
+    maxima = widened(Graph.read(path)).with_maxima().open().maxima({"x": x})
     assert maxima["wx"] > 65504
 
 
@@ -106,16 +109,16 @@ def test_values_are_rounded_once_computed(tmp_path, value, expected):
         helper.make_node("Cast", ["exact_product"], ["y"], to=FLOAT),
     ]
     path = save(tmp_path / "g.onnx", nodes, [1], [1], weights, FLOAT)
-    [actual] = widened(path, rounded=True).open().run({"x": np.zeros(1, np.float16)})["y"]
+    [actual] = widened(Graph.read(path), rounded=True).open().run({"x": np.zeros(1, np.float16)})["y"]
     if value > 3e-7:
         assert actual == expected
-    exact = widened(path).open().run({"x": np.zeros(1, np.float16)})["y"]
+    exact = widened(Graph.read(path)).open().run({"x": np.zeros(1, np.float16)})["y"]
     assert exact[0] == pytest.approx(value, rel=1e-3, abs=1e-7)
 
 
 def test_maxima_are_of_every_float16_value(tmp_path):
     path = linear(tmp_path / "g.onnx", 1.0)
-    twin = widened(path)
+    twin = widened(Graph.read(path))
     assert list(twin.short) == ["wx", "hidden", "y"]
     [y] = onnxruntime.InferenceSession(str(path)).run(None, {"x": inputs()})
     assert twin.with_maxima().open().maxima({"x": inputs()})["y"] == pytest.approx(np.abs(y).max(), rel=2e-3)
@@ -125,7 +128,11 @@ def test_maxima_are_of_every_float16_value(tmp_path):
         twin.with_outputs(["nothing"])
 
 
-def test_a_file_that_is_none(tmp_path):
-    (tmp_path / "bad.onnx").write_bytes(b"not a model")
-    with pytest.raises(BundleError, match=r"bad\.onnx cannot be read"):
-        widened(tmp_path / "bad.onnx")
+def test_a_graph_of_unknown_operators():
+    node = helper.make_node("NoSuchOperator", ["x"], ["y"])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, None) for name in "xy")
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y]))
+    node.output.append("hidden")
+    model.graph.node[0].CopyFrom(node)
+    with pytest.raises(BundleError, match=r"bad\.onnx cannot be"):
+        widened(Graph(Path("bad.onnx"), model.SerializeToString(), {}))

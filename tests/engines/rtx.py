@@ -4,8 +4,11 @@ from __future__ import annotations
 
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.runtime.flavour import load
+from ditf.runtime.onnx_graph import Graph
 
 
 def build_engine(onnx, target=None, profile=None):
     """A plan and its layers, for a target or any."""
-    return compile_plan(load("tensorrt-rtx"), onnx, BuildOptions(target), [profile] if profile else [])
+    return compile_plan(
+        load("tensorrt-rtx"), Graph.read(onnx), BuildOptions(target), [profile] if profile else []
+    )

@@ -10,7 +10,6 @@ from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.calib.projection import project
 from ditf.cli.check import golden_metrics
-from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.conditions import encode
 from ditf.export.exporter import export_bundle, stage_count
@@ -19,7 +18,6 @@ from ditf.export.plan import make_plan
 from ditf.export.reference import FeatureSettings, Reference
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import BundleError, DitfError
-from ditf.runtime.flavour import load
 from ditf.runtime.manifest import read_manifest
 from tests.engines.rtx import build_engine
 from tests.export.parity import family_named, subjects
@@ -104,7 +102,7 @@ def test_it_is_inspected_and_checked(ditf, projected):
 
 def test_turing_gets_its_engine(projected):
     """TensorRT-RTX has no float32 matrix product for it; the projection is a convolution."""
-    made = compile_plan(load("tensorrt-rtx"), projected[0] / "features.onnx", BuildOptions("sm_75"))
+    made = build_engine(projected[0] / "features.onnx", "sm_75")
     assert made.plan
 
 

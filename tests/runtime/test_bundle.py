@@ -2,10 +2,15 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import subprocess
+import sys
+import zipfile
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 
 import ditf
@@ -13,6 +18,7 @@ from ditf.runtime import bundle as files
 from ditf.runtime.bundle import Bundle, sha256
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.manifest import NAME
+from ditf.runtime.onnx_graph import Graph
 
 
 @pytest.fixture
@@ -95,6 +101,122 @@ def test_graph_the_manifest_does_not_list_is_not_loaded(copy):
     (copy / NAME).write_text(json.dumps(document))
     with pytest.raises(BundleError, match="not listed in the manifest"):
         ditf.load(copy)
+
+
+def sign(bundle: Path, *names: str) -> None:
+    """Write the present sizes and hashes of files into the manifest, listed there before or not."""
+    document = json.loads((bundle / NAME).read_text())
+    for name in names:
+        content = (bundle / name).read_bytes()
+        document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    (bundle / NAME).write_text(json.dumps(document))
+
+
+def test_weights_that_are_swapped_after_they_were_read_change_nothing(copy, monkeypatch):
+    """Between the hash and the use another process renames other weights into place."""
+    image = np.zeros((96, 96, 3), np.uint8)
+    with ditf.load(copy) as model:
+        expected = model.features(image).array
+    others = bytes((copy / files.FEATURES_DATA).stat().st_size)
+    verified = Bundle.read_graph
+
+    def swap(bundle: Bundle, name: str) -> Graph:
+        graph = verified(bundle, name)
+        (copy / "others").write_bytes(others)
+        (copy / "others").replace(copy / files.FEATURES_DATA)
+        return graph
+
+    monkeypatch.setattr(Bundle, "read_graph", swap)
+    with ditf.load(copy) as model:
+        assert np.array_equal(model.features(image).array, expected)
+    assert (copy / files.FEATURES_DATA).read_bytes() == others
+    monkeypatch.undo()
+    with pytest.raises(BundleError, match="has changed"):
+        ditf.load(copy)
+
+
+def test_weights_that_are_swapped_all_the_time_are_refused_or_right(copy):
+    """Another process renames the right and other weights into place in turn, as fast as it can."""
+    image = np.zeros((96, 96, 3), np.uint8)
+    with ditf.load(copy) as model:
+        expected = model.features(image).array
+    right = copy / files.FEATURES_DATA
+    shutil.copy(right, copy / "right")
+    (copy / "wrong").write_bytes(bytes(right.stat().st_size))
+    program = (
+        "import os, sys\nos.chdir(sys.argv[1])\nfor turn in range(10**9):\n"
+        f"    os.link(('right', 'wrong')[turn % 2], 'next'); os.rename('next', '{files.FEATURES_DATA}')\n"
+    )
+    other = subprocess.Popen([sys.executable, "-c", program, str(copy)])
+    try:
+        for _ in range(20):
+            try:
+                with ditf.load(copy) as model:
+                    assert np.array_equal(model.features(image).array, expected)
+            except BundleError as error:
+                assert "has changed" in str(error)  # noqa: PT017  either is right
+    finally:
+        other.kill()
+        other.wait()
+
+
+def test_weights_in_a_file_that_the_manifest_does_not_hash_are_refused(copy):
+    model = onnx.load(str(copy / files.FEATURES), load_external_data=False)
+    for tensor in model.graph.initializer:
+        for entry in tensor.external_data:
+            if entry.key == "location":
+                entry.value = "others.bin"
+    (copy / files.FEATURES).write_bytes(model.SerializeToString())
+    shutil.copy(copy / files.FEATURES_DATA, copy / "others.bin")
+    sign(copy, files.FEATURES)
+    with pytest.raises(BundleError, match=r"others\.bin', which is none of its files"):
+        ditf.load(copy)
+
+
+@pytest.mark.parametrize("name", [NAME, files.FEATURES, files.FEATURES_DATA, files.MATCH, files.GOLDEN])
+def test_a_fifo_in_place_of_a_file(demo_bundle, copy, name):
+    (copy / name).unlink()
+    os.mkfifo(copy / name)
+    listed = Bundle.open(demo_bundle).manifest.files
+    with pytest.raises(BundleError, match="it is a FIFO, not a regular file"):
+        Bundle.open(copy).verify(listed)
+
+
+def test_a_manifest_without_end(copy):
+    with (copy / NAME).open("ab") as file:
+        file.truncate(1 << 32)  # a sparse file: reading it whole would take 4 GB
+    with pytest.raises(BundleError, match=r"cannot be read \(it has 4,294,967,296 bytes, more than"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize("name", ["../other/x.bin", "/etc/passwd", "engines/x", "..", NAME, "a\0b", "a\\b"])
+def test_a_manifest_that_lists_what_is_outside(copy, name):
+    document = json.loads((copy / NAME).read_text())
+    document["files"][name] = {"bytes": 1, "sha256": "0" * 64}
+    (copy / NAME).write_text(json.dumps(document))
+    with pytest.raises(BundleError, match="no file of a bundle"):
+        Bundle.open(copy)
+
+
+@pytest.mark.parametrize(("field", "value"), [("grid", [5, 5]), ("grid", [9, 16]), ("channels", 7)])
+def test_features_that_are_not_the_manifests(copy, field, value):
+    document = json.loads((copy / NAME).read_text())
+    document[field] = value
+    (copy / NAME).write_text(json.dumps(document))
+    with pytest.raises(BundleError, match=r"gives features of \[1, 128, 12, 12\], its manifest says"):
+        ditf.load(copy)
+
+
+def test_arrays_that_inflate_without_end(copy):
+    with (
+        zipfile.ZipFile(copy / files.GOLDEN, "w", zipfile.ZIP_DEFLATED) as archive,
+        archive.open("images.npy", "w", force_zip64=True) as member,
+    ):
+        for _ in range(1100):
+            member.write(bytes(1 << 20))
+    sign(copy, files.GOLDEN)
+    with pytest.raises(BundleError, match=r"holds no arrays \(golden.npz inflates to 1,153,433,600 bytes"):
+        Bundle.open(copy).read_arrays(files.GOLDEN)
 
 
 def test_read_arrays(copy):
