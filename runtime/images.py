@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import os
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Union
+from typing import BinaryIO, Union
 
 import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.reading import open_regular
 
 ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
 
 FITS = ("stretch", "pad")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
+LARGEST_FILE = 1 << 29
+"""Bytes of an image file that is read; what Pillow's limit of pixels lets through is smaller."""
+_PROGRAMS = frozenset({"EPS"})  # Pillow starts Ghostscript for it, which runs what the file says
 _PAD_VALUE = 128  # mid-grey: 0 after normalisation to [-1, 1]
 
 
@@ -55,11 +61,8 @@ def open_image(source: ImageLike) -> Image.Image:
     try:
         if isinstance(source, Image.Image):
             return _to_rgb(source, name)
-        with warnings.catch_warnings():
-            # Pillow warns between one and two times its limit and raises beyond: let those through.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            with Image.open(source) as image:
-                return _to_rgb(image, name)
+        with open_regular(os.fspath(source), LARGEST_FILE) as file, decoding(file) as image:
+            return _to_rgb(image, name)
     except FileNotFoundError:
         raise InputError(f"{name}: no such image") from None
     except IsADirectoryError:
@@ -73,13 +76,26 @@ def open_image(source: ImageLike) -> Image.Image:
         ) from error
 
 
+@contextmanager
+def decoding(file: BinaryIO) -> Iterator[Image.Image]:
+    """A picture in an open file, as Pillow recognises it; pixels are decoded when they are asked for.
+
+    Raises:
+        UnidentifiedImageError: no format that Pillow reads by itself.
+    """
+    with warnings.catch_warnings():
+        # Pillow warns between one and two times its limit and raises beyond: let those through.
+        warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+        with Image.open(file) as image:
+            if image.format in _PROGRAMS:
+                raise UnidentifiedImageError(f"{image.format} is a program, not a picture")
+            yield image
+
+
 def picture_count(path: Path) -> int:
     """How many pictures an image file holds: more than 1 in an animation; 1 too of what cannot be read."""
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # `open_image` decides
-            image = Image.open(path)
-        with image:
+        with open_regular(path, LARGEST_FILE) as file, decoding(file) as image:
             return int(getattr(image, "n_frames", 1))
     except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError):
         return 1

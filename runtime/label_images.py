@@ -9,6 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.images import LARGEST_FILE, decoding
+from ditf.runtime.reading import open_regular
 
 
 def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
@@ -25,7 +27,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
         InputError: no such picture, one of another kind, or of another size than the image.
     """
     try:
-        with Image.open(path) as image:
+        with open_regular(path, LARGEST_FILE) as file, decoding(file) as image:
             image.load()
             mode, palette = image.mode, image.getpalette()
             labels = np.array(image, np.uint8) if mode in ("P", "L", "1") else None

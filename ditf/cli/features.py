@@ -36,10 +36,12 @@ from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.extraction import Extraction, extract, image_name
 from ditf.runtime.extraction_ray import Job, extract_with_ray, ray_cluster
 from ditf.runtime.images import FITS, SUFFIXES, find_images
+from ditf.runtime.reading import read_regular
 from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store_writer import StoreWriter
 
 ENGINES = ("local", "ray")
+_LARGEST_LIST = 256 << 20  # bytes of a list of images
 
 
 def features(
@@ -186,7 +188,7 @@ def _read_list(path: Path) -> list[Path]:
     if path.suffix.lower() in SUFFIXES:
         raise InputError(f"--input {path} is an image", "leave --input out")
     try:
-        content = path.read_bytes()
+        content = read_regular(path, _LARGEST_LIST)
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror})", "--input takes a folder or a list"

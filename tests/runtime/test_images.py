@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +11,8 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.images import find_images, fit_image, list_images, open_image
+from ditf.runtime.images import find_images, fit_image, list_images, open_image, picture_count
+from ditf.runtime.label_images import read_labels
 
 WHITE = (255, 255, 255)
 
@@ -292,3 +294,31 @@ def test_images_of_a_folder_and_those_below(tmp_path):
     ]
     with pytest.raises(InputError, match="holds no images"):
         find_images(tmp_path / "folder.png")
+
+
+@pytest.mark.parametrize("read", [open_image, picture_count, lambda path: read_labels(path, (4, 4))])
+def test_a_fifo_and_a_device_are_no_images(tmp_path, read):
+    """Opening a FIFO would wait for a writer, and a device has no end."""
+    os.mkfifo(tmp_path / "picture.png")
+    for path in (tmp_path / "picture.png", Path("/dev/zero")):
+        if read is picture_count:
+            assert picture_count(path) == 1
+            continue
+        with pytest.raises(InputError) as caught:
+            read(path)
+        assert str(path) in caught.value.problem
+
+
+def test_an_image_file_without_end(tmp_path):
+    with (tmp_path / "picture.png").open("wb") as file:
+        file.truncate(1 << 40)  # a sparse file
+    with pytest.raises(InputError, match="it has 1,099,511,627,776 bytes, more than"):
+        open_image(tmp_path / "picture.png")
+
+
+def test_postscript_is_not_run(tmp_path):
+    """Pillow hands EPS files to Ghostscript, whatever their names end in."""
+    path = tmp_path / "picture.png"
+    path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
+    with pytest.raises(InputError, match="EPS is a program, not a picture"):
+        open_image(path)
