@@ -19,6 +19,7 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.printable import PrintableFormatter, printable
 
 SCHEMA = 1  # of every --json document
 _MANY = 100 << 20  # bytes that a log says anything about
@@ -43,7 +44,9 @@ state = _State()
 def _set_verbose(value: bool) -> bool:
     if value:
         state.verbose = True
-        logging.basicConfig(level=logging.INFO, format="%(name)s: %(message)s", stream=sys.stderr)
+        handler = logging.StreamHandler(sys.stderr)
+        handler.setFormatter(PrintableFormatter("%(name)s: %(message)s"))
+        logging.basicConfig(level=logging.INFO, handlers=[handler])
     return value
 
 
@@ -88,16 +91,21 @@ QuietOption = Annotated[
 ]
 
 
+def tell(line: str) -> None:
+    """A line for people, on stderr, whatever --quiet says."""
+    print(printable(line), file=sys.stderr, flush=True)
+
+
 def say(line: str) -> None:
     """A line for people, on stderr, unless --quiet."""
     if not state.quiet:
-        print(line, file=sys.stderr, flush=True)
+        tell(line)
 
 
 def show(text: str) -> None:
     """A result, on stdout. A reader that has gone, as in `| head`, ends the output and nothing else."""
     try:
-        print(text, flush=True)
+        print(printable(text), flush=True)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
@@ -150,10 +158,10 @@ class _Bar(Stages):
 
     def __call__(self, stage: str) -> None:
         self._stage = stage
-        self._progress.update(self._task, description=stage, advance=1)
+        self._progress.update(self._task, description=printable(stage), advance=1)
 
     def amount(self, done: int, total: int) -> None:
-        self._progress.update(self._task, description=f"{self._stage}: {_amount(done, total)}")
+        self._progress.update(self._task, description=printable(f"{self._stage}: {_amount(done, total)}"))
 
 
 def _amount(done: int, total: int) -> str:
@@ -191,7 +199,9 @@ def steps() -> Iterator[Callable[[str, int, int], None]]:
     columns = (BarColumn(20), TimeElapsedColumn(), TextColumn("{task.description}", markup=False))
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
         task = progress.add_task("", total=None)
-        yield lambda phase, done, total: progress.update(task, description=phase, completed=done, total=total)
+        yield lambda phase, done, total: progress.update(
+            task, description=printable(phase), completed=done, total=total
+        )
 
 
 def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:

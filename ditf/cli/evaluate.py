@@ -27,6 +27,7 @@ from ditf.cli.console import (
     show,
     stages,
     steps,
+    tell,
     write_json,
 )
 from ditf.cli.eval_report import (
@@ -192,9 +193,9 @@ def _refuse_problems(reading: Reading, skip: bool, json_file: Optional[Path], ab
         GateFailed: without --skip-missing; InputError: nothing is left.
     """
     for text, count in list(reading.problems.items())[:_LISTED]:
-        print(f"{text}{f' ({count} pairs)' if count > 1 else ''}", file=sys.stderr)
+        tell(f"{text}{f' ({count} pairs)' if count > 1 else ''}")
     if len(reading.problems) > _LISTED:
-        print(f"... and {len(reading.problems) - _LISTED} more", file=sys.stderr)
+        tell(f"... and {len(reading.problems) - _LISTED} more")
     whole = reading.lost + len(reading.items)
     reasons = len(reading.problems)
     summary = f"{reading.lost} of {whole} items cannot be used, for {reasons} reason{'s' * (reasons != 1)}"

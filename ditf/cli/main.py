@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import shlex
 import signal
@@ -29,8 +30,9 @@ from ditf.cli import (
     serve,
     track,
 )
-from ditf.cli.console import state
+from ditf.cli.console import state, tell
 from ditf.runtime.errors import DitfError
+from ditf.runtime.printable import PrintableFormatter
 
 _SIGINT = 128 + signal.SIGINT
 
@@ -102,6 +104,8 @@ def run(arguments: list[str], command: str | None = None) -> int:
     130 and 143 interrupted.
     """
     signal.signal(signal.SIGTERM, _terminate)
+    if logging.lastResort is not None:
+        logging.lastResort.setFormatter(PrintableFormatter())  # warnings, where nothing else is set up
     state.reset(command or shlex.join(["ditf", *arguments]))
     try:
         program = typer.main.get_command(app)
@@ -122,7 +126,7 @@ def run(arguments: list[str], command: str | None = None) -> int:
         # torch and ONNX Runtime have no class of their own for it.
         if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
             return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
-        traceback.print_exc()
+        tell(traceback.format_exc())
         return _fail("this is a defect of ditf; please report it with the lines above", 70)
 
 
@@ -136,6 +140,6 @@ def _interrupted() -> int:
 
 def _fail(message: str, code: int) -> int:
     if state.verbose and sys.exc_info()[0] is not None:
-        traceback.print_exc()
-    print(f"error: {' '.join(message.split())}", file=sys.stderr)
+        tell(traceback.format_exc())
+    tell(f"error: {' '.join(message.split())}")
     return code

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from datetime import datetime, timezone
 from typing import Any
 
+from ditf.runtime.printable import printable
+
 LOGGER = "ditf.serve"
 FORMATS = ("auto", "json", "text")
 
@@ -39,7 +41,7 @@ class TextFormatter(logging.Formatter):
             f"{name}={json.dumps(value, default=str)}"
             for name, value in getattr(record, "fields", {}).items()
         )
-        text = f"{when} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip()
+        text = printable(f"{when} {record.levelname.lower():7} {record.getMessage()} {fields}".rstrip())
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 

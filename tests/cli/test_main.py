@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -45,6 +46,36 @@ def test_a_reader_that_leaves(demo_bundle, verb):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) == 0
+
+
+ESCAPES = "\x1b[2J\x1b]0;owned\x07"
+
+
+def test_escapes_of_a_manifest_reach_no_terminal(ditf, demo_bundle, tmp_path):
+    bundle = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    document = json.loads((bundle / "manifest.json").read_text())
+    document["model"]["id"] = document["layer_name"] = document["prompt"] = f"a{ESCAPES}"
+    document["versions"]["torch"] = document["command"] = f"b{ESCAPES}"
+    (bundle / "manifest.json").write_text(json.dumps(document))
+    for verb, *more in (["inspect"], ["check", "--verbose"], ["bench", "--seconds", "0.1"]):
+        done = ditf(verb, bundle, *more)
+        assert "\x1b" not in done.stdout + done.stderr, verb
+        assert "\x07" not in done.stdout + done.stderr, verb
+    assert "a\\x1b[2J\\x1b]0;owned\\x07" in ditf("inspect", bundle).stdout
+
+
+def test_escapes_of_a_file_name_reach_no_terminal(ditf, demo_bundle, tmp_path):
+    (tmp_path / f"{ESCAPES}.png").write_bytes(b"no picture")
+    for arguments in (
+        ("inspect", tmp_path / f"none{ESCAPES}"),
+        ("match", demo_bundle, f"{ESCAPES}.png", f"{ESCAPES}.png", "--points", "1,1", "--verbose"),
+        ("match", demo_bundle, "left.png", f"--{ESCAPES}"),
+        (f"verb{ESCAPES}",),
+    ):
+        done = ditf(*arguments)
+        assert done.returncode == 2, done.stderr
+        assert "\x1b" not in done.stderr
+        assert "\\x1b[2J" in done.stderr
 
 
 def test_no_such_verb(ditf):
