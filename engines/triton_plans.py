@@ -102,7 +102,7 @@ def _usable(bundle: Bundle) -> tuple[list[tuple[Path, EngineRecord]], list[str]]
     usable, passed_over = [], []
     for folder in engine_folders(bundle.path):
         try:
-            record = read_record(folder)
+            record = read_record(folder, bundle.trust)
         except BundleError as error:
             passed_over.append(error.problem)
             continue

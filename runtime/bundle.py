@@ -13,9 +13,10 @@ import numpy as np
 
 from ditf.runtime import arrays
 from ditf.runtime.errors import BundleError, InputError
-from ditf.runtime.manifest import Manifest, read_manifest
+from ditf.runtime.manifest import NAME, Manifest, manifest_content, parse_manifest
 from ditf.runtime.onnx_graph import Graph
 from ditf.runtime.reading import open_regular, read_hashed, sha256_of
+from ditf.runtime.signing import ANYONE, Trust
 
 FEATURES = "features.onnx"
 FEATURES_DATA = "features.onnx.data"
@@ -33,23 +34,26 @@ _LARGEST_ARRAYS = 1 << 30  # bytes of all arrays of one file; conditions.npz is 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: where it is, and its validated manifest."""
+    """An opened bundle: where it is, its validated manifest, and what its user accepts of it."""
 
     path: Path
     manifest: Manifest
+    trust: Trust = ANYONE
 
     @classmethod
-    def open(cls, path: Union[str, Path]) -> Bundle:
-        """Read the manifest of a bundle directory. No other file is touched.
+    def open(cls, path: Union[str, Path], trust: Trust = ANYONE) -> Bundle:
+        """Read the manifest of a bundle directory, and its signature if one is asked for; no other file.
 
         Raises:
             InputError: no such directory.
-            BundleError: not a bundle, or one this ditf cannot read.
+            BundleError: not a bundle, one that is not signed as it must be, or one this ditf cannot read.
         """
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such bundle directory", "make one with ditf-export")
-        return cls(path, read_manifest(path))
+        content = manifest_content(path)
+        trust.check(path / NAME, content)
+        return cls(path, parse_manifest(path, content), trust)
 
     def verify(self, names: Iterable[str]) -> None:
         """Check files against the manifest's sizes and hashes.

@@ -16,6 +16,7 @@ from ditf.runtime.flavour import FLAVOURS, PORTABLE, TARGETS
 from ditf.runtime.gpu import Gpu, version_text
 from ditf.runtime.manifest import conforms
 from ditf.runtime.reading import open_regular, read_hashed, read_regular, sha256_of
+from ditf.runtime.signing import ANYONE, Trust
 
 SCHEMA = 1
 ENGINES = "engines"
@@ -28,6 +29,7 @@ IMAGE_SIDES = (1, 640, 2048)
 """Ranges of match.plan: points at a time, and rows or columns of the target image; smallest, usual,
 largest. TensorRT may reserve memory for the largest, here 1 GB."""
 
+_BUILD = "build it again: ditf build"
 _BUILD_AGAIN = "build it again: ditf build --force"
 _RECORD_BYTES = 1 << 20  # the largest engine.json that is read
 _OLDEST_COMPATIBLE = "sm_80"  # what hardware compatibility reaches down to
@@ -118,20 +120,42 @@ def sources(bundle: Bundle) -> dict[str, str]:
     return {name: bundle.manifest.files[name]["sha256"] for name in names if name in bundle.manifest.files}
 
 
-def read_record(folder: Path) -> EngineRecord:
-    """The record of one engine.
+def read_record(folder: Path, trust: Trust = ANYONE) -> EngineRecord:
+    """The record of one engine; see `parse_record`.
 
     Raises:
-        BundleError: missing, damaged, or of a newer schema.
+        BundleError: missing, not signed as it must be, damaged, or of a newer schema.
+    """
+    content = record_content(folder)
+    trust.check(folder / RECORD, content)
+    return parse_record(folder, content)
+
+
+def record_content(folder: Path) -> bytes:
+    """The bytes of an engine's record.
+
+    Raises:
+        BundleError: there is none, or it cannot be read.
     """
     path = folder / RECORD
-    fix = "build it again: ditf build"
     try:
-        document = json.loads(read_regular(path, _RECORD_BYTES))
+        return read_regular(path, _RECORD_BYTES)
     except FileNotFoundError:
-        raise BundleError(f"{folder} has no {RECORD}", fix) from None
+        raise BundleError(f"{folder} has no {RECORD}", _BUILD) from None
     except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror})", fix) from error
+        raise BundleError(f"{path} cannot be read ({error.strerror})", _BUILD) from error
+
+
+def parse_record(folder: Path, content: bytes) -> EngineRecord:
+    """Validate the content of an engine's record.
+
+    Raises:
+        BundleError: damaged, or of a newer schema.
+    """
+    path = folder / RECORD
+    fix = _BUILD
+    try:
+        document = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error})", fix) from error
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
@@ -228,7 +252,7 @@ def engine_of(bundle: Bundle, flavour: str) -> bool:
 
 
 def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple[Path, EngineRecord]:
-    """The engine to run here: of those that fit, one for this very GPU before a portable one.
+    """The engine to run here: of those that fit, one without code for the CPU, then one for this very GPU.
 
     Raises:
         BundleError: none fits; says what differs, and the command that builds one.
@@ -239,19 +263,21 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
         if _flavour_of(folder) != flavour:
             continue
         try:
-            record = read_record(folder)
+            record = read_record(folder, bundle.trust)
         except BundleError as error:
             misfits.append(error.problem)
             continue
         why = record.misfit(bundle, gpu, version)
         if why:
             misfits.append(f"{folder.name} was {why}")
+        elif record.host_code and not bundle.trust.host_code:
+            misfits.append(f"{folder.name} runs code of its own on the CPU (--allow-host-code accepts it)")
         else:
-            fitting.append((record.target == PORTABLE, folder, record))
+            fitting.append((record.host_code, record.target == PORTABLE, folder, record))
     if not fitting:
         what = "; ".join(misfits) or "it has none"
         raise BundleError(f"{bundle.path} has no {flavour} engine that runs here: {what}", fix)
-    _, folder, record = min(fitting, key=lambda one: (one[0], one[1]))
+    *_, folder, record = min(fitting, key=lambda one: one[:3])
     return folder, record
 
 

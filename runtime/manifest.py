@@ -110,14 +110,19 @@ class Manifest:
 
 
 def read_manifest(bundle: Path) -> Manifest:
-    """Read and validate a bundle's manifest; see `parse_manifest`.
+    """Read and validate a bundle's manifest; see `manifest_content` and `parse_manifest`."""
+    return parse_manifest(bundle, manifest_content(bundle))
+
+
+def manifest_content(bundle: Path) -> bytes:
+    """The bytes of a bundle's manifest.
 
     Raises:
-        BundleError: no bundle there, or not a manifest.
+        BundleError: there is none, or it cannot be read.
     """
     path = bundle / NAME
     try:
-        return parse_manifest(bundle, read_regular(path, LARGEST))
+        return read_regular(path, LARGEST)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
             f"{bundle} is not a bundle: it has no {NAME}", "make one with ditf-export"

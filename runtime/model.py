@@ -24,24 +24,36 @@ from ditf.runtime.match_graph import run_match_graph
 from ditf.runtime.matching import Matches, PointsLike, heat_map, match_points
 from ditf.runtime.mutual import MutualMatches, mutual_matches
 from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.signing import Trust
 from ditf.runtime.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method
 from ditf.runtime.tracking import Tracker
 
 logger = logging.getLogger(__name__)
 
 
-def load(bundle: Union[str, Path], backend: str = "auto", fit: str = "stretch") -> Model:
+def load(
+    bundle: Union[str, Path],
+    backend: str = "auto",
+    fit: str = "stretch",
+    *,
+    require_signature: Union[str, Path, None] = None,
+    allow_host_code: bool = False,
+) -> Model:
     """Open a bundle on this machine.
 
     Args:
         bundle: directory written by ditf-export.
         backend: "auto", or a backend's name; a named one that is missing is an error.
         fit: how images meet the engine's size: "stretch", or "pad", which keeps the aspect.
+        require_signature: a file of OpenSSH public keys, one of which must have signed the bundle and the
+            engine that is opened; see `ditf sign`.
+        allow_host_code: accept a version-compatible TensorRT engine, which runs code of its own on the CPU.
 
     Raises:
-        DitfError: no bundle, an altered one, no backend, an unknown fit.
+        DitfError: no bundle, an altered one, one without the signature, no backend, an unknown fit.
     """
-    return Model(Bundle.open(bundle), backend, fit)
+    trust = Trust(None if require_signature is None else Path(require_signature), allow_host_code)
+    return Model(Bundle.open(bundle, trust), backend, fit)
 
 
 class Model:

@@ -21,12 +21,15 @@ from ditf.cli.console import (
     SCHEMA,
     BackendOption,
     BundleArgument,
+    HostCodeOption,
     JsonOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     bytes_text,
     check_picture,
     check_writable,
+    open_bundle,
     parse_size,
     replacing,
     say,
@@ -75,6 +78,8 @@ def bench(
     ] = None,
     plot: Annotated[Optional[Path], typer.Option(metavar="PNG", help="Draw the distributions.")] = None,
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
+    host_code: HostCodeOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -91,7 +96,7 @@ def bench(
     if model is not None and not set(peers) & {"eager", "compile"}:
         raise InputError("--model is for --against eager or compile", "leave it out, or add --against eager")
     before = None if baseline is None else _Baseline(baseline)
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     origin = machine(*_PACKAGES)
     if before is not None:
         before.check(origin, {"points": points, "image_size": list(size)})

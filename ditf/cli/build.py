@@ -12,9 +12,11 @@ from ditf.cli.console import (
     BundleArgument,
     JsonOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     bytes_text,
     check_writable,
+    open_bundle,
     say,
     show,
     steps,
@@ -69,12 +71,13 @@ def build(
     strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan without weights.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Build TensorRT engines of a bundle: the second time there is nothing to do."""
     check_writable(json_file, inputs=(bundle,))
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     sizes = [_parse_batch(text) for text in batch or ()]
     options = {
         "level": level,
@@ -120,12 +123,13 @@ engines = typer.Typer(help="List a bundle's engines, or remove those that do not
 def list_engines(
     bundle: BundleArgument,
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """What engines a bundle has, for which GPU and version, and whether they are of its graphs."""
     check_writable(json_file, inputs=(bundle,))
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     rows: list[tuple[str, ...]] = [("engine", "built with", "for", "batch", "bytes", "state")]
     document = []
     for folder in engine_folders(opened.path):
@@ -153,12 +157,13 @@ def list_engines(
 def prune_engines(
     bundle: BundleArgument,
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Remove engines that are damaged, or of other graphs than the bundle's."""
     check_writable(json_file, inputs=(bundle,))
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     removed = prune(opened, engine_folders(opened.path))
     for folder, why in removed:
         show(f"removed {folder}: {why}")

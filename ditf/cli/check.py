@@ -15,11 +15,14 @@ from ditf.cli.check_where import Report, check_bisect, check_ladder, check_range
 from ditf.cli.console import (
     BackendOption,
     BundleArgument,
+    HostCodeOption,
     JsonOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     check_picture,
     check_writable,
+    open_bundle,
     replacing,
     say,
     show,
@@ -60,6 +63,8 @@ def check(
         typer.Option("--export-polygraphy", metavar="DIR", help="Write golden data as Polygraphy reads it."),
     ] = None,
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
+    host_code: HostCodeOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -67,7 +72,7 @@ def check(
     check_writable(json_file, plot, inputs=(bundle,))
     if plot is not None:
         check_picture(plot, "check")
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     if not opened.manifest.golden:
         raise InputError(
             f"{bundle} was exported with --golden none: there is nothing to compare it with",

@@ -13,13 +13,17 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
+from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.model import Model
 from ditf.runtime.printable import PrintableFormatter, printable
+from ditf.runtime.signing import Trust
 
 SCHEMA = 1  # of every --json document
 _MANY = 100 << 20  # bytes that a log says anything about
@@ -36,6 +40,7 @@ class _State:
         self.command = command
         self.verbose = False
         self.quiet = False
+        self.trust = Trust()
 
 
 state = _State()
@@ -52,6 +57,16 @@ def _set_verbose(value: bool) -> bool:
 
 def _set_quiet(value: bool) -> bool:
     state.quiet = state.quiet or value
+    return value
+
+
+def _set_signers(value: Optional[Path]) -> Optional[Path]:
+    state.trust = replace(state.trust, signers=value)
+    return value
+
+
+def _set_host_code(value: bool) -> bool:
+    state.trust = replace(state.trust, host_code=value)
     return value
 
 
@@ -89,6 +104,33 @@ VerboseOption = Annotated[
 QuietOption = Annotated[
     bool, typer.Option("--quiet", "-q", help="Results and errors only.", callback=_set_quiet)
 ]
+SignatureOption = Annotated[
+    Optional[Path],
+    typer.Option(
+        "--require-signature",
+        metavar="KEYS",
+        help="Open only what a key in this file of OpenSSH public keys has signed (ditf sign).",
+        callback=_set_signers,
+    ),
+]
+HostCodeOption = Annotated[
+    bool,
+    typer.Option(
+        "--allow-host-code",
+        help="Accept version-compatible engines, which run code of their own on the CPU.",
+        callback=_set_host_code,
+    ),
+]
+
+
+def open_bundle(path: Path) -> Bundle:
+    """Open a bundle as the command's options accept it; see `Bundle.open`."""
+    return Bundle.open(path, state.trust)
+
+
+def load(path: Path, backend: str, fit: str = "stretch") -> Model:
+    """Open a bundle on this machine as the command's options accept it; see `ditf.load`."""
+    return Model(open_bundle(path), backend, fit)
 
 
 def tell(line: str) -> None:

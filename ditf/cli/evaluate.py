@@ -19,10 +19,14 @@ from ditf.calib.eval.datasets.base import Reading, check_images
 from ditf.cli.console import (
     BackendOption,
     FitOption,
+    HostCodeOption,
     JsonOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     check_writable,
+    load,
+    open_bundle,
     say,
     show,
     stages,
@@ -43,8 +47,6 @@ from ditf.cli.eval_report import (
     write_pictures,
 )
 from ditf.cli.eval_wiring import METHODS, Wiring
-from ditf.runtime import load
-from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import GateFailed, InputError
 
 _LISTED = 20  # problems of the data that are printed
@@ -97,6 +99,8 @@ def evaluate_bundle(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
+    host_code: HostCodeOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -114,7 +118,7 @@ def evaluate_bundle(
     check_writable(json_file, inputs=(*paths, *([data] if data is not None else [])))
     check_pictures(pictures)
     _check_cache(cache)
-    opened = [Bundle.open(path) for path in paths]
+    opened = [open_bundle(path) for path in paths]
     part = _split(benchmark, split)
     reading = _read(benchmark, data, part, count, limit)
     about: dict[str, Any] = {"benchmark": name, "split": part, "method": method, "skipped": reading.lost}

@@ -13,10 +13,12 @@ from ditf.cli.console import (
     BundleArgument,
     JsonOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     bytes_text,
     check_outside,
     check_writable,
+    open_bundle,
     say,
     show,
     table,
@@ -67,6 +69,7 @@ def export_triton(
         ),
     ] = None,
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -78,7 +81,7 @@ def export_triton(
     check_writable(json_file, inputs=(bundle, repository))
     if device not in ("gpu", "cpu"):
         raise InputError(f"--device {device!r} is not gpu or cpu")
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     called = check_name(name or bundle.resolve().name)
     plans, reason = _plans(opened, backend, target, device)
     usual, largest = _batch(opened, plans, max_batch)

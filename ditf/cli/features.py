@@ -15,13 +15,17 @@ from ditf.cli.console import (
     BundleArgument,
     FeaturesDtypeOption,
     FitOption,
+    HostCodeOption,
     JsonOption,
     PromptOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     bytes_text,
     check_outside,
     check_writable,
+    load,
+    open_bundle,
     replacing,
     say,
     show,
@@ -30,8 +34,7 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.runtime import FeatureMap, load
-from ditf.runtime.bundle import Bundle
+from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.extraction import Extraction, extract, image_name
 from ditf.runtime.extraction_ray import Job, extract_with_ray, ray_cluster
@@ -74,6 +77,8 @@ def features(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
+    host_code: HostCodeOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
@@ -105,7 +110,7 @@ def features(
     if fit not in FITS:
         raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
     paths = _listed(images or (), inputs or ())
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     writer = StoreWriter(output, StoreIdentity.of(opened, fit, prompt, features_dtype or DTYPES[0]))
     count = len({image_name(path) for path in paths})
     if engine == "ray":

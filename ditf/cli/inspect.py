@@ -8,16 +8,18 @@ from ditf.cli.console import (
     BundleArgument,
     JsonOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     bytes_text,
     check_writable,
+    open_bundle,
     pca_text,
     show,
     table,
     vae_text,
     write_json,
 )
-from ditf.runtime.bundle import CONDITIONS, Bundle
+from ditf.runtime.bundle import CONDITIONS
 from ditf.runtime.engines import engine_folders
 from ditf.runtime.manifest import Manifest
 
@@ -25,12 +27,13 @@ from ditf.runtime.manifest import Manifest
 def inspect(
     bundle: BundleArgument,
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:
     """Show what a bundle computes, where its bytes are and which type they have."""
     check_writable(json_file, inputs=(bundle,))
-    opened = Bundle.open(bundle)
+    opened = open_bundle(bundle)
     manifest = opened.manifest
     opened.verify(manifest.files)
     show(table(_summary(manifest)))

@@ -28,6 +28,7 @@ from ditf.cli import (
     match,
     plan,
     serve,
+    sign,
     track,
 )
 from ditf.cli.console import state, tell
@@ -60,6 +61,7 @@ app.command("track")(track.track)
 app.command("export-triton")(export_triton.export_triton)
 app.command("features")(features.features)
 app.command("serve")(serve.serve)
+app.command("sign")(sign.sign)
 app.command("plan")(plan.plan)
 app.command("inspect")(inspect.inspect)
 app.command("doctor")(doctor.doctor)

@@ -15,18 +15,21 @@ from ditf.cli.console import (
     BackendOption,
     BundleArgument,
     FitOption,
+    HostCodeOption,
     JsonOption,
     PromptOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     check_writable,
+    load,
     replacing,
     say,
     show,
     table,
     write_json,
 )
-from ditf.runtime import FeatureMap, Homography, Matches, Model, load
+from ditf.runtime import FeatureMap, Homography, Matches, Model
 from ditf.runtime.errors import InputError
 from ditf.runtime.flow import Flow
 from ditf.runtime.homography import METHODS as HOMOGRAPHIES
@@ -127,6 +130,8 @@ def match(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
+    host_code: HostCodeOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:

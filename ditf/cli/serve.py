@@ -16,12 +16,15 @@ from PIL import Image
 from ditf.cli.console import (
     BackendOption,
     FitOption,
+    HostCodeOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
+    load,
     show,
     state,
 )
-from ditf.runtime import Model, load
+from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.serving.limits import MIB, Limits
 
@@ -74,6 +77,8 @@ def serve(
     ] = "auto",
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
+    signature: SignatureOption = None,
+    host_code: HostCodeOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -14,11 +14,14 @@ from ditf.cli.console import (
     BackendOption,
     BundleArgument,
     FitOption,
+    HostCodeOption,
     JsonOption,
     PromptOption,
     QuietOption,
+    SignatureOption,
     VerboseOption,
     check_writable,
+    load,
     replacing,
     say,
     show,
@@ -26,7 +29,7 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.runtime import Matches, Model, Propagator, load
+from ditf.runtime import Matches, Model, Propagator
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images, open_image, picture_count
 from ditf.runtime.label_images import read_labels, write_labels
@@ -60,6 +63,8 @@ def track(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
+    signature: SignatureOption = None,
+    host_code: HostCodeOption = False,
     verbose: VerboseOption = False,
     quiet: QuietOption = False,
 ) -> None:

@@ -60,7 +60,15 @@ def open_session(flavour: str, bundle: Bundle, graph: str) -> EngineSession:
     refitted_from = bundle.read_graph(graph) if record.options.get("strip_weights") else None
     detail = f"{flavour} {trt.__version__}, {gpu}, {folder.name}"
     kernels = cache_file("kernels", folder.name, str(gpu), plan)
-    return EngineSession(trt, folder / plan, content, detail, refitted_from, kernels, record.host_code)
+    return EngineSession(
+        trt,
+        folder / plan,
+        content,
+        detail,
+        refitted_from,
+        kernels,
+        bundle.trust.host_code and record.host_code,
+    )
 
 
 def _select(flavour: str, bundle: Bundle) -> tuple[Any, Gpu, Path, EngineRecord]:

@@ -89,7 +89,8 @@ def missing(source: str, api: dict[str, list[str]]) -> set[str]:
 def sources() -> dict[str, str]:
     runtime = ROOT / "runtime"
     engines = [path for path in (ROOT / "engines").glob("*.py") if not path.name.startswith("triton")]
-    paths = [*engines, runtime / "flavour.py", runtime / "backends/engine_session.py"]
+    others = ("flavour.py", "graph_loading.py", "backends/engine_session.py")
+    paths = [*engines, *(runtime / name for name in others)]
     return {path.name: path.read_text() for path in sorted(paths)}
 
 
@@ -112,6 +113,7 @@ def test_names_are_found():
     assert {"INetworkDefinition.get_layer", "Builder.build_serialized_network"} <= names
     assert {"ICudaEngine.get_tensor_profile_shape", "IExecutionContext.execute_async_v3"} <= names
     assert {"Runtime.deserialize_cuda_engine", "OnnxParserRefitter.refit_from_file"} <= names
+    assert {"OnnxParser.load_initializer", "OnnxParserRefitter.refit_model_proto"} <= names
     assert len(names) > 50
 
 

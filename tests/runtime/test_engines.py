@@ -1,12 +1,18 @@
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 
 import pytest
+from PIL import Image
 
+from ditf.cli import console
+from ditf.cli.main import run
 from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import EngineRecord, sources
+from ditf.runtime.engines import PLANS, EngineRecord, choose_engine, sources
+from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.gpu import Gpu, version_text
+from ditf.runtime.signing import Trust
 
 ORIN = Gpu("NVIDIA Orin", "sm_87", 12060)
 
@@ -73,3 +79,41 @@ def test_batches_for_people(record):
 
 def test_cuda_versions():
     assert [version_text(n) for n in (12060, 13000, 11080)] == ["12.6", "13.0", "11.8"]
+
+
+def written(bundle: Bundle, record: EngineRecord, name: str, **changes: object) -> None:
+    """An engine of a bundle, as far as its record goes: the plans are none."""
+    key = f"tensorrt-10.13.3-{name}"
+    plans = {plan: {"bytes": 1, "sha256": "0" * 64} for plan in PLANS.values()}
+    folder = bundle.path / "engines" / key
+    folder.mkdir(parents=True)
+    (folder / "engine.json").write_text(replace(record, key=key, plans=plans, **changes).to_json())
+
+
+def test_an_engine_with_code_for_the_cpu_is_passed_over(demo_bundle, record, tmp_path):
+    """engine.json says so itself, and cannot switch it on by itself."""
+    careful = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    written(careful, record, "a", options={"version_compatible": True})
+    with pytest.raises(BundleError, match=r"code of its own on the CPU \(--allow-host-code accepts it\)"):
+        choose_engine(careful, "tensorrt", ORIN, "10.13.3")
+    trusting = Bundle.open(careful.path, Trust(host_code=True))
+    assert choose_engine(trusting, "tensorrt", ORIN, "10.13.3")[1].host_code
+    written(careful, record, "b")
+    for bundle in (careful, trusting):
+        assert not choose_engine(bundle, "tensorrt", ORIN, "10.13.3")[1].host_code
+
+
+@pytest.mark.parametrize("flag", [[], ["--allow-host-code"]])
+def test_the_flag_reaches_the_bundle(demo_bundle, flag, monkeypatch, capsys, tmp_path):
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    opened = []
+
+    def refuse(bundle, *rest):
+        opened.append(bundle.trust.host_code)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(console, "Model", refuse)
+    picture = str(tmp_path / "a.png")
+    assert run(["match", str(demo_bundle), picture, picture, "--points", "1,1", *flag]) == 2
+    assert "far enough" in capsys.readouterr().err
+    assert opened == [bool(flag)]

@@ -1,0 +1,56 @@
+"""`ditf sign`: sign a bundle and its engines."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from ditf.cli.console import (
+    BundleArgument,
+    JsonOption,
+    QuietOption,
+    VerboseOption,
+    check_writable,
+    replacing,
+    show,
+    write_json,
+)
+from ditf.runtime.bundle import Bundle
+from ditf.runtime.engines import RECORD, engine_folders, parse_record, record_content, verify_plans
+from ditf.runtime.manifest import NAME, manifest_content, parse_manifest
+from ditf.runtime.signing import SUFFIX, signature
+
+
+def sign(
+    bundle: BundleArgument,
+    key: Annotated[
+        Path,
+        typer.Option(
+            "--key", metavar="KEY", help="OpenSSH private key, or a public one that ssh-agent holds."
+        ),
+    ],
+    json_file: JsonOption = None,
+    verbose: VerboseOption = False,
+    quiet: QuietOption = False,
+) -> None:
+    """Sign a bundle and its engines, for those who open them with --require-signature.
+
+    Every hash is checked first. What is signed is manifest.json and each engine.json, which hold the hashes
+    of all other files; the signatures lie beside them.
+    """
+    check_writable(json_file, inputs=(bundle,))
+    content = manifest_content(bundle)
+    opened = Bundle(bundle, parse_manifest(bundle, content))
+    opened.verify(opened.manifest.files)
+    signed = {bundle / NAME: signature(content, key)}
+    for folder in engine_folders(bundle):
+        content = record_content(folder)
+        verify_plans(folder, parse_record(folder, content))
+        signed[folder / RECORD] = signature(content, key)
+    for path, made in signed.items():
+        with replacing(path.with_name(path.name + SUFFIX)) as temporary:
+            temporary.write_bytes(made)
+        show(f"signed {path}")
+    write_json(json_file, {"bundle": str(bundle), "signed": [str(path) for path in signed]})

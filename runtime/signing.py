@@ -1,0 +1,133 @@
+"""Signatures of bundles and engines, in OpenSSH's format, made and checked by `ssh-keygen -Y`.
+
+A hash in a bundle shows that its files belong together, not who made them. A signature of manifest.json,
+which holds the hashes of the other files, shows both; so does one of engine.json for an engine's plans.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Optional
+
+from ditf.runtime.errors import BundleError, InputError, MissingComponent
+from ditf.runtime.reading import read_regular
+
+SUFFIX = ".sig"
+NAMESPACE = "ditf-bundle"
+"""What a signature is for: one that was made for mail or for git is none of a bundle."""
+
+_PRINCIPAL = "signer"
+_LARGEST = 64 << 10  # bytes of a signature, and of a file of keys
+_PUBLIC_KEY = re.compile(r"(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: .*)?")
+_SECONDS = 60.0  # for a check; signing may wait for a passphrase or a touch
+
+
+@dataclass(frozen=True)
+class Trust:
+    """What a user accepts of a bundle.
+
+    Attributes:
+        signers: a file of OpenSSH public keys, one of which must have signed what is opened; None accepts
+            bundles without a signature.
+        host_code: whether engines may run code of their own on the CPU.
+    """
+
+    signers: Optional[Path] = None
+    host_code: bool = False
+
+    def check(self, path: Path, content: bytes) -> None:
+        """Check the signature of a file beside it, before the content is used.
+
+        Args:
+            path: of the file, for its signature and for messages.
+            content: what was read from it, and will be used.
+
+        Raises:
+            BundleError: not signed, or not by one of the signers.
+            InputError: the file of keys cannot be used.
+            MissingComponent: there is no ssh-keygen.
+        """
+        if self.signers is None:
+            return
+        keys = _public_keys(self.signers)
+        signature = path.with_name(path.name + SUFFIX)
+        try:
+            signed = read_regular(signature, _LARGEST)
+        except OSError as error:
+            raise BundleError(
+                f"{path} has no signature ({signature.name}: {error.strerror})",
+                "get a signed bundle, or sign it: ditf sign BUNDLE --key KEY",
+            ) from error
+        with tempfile.TemporaryDirectory(prefix="ditf-signature-") as folder:
+            allowed, copy = Path(folder) / "allowed_signers", Path(folder) / "signature"
+            allowed.write_text("".join(f'{_PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key in keys))
+            copy.write_bytes(signed)
+            done = _ssh_keygen(
+                ["-Y", "verify", "-f", str(allowed), "-I", _PRINCIPAL, "-n", NAMESPACE, "-s", str(copy)],
+                content,
+                _SECONDS,
+            )
+        if done.returncode != 0:
+            raise BundleError(
+                f"{path} is not signed by a key in {self.signers}, or was changed after it was signed",
+                "get the bundle again from who signed it",
+            )
+
+
+ANYONE = Trust()
+"""No signature is asked for, and no code of engines is run on the CPU."""
+
+
+def signature(content: bytes, key: Path) -> bytes:
+    """A signature of some bytes.
+
+    Args:
+        key: of a private key, or of a public one whose private key ssh-agent holds.
+
+    Raises:
+        InputError: the key cannot sign.
+        MissingComponent: there is no ssh-keygen.
+    """
+    done = _ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], content, None)
+    if done.returncode != 0 or not done.stdout:
+        reason = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1][:120]
+        raise InputError(f"{key} cannot sign ({reason})", "make a key with: ssh-keygen -t ed25519 -f KEY")
+    return done.stdout
+
+
+def _public_keys(path: Path) -> list[str]:
+    """Type and key of each line of a file of public keys.
+
+    Raises:
+        InputError: it cannot be read, or holds anything else.
+    """
+    try:
+        text = read_regular(path, _LARGEST).decode("utf-8")
+    except OSError as error:
+        raise InputError(f"{path} cannot be read ({error.strerror})", "name a file of public keys") from error
+    except UnicodeDecodeError:
+        text = "binary"
+    lines = [line.strip() for line in text.splitlines()]
+    lines = [line for line in lines if line and not line.startswith("#")]
+    if not lines or not all(_PUBLIC_KEY.fullmatch(line) for line in lines):
+        private = "PRIVATE KEY" in text
+        raise InputError(
+            f"{path} is {'a private key' if private else 'no file of OpenSSH public keys'}",
+            f"name the public one: {path}.pub" if private else "name one such as id_ed25519.pub",
+        )
+    return [" ".join(line.split(" ")[:2]) for line in lines]
+
+
+def _ssh_keygen(
+    arguments: list[str], content: bytes, seconds: Optional[float]
+) -> subprocess.CompletedProcess[bytes]:
+    try:
+        return subprocess.run(
+            ["ssh-keygen", *arguments], input=content, capture_output=True, timeout=seconds, check=False
+        )
+    except FileNotFoundError:
+        raise MissingComponent("ssh-keygen is not installed", "run: apt install openssh-client") from None
