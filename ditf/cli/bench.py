@@ -28,7 +28,6 @@ from ditf.cli.console import (
     check_picture,
     check_writable,
     parse_size,
-    replacing,
     say,
     show,
     state,
@@ -41,6 +40,7 @@ from ditf.runtime.bundle import Bundle, sha256
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.images import fit_image
 from ditf.runtime.manifest import NAME
+from ditf.runtime.writing import replacing
 
 _PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 _PEERS = ("eager", "compile", "onnxruntime")

@@ -20,7 +20,6 @@ from ditf.cli.console import (
     VerboseOption,
     check_picture,
     check_writable,
-    replacing,
     say,
     show,
     table,
@@ -31,6 +30,7 @@ from ditf.runtime import FeatureMap, Model
 from ditf.runtime.bundle import GOLDEN, Bundle
 from ditf.runtime.errors import GateFailed, InputError, NoPlan
 from ditf.runtime.manifest import Manifest
+from ditf.runtime.writing import replacing
 
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 

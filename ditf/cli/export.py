@@ -20,7 +20,6 @@ from ditf.cli.console import (
     check_writable,
     parse_size,
     pca_text,
-    replacing,
     show,
     stages,
     state,
@@ -196,8 +195,7 @@ def export(
         from ditf.export.exporter import export_bundle, stage_count
         from ditf.export.save_prompt import save_prompt
     if save_prompt_embeds is not None:
-        with replacing(save_prompt_embeds) as temporary:
-            name = save_prompt(options, temporary)
+        name = save_prompt(options, save_prompt_embeds)
         show(f"{save_prompt_embeds}: embeddings of {name!r}")
         write_json(json_file, {"prompt_embeds": str(save_prompt_embeds), "prompt": name})
         return

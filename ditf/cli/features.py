@@ -22,7 +22,6 @@ from ditf.cli.console import (
     bytes_text,
     check_outside,
     check_writable,
-    replacing,
     say,
     show,
     stages,
@@ -38,6 +37,7 @@ from ditf.runtime.extraction_ray import Job, extract_with_ray, ray_cluster
 from ditf.runtime.images import FITS, SUFFIXES, find_images
 from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store_writer import StoreWriter
+from ditf.runtime.writing import replacing
 
 ENGINES = ("local", "ray")
 

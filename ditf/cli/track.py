@@ -19,7 +19,6 @@ from ditf.cli.console import (
     QuietOption,
     VerboseOption,
     check_writable,
-    replacing,
     say,
     show,
     stages,
@@ -31,6 +30,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images, open_image, picture_count
 from ditf.runtime.label_images import read_labels, write_labels
 from ditf.runtime.matching import check_points, parse_points
+from ditf.runtime.writing import replacing
 
 
 def track(
