@@ -133,6 +133,8 @@ def link_end(path: Path) -> Path:
     """
     place = path
     for _ in range(40):
+        if place.name in ("", ".."):
+            return place.resolve()
         place = place.parent.resolve() / place.name
         if place.is_relative_to("/proc") or not place.is_symlink():
             return place

@@ -29,6 +29,7 @@ from ditf.cli.console import (
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.flavour import choose
+from ditf.runtime.staging import check_output
 
 if TYPE_CHECKING:
     from ditf.export.options import ExportOptions
@@ -183,6 +184,8 @@ def export(
         "command": state.command,
     }
     options = options_of(values)
+    if output is not None:
+        check_output(output, options.inputs)
     if target is not None and not build:
         raise InputError("--target is of an engine", "add --build")
     if build:

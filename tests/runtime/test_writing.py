@@ -48,7 +48,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
 def test_what_is_unfinished_can_be_undone_from_outside(tmp_path):
     with pytest.raises(FileNotFoundError), replacing(tmp_path / "out.json"):
         undo_all()
-        assert not list(tmp_path.iterdir())
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o027])
