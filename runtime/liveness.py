@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Optional
 from uuid import uuid4
 
-STALE = 24 * 3600.0
-"""Seconds without a change after which a file that nobody is seen to hold is taken for abandoned."""
+STALE = 24 * 3600 * 10**9
+"""Nanoseconds without a change after which a file that nobody is seen to hold is taken for abandoned."""
 
 
 def try_lock(descriptor: int) -> Optional[bool]:
@@ -32,8 +32,8 @@ def try_lock(descriptor: int) -> Optional[bool]:
     return True
 
 
-def file_system_time(folder: Path) -> float:
-    """Now, by the clock of a folder's file system, in seconds.
+def file_system_time(folder: Path) -> int:
+    """Now, by the clock of a folder's file system, in nanoseconds.
 
     Raises:
         OSError: the folder cannot be written.
@@ -41,19 +41,19 @@ def file_system_time(folder: Path) -> float:
     probe = folder / f".ditf-clock-{uuid4().hex}"
     descriptor = os.open(probe, os.O_CREAT | os.O_EXCL | os.O_WRONLY | os.O_CLOEXEC, 0o600)
     try:
-        return os.fstat(descriptor).st_mtime
+        return os.fstat(descriptor).st_mtime_ns
     finally:
         os.close(descriptor)
         probe.unlink(missing_ok=True)
 
 
-def newest(path: Path) -> float:
-    """The last change of a file or folder and of all that is in it, in seconds; links are not followed."""
-    times = [path.lstat().st_mtime]
+def newest(path: Path) -> int:
+    """The last change of a path and of all that is in it, in nanoseconds; links are not followed."""
+    times = [path.lstat().st_mtime_ns]
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
             try:
-                times.append((Path(folder) / name).lstat().st_mtime)
+                times.append((Path(folder) / name).lstat().st_mtime_ns)
             except FileNotFoundError:  # somebody removes it
                 continue
     return max(times)

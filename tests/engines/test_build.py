@@ -20,7 +20,7 @@ from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import engine_folders, read_record
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
 from ditf.runtime.flavour import FLAVOURS, TARGETS, choose, has, load
-from ditf.runtime.liveness import file_system_time
+from ditf.runtime.liveness import STALE, file_system_time
 from tests.processes import started
 
 RTX = FLAVOURS["tensorrt-rtx"]
@@ -306,7 +306,7 @@ def test_what_a_killed_build_left_is_pruned(copy):
     left = engines / f".tensorrt-rtx-1-sm_89-b1-0.partial-{'0' * 8}-{'1' * 32}"
     left.mkdir(parents=True)
     assert prune(copy, engine_folders(copy.path)) == []  # its build may be alive, on another machine
-    os.utime(left, (file_system_time(engines) - 2 * 86400,) * 2)
+    os.utime(left, ns=(file_system_time(engines) - 2 * STALE,) * 2)
     assert prune(copy, engine_folders(copy.path)) == [(left, "left by a build that was killed")]
 
 

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.liveness import file_system_time
+from ditf.runtime.liveness import STALE, file_system_time
 from ditf.runtime.stage_folder import clear, exchange
 from ditf.runtime.staging import check_output, staged
 
@@ -79,7 +79,7 @@ def old(path, days=2.0):
     """Make a file or folder old, by the file system's clock."""
     now = file_system_time(path.parent)
     for one in (path, *path.rglob("*")):
-        os.utime(one, (now - days * 86400,) * 2)
+        os.utime(one, ns=(now - int(days * STALE),) * 2)
 
 
 def run(code, *arguments, **options):
@@ -96,7 +96,7 @@ def run(code, *arguments, **options):
 STAGED = """
 import sys
 from pathlib import Path
-from ditf.runtime.liveness import file_system_time
+from ditf.runtime.liveness import STALE, file_system_time
 from ditf.runtime.stage_folder import clear, exchange
 from ditf.runtime.staging import check_output, staged
 with staged(Path(sys.argv[1])) as folder:
@@ -183,7 +183,7 @@ KILLED = """
 import os, sys
 from pathlib import Path
 from ditf.runtime import stage_folder
-from ditf.runtime.liveness import file_system_time
+from ditf.runtime.liveness import STALE, file_system_time
 from ditf.runtime.stage_folder import clear, exchange
 from ditf.runtime.staging import check_output, staged
 exchanging = sys.argv[2] == "exchange"
