@@ -15,6 +15,11 @@ from pathlib import Path
 _undo: dict[int, Callable[[], object]] = {}
 
 
+def register(undo: Callable[[], object]) -> None:
+    """Have something undone if the process must end: by a function that does no harm when all is done."""
+    _undo[id(undo)] = undo
+
+
 @contextmanager
 def undoing(undo: Callable[[], object]) -> Iterator[None]:
     """Work that `undo` takes back; the block itself has to clean up when it ends in any other way.
@@ -22,12 +27,11 @@ def undoing(undo: Callable[[], object]) -> Iterator[None]:
     Args:
         undo: may be called from another thread, while the block still runs.
     """
-    key = id(undo)
-    _undo[key] = undo
+    register(undo)
     try:
         yield
     finally:
-        _undo.pop(key, None)
+        _undo.pop(id(undo), None)
 
 
 def undo_all() -> None:

@@ -7,7 +7,6 @@ import shlex
 import signal
 import sys
 import traceback
-from types import FrameType
 from typing import Annotated, NoReturn, Optional
 
 import typer
@@ -30,13 +29,10 @@ from ditf.cli import (
     track,
 )
 from ditf.cli.console import state
+from ditf.cli.termination import EXIT_CODE, MESSAGE, Terminated, terminable
 from ditf.runtime.errors import DitfError
 
 _SIGINT = 128 + signal.SIGINT
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 app = typer.Typer(
@@ -101,11 +97,11 @@ def run(arguments: list[str], command: str | None = None) -> int:
     0 done; 1 a gate failed; 2 wrong usage or bad input; 3 a component is missing; 70 a defect of ditf;
     130 and 143 interrupted.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     state.reset(command or shlex.join(["ditf", *arguments]))
     try:
         program = typer.main.get_command(app)
-        code = program.main(arguments or ["--help"], prog_name="ditf", standalone_mode=False)
+        with terminable(forced=arguments[:1] != ["serve"]):  # a server answers first what it let in
+            code = program.main(arguments or ["--help"], prog_name="ditf", standalone_mode=False)
         return _interrupted() if code == _SIGINT else int(code or 0)
     except DitfError as error:
         return _fail(str(error), error.exit_code)
@@ -113,8 +109,8 @@ def run(arguments: list[str], command: str | None = None) -> int:
         return _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except _Terminated:
-        return _fail("terminated; nothing was left half-written", 128 + signal.SIGTERM)
+    except Terminated:
+        return _fail(MESSAGE, EXIT_CODE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check the path and the disk", 2)
@@ -124,10 +120,6 @@ def run(arguments: list[str], command: str | None = None) -> int:
             return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
         traceback.print_exc()
         return _fail("this is a defect of ditf; please report it with the lines above", 70)
-
-
-def _terminate(signum: int, frame: Optional[FrameType]) -> NoReturn:
-    raise _Terminated  # unwinds, so that temporary files are removed
 
 
 def _interrupted() -> int:
