@@ -29,7 +29,7 @@ from ditf.cli import (
     track,
 )
 from ditf.cli.console import state
-from ditf.cli.termination import EXIT_CODE, MESSAGE, Terminated, terminable
+from ditf.cli.termination import EXIT_CODE, MESSAGE, Terminated, exit_now, terminable
 from ditf.runtime.errors import DitfError
 
 _SIGINT = 128 + signal.SIGINT
@@ -77,14 +77,14 @@ def _root(
 
 def main() -> NoReturn:
     """The `ditf` command."""
-    sys.exit(run(sys.argv[1:]))
+    _leave(run(sys.argv[1:]))
 
 
 def export_main() -> NoReturn:
     """The `ditf-export` command: `ditf export`."""
     arguments = sys.argv[1:]
     verb = [] if arguments == ["--version"] else ["export"]
-    sys.exit(run([*verb, *arguments], shlex.join(["ditf-export", *arguments])))
+    _leave(run([*verb, *arguments], shlex.join(["ditf-export", *arguments])))
 
 
 def run(arguments: list[str], command: str | None = None) -> int:
@@ -120,6 +120,12 @@ def run(arguments: list[str], command: str | None = None) -> int:
             return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
         traceback.print_exc()
         return _fail("this is a defect of ditf; please report it with the lines above", 70)
+
+
+def _leave(code: int) -> NoReturn:
+    if code == EXIT_CODE:
+        exit_now()  # an interpreter that has imported torch takes seconds to leave
+    sys.exit(code)
 
 
 def _interrupted() -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -16,7 +17,7 @@ EXIT_CODE = 128 + signal.SIGTERM
 MESSAGE = "terminated; nothing was left half-written"
 
 _NOTICED = 1.0  # seconds for the main thread to return to the interpreter, where the handler can run
-_UNWOUND = 10.0  # seconds for it to clean up after itself, and to end a Ray cluster
+_UNWOUND = 5.0  # seconds for it to clean up after itself, and to end a Ray cluster
 
 
 class Terminated(BaseException):
@@ -28,13 +29,19 @@ def terminable(forced: bool = True) -> Iterator[None]:
     """SIGTERM raises `Terminated` in the block, which runs in the main thread.
 
     Args:
-        forced: end the process, after `undo_all`, if that takes too long. A handler only runs when the main
-            thread is back in the interpreter, and native code that it called may take minutes; and what it
-            raises inside a callback may be lost. A thread can do so as long as that code does not hold the
-            interpreter's lock.
+        forced: end the process if that takes too long. A handler only runs when the main thread is back in
+            the interpreter, and native code that it called may take minutes; what it raises inside a callback
+            or a finaliser is lost. A thread can do it as long as native code does not hold the interpreter's
+            lock.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     unwinding, over = threading.Event(), threading.Event()
+    report = sys.unraisablehook
+
+    def lost(unraisable: sys.UnraisableHookArgs) -> None:
+        if forced and unraisable.exc_type is Terminated:
+            _end()
+        report(unraisable)
 
     def terminate(number: int, frame: Optional[FrameType]) -> NoReturn:
         for one in handlers:
@@ -43,6 +50,7 @@ def terminable(forced: bool = True) -> Iterator[None]:
         raise Terminated
 
     signal.signal(signal.SIGTERM, terminate)
+    sys.unraisablehook = lost
     reading, writing = os.pipe()
     os.set_blocking(writing, False)
     before = -1
@@ -60,9 +68,24 @@ def terminable(forced: bool = True) -> Iterator[None]:
         if forced:
             watch.join()
         os.close(reading)
+        sys.unraisablehook = report
         for number, handler in handlers.items():
             if handler is not None:  # else it was not set from Python
                 signal.signal(number, handler)
+
+
+def exit_now() -> NoReturn:
+    """End the process: what is unfinished is undone, and nothing else is waited for."""
+    undo_all()
+    with suppress(OSError, ValueError):
+        sys.stdout.flush()
+    os._exit(EXIT_CODE)
+
+
+def _end() -> NoReturn:
+    with suppress(OSError):
+        os.write(2, f"error: {MESSAGE}\n".encode())
+    exit_now()
 
 
 def _watch(reading: int, unwinding: threading.Event, over: threading.Event) -> None:
@@ -71,10 +94,7 @@ def _watch(reading: int, unwinding: threading.Event, over: threading.Event) -> N
         if number[0] == signal.SIGTERM and not over.wait(_NOTICED):
             if unwinding.is_set() and over.wait(_UNWOUND):
                 return
-            undo_all()
-            with suppress(OSError):
-                os.write(2, f"error: {MESSAGE}\n".encode())
-            os._exit(EXIT_CODE)
+            _end()
 
 
 def _forget() -> None:

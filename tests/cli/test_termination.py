@@ -11,8 +11,8 @@ import pytest
 
 from ditf.cli.termination import Terminated, terminable
 
-# A main thread that is in native code for minutes, without the interpreter's lock; and one that loses what
-# the handler raises, as callbacks of native code may.
+# A main thread that is in native code for minutes, without the interpreter's lock; and two that lose what the
+# handler raises, as callbacks of native code and finalisers do.
 NATIVE = "hashlib.pbkdf2_hmac('sha256', b'', b'', 2**31 - 1)"
 LOST = """
     while True:
@@ -20,6 +20,12 @@ LOST = """
             time.sleep(60)
         except BaseException:
             print('lost', flush=True)
+"""
+FINALISER = """
+    class Finaliser:
+        def __del__(self):
+            time.sleep(60)
+    for _ in range(60): Finaliser()
 """
 CODE = """
 import hashlib, sys, time
@@ -35,7 +41,7 @@ sys.exit(run(['export-triton', sys.argv[1], '--repository', 'models', '-q']))
 """
 
 
-@pytest.mark.parametrize("at", [NATIVE, LOST], ids=["native", "lost"])
+@pytest.mark.parametrize("at", [NATIVE, LOST, FINALISER], ids=["native", "lost", "finaliser"])
 def test_it_ends_whatever_the_main_thread_is_at(demo_bundle, tmp_path, at):
     command = [sys.executable, "-c", CODE.format(at), str(demo_bundle)]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
