@@ -8,16 +8,15 @@ infinity, products accumulated in float32 and rounded once (`rounded`).
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ditf.runtime.errors import BundleError, missing_extra
 from ditf.runtime.onnx_graph import Graph
+from ditf.runtime.unfinished import scratch_folder
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 """The largest finite number of each 16-bit type."""
@@ -123,8 +122,8 @@ class TwinSession:
             content = self.twin.model.SerializeToString()
             self._session = onnxruntime.InferenceSession(content, options, providers=providers)
         else:
-            with tempfile.TemporaryDirectory(prefix="ditf-twin-") as folder:
-                path = str(Path(folder) / "twin.onnx")
+            with scratch_folder("ditf-twin-") as folder:
+                path = str(folder / "twin.onnx")
                 copy = onnx.ModelProto()
                 copy.CopyFrom(self.twin.model)  # saving moves the weights out of a message
                 onnx.save(copy, path, save_as_external_data=True, location="twin.data")

@@ -11,6 +11,7 @@ from ditf.runtime.bundle import FEATURES, Bundle
 from ditf.runtime.errors import missing_extra
 from ditf.runtime.golden_file import Golden
 from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.writing import replacing
 
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 RUNNER = "ditf-float32"
@@ -45,6 +46,8 @@ def export_polygraphy(bundle: Bundle, golden: Golden, folder: Path) -> tuple[Pat
         outputs = {"features": runner.run(chunk).astype(dtype)}
         results.append(IterationResult(outputs=outputs, runner_name=RUNNER))
     folder.mkdir(parents=True, exist_ok=True)
-    save_json(inputs, str(folder / INPUTS), description="golden inputs")
-    RunResults([(RUNNER, results)]).save(str(folder / OUTPUTS))
+    with replacing(folder / INPUTS) as temporary:
+        save_json(inputs, str(temporary), description="golden inputs")
+    with replacing(folder / OUTPUTS) as temporary:
+        RunResults([(RUNNER, results)]).save(str(temporary))
     return folder / INPUTS, folder / OUTPUTS

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import time
 from collections.abc import Sequence
@@ -32,12 +33,14 @@ from ditf.runtime.engines import (
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
 from ditf.runtime.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.gpu import find_gpu
-from ditf.runtime.staging import abandoned, staged
+from ditf.runtime.stage_folder import clear
+from ditf.runtime.staging import staged
 
 Profiles = tuple[tuple[int, int, int], ...]
 """Smallest, usual and largest batch of each profile."""
 
 _NO_FLOAT32_PRODUCTS = "sm_75"  # TensorRT-RTX has no float32 GEMM for it
+_KEY = re.compile(r"tensorrt(-rtx)?-\d[\w.]*-.+-b[\d-]+-[0-9a-f]{8}")  # as `engine_key` names engines
 _NOT_AHEAD = ("hardware_compatible", "version_compatible", "strip_weights")  # need a driver, or say nothing
 
 
@@ -159,10 +162,14 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
     """Remove engines of other graphs, damaged ones, and what builds that were killed left behind.
 
     Returns:
-        What was removed, and why. What is no engine, and what a newer ditf made, is left alone.
+        What was removed, and why. What is no engine, and what a newer ditf made, is left alone; so are links,
+        and folders that hold anything but an engine's files.
     """
-    removed = [(path, "left by a build that was killed") for path in abandoned(bundle.path / ENGINES)]
+    left = [(path, "left by a build that was killed") for path in clear(bundle.path / ENGINES)]
+    removed = []
     for folder in folders:
+        if not _engine_alone(folder):
+            continue
         try:
             record = read_record(folder)
             verify_plans(folder, record)
@@ -175,7 +182,16 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
             removed.append((folder, why))
     for folder, _ in removed:
         shutil.rmtree(folder)
-    return removed
+    return [*left, *removed]
+
+
+def _engine_alone(folder: Path) -> bool:
+    """Whether a folder has an engine's name, and in it are files that `build` writes and nothing else."""
+    if folder.is_symlink() or not _KEY.fullmatch(folder.name):
+        return False
+    inside = list(folder.iterdir())
+    ours = {RECORD, FEATURES_PLAN, MATCH_PLAN}
+    return all(path.name in ours and path.is_file() and not path.is_symlink() for path in inside)
 
 
 def _batch(bundle: Bundle, batch: Sequence[Sequence[int]]) -> Profiles:

@@ -13,11 +13,10 @@ it is.
 from __future__ import annotations
 
 import json
-import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,15 @@ from ditf.runtime.golden_file import read_golden
 from ditf.runtime.manifest import NAME as MANIFEST
 from ditf.runtime.serving import contract
 from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
-from ditf.runtime.staging import abandoned, check_space
+from ditf.runtime.stage_folder import NEW, OLD, stage_folder, swap
+from ditf.runtime.staging import check_space
 from ditf.runtime.store import features_hash
+from ditf.runtime.writing import link_end, sync_folder, sync_tree
 
 MARKER = "ditf.json"
 CONFIG = "config.pbtxt"
 SCHEMA = 1
+GONE = "gone"  # in the stage: models that were there and are no more
 
 _PYTHON = '''"""Written by ditf export-triton. The code is in the ditf that is installed beside Triton."""
 
@@ -160,11 +162,13 @@ def write_models(
     gone = [path for path in _own(repository, name) if path.name not in wanted]
     total = sum(path.stat().st_size for model in models for path in model.copied.values())
     check_space(repository, total)
-    with _staging(repository) as temporary:
+    with _staging(repository) as (stage, place):
         for model in models:
-            _write(temporary / model.name, bundle, name, model)
-        repository.mkdir(parents=True, exist_ok=True)
-        _swap(temporary, repository, [model.name for model in models], gone)
+            _write(stage / NEW / model.name, bundle, name, model)
+        sync_tree(stage / NEW)
+        place.mkdir(parents=True, exist_ok=True)
+        _swap(stage, place, [model.name for model in models], gone)
+        sync_folder(place)
     return gone
 
 
@@ -180,47 +184,42 @@ def _write(folder: Path, bundle: Bundle, name: str, model: RepositoryModel) -> N
     (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
 
 
-def _swap(temporary: Path, repository: Path, names: Sequence[str], gone: Sequence[Path]) -> None:
+def _swap(stage: Path, repository: Path, names: Sequence[str], gone: Sequence[Path]) -> None:
     """Rename all models into their places; if one cannot be, all are as they were."""
-    old = temporary / ".old"
-    old.mkdir()
-    done: list[tuple[Path, Path]] = []
+    done: list[tuple[Path, Path | None]] = []
     try:
         for name in names:
-            target = repository / name
-            if target.exists():
-                target.rename(old / name)
-                done.append((old / name, target))
-            (temporary / name).rename(target)
-            done.append((target, temporary / name))
+            place = repository / name
+            done.append((place, swap(stage / NEW / name, place, stage / OLD)))
         for path in gone:
-            path.rename(old / path.name)
-            done.append((old / path.name, path))
+            (stage / GONE).mkdir(exist_ok=True)
+            path.rename(stage / GONE / path.name)
+            done.append((path, stage / GONE / path.name))
     except BaseException:
-        for now, before in reversed(done):
-            now.rename(before)
+        for place, former in reversed(done):
+            if former is None:
+                place.rename(stage / NEW / place.name)
+            else:
+                swap(former, place, stage / "unwanted")
         raise
 
 
 @contextmanager
-def _staging(repository: Path) -> Iterator[Path]:
-    """A folder on the repository's file system, which is removed in the end."""
-    beside = repository.parent
-    if repository.exists() and repository.stat().st_dev != beside.stat().st_dev:
-        beside = repository
-    temporary = beside / f".{repository.name}.partial-{os.getpid()}"
-    try:
-        beside.mkdir(parents=True, exist_ok=True)
-        for path in abandoned(beside):
-            if path.name.startswith(f".{repository.name}."):
-                shutil.rmtree(path, ignore_errors=True)
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(f"{beside} cannot be written ({error.strerror})", "choose another place") from error
-    try:
-        yield temporary
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+def _staging(repository: Path) -> Iterator[tuple[Path, Path]]:
+    """A folder on the repository's file system, which is removed in the end, and where the repository is."""
+    place = link_end(repository)
+    beside, home = place.parent, place.name
+    if place.exists() and place.stat().st_dev != beside.stat().st_dev:
+        beside, home = place, "."
+    with ExitStack() as stack:
+        try:
+            beside.mkdir(parents=True, exist_ok=True)
+            stage = stack.enter_context(stage_folder(beside, place.name, home))
+        except OSError as error:
+            raise InputError(
+                f"{beside} cannot be written ({error.strerror})", "choose another place"
+            ) from error
+        yield stage, place
 
 
 def _check_ours(folder: Path, name: str) -> None:

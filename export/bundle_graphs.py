@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -25,6 +24,7 @@ from ditf.export.trace import write_trace
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
 from ditf.runtime.manifest import DYNAMIC_EXAMPLE
+from ditf.runtime.unfinished import scratch_folder
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def match_onnx(channels: int, grid: tuple[int, int], dtype: torch.dtype, opset: 
         "rows": {0: torch.export.Dim("height")},
         "columns": {0: torch.export.Dim("width")},
     }
-    with tempfile.TemporaryDirectory(prefix="ditf-match-") as folder:
-        path = Path(folder) / files.MATCH
+    with scratch_folder("ditf-match-") as folder:
+        path = folder / files.MATCH
         write_onnx(MatchGraph(), dict(zip(INPUTS, tensors, strict=True)), OUTPUTS, path, opset, shapes)
         return path.read_bytes()

@@ -15,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 
 from ditf.export.families.base import Condition, Family
 from ditf.runtime.errors import InputError
+from ditf.runtime.writing import write_whole
 
 _MASK = "prompt_attention_mask"
 _GUIDANCE = "guidance"  # a setting, not a text encoder's
@@ -95,4 +96,4 @@ def write_embeddings(path: Path, condition: Condition, prompt: str, model: str) 
     from safetensors.torch import save
 
     tensors = {name: tensor.contiguous() for name, tensor in condition.items() if name != _GUIDANCE}
-    path.write_bytes(save(tensors, metadata={"prompt": prompt, "model": model}))
+    write_whole(path, save(tensors, metadata={"prompt": prompt, "model": model}))

@@ -28,7 +28,7 @@ from ditf.export.scratch import spilling
 from ditf.export.swap import Swap, judge_encoder
 from ditf.runtime import bundle as files
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
-from ditf.runtime.staging import check_space, staged
+from ditf.runtime.staging import check_output, check_space, staged
 
 _STAGES = {"float32": 9, "bfloat16": 9, "float16": 10, "int8": 10}
 
@@ -62,6 +62,7 @@ def export_bundle(
     report(f"opening {options.model}")
     with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
         plan = make_plan(options, checkpoint)
+        check_output(plan.output, options.inputs)
         weights = bundle_bytes(plan)
         check_space(plan.output, written_bytes(plan, weights))
         check_memory(plan)

@@ -76,6 +76,13 @@ class ExportOptions(BaseModel):
     command: str = ""
 
     @property
+    def inputs(self) -> list[Path]:
+        """Files and folders that the export reads; a hub id is none."""
+        named = [Path(one).expanduser() for one in (self.model, self.vae) if one not in (None, DEMO)]
+        given = [self.prompts, *self.prompt_embeds, self.calibration, self.calibration_images]
+        return [path for path in (*named, *given) if path is not None and path.exists()]
+
+    @property
     def surveys(self) -> bool:
         """Whether the features have to be looked at before the graph is made, which takes another pass."""
         unseen = self.precision == "float32" or not self.adaln  # else their range is measured with all others

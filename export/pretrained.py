@@ -9,6 +9,7 @@ import tempfile
 import warnings
 import weakref
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 from types import UnionType
 from typing import Any, Union, get_args, get_origin, get_type_hints
@@ -20,6 +21,7 @@ from ditf.export.checkpoint import Checkpoint
 from ditf.export.streaming import stream_encoder, streams
 from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
+from ditf.runtime.unfinished import register
 
 _LEGACY = {
     ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
@@ -228,10 +230,16 @@ def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
         return streamed
     # Tensors of an older layout: from_pretrained converts them, and writes here what it has to change.
     rewritten = tempfile.mkdtemp(prefix="ditf-encoder-")
-    encoder = _from_pretrained(
-        encoder_class, folder, **options, device_map={"": "disk"}, offload_folder=rewritten
-    )
-    weakref.finalize(encoder, shutil.rmtree, rewritten, ignore_errors=True)
+    remove = partial(shutil.rmtree, rewritten, ignore_errors=True)
+    register(remove)
+    try:
+        encoder = _from_pretrained(
+            encoder_class, folder, **options, device_map={"": "disk"}, offload_folder=rewritten
+        )
+    except BaseException:
+        remove()
+        raise
+    weakref.finalize(encoder, remove)
     return encoder.eval()
 
 

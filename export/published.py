@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +14,7 @@ from ditf.export.families import FAMILIES
 from ditf.export.families.base import Condition, Family
 from ditf.export.pretrained import full_config
 from ditf.runtime.errors import InputError
+from ditf.runtime.unfinished import scratch_folder
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "DiT-XL/2 512": {"_class_name": "DiTTransformer2DModel", "sample_size": 64, "out_channels": 8},
@@ -122,9 +122,9 @@ def open_configs(model: str) -> Iterator[Checkpoint]:
     elif model and path.is_dir():
         yield Checkpoint(path, model)
     elif model.lower() in published:
-        with tempfile.TemporaryDirectory(prefix="ditf-configs-") as folder:
-            _write_configs(Path(folder), published[model.lower()])
-            yield Checkpoint(Path(folder), model)
+        with scratch_folder("ditf-configs-") as folder:
+            _write_configs(folder, published[model.lower()])
+            yield Checkpoint(folder, model)
     else:
         raise InputError(
             f"{model!r:.80} is no directory, and no published model whose config is known",
@@ -145,10 +145,10 @@ def open_vae_configs(vae: str) -> Iterator[Part]:
     if vae and Path(vae).expanduser().is_dir():
         yield vae_part(Checkpoint(Path(vae).expanduser(), vae))
     elif vae.lower() in VAES:
-        with tempfile.TemporaryDirectory(prefix="ditf-configs-") as folder:
+        with scratch_folder("ditf-configs-") as folder:
             config = {"_class_name": "AutoencoderTiny", "latent_channels": VAES[vae.lower()]}
-            (Path(folder) / "config.json").write_text(json.dumps(config), "utf-8")
-            yield vae_part(Checkpoint(Path(folder), vae))
+            (folder / "config.json").write_text(json.dumps(config), "utf-8")
+            yield vae_part(Checkpoint(folder, vae))
     else:
         raise InputError(
             f"--vae {vae!r:.80} is no directory, and no published VAE whose config is known",

@@ -23,7 +23,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Optional
-from uuid import uuid4
 
 import numpy as np
 
@@ -31,6 +30,7 @@ from ditf.runtime.bundle import Bundle, sha256
 from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
 from ditf.runtime.extraction import Extraction, Pending, batch_size, failure_text, image_name, store_batch
 from ditf.runtime.images import FittedImage, fitted_image
+from ditf.runtime.liveness import file_system_time
 from ditf.runtime.model import Model
 from ditf.runtime.store import PARTIAL, STORE, StoreIdentity, features_hash, map_path
 from ditf.runtime.store_writer import StoreWriter
@@ -71,10 +71,7 @@ class Job:
         Args:
             writer: opened.
         """
-        probe = writer.path / PARTIAL / f"clock-{uuid4().hex}"
-        probe.touch()
-        started = probe.stat().st_mtime_ns
-        probe.unlink()
+        started = file_system_time(writer.path / PARTIAL)
         store = writer.path.resolve()
         return cls(bundle.resolve(), store, writer.identity, prompt, fit, backend, started)
 

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.manifest import NAME as MANIFEST
-
-_STAGED = re.compile(r"\.(.+)\.(?:partial|old)-(\d+)")
+from ditf.runtime.stage_folder import NEW, OLD, stage_folder, swap
+from ditf.runtime.writing import link_end, sync_folder, sync_tree
 
 
 @contextmanager
 def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
-    """A temporary sibling of `target` that takes its place when the block ends well.
+    """A temporary folder that takes the place of `target` when the block ends well.
 
-    What is at `target` is replaced whole, of a bundle its engines included; whatever goes wrong, it is
-    kept as it was and the temporary directory is removed. What a killed process left is removed by
-    the next one.
+    What is at `target` is replaced whole, of a bundle its engines included; whatever goes wrong, it is kept
+    as it was and the temporary folder is removed. Of a symbolic link, what it points to is replaced.
+    What a killed process left is put back or removed by the next one, see `stage_folder`.
 
     Args:
         marker: the file that shows that `target` may be replaced: of a bundle its manifest.
@@ -29,23 +28,44 @@ def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
     Raises:
         InputError: `target` exists without the marker, or its parent cannot be written.
     """
-    if target.exists() and not (target / marker).is_file():
-        what = "is not a bundle" if marker == MANIFEST else f"has no {marker}"
-        raise InputError(f"{target} exists and {what}", "choose another place, or move it away")
-    temporary = target.with_name(f".{target.name}.partial-{os.getpid()}")
-    try:
-        target.parent.mkdir(parents=True, exist_ok=True)
-        _remove_stale(target)
-        temporary.mkdir()
-    except OSError as error:
-        raise InputError(
-            f"{target.parent} cannot be written ({error.strerror})", "choose another place"
-        ) from error
-    try:
-        yield temporary
-        _replace(temporary, target)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+    place = link_end(target)
+    _check_marker(target, place, marker)
+    with ExitStack() as stack:
+        try:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            stage = stack.enter_context(stage_folder(place.parent, place.name))
+            (stage / NEW).mkdir()
+        except OSError as error:
+            raise InputError(
+                f"{target.parent} cannot be written ({error.strerror})", "choose another place"
+            ) from error
+        yield stage / NEW
+        sync_tree(stage / NEW)
+        _check_marker(target, place, marker)
+        former = swap(stage / NEW, place, stage / OLD)
+        if former is not None and not (former / marker).is_file():  # somebody has just put it there
+            swap(former, place, stage / "unwanted")
+            _check_marker(target, place, marker)
+        sync_folder(place.parent)
+
+
+def check_output(target: Path, inputs: Sequence[Path] = (), marker: str = MANIFEST) -> None:
+    """Reject a place that `staged` cannot or must not replace, before the work starts.
+
+    Args:
+        inputs: files and folders that the command reads.
+        marker: see `staged`.
+
+    Raises:
+        InputError: the current directory or an input is in it or is it, or it exists without the marker.
+    """
+    place = link_end(target).resolve()
+    held = {"the current directory": Path.cwd(), **{str(one): one.resolve() for one in inputs}}
+    for what, path in held.items():
+        if place in (path, *path.parents):
+            is_or_holds = "is" if place == path else "holds"
+            raise InputError(f"{target} {is_or_holds} {what}", "choose another --output")
+    _check_marker(target, place, marker)
 
 
 def check_space(target: Path, needed: int) -> None:
@@ -68,41 +88,7 @@ def check_space(target: Path, needed: int) -> None:
         )
 
 
-def _replace(temporary: Path, target: Path) -> None:
-    if not target.exists():
-        temporary.rename(target)
-        return
-    old = target.with_name(f".{target.name}.old-{os.getpid()}")
-    target.rename(old)
-    try:
-        temporary.rename(target)
-    except BaseException:
-        old.rename(target)
-        raise
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def abandoned(folder: Path) -> list[Path]:
-    """What processes that were killed while they wrote into a folder left behind."""
-    try:
-        inside = sorted(folder.iterdir())
-    except OSError:
-        return []
-    return [path for path in inside if (match := _STAGED.fullmatch(path.name)) and not _alive(int(match[2]))]
-
-
-def _remove_stale(target: Path) -> None:
-    """Remove what exports of `target` that were killed left behind."""
-    for path in abandoned(target.parent):
-        if path.name.startswith(f".{target.name}."):
-            shutil.rmtree(path, ignore_errors=True)
-
-
-def _alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        pass  # somebody else's process
-    return True
+def _check_marker(target: Path, place: Path, marker: str) -> None:
+    if os.path.lexists(place) and not (place / marker).is_file():
+        what = "is not a bundle" if marker == MANIFEST else f"has no {marker}"
+        raise InputError(f"{target} exists and {what}", "choose another place, or move it away")

@@ -1,7 +1,8 @@
 """FeatureStore: features of many images on disk, one safetensors file an image, read where they lie.
 
     STORE/store.json                what the maps are: bundle, fit, condition, type. Whoever writes must agree
-    STORE/maps/ab/<hash>.safetensors   `features` [C, h, w]; in its metadata the image's name, hash and size
+    STORE/maps/ab/<hash>.safetensors   `features` [C, h, w]; in its metadata the image's name, hash and size,
+                                       and a digest of all of it
     STORE/index.json                for people: every map that was there when a run ended
     STORE/partial/                  files being written
 
@@ -13,17 +14,20 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Optional, Union, get_type_hints
+from typing import Optional, Union, get_type_hints
 
 import numpy as np
 
 from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, NOISE, Bundle
-from ditf.runtime.errors import InputError, NewerSchema, missing_extra
+from ditf.runtime.errors import InputError, NewerSchema
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.manifest import conforms
+from ditf.runtime.reading import open_regular, read_regular
+from ditf.runtime.stored_map import AGAIN, StoredMap, read_stored, safetensors_package
 
 SCHEMA = 1
 STORE = "store.json"
@@ -31,10 +35,10 @@ INDEX = "index.json"
 MAPS = "maps"
 PARTIAL = "partial"
 SUFFIX = ".safetensors"
-TENSOR = "features"
 DTYPES = ("float16", "float32")
 
-_AGAIN = "run ditf features again: it computes what is missing"
+_MAP = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
+_LARGEST_IDENTITY = 1 << 20  # bytes
 
 
 @dataclass(frozen=True)
@@ -90,33 +94,16 @@ class StoreIdentity:
         return shown or (named and ["another export of the same layer"])
 
 
-@dataclass(frozen=True)
-class StoredMap:
-    """What a map's file says of itself.
-
-    Attributes:
-        name: of the image; image_sha256: of its file.
-        image_size: (H, W) px; extent: (rows, columns) of the map that the image covers, in cells.
-        shape: (C, h, w); dtype: of the numbers; offset: of the first in the file, bytes.
-        key: of the store's identity.
-    """
-
-    name: str
-    image_sha256: str
-    image_size: tuple[int, int]
-    extent: tuple[float, float]
-    shape: tuple[int, int, int]
-    dtype: str
-    offset: int
-    key: str
-
-
 class FeatureStore(Mapping[str, FeatureMap]):
     """A store that `ditf features BUNDLE IMAGES... --output STORE` wrote; {name of an image: FeatureMap}.
 
     Maps are memory-mapped: opening one reads its file's header, and its values once to see that they are
     finite; what is not used may leave memory again. Maps that are written later can be had by name;
     `names`, `len` and iteration are of those that were there when the store was opened.
+
+    Args:
+        path: of the store.
+        verify: compare every map with its digest when it is opened, which reads it once more.
 
     Attributes:
         path: of the store; identity: what its maps have in common.
@@ -126,9 +113,10 @@ class FeatureStore(Mapping[str, FeatureMap]):
         MissingComponent: safetensors is not installed.
     """
 
-    def __init__(self, path: Union[str, Path]) -> None:
+    def __init__(self, path: Union[str, Path], verify: bool = False) -> None:
         safetensors_package()
         self.path = Path(path)
+        self.verify = verify
         self.identity = read_identity(self.path)
         self._names: tuple[str, ...] | None = None
 
@@ -145,12 +133,17 @@ class FeatureStore(Mapping[str, FeatureMap]):
         path = map_path(self.path, name)
         stored = read_stored(path)
         if stored.key != self.identity.key:
-            raise InputError(f"{path} is of another store or bundle", f"remove it and {_AGAIN}")
+            raise InputError(f"{path} is of another store or bundle", f"remove it and {AGAIN}")
+        if stored.name != name:
+            raise InputError(f"{path} is the map of {stored.name!r}, not of {name!r}", AGAIN)
+        if self.verify and not stored.whole(path):
+            what = "has no digest" if stored.digest is None else "is not what was written"
+            raise InputError(f"{path} {what}", AGAIN)
         array = np.memmap(path, stored.dtype, "r", stored.offset, stored.shape)
         try:
             return FeatureMap(array, stored.image_size, stored.extent)
         except InputError as error:
-            raise InputError(f"{path}: {error.problem}", f"remove it and {_AGAIN}") from error
+            raise InputError(f"{path}: {error.problem}", f"remove it and {AGAIN}") from error
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.names)
@@ -165,11 +158,11 @@ class FeatureStore(Mapping[str, FeatureMap]):
         return f"FeatureStore({str(self.path)!r}, {len(self)} maps of {self.identity.channels} channels)"
 
     def _list(self) -> Iterator[str]:
-        """Names by the index where it has them: a file's name never stands for another image."""
-        known = {entry["file"]: name for name, entry in _read_index(self.path).items()}
+        """Names: of the index where it has a file's, which its own name proves; else as the file says."""
+        known = {map_path(self.path, name): name for name in _read_index(self.path)}
         for path in map_files(self.path):
-            name = known.get(path.relative_to(self.path).as_posix())
-            yield read_stored(path).name if name is None else name
+            name = known.get(path)
+            yield read_named(self.path, path).name if name is None else name
 
 
 def narrowed(array: np.ndarray, dtype: str) -> np.ndarray:
@@ -198,8 +191,25 @@ def map_path(store: Path, name: str) -> Path:
 
 
 def map_files(store: Path) -> list[Path]:
-    """Every map's file."""
-    return sorted((store / MAPS).glob(f"*/*{SUFFIX}"))
+    """Every map's file: what has such a name."""
+    return sorted(path for path in (store / MAPS).glob(f"*/*{SUFFIX}") if is_map_name(path))
+
+
+def is_map_name(path: Path) -> bool:
+    """Whether a file in maps/ is named as `map_path` names one."""
+    return bool(_MAP.fullmatch(path.name)) and path.parent.name == path.name[:2]
+
+
+def read_named(store: Path, path: Path) -> StoredMap:
+    """As `read_stored`, of a map that is where its image's map belongs.
+
+    Raises:
+        InputError: truncated, not a map, or another image's.
+    """
+    stored = read_stored(path)
+    if map_path(store, stored.name) != path:
+        raise InputError(f"{path} is the map of {stored.name!r}, whose place is another", AGAIN)
+    return stored
 
 
 def read_identity(store: Path) -> StoreIdentity:
@@ -210,7 +220,7 @@ def read_identity(store: Path) -> StoreIdentity:
     """
     path = store / STORE
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = json.loads(read_regular(path, _LARGEST_IDENTITY))
         schema = document["schema"]
         if isinstance(schema, int) and schema > SCHEMA:
             raise NewerSchema(
@@ -235,64 +245,14 @@ def identity_json(identity: StoreIdentity) -> str:
     return json.dumps({"schema": SCHEMA, **asdict(identity)}, indent=2) + "\n"
 
 
-def metadata(
-    name: str, image_sha256: str, feature_map: FeatureMap, identity: StoreIdentity
-) -> dict[str, str]:
-    """Of a map's file, as `read_stored` reads it."""
-    return {
-        "name": name,
-        "image_sha256": image_sha256,
-        "image_size": json.dumps(feature_map.image_size),
-        "extent": json.dumps(feature_map.cells),
-        "key": identity.key,
-    }
-
-
-def read_stored(path: Path) -> StoredMap:
-    """What a map's file says of itself; its values are not read.
-
-    Raises:
-        InputError: truncated, or not a map.
-    """
+def _read_index(store: Path) -> list[str]:
+    """Names; none where it cannot be read, since it can be derived."""
     try:
-        # safetensors compares the header with the file's length: a truncated one is refused here.
-        with safetensors_package().safe_open(path, framework="numpy") as file:
-            noted = file.metadata() or {}
-            tensor = file.get_slice(TENSOR)
-            shape, dtype = tuple(tensor.get_shape()), {"F16": "float16", "F32": "float32"}[tensor.get_dtype()]
-            names = list(file.keys())
-        with path.open("rb") as raw:
-            offset = 8 + int.from_bytes(raw.read(8), "little")  # one tensor: it follows the header
-        size, extent = json.loads(noted["image_size"]), json.loads(noted["extent"])
-        fits = conforms(size, tuple[int, int]) and conforms(extent, tuple[float, float])
-        if names != [TENSOR] or len(shape) != 3 or not fits:
-            raise ValueError("not one feature map")
-        said = (noted["name"], noted["image_sha256"], tuple(size), tuple(extent))
-        return StoredMap(*said, shape, dtype, offset, noted["key"])
-    except FileNotFoundError:
-        raise
-    except Exception as error:  # safetensors has an error of its own, which is no class of Python's
-        detail = str(error).split("\n")[0][:80]
-        raise InputError(f"{path} is no whole feature map ({detail})", _AGAIN) from error
-
-
-def _read_index(store: Path) -> dict[str, Any]:
-    """Entries by name; none where it cannot be read, since it can be derived."""
-    try:
-        maps = json.loads((store / INDEX).read_text("utf-8"))["maps"]
-        return maps if all(isinstance(entry["file"], str) for entry in maps.values()) else {}
+        with open_regular(store / INDEX) as file:
+            return list(json.load(file)["maps"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
-        return {}
+        return []
 
 
 def _digest(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
-
-
-def safetensors_package() -> Any:
-    """safetensors, or the error that says how to install it."""
-    try:
-        import safetensors
-    except ImportError:
-        raise missing_extra("safetensors", "eval") from None
-    return safetensors

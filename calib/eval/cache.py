@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import os
-import tempfile
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -15,6 +13,7 @@ import numpy as np
 from ditf.calib.eval.datasets.base import ImageSource, read_image
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.writing import replacing
 
 Extract = Callable[[list[np.ndarray], "str | None"], list[FeatureMap]]
 """Features of RGB images uint8 [H, W, 3] under a condition."""
@@ -127,14 +126,8 @@ class FeatureCache:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=self._folder, prefix=".partial-")
-        temporary = Path(name)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                np.savez(file, features=features.array, image_size=features.image_size, cells=features.cells)
-            temporary.replace(self._folder / f"{key}.npz")
-        finally:
-            temporary.unlink(missing_ok=True)
+        with replacing(self._folder / f"{key}.npz") as temporary, temporary.open("wb") as file:
+            np.savez(file, features=features.array, image_size=features.image_size, cells=features.cells)
 
 
 def _on_host(features: FeatureMap) -> FeatureMap:

@@ -31,7 +31,6 @@ from ditf.cli.console import (
     check_writable,
     open_bundle,
     parse_size,
-    replacing,
     say,
     show,
     state,
@@ -44,6 +43,7 @@ from ditf.runtime.bundle import Bundle, sha256
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.images import fit_image
 from ditf.runtime.manifest import NAME
+from ditf.runtime.writing import replacing
 
 _PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 _PEERS = ("eager", "compile", "onnxruntime")

@@ -17,7 +17,6 @@ from ditf.cli.console import (
     check_picture,
     check_writable,
     parse_size,
-    replacing,
     say,
     show,
     stages,
@@ -27,6 +26,7 @@ from ditf.cli.console import (
 )
 from ditf.cli.export import PromptEmbedsOption, needs_exporter, options_of
 from ditf.runtime.errors import InputError
+from ditf.runtime.writing import replacing, write_whole
 
 
 def calibrate(
@@ -100,8 +100,7 @@ def calibrate(
         from ditf.export.calibrate import stage_count
     with stages(stage_count(options)) as report:
         document = run(options, report, output.absolute().parent)
-    with replacing(output) as temporary:
-        temporary.write_text(json.dumps(document, indent=1) + "\n", "utf-8")
+    write_whole(output, json.dumps(document, indent=1) + "\n")
     if plot is not None:
         from ditf.calib.plot import plot_calibration
 

@@ -23,7 +23,6 @@ from ditf.cli.console import (
     check_picture,
     check_writable,
     open_bundle,
-    replacing,
     say,
     show,
     table,
@@ -35,6 +34,7 @@ from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import GateFailed, InputError, NoPlan
 from ditf.runtime.golden_file import Golden, read_golden
 from ditf.runtime.manifest import Manifest
+from ditf.runtime.writing import replacing
 
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 

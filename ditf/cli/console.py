@@ -8,7 +8,6 @@ import math
 import os
 import re
 import sys
-import tempfile
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
@@ -24,6 +23,7 @@ from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.model import Model
 from ditf.runtime.printable import PrintableFormatter, printable
 from ditf.runtime.signing import Trust
+from ditf.runtime.writing import link_end, write_whole, written_through
 
 SCHEMA = 1  # of every --json document
 _MANY = 100 << 20  # bytes that a log says anything about
@@ -266,10 +266,14 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
             raise InputError(f"{path} is a directory", "name a file")
         if path.name == "-":
             raise InputError("- is no file name here", "results are on stdout already; name a file")
-        if not path.parent.is_dir():
-            raise InputError(f"{path.parent} is not a directory", "make it first")
-        if not os.access(path.parent, os.W_OK):
-            raise InputError(f"{path.parent} cannot be written", "choose another path")
+        place = link_end(path)
+        through = written_through(place)
+        if not place.parent.is_dir():
+            raise InputError(f"{place.parent} is not a directory", "make it first")
+        if not os.access(place if through or place.exists() else place.parent, os.W_OK):
+            raise InputError(f"{place} cannot be written", "choose another path")
+        if not through and not os.access(place.parent, os.W_OK):
+            raise InputError(f"{place.parent} cannot be written", "choose another path")
 
 
 def check_outside(path: Path, inputs: Sequence[Path]) -> None:
@@ -301,27 +305,12 @@ def check_picture(path: Path, extra: str) -> None:
         raise missing_extra("matplotlib", extra) from None
 
 
-@contextmanager
-def replacing(path: Path) -> Iterator[Path]:
-    """A temporary sibling that becomes `path` when the block ends well, and vanishes otherwise."""
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
-    os.close(handle)
-    temporary = Path(name)
-    try:
-        yield temporary
-        temporary.chmod(0o644)
-        temporary.replace(path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
 def write_json(path: Optional[Path], document: dict[str, Any], ok: bool = True) -> None:
     """Write a result's JSON twin: `document` with "schema" and "ok"."""
     if path is not None:
         whole = _finite({"schema": SCHEMA, "ok": ok, **document})
         text = json.dumps(whole, indent=2, allow_nan=False) + "\n"
-        with replacing(path) as temporary:
-            temporary.write_text(text, "utf-8")
+        write_whole(path, text)
 
 
 def _finite(value: Any) -> Any:

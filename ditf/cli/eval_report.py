@@ -25,7 +25,7 @@ from ditf.calib.eval.outcomes import (
 from ditf.cli.console import table
 from ditf.runtime.errors import InputError
 from ditf.runtime.manifest import Manifest
-from ditf.runtime.staging import staged
+from ditf.runtime.staging import check_output, staged
 
 INDEX = "index.json"  # of a folder of pictures
 _WORST, _BEST = 8, 4  # pictures of each bundle
@@ -236,7 +236,7 @@ class Floor:
         }
 
 
-def check_pictures(path: Path | None) -> None:
+def check_pictures(path: Path | None, inputs: Sequence[Path]) -> None:
     """Reject a folder that holds something else than an earlier run's pictures.
 
     Raises:
@@ -246,8 +246,10 @@ def check_pictures(path: Path | None) -> None:
         return
     if not path.is_dir():
         raise InputError(f"{path} is not a directory", "name a folder for the pictures")
-    if any(path.iterdir()) and not (path / INDEX).is_file():
-        raise InputError(f"{path} holds something else", "name an empty folder for the pictures")
+    if any(path.iterdir()):
+        if not (path / INDEX).is_file():
+            raise InputError(f"{path} holds something else", "name an empty folder for the pictures")
+        check_output(path, inputs, INDEX)
 
 
 def write_pictures(path: Path, benchmark: Benchmark, reading: Reading, runs: Sequence[Run]) -> int:

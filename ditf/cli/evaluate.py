@@ -116,7 +116,7 @@ def evaluate_bundle(
         if path.resolve() in [other.resolve() for other in paths[:index]]:
             raise InputError(f"{path} is named twice", "compare different bundles")
     check_writable(json_file, inputs=(*paths, *([data] if data is not None else [])))
-    check_pictures(pictures)
+    check_pictures(pictures, inputs=(*paths, *([data] if data is not None else [])))
     _check_cache(cache)
     opened = [open_bundle(path) for path in paths]
     part = _split(benchmark, split)

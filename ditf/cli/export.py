@@ -20,7 +20,6 @@ from ditf.cli.console import (
     check_writable,
     parse_size,
     pca_text,
-    replacing,
     show,
     stages,
     state,
@@ -30,6 +29,7 @@ from ditf.cli.console import (
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.flavour import choose
+from ditf.runtime.staging import check_output
 
 if TYPE_CHECKING:
     from ditf.export.options import ExportOptions
@@ -184,6 +184,8 @@ def export(
         "command": state.command,
     }
     options = options_of(values)
+    if output is not None:
+        check_output(output, options.inputs)
     if target is not None and not build:
         raise InputError("--target is of an engine", "add --build")
     if build:
@@ -196,8 +198,7 @@ def export(
         from ditf.export.exporter import export_bundle, stage_count
         from ditf.export.save_prompt import save_prompt
     if save_prompt_embeds is not None:
-        with replacing(save_prompt_embeds) as temporary:
-            name = save_prompt(options, temporary)
+        name = save_prompt(options, save_prompt_embeds)
         show(f"{save_prompt_embeds}: embeddings of {name!r}")
         write_json(json_file, {"prompt_embeds": str(save_prompt_embeds), "prompt": name})
         return

@@ -26,7 +26,6 @@ from ditf.cli.console import (
     check_writable,
     load,
     open_bundle,
-    replacing,
     say,
     show,
     stages,
@@ -42,6 +41,7 @@ from ditf.runtime.images import FITS, SUFFIXES, find_images
 from ditf.runtime.reading import read_regular
 from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store_writer import StoreWriter
+from ditf.runtime.writing import replacing
 
 ENGINES = ("local", "ray")
 _LARGEST_LIST = 256 << 20  # bytes of a list of images

@@ -8,7 +8,6 @@ import shlex
 import signal
 import sys
 import traceback
-from types import FrameType
 from typing import Annotated, NoReturn, Optional
 
 import typer
@@ -32,14 +31,11 @@ from ditf.cli import (
     track,
 )
 from ditf.cli.console import state, tell
+from ditf.cli.termination import EXIT_CODE, MESSAGE, Terminated, exit_now, terminable
 from ditf.runtime.errors import DitfError
 from ditf.runtime.printable import PrintableFormatter
 
 _SIGINT = 128 + signal.SIGINT
-
-
-class _Terminated(BaseException):
-    """SIGTERM arrived."""
 
 
 app = typer.Typer(
@@ -85,14 +81,14 @@ def _root(
 
 def main() -> NoReturn:
     """The `ditf` command."""
-    sys.exit(run(sys.argv[1:]))
+    _leave(run(sys.argv[1:]))
 
 
 def export_main() -> NoReturn:
     """The `ditf-export` command: `ditf export`."""
     arguments = sys.argv[1:]
     verb = [] if arguments == ["--version"] else ["export"]
-    sys.exit(run([*verb, *arguments], shlex.join(["ditf-export", *arguments])))
+    _leave(run([*verb, *arguments], shlex.join(["ditf-export", *arguments])))
 
 
 def run(arguments: list[str], command: str | None = None) -> int:
@@ -105,13 +101,13 @@ def run(arguments: list[str], command: str | None = None) -> int:
     0 done; 1 a gate failed; 2 wrong usage or bad input; 3 a component is missing; 70 a defect of ditf;
     130 and 143 interrupted.
     """
-    signal.signal(signal.SIGTERM, _terminate)
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PrintableFormatter())  # warnings, where nothing else is set up
     state.reset(command or shlex.join(["ditf", *arguments]))
     try:
         program = typer.main.get_command(app)
-        code = program.main(arguments or ["--help"], prog_name="ditf", standalone_mode=False)
+        with terminable(forced=arguments[:1] != ["serve"]):  # a server answers first what it let in
+            code = program.main(arguments or ["--help"], prog_name="ditf", standalone_mode=False)
         return _interrupted() if code == _SIGINT else int(code or 0)
     except DitfError as error:
         return _fail(str(error), error.exit_code)
@@ -119,8 +115,8 @@ def run(arguments: list[str], command: str | None = None) -> int:
         return _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except _Terminated:
-        return _fail("terminated; nothing was left half-written", 128 + signal.SIGTERM)
+    except Terminated:
+        return _fail(MESSAGE, EXIT_CODE)
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check the path and the disk", 2)
@@ -132,8 +128,10 @@ def run(arguments: list[str], command: str | None = None) -> int:
         return _fail("this is a defect of ditf; please report it with the lines above", 70)
 
 
-def _terminate(signum: int, frame: Optional[FrameType]) -> NoReturn:
-    raise _Terminated  # unwinds, so that temporary files are removed
+def _leave(code: int) -> NoReturn:
+    if code == EXIT_CODE:
+        exit_now()  # an interpreter that has imported torch takes seconds to leave
+    sys.exit(code)
 
 
 def _interrupted() -> int:

@@ -23,7 +23,6 @@ from ditf.cli.console import (
     VerboseOption,
     check_writable,
     load,
-    replacing,
     say,
     show,
     table,
@@ -38,6 +37,7 @@ from ditf.runtime.images import SUFFIXES, open_image
 from ditf.runtime.matching import check_points, parse_points
 from ditf.runtime.mutual import check_options, mutual_points
 from ditf.runtime.soft_argmax import check_method
+from ditf.runtime.writing import replacing
 
 _ROWS = 40  # of mutual matches that are printed
 

@@ -13,7 +13,6 @@ from ditf.cli.console import (
     QuietOption,
     VerboseOption,
     check_writable,
-    replacing,
     show,
     write_json,
 )
@@ -21,6 +20,7 @@ from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import RECORD, engine_folders, parse_record, record_content, verify_plans
 from ditf.runtime.manifest import NAME, manifest_content, parse_manifest
 from ditf.runtime.signing import SUFFIX, signature
+from ditf.runtime.writing import write_whole
 
 
 def sign(
@@ -50,7 +50,6 @@ def sign(
         verify_plans(folder, parse_record(folder, content))
         signed[folder / RECORD] = signature(content, key)
     for path, made in signed.items():
-        with replacing(path.with_name(path.name + SUFFIX)) as temporary:
-            temporary.write_bytes(made)
+        write_whole(path.with_name(path.name + SUFFIX), made)
         show(f"signed {path}")
     write_json(json_file, {"bundle": str(bundle), "signed": [str(path) for path in signed]})

@@ -22,7 +22,6 @@ from ditf.cli.console import (
     VerboseOption,
     check_writable,
     load,
-    replacing,
     say,
     show,
     stages,
@@ -34,6 +33,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images, open_image, picture_count
 from ditf.runtime.label_images import read_labels, write_labels
 from ditf.runtime.matching import check_points, parse_points
+from ditf.runtime.writing import replacing
 
 
 def track(

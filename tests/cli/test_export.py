@@ -90,6 +90,18 @@ def test_verbose_shows_the_traceback(ditf):
     assert "Traceback" in done.stderr
 
 
+@pytest.mark.parametrize("place", ["/", ".", "..", "model"])
+def test_places_that_must_not_be_replaced(ditf, tmp_path, place):
+    """One line before anything is loaded; even where a manifest would let it be replaced."""
+    (tmp_path / "manifest.json").write_text("{}")
+    (tmp_path / "model").mkdir()
+    done = ditf("export", "--model", "model", "--layer", "1", "--output", place)
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1
+    assert done.stderr.startswith(f"error: {place} ")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["manifest.json", "model"]
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_an_interrupted_export_leaves_nothing(tmp_path, number):
     command = [sys.executable, "-m", "ditf", "export", "--layer", "9"]

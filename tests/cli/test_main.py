@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -106,3 +107,20 @@ def test_doctor(ditf, tmp_path):
     assert "onnxruntime: opens" in done.stdout
     report = json.loads((tmp_path / "doctor.json").read_text())
     assert report["backends"]["onnxruntime"]["available"] is True
+
+
+def test_json_into_a_fifo(ditf, demo_bundle, tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with subprocess.Popen(["cat", tmp_path / "fifo"], stdout=subprocess.PIPE, text=True) as reader:
+        done = ditf("inspect", demo_bundle, "--json", "fifo")
+        text = reader.stdout.read()
+    assert done.returncode == 0, done.stderr
+    assert json.loads(text)["ok"]
+    assert (tmp_path / "fifo").is_fifo()
+
+
+def test_json_into_a_link_of_a_folder_that_is_not_there(ditf, demo_bundle, tmp_path):
+    (tmp_path / "link").symlink_to("absent/file")
+    done = ditf("inspect", demo_bundle, "--json", "link")
+    assert done.returncode == 2
+    assert "absent is not a directory; make it first" in done.stderr

@@ -20,6 +20,7 @@ from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import engine_folders, read_record
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
 from ditf.runtime.flavour import FLAVOURS, TARGETS, choose, has, load
+from ditf.runtime.liveness import STALE, file_system_time
 from tests.processes import started
 
 RTX = FLAVOURS["tensorrt-rtx"]
@@ -301,11 +302,33 @@ def test_an_interrupted_build_leaves_nothing(copy, number, delay):
 
 
 def test_what_a_killed_build_left_is_pruned(copy):
-    left = copy.path / "engines" / ".tensorrt-rtx-1-sm_89-b1-0.partial-999999999"
+    engines = copy.path / "engines"
+    left = engines / f".tensorrt-rtx-1-sm_89-b1-0.partial-{'0' * 8}-{'1' * 32}"
     left.mkdir(parents=True)
-    (copy.path / "engines" / "notes").mkdir()
+    assert prune(copy, engine_folders(copy.path)) == []  # its build may be alive, on another machine
+    os.utime(left, ns=(file_system_time(engines) - 2 * STALE,) * 2)
     assert prune(copy, engine_folders(copy.path)) == [(left, "left by a build that was killed")]
-    assert [path.name for path in (copy.path / "engines").iterdir()] == ["notes"]
+
+
+def test_what_is_not_an_engine_alone_is_not_pruned(copy, tmp_path):
+    """Engines' names, but a note in one, and links; and another name: none of it is ours to remove."""
+    engines = copy.path / "engines"
+    name = "tensorrt-10.3.0-orin-b1-0123456"
+    (engines / f"{name}7").mkdir(parents=True)
+    (engines / f"{name}7" / "notes.txt").write_text("x")
+    (tmp_path / "elsewhere").mkdir()
+    (engines / f"{name}8").symlink_to(tmp_path / "elsewhere")
+    (engines / f"{name}9").mkdir()
+    (engines / f"{name}9" / "features.plan").symlink_to(copy.path / "features.onnx")
+    (engines / "tensorrt-notes").mkdir()
+    (engines / f"{name}a").mkdir()
+    (engines / f"{name}a" / "features.plan").write_text("truncated")
+    removed = prune(copy, engine_folders(copy.path))
+    assert [(path.name, why) for path, why in removed] == [
+        (f"{name}a", f"{engines / name}a has no engine.json")
+    ]
+    left = sorted(path.name for path in engines.iterdir())
+    assert left == [f"{name}7", f"{name}8", f"{name}9", "tensorrt-notes"]
 
 
 @pytest.mark.parametrize(

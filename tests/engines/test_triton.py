@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -20,6 +22,7 @@ from ditf.engines.pbtxt import Enum, entries, pbtxt
 from ditf.engines.triton import bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import choose_plans
+from ditf.runtime import stage_folder
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN, RECORD, EngineRecord, sources
 from ditf.runtime.errors import InputError
@@ -197,23 +200,56 @@ def test_what_is_not_ours_stays(tmp_path, demo_bundle, marker):
     assert _tree(tmp_path) == before
 
 
-def test_a_failure_puts_everything_back(tmp_path, demo_bundle, monkeypatch):
+@pytest.mark.parametrize("exchanging", [True, False])
+@pytest.mark.parametrize("calls", [1, 3])
+def test_a_failure_puts_everything_back(tmp_path, demo_bundle, monkeypatch, exchanging, calls):
     repository = tmp_path / "models"
     exported(demo_bundle, repository, GPU)
     before = _tree(repository)
-    renamed = []
-    rename = triton.Path.rename
+    swapped = []
+    swap = stage_folder.swap
 
-    def failing(path, target):
-        renamed.append(path)
-        if len(renamed) == 6:
+    def failing(new, place, old):
+        swapped.append(place)
+        if len(swapped) == calls:
             raise OSError(5, "Input/output error")
-        return rename(path, target)
+        return swap(new, place, old)
 
-    monkeypatch.setattr(triton.Path, "rename", failing)
+    monkeypatch.setattr(triton, "swap", failing)
+    if not exchanging:
+        monkeypatch.setattr(stage_folder, "exchange", lambda one, other: False)
     with pytest.raises(OSError, match="Input/output"):
         exported(demo_bundle, repository, CPU)
     monkeypatch.undo()
+    assert _tree(repository) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["models"]
+
+
+def test_a_model_that_a_killed_export_had_moved_comes_back(tmp_path, demo_bundle, monkeypatch):
+    """Where two folders cannot be exchanged in one call; with the next export, even one that fails."""
+    repository = tmp_path / "models"
+    exported(demo_bundle, repository, CPU)
+    before = _tree(repository)
+    code = (
+        "import os, sys\n"
+        "from pathlib import Path\n"
+        "from ditf.cli.main import run\n"
+        "from ditf.runtime import stage_folder\n"
+        "stage_folder.exchange = lambda one, other: False\n"
+        "rename = Path.rename\n"
+        "Path.rename = lambda *paths: (rename(*paths), os.kill(os.getpid(), 9))\n"
+        f"run(['export-triton', {str(demo_bundle)!r}, '--repository', {str(repository)!r}, '--name', 'cat',"
+        " '--device', 'cpu'])\n"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True).returncode == -9
+    assert len(list(repository.iterdir())) < 3
+
+    def fails(*arguments):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(triton, "_write", fails)
+    with pytest.raises(OSError, match="No space left"):
+        exported(demo_bundle, repository, CPU)
     assert _tree(repository) == before
     assert [path.name for path in tmp_path.iterdir()] == ["models"]
 

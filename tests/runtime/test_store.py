@@ -15,13 +15,18 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors import safe_open
+from safetensors.numpy import save
 
+from ditf.runtime import store_writer, writing
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, NewerSchema
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.liveness import STALE, file_system_time, try_lock
 from ditf.runtime.matching import match_points
 from ditf.runtime.store import FeatureStore, StoreIdentity, map_files, map_path
 from ditf.runtime.store_writer import StoreWriter
+from ditf.runtime.stored_map import read_stored
 
 IDENTITY = StoreIdentity("f" * 64, "demo", "layer 9 = block.9 of 12", None, "stretch", "float16", 5)
 
@@ -222,13 +227,167 @@ def test_of_two_bundles_at_once_one_wins(tmp_path):
         pass
 
 
-def test_what_a_killed_writer_left_goes_after_a_day(store):
-    old, new = store / "partial" / "old", store / "partial" / "new"
-    for path in (old, new):
-        path.write_text("")
-    os.utime(old, (time.time() - 2 * 86400,) * 2)
+def aged(path, days=2.0, text="x"):
+    """A file that was last written days ago, by the file system's clock."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    os.utime(path, ns=(file_system_time(path.parent) - int(days * STALE),) * 2)
+    return path
+
+
+OWN = f"{'0' * 32}-{'1' * 32}"
+
+
+def test_what_a_killed_writer_left_goes_after_a_day(store, monkeypatch):
+    """A day of the file system's clock: this machine's may be ahead."""
+    gone = [aged(store / "partial" / name) for name in (OWN, f"store-{'1' * 32}", f"index-{'1' * 32}")]
+    kept = aged(store / "partial" / f"{'2' * 32}-{'1' * 32}", 0.9)
+    late = time.time() + 90_000
+    monkeypatch.setattr(time, "time", lambda: late)
     with StoreWriter(store, IDENTITY):
-        assert [path.name for path in (store / "partial").iterdir()] == ["new"]
+        assert list((store / "partial").iterdir()) == [kept]
+    assert not any(path.exists() for path in gone)
+
+
+def test_a_live_writers_file_stays_however_old_it_looks(store):
+    code = (
+        "import sys; from pathlib import Path\n"
+        "from ditf.runtime.liveness import try_lock\n"
+        "from ditf.runtime.writing import created\n"
+        "with created(Path(sys.argv[1])) as file:\n"
+        "    print(try_lock(file.fileno()), flush=True); sys.stdin.read()\n"
+        "    print(Path(sys.argv[1]).exists())\n"
+    )
+    path = store / "partial" / OWN
+    command = [sys.executable, "-c", code, str(path)]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "True\n"
+        os.utime(path, (0, 0))
+        with StoreWriter(store, IDENTITY):
+            pass
+        assert process.communicate("")[0] == "True\n"
+
+
+def test_what_is_written_is_locked(store, monkeypatch):
+    held = []
+
+    def publish(file, temporary, path):
+        with temporary.open("r+b") as other:
+            held.append(try_lock(other.fileno()))
+        writing.publish(file, temporary, path)
+
+    monkeypatch.setattr(store_writer, "publish", publish)
+    StoreWriter(store, IDENTITY).put("c", "3" * 64, feature_map(2))
+    assert held == [False]
+
+
+def test_nothing_is_removed_that_is_not_the_stores(store, tmp_path):
+    """Neither names of another kind, nor links, nor what a link points to, nor folders."""
+    elsewhere = aged(tmp_path / "elsewhere" / "photograph")
+    kept = [aged(store / "partial" / name) for name in ("notes.txt", f"{OWN}.txt", "0" * 32)]
+    kept += [aged(store / "maps" / "ab" / "notes.txt"), elsewhere]
+    link, folder = (store / "partial" / f"{digit * 32}-{'1' * 32}" for digit in "23")
+    link.symlink_to(elsewhere)
+    kept += [link, aged(folder / "file")]
+    with StoreWriter(store, IDENTITY):
+        pass
+    assert all(os.path.lexists(path) for path in kept)
+
+
+@pytest.mark.parametrize(
+    "name", ["partial/thesis", "maps/thesis", "maps/ab/thesis", f"maps/00/{'1' * 32}.safetensors"]
+)
+def test_a_folder_with_such_names_is_no_store(tmp_path, name):
+    path = aged(tmp_path / "mine" / name)
+    with pytest.raises(InputError, match="exists and is not a feature store"):
+        StoreWriter(tmp_path / "mine", IDENTITY)
+    assert path.exists()
+
+
+def test_nothing_is_removed_from_what_was_no_store_before(tmp_path):
+    path = aged(tmp_path / "new" / "partial" / OWN)
+    with StoreWriter(tmp_path / "new", IDENTITY):
+        assert path.exists()
+
+
+@pytest.mark.parametrize("part", ["partial", "maps"])
+def test_parts_that_are_links_are_refused(store, tmp_path, part):
+    (store / part).rename(tmp_path / "elsewhere")
+    (store / part).symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(InputError, match=f"{part} is a link"):
+        StoreWriter(store, IDENTITY)
+
+
+@pytest.mark.parametrize("where", [-2, -200, "extent"])
+def test_damage_is_found_by_a_rerun_and_by_verify(store, where):
+    """In the numbers and in what is said of them."""
+    path = map_path(store, "a.png")
+    content = bytearray(path.read_bytes())
+    if where == "extent":
+        content = content.replace(b"[4.0, 6.0]", b"[3.0, 6.0]")
+    else:
+        content[where] ^= 1
+    path.write_bytes(content)
+    assert FeatureStore(store)["a.png"].grid == (4, 6)  # what no digest is compared for may be anything
+    with pytest.raises(InputError, match="is not what was written; run ditf features again"):
+        FeatureStore(store, verify=True)["a.png"]
+    with StoreWriter(store, IDENTITY) as writer:
+        assert not writer.has("a.png", "1" * 64)
+        assert writer.has("two/a.png", "2" * 64)
+        writer.put("a.png", "1" * 64, feature_map(0))
+        assert writer.has("a.png", "1" * 64)
+    np.testing.assert_array_equal(FeatureStore(store, verify=True)["a.png"].array, feature_map(0).array)
+
+
+def test_a_store_of_0_1_0_is_read_and_computed_again(store):
+    """Its maps have no digest: nothing says that they are whole."""
+    path = map_path(store, "a.png")
+    with safe_open(path, framework="numpy") as file:
+        noted, array = file.metadata(), file.get_tensor("features")
+    assert noted.pop("sha256")
+    path.write_bytes(save({"features": array}, noted))
+    np.testing.assert_array_equal(FeatureStore(store)["a.png"].array, feature_map(0).array)
+    with pytest.raises(InputError, match="has no digest"):
+        FeatureStore(store, verify=True)["a.png"]
+    assert not StoreWriter(store, IDENTITY).has("a.png", "1" * 64)
+
+
+def test_a_map_under_another_images_name_is_refused(store):
+    one, other = map_path(store, "a.png"), map_path(store, "two/a.png")
+    content = one.read_bytes()
+    one.write_bytes(other.read_bytes())
+    other.write_bytes(content)
+    with pytest.raises(
+        InputError, match=r"is the map of 'two/a.png', not of 'a.png'; run ditf features again"
+    ):
+        FeatureStore(store)["a.png"]
+    (store / "index.json").unlink()
+    with pytest.raises(InputError, match="whose place is another"):
+        FeatureStore(store).names  # noqa: B018
+    with StoreWriter(store, IDENTITY) as writer:
+        assert not writer.has("a.png", "1" * 64)
+        writer.put("a.png", "1" * 64, feature_map(0))
+    assert list(writer.entries) == ["a.png"]
+
+
+def test_an_index_that_lies_changes_nothing(store):
+    index = json.loads((store / "index.json").read_text())
+    maps = index["maps"]
+    one, other = maps["a.png"], maps["two/a.png"]
+    for lie in ({"a.png": other, "two/a.png": one}, {"x": one, "two/a.png": other}, {"x": 3, "": None}):
+        (store / "index.json").write_text(json.dumps({**index, "maps": lie}))
+        opened = FeatureStore(store)
+        assert opened.names == ("a.png", "two/a.png")
+        np.testing.assert_array_equal(opened["a.png"].array, feature_map(0).array)
+
+
+def test_a_map_that_is_no_regular_file(store):
+    path = map_path(store, "a.png")
+    path.unlink()
+    os.mkfifo(path)
+    with pytest.raises(InputError, match=r"is no whole feature map .*FIFO"):
+        read_stored(path)
+    assert not StoreWriter(store, IDENTITY).has("a.png", "1" * 64)
 
 
 def test_without_safetensors():
