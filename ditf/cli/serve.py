@@ -84,6 +84,7 @@ def serve(
     try:
         from ditf.runtime.serving import logs
         from ditf.runtime.serving.app import make_app
+        from ditf.runtime.serving.descriptors import fit_connections
         from ditf.runtime.serving.metrics import Metrics
         from ditf.runtime.serving.server import LOOPBACK, Server, bind, url
         from ditf.runtime.serving.service import Batching, Service
@@ -91,14 +92,17 @@ def serve(
         raise missing_extra(error.name or "fastapi", "serve") from None
     if log_format not in logs.FORMATS:
         raise InputError(f"--log-format {log_format!r} is not {', '.join(logs.FORMATS)}")
-    limits = Limits(
-        requests=queue,
-        images=2 * queue,
-        body_bytes=int(max_body * MIB),
-        buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
-        pixels=int(max_pixels * 1e6),
-        deadline_s=deadline,
-        drain_s=drain,
+    limits = fit_connections(
+        Limits(
+            requests=queue,
+            images=2 * queue,
+            connections_each=2 * queue,
+            body_bytes=int(max_body * MIB),
+            buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
+            pixels=int(max_pixels * 1e6),
+            deadline_s=deadline,
+            drain_s=drain,
+        )
     )
     key = _api_key(api_key_file)
     names = _names(bundles)

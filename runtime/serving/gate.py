@@ -30,6 +30,9 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 REQUEST_ID, HOLD = "request_id", "hold"
 """In scope["state"]: the request's id, and a function that counts bytes it is about to hold, or refuses."""
 
+HEALTH_ONLY = "health_only"
+"""In scope["state"], set by the connection: there are too many, and this one is for health checks."""
+
 logger = logging.getLogger(LOGGER)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -105,13 +108,13 @@ class Gate:
         limits: of requests.
         watcher: told of every answer.
         api_key: that requests must bear; None for everyone.
-        open_paths: that need no key.
+        health_paths: that need no key, and are answered however many connections are open.
+        open_paths: others that need no key.
         hosts: names in the Host header that are answered; None for any. A server on the loopback names them,
             so that no web page reaches it by a name that resolves there.
 
     Attributes:
         draining: set to let nothing more in.
-        connections: that are open; of the server.
         reading, in_flight: requests whose body is being read, and those let in.
         buffered: bytes that requests hold: bodies, inflated ones, large answers.
     """
@@ -122,6 +125,7 @@ class Gate:
         limits: Limits,
         watcher: Watcher,
         api_key: str | None = None,
+        health_paths: Collection[str] = (),
         open_paths: Collection[str] = (),
         hosts: Collection[str] | None = None,
     ) -> None:
@@ -129,10 +133,10 @@ class Gate:
         self._limits = limits
         self._watcher = watcher
         self._key = None if api_key is None else api_key.encode()
-        self._open = frozenset(open_paths)
+        self._health = frozenset(health_paths)
+        self._open = self._health.union(open_paths)
         self._hosts = None if hosts is None else frozenset(hosts)
         self.draining = False
-        self.connections: Collection[object] = ()
         self.reading = 0
         self.in_flight = 0
         self.buffered = 0
@@ -174,7 +178,7 @@ class Gate:
 
     def _check(self, exchange: _Exchange) -> None:
         path = exchange.scope["path"]
-        if len(self.connections) > self._limits.connections:
+        if exchange.scope["state"].get(HEALTH_ONLY) and path not in self._health:
             raise _Refused(503, "too many connections; try again", retry_after="1", connection="close")
         if path not in self._open and exchange.headers.get(b"sec-fetch-site") == "cross-site":
             raise _Refused(403, "pages of other sites may not use this server")
