@@ -95,6 +95,7 @@ def test_serving_a_bundle_that_is_deleted_and_a_sigterm_under_load(tiny, tmp_pat
 def test_a_key_from_the_environment_or_a_file_and_an_engine_that_fails(tiny, tmp_path):
     key = tmp_path / "key"
     key.write_text("k3y\n")
+    key.chmod(0o600)
     with serving(tiny, "--api-key-file", key, DITF_API_KEY="other") as server:
         assert requests.get(f"{server.url}/v2", timeout=9).status_code == 401
         headers = {"Authorization": "Bearer k3y", "X-Request-Id": "id-1"}
@@ -210,6 +211,24 @@ def test_bad_input(ditf, demo_bundle, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
+def test_a_key_file_that_others_may_use(ditf, demo_bundle, tmp_path, mode):
+    key = tmp_path / "my key"
+    key.write_text("k3y")
+    key.chmod(mode)
+    done = ditf("serve", demo_bundle, "--port", 0, "--api-key-file", key)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {key} holds the key and others may use it (mode {mode:o}); run: chmod 600 '{key}'\n",
+    )
+
+
+def test_a_key_that_is_no_file(ditf, demo_bundle, tmp_path):
+    os.mkfifo(tmp_path / "key", 0o600)
+    done = ditf("serve", demo_bundle, "--port", 0, "--api-key-file", tmp_path / "key")
+    assert (done.returncode, "holds no key (it is a FIFO, not a regular file)" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("key", ["", "two words", "caf\u00e9"])

@@ -364,6 +364,45 @@ def test_pages_of_other_sites_may_not_ask(server):
         assert answer.status_code == expected
 
 
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ("http://127.0.0.1:{port}", 422),
+        ("https://127.0.0.1:{port}", 403),
+        ("http://127.0.0.1:1", 403),
+        ("http://127.0.0.1", 403),
+        ("http://localhost:{port}", 403),
+        ("http://evil.example", 403),
+        ("http://evil.example@127.0.0.1:{port}", 403),
+        ("null", 403),
+        ("", 403),
+    ],
+)
+def test_an_origin_is_that_of_the_host(server, origin, expected):
+    headers = {"Origin": origin.format(port=server.port)}
+    assert requests.post(f"{server.url}/match", headers=headers, timeout=9).status_code == expected
+
+
+def test_a_page_of_another_port_may_not_ask(server):
+    """It is of the same site to a browser, which says so; the page itself may be linked to."""
+    headers = {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:1"}
+    assert requests.get(f"{server.url}/bundles", headers=headers, timeout=9).status_code == 403
+    assert requests.get(f"{server.url}/", headers=headers, timeout=9).status_code == 200
+
+
+def test_nothing_is_read_after_a_body_with_two_lengths(server):
+    """Content-Length and Transfer-Encoding: which of them a proxy believed is not known."""
+    second = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = (
+        b"POST /match HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(second))
+    )
+    with raw(server, head + second) as connection:
+        answer = received(connection)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nconnection: close\r\n" in answer.lower()
+
+
 def test_a_new_connection_replaces_the_longest_idle_one(tiny):
     with serving(tiny, limits=Limits(connections=4)) as server:
         held = [raw(server) for _ in range(4)]
