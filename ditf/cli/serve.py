@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import logging
 import os
+import shlex
 import socket
+import stat
 import warnings
 from pathlib import Path
 from typing import Annotated, Optional
@@ -26,10 +28,12 @@ from ditf.cli.console import (
 )
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.reading import open_regular
 from ditf.runtime.serving.limits import MIB, Limits
 
 KEY_VARIABLE = "DITF_API_KEY"
 
+_KEY_BYTES = 1 << 16
 _CLOSING_S = 5.0  # for a call of the engine that runs when all else has ended
 
 _log = logging.getLogger("ditf.serve")
@@ -89,6 +93,7 @@ def serve(
     try:
         from ditf.runtime.serving import logs
         from ditf.runtime.serving.app import make_app
+        from ditf.runtime.serving.descriptors import fit_connections
         from ditf.runtime.serving.metrics import Metrics
         from ditf.runtime.serving.server import LOOPBACK, Server, bind, url
         from ditf.runtime.serving.service import Batching, Service
@@ -96,14 +101,17 @@ def serve(
         raise missing_extra(error.name or "fastapi", "serve") from None
     if log_format not in logs.FORMATS:
         raise InputError(f"--log-format {log_format!r} is not {', '.join(logs.FORMATS)}")
-    limits = Limits(
-        requests=queue,
-        images=2 * queue,
-        body_bytes=int(max_body * MIB),
-        buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
-        pixels=int(max_pixels * 1e6),
-        deadline_s=deadline,
-        drain_s=drain,
+    limits = fit_connections(
+        Limits(
+            requests=queue,
+            images=2 * queue,
+            connections_each=2 * queue,
+            body_bytes=int(max_body * MIB),
+            buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
+            pixels=int(max_pixels * 1e6),
+            deadline_s=deadline,
+            drain_s=drain,
+        )
     )
     key = _api_key(api_key_file)
     names = _names(bundles)
@@ -152,7 +160,7 @@ def _api_key(file: Path | None) -> str | None:
     """The key, of a file or the environment: never of the command line, which everyone can list.
 
     Raises:
-        InputError: an unreadable file, or nothing that a header could hold.
+        InputError: an unreadable file, one that others may use, or nothing that a header could hold.
     """
     if file is None:
         key = os.environ.get(KEY_VARIABLE)
@@ -161,13 +169,26 @@ def _api_key(file: Path | None) -> str | None:
         where = KEY_VARIABLE
     else:
         where = str(file)
-        try:
-            key = file.read_text("utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
-            raise InputError(f"{file} holds no key ({error})", "write one line into it") from None
+        key = _read_key(file)
     if not key or not key.isascii() or not key.isprintable() or " " in key:
         raise InputError(f"{where} holds no key", "use printable ASCII characters without spaces")
     return key
+
+
+def _read_key(file: Path) -> str:
+    try:
+        with open_regular(file, _KEY_BYTES) as opened:
+            mode = stat.S_IMODE(os.fstat(opened.fileno()).st_mode)
+            if os.name != "nt" and mode & 0o077:
+                raise InputError(
+                    f"{file} holds the key and others may use it (mode {mode:03o})",
+                    f"run: chmod 600 {shlex.quote(str(file))}",
+                )
+            return opened.read().decode("utf-8").strip()
+    except OSError as error:
+        raise InputError(f"{file} holds no key ({error.strerror})", "write one line into it") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{file} holds no key ({error})", "write one line into it") from None
 
 
 def _is_loopback(listening: socket.socket) -> bool:

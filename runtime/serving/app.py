@@ -18,7 +18,7 @@ from ditf.runtime.serving.gate import Gate
 from ditf.runtime.serving.metrics import CONTENT_TYPE, Metrics
 from ditf.runtime.serving.page import add_page, read_page
 from ditf.runtime.serving.routes_plain import plain_routes
-from ditf.runtime.serving.routes_v2 import V2Routes
+from ditf.runtime.serving.routes_v2 import HEALTH_PATHS, V2Routes
 from ditf.runtime.serving.service import Service
 
 _DESCRIPTION = (
@@ -51,7 +51,7 @@ def make_app(
     )
     page = read_page()
     v2 = V2Routes(service, lambda: not gate.draining)
-    gate = Gate(app, service.limits, metrics, api_key, {"/v2/health/live", "/v2/health/ready", *page}, hosts)
+    gate = Gate(app, service.limits, metrics, api_key, HEALTH_PATHS, page, hosts)
 
     async def prometheus(request: Request) -> Response:
         text = metrics.text(

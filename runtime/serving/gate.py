@@ -21,6 +21,7 @@ from typing import Any, Protocol
 from ditf.runtime.serving.errors import Overloaded
 from ditf.runtime.serving.limits import Limits
 from ditf.runtime.serving.logs import LOGGER
+from ditf.runtime.serving.origins import host_name, of_other_site
 
 Message = MutableMapping[str, Any]
 Receive = Callable[[], Awaitable[Message]]
@@ -30,10 +31,14 @@ App = Callable[[Message, Receive, Send], Awaitable[None]]
 REQUEST_ID, HOLD = "request_id", "hold"
 """In scope["state"]: the request's id, and a function that counts bytes it is about to hold, or refuses."""
 
+HEALTH_ONLY = "health_only"
+"""In scope["state"], set by the connection: there are too many, and this one is for health checks."""
+
 logger = logging.getLogger(LOGGER)
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _CLIENT_LEFT = 499  # nginx's, for the log: nobody is there to be answered
+_CLOSE = (b"connection", b"close")
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"),
     (b"x-content-type-options", b"nosniff"),
@@ -72,13 +77,19 @@ class _Exchange:
         self.complete = False
         self.received = self.sent = 0
         self.held = 0
+        # A proxy before this server may have taken Content-Length for what ends the body, so that what
+        # follows on this connection is of another client: it is not read (RFC 9112, 6.1).
+        self._framed_twice = b"content-length" in self.headers and b"transfer-encoding" in self.headers
         self._send = send
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
             self.status = message["status"]
             own = [*_HEADERS, (b"x-request-id", self.id.encode())]
-            message = {**message, "headers": [*message.get("headers", []), *own]}
+            headers = [*message.get("headers", []), *own]
+            if self._framed_twice and _CLOSE not in headers:
+                headers.append(_CLOSE)
+            message = {**message, "headers": headers}
         else:
             self.sent += len(message.get("body", b""))
             self.complete = not message.get("more_body", False)
@@ -105,13 +116,13 @@ class Gate:
         limits: of requests.
         watcher: told of every answer.
         api_key: that requests must bear; None for everyone.
-        open_paths: that need no key.
+        health_paths: that need no key, and are answered however many connections are open.
+        open_paths: others that need no key.
         hosts: names in the Host header that are answered; None for any. A server on the loopback names them,
             so that no web page reaches it by a name that resolves there.
 
     Attributes:
         draining: set to let nothing more in.
-        connections: that are open; of the server.
         reading, in_flight: requests whose body is being read, and those let in.
         buffered: bytes that requests hold: bodies, inflated ones, large answers.
     """
@@ -122,6 +133,7 @@ class Gate:
         limits: Limits,
         watcher: Watcher,
         api_key: str | None = None,
+        health_paths: Collection[str] = (),
         open_paths: Collection[str] = (),
         hosts: Collection[str] | None = None,
     ) -> None:
@@ -129,10 +141,10 @@ class Gate:
         self._limits = limits
         self._watcher = watcher
         self._key = None if api_key is None else api_key.encode()
-        self._open = frozenset(open_paths)
+        self._health = frozenset(health_paths)
+        self._open = self._health.union(open_paths)
         self._hosts = None if hosts is None else frozenset(hosts)
         self.draining = False
-        self.connections: Collection[object] = ()
         self.reading = 0
         self.in_flight = 0
         self.buffered = 0
@@ -174,13 +186,13 @@ class Gate:
 
     def _check(self, exchange: _Exchange) -> None:
         path = exchange.scope["path"]
-        if len(self.connections) > self._limits.connections:
+        if exchange.scope["state"].get(HEALTH_ONLY) and path not in self._health:
             raise _Refused(503, "too many connections; try again", retry_after="1", connection="close")
-        if path not in self._open and exchange.headers.get(b"sec-fetch-site") == "cross-site":
+        if path not in self._open and of_other_site(exchange.headers, exchange.scope["scheme"]):
             raise _Refused(403, "pages of other sites may not use this server")
         if self._hosts is not None:
             host = exchange.headers.get(b"host", "")
-            if _host_name(host) not in self._hosts:
+            if host_name(host) not in self._hosts:
                 raise _Refused(421, f"this server is not {host!r:.80}; ask it by its address")
         if self._key is not None and path not in self._open:
             bearer = exchange.headers.get(b"authorization", "")
@@ -295,9 +307,3 @@ class Gate:
 
 def _too_large(limits: Limits) -> _Refused:
     return _Refused(413, f"the body has more than {limits.body_bytes:,} bytes")
-
-
-def _host_name(host: str) -> str:
-    """A Host header without its port."""
-    name, _, port = host.rpartition(":")
-    return (name if port.isdigit() and name else host).lower()

@@ -25,7 +25,10 @@ class Limits:
         buffered_bytes: that all requests hold together: bodies, also inflated ones, and large answers.
         pixels: of one image; points: of one request; scores: points times pixels of the target, a second
             of matching for each 1e9 or so.
-        connections: open ones; requests of more are refused.
+        connections: that are open. A new one beyond them replaces the longest idle one.
+        connections_each: of them, from one address that is not the loopback's: twice `requests`, so that a
+            proxy on another machine can use all that is let in.
+        connections_spare: beyond them, for health checks alone.
         deadline_s: from the body's end until the engine starts on it.
         head_s, body_s: for a client to send the head, or the body, of a request.
         stall_s: for a client that reads none of its answer.
@@ -44,6 +47,8 @@ class Limits:
     points: int = 4096
     scores: int = 8_000_000_000
     connections: int = 512
+    connections_each: int = 128
+    connections_spare: int = 16
     deadline_s: float = 30.0
     head_s: float = 10.0
     body_s: float = 30.0

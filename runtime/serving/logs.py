@@ -1,19 +1,31 @@
-"""One line a request: JSON for machines, plain text for a terminal."""
+"""One line a request: JSON for machines, plain text for a terminal.
+
+Lines about requests are as many as the requests. Everything else, of connections, uvicorn and asyncio, can
+be caused without end by a client that sends nothing valid: of those a few are written and the rest counted.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from datetime import datetime, timezone
-from typing import Any
+from typing import Any, TextIO
 
 from ditf.runtime.printable import printable
 
 LOGGER = "ditf.serve"
 FORMATS = ("auto", "json", "text")
+
+BURST = 20
+"""Lines from one place in the code that are written in PERIOD_S seconds; more are counted."""
+
+PERIOD_S = 10.0
 
 
 class JsonFormatter(logging.Formatter):
@@ -45,9 +57,61 @@ class TextFormatter(logging.Formatter):
         return f"{text}\n{self.formatException(record.exc_info)}" if record.exc_info else text
 
 
+class BoundedHandler(logging.StreamHandler[TextIO]):
+    """Writes the first BURST lines from one place in a period, then how many were left out."""
+
+    def __init__(self, stream: TextIO) -> None:
+        super().__init__(stream)
+        self._seen: dict[tuple[str, int, str], _Seen] = {}
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record, or count it."""
+        now = time.monotonic()
+        self._tell(now)
+        if record.name != LOGGER:
+            kind = record.exc_info[0].__name__ if record.exc_info and record.exc_info[0] else ""
+            place = (record.pathname, record.lineno, kind)
+            seen = self._seen.setdefault(place, _Seen(now, record))
+            seen.count += 1
+            if seen.count > BURST:
+                return
+        super().emit(record)
+
+    def close(self) -> None:
+        """Write what was counted."""
+        self._tell(math.inf)
+        super().close()
+
+    def _tell(self, now: float) -> None:
+        over = [place for place, seen in self._seen.items() if now - seen.since >= PERIOD_S]
+        for place in over:
+            seen = self._seen.pop(place)
+            if seen.count > BURST:
+                first = seen.record
+                line = logging.makeLogRecord(
+                    {
+                        "name": first.name,
+                        "levelno": first.levelno,
+                        "levelname": first.levelname,
+                        "msg": f"{first.getMessage().splitlines()[0]} (repeated)",
+                        "fields": {"times": seen.count - BURST},
+                    }
+                )
+                super().emit(line)
+
+
+@dataclass
+class _Seen:
+    """Lines of one place since `since`, a monotonic time."""
+
+    since: float
+    record: logging.LogRecord
+    count: int = 0
+
+
 @contextmanager
 def logging_to_stderr(style: str, level: int) -> Iterator[None]:
-    """The server's log on stderr, and uvicorn's warnings with it.
+    """The server's log on stderr, and the warnings of uvicorn and asyncio with it.
 
     Args:
         style: "json", "text", or "auto": text on a terminal.
@@ -55,9 +119,12 @@ def logging_to_stderr(style: str, level: int) -> Iterator[None]:
     """
     if style == "auto":
         style = "text" if sys.stderr.isatty() else "json"
-    handler = logging.StreamHandler(sys.stderr)
+    handler = BoundedHandler(sys.stderr)
     handler.setFormatter(JsonFormatter() if style == "json" else TextFormatter())
-    loggers = {logging.getLogger(LOGGER): level, logging.getLogger("uvicorn"): logging.WARNING}
+    loggers = {
+        logging.getLogger(LOGGER): level,
+        **{logging.getLogger(name): logging.WARNING for name in ("uvicorn", "asyncio")},
+    }
     before = [(logger, logger.handlers, logger.propagate, logger.level) for logger in loggers]
     for logger, least in loggers.items():
         logger.handlers, logger.propagate = [handler], False
@@ -65,6 +132,7 @@ def logging_to_stderr(style: str, level: int) -> Iterator[None]:
     try:
         yield
     finally:
+        handler.close()
         for logger, handlers, propagate, least in before:
             logger.handlers, logger.propagate = handlers, propagate
             logger.setLevel(least)

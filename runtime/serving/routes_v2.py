@@ -29,6 +29,8 @@ from ditf.runtime.serving.protocol import InferRequest, encode_response, inflate
 from ditf.runtime.serving.service import Service
 from ditf.runtime.soft_argmax import METHODS
 
+HEALTH_PATHS = LIVE, READY = "/v2/health/live", "/v2/health/ready"
+
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _EXTENSIONS = ["binary_tensor_data", "parameters"]
 
@@ -64,8 +66,8 @@ class V2Routes:
         """Add the routes. They are not in the OpenAPI document: the protocol has its own."""
         model = "/v2/models/{model}"
         routes: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
-            ("/v2/health/live", self.live, "GET"),
-            ("/v2/health/ready", self.ready, "GET"),
+            (LIVE, self.live, "GET"),
+            (READY, self.ready, "GET"),
             ("/v2", self.server_metadata, "GET"),
             (model, self.model_metadata, "GET"),
             (f"{model}/versions/{{version}}", self.model_metadata, "GET"),

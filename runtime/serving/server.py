@@ -11,13 +11,15 @@ from types import FrameType
 import uvicorn
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.serving.connections import timed_protocol
+from ditf.runtime.serving.connections import Connections, bounded_protocol
+from ditf.runtime.serving.descriptors import ACCEPTED_AT_ONCE
 from ditf.runtime.serving.gate import Gate
 from ditf.runtime.serving.limits import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
 """Names that a server on the loopback answers to."""
 
+_BACKLOG = 1024  # connections that wait in the system to be accepted
 _CLOSING_S = 2  # for connections that are being written to when draining has ended
 
 
@@ -31,7 +33,7 @@ def bind(host: str, port: int) -> socket.socket:
         family, _, _, _, address = socket.getaddrinfo(
             host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
-        return socket.create_server(address[:2], family=family, backlog=1024)
+        return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except (OSError, UnicodeError, OverflowError) as error:
         number = getattr(error, "errno", None)
         # create_server adds its own words; getaddrinfo's numbers are not the system's.
@@ -55,10 +57,12 @@ class Server(uvicorn.Server):
     """
 
     def __init__(self, gate: Gate, limits: Limits) -> None:
+        self.connections = Connections(limits)
         super().__init__(
             uvicorn.Config(
                 gate,
-                http=timed_protocol(limits),
+                http=bounded_protocol(limits, self.connections),
+                backlog=ACCEPTED_AT_ONCE,
                 ws="none",
                 lifespan="off",
                 log_config=None,
@@ -70,7 +74,6 @@ class Server(uvicorn.Server):
             )
         )
         self._gate = gate
-        gate.connections = self.server_state.connections
         self._drain = limits.drain_s
         self._stopping: float | None = None
 
@@ -81,6 +84,11 @@ class Server(uvicorn.Server):
             self._gate.draining = True
         else:
             self.should_exit = self.force_exit = True
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        await super().startup(sockets)
+        for listening in sockets or ():
+            listening.listen(_BACKLOG)  # asyncio's backlog is also what it accepts at once
 
     async def on_tick(self, counter: int) -> bool:
         if self._stopping is not None:

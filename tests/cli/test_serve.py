@@ -11,7 +11,8 @@ import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -33,10 +34,11 @@ class Server:
 
 
 @contextmanager
-def serving(*arguments, **environment):
+def serving(*arguments, ulimit="-S -c 0", **environment):
     """Ended by SIGKILL if it is still there."""
+    command = [sys.executable, "-m", "ditf", "serve", "--port", "0", *map(str, arguments)]
     process = subprocess.Popen(
-        [sys.executable, "-m", "ditf", "serve", "--port", "0", *map(str, arguments)],
+        ["sh", "-c", f'ulimit {ulimit}; exec "$@"', "sh", *command],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -93,6 +95,7 @@ def test_serving_a_bundle_that_is_deleted_and_a_sigterm_under_load(tiny, tmp_pat
 def test_a_key_from_the_environment_or_a_file_and_an_engine_that_fails(tiny, tmp_path):
     key = tmp_path / "key"
     key.write_text("k3y\n")
+    key.chmod(0o600)
     with serving(tiny, "--api-key-file", key, DITF_API_KEY="other") as server:
         assert requests.get(f"{server.url}/v2", timeout=9).status_code == 401
         headers = {"Authorization": "Bearer k3y", "X-Request-Id": "id-1"}
@@ -110,6 +113,57 @@ def test_a_key_from_the_environment_or_a_file_and_an_engine_that_fails(tiny, tmp
     [failure] = [json.loads(line) for line in err.splitlines() if '"the engine failed"' in line]
     assert failure["request_ids"] == ["id-1"]
     assert "out of data bounds" in failure["exception"]
+
+
+def test_more_idle_connections_than_there_are_descriptors(tiny):
+    """Health is answered, and the log stays short and in its own format."""
+    with serving(tiny, ulimit="-n 250") as server, ExitStack() as held:
+        for _ in range(400):
+            held.enter_context(socket.create_connection(("127.0.0.1", server.port), timeout=9))
+        assert requests.get(f"{server.url}/v2/health/live", timeout=9).status_code == 200
+        server.process.send_signal(signal.SIGTERM)
+        _, err = server.process.communicate(timeout=30)
+        assert server.process.returncode == 0
+    lines = [json.loads(line) for line in err.splitlines()]
+    assert len(lines) < 50
+    assert any(line["event"].endswith("too many are open (repeated)") for line in lines)
+
+
+def test_lines_about_what_is_no_http(tiny):
+    """Each names the client and the id that the answer has; after a few they are counted."""
+    with serving(tiny) as server:
+        ids = []
+        for _ in range(30):
+            with socket.create_connection(("127.0.0.1", server.port), timeout=9) as connection:
+                connection.sendall(b"nonsense\r\n\r\n")
+                head, _, body = connection.makefile("rb").read().partition(b"\r\n\r\n")
+            assert head.startswith(b"HTTP/1.1 400 ")
+            assert json.loads(body)["error"]
+            ids.append(head.decode().partition("x-request-id: ")[2].split()[0])
+        server.process.send_signal(signal.SIGTERM)
+        _, err = server.process.communicate(timeout=30)
+    lines = [json.loads(line) for line in err.splitlines() if "Invalid HTTP" in line]
+    assert [line["request_id"] for line in lines[:-1]] == ids[: len(lines) - 1]
+    assert {line["client"] for line in lines[:-1]} == {"127.0.0.1"}
+    assert len(lines) - 1 + lines[-1]["times"] == 30
+
+
+def test_the_soft_limit_of_open_files_is_raised_to_what_is_needed(tiny):
+    with serving(tiny, ulimit="-S -n 128") as server:
+        limits = Path(f"/proc/{server.process.pid}/limits").read_text()
+    soft = int(next(line for line in limits.splitlines() if line.startswith("Max open files")).split()[3])
+    assert soft > 512
+
+
+def test_too_few_files_may_be_open(tiny):
+    command = [sys.executable, "-m", "ditf", "serve", "--port", "0", str(tiny)]
+    done = subprocess.run(
+        ["sh", "-c", 'ulimit -n 100; exec "$@"', "sh", *command], capture_output=True, text=True, timeout=60
+    )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: a limit of 100 open files is too low for a server; run: ulimit -n 1024\n",
+    )
 
 
 def test_a_port_that_is_taken(ditf, tiny):
@@ -157,6 +211,24 @@ def test_bad_input(ditf, demo_bundle, arguments, message):
     assert done.returncode == 2
     assert message in done.stderr
     assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize("mode", [0o640, 0o604, 0o620, 0o666])
+def test_a_key_file_that_others_may_use(ditf, demo_bundle, tmp_path, mode):
+    key = tmp_path / "my key"
+    key.write_text("k3y")
+    key.chmod(mode)
+    done = ditf("serve", demo_bundle, "--port", 0, "--api-key-file", key)
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {key} holds the key and others may use it (mode {mode:o}); run: chmod 600 '{key}'\n",
+    )
+
+
+def test_a_key_that_is_no_file(ditf, demo_bundle, tmp_path):
+    os.mkfifo(tmp_path / "key", 0o600)
+    done = ditf("serve", demo_bundle, "--port", 0, "--api-key-file", tmp_path / "key")
+    assert (done.returncode, "holds no key (it is a FIFO, not a regular file)" in done.stderr) == (2, True)
 
 
 @pytest.mark.parametrize("key", ["", "two words", "caf\u00e9"])

@@ -248,7 +248,7 @@ def test_200_clients_at_once(server):
 
 def test_a_deadline(tiny):
     limits = Limits(deadline_s=0.1)
-    with serving(tiny, limits=limits, batching=Batching(0.0, 1)) as server, busy(server, 60):
+    with serving(tiny, limits=limits, batching=Batching(0.0, 1)) as server, busy(server, 250):
         start = time.monotonic()
         assert infer(server, image(1))[0] == 504
         assert time.monotonic() - start < 5
@@ -364,17 +364,74 @@ def test_pages_of_other_sites_may_not_ask(server):
         assert answer.status_code == expected
 
 
-def test_too_many_connections(tiny):
+@pytest.mark.parametrize(
+    ("origin", "expected"),
+    [
+        ("http://127.0.0.1:{port}", 422),
+        ("https://127.0.0.1:{port}", 403),
+        ("http://127.0.0.1:1", 403),
+        ("http://127.0.0.1", 403),
+        ("http://localhost:{port}", 403),
+        ("http://evil.example", 403),
+        ("http://evil.example@127.0.0.1:{port}", 403),
+        ("null", 403),
+        ("", 403),
+    ],
+)
+def test_an_origin_is_that_of_the_host(server, origin, expected):
+    headers = {"Origin": origin.format(port=server.port)}
+    assert requests.post(f"{server.url}/match", headers=headers, timeout=9).status_code == expected
+
+
+def test_a_page_of_another_port_may_not_ask(server):
+    """It is of the same site to a browser, which says so; the page itself may be linked to."""
+    headers = {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:1"}
+    assert requests.get(f"{server.url}/bundles", headers=headers, timeout=9).status_code == 403
+    assert requests.get(f"{server.url}/", headers=headers, timeout=9).status_code == 200
+
+
+def test_nothing_is_read_after_a_body_with_two_lengths(server):
+    """Content-Length and Transfer-Encoding: which of them a proxy believed is not known."""
+    second = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
+    head = (
+        b"POST /match HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
+        b"Transfer-Encoding: chunked\r\n\r\n0\r\n\r\n" % (5 + len(second))
+    )
+    with raw(server, head + second) as connection:
+        answer = received(connection)
+    assert answer.count(b"HTTP/1.1 ") == 1
+    assert b"\r\nconnection: close\r\n" in answer.lower()
+
+
+def test_a_new_connection_replaces_the_longest_idle_one(tiny):
     with serving(tiny, limits=Limits(connections=4)) as server:
         held = [raw(server) for _ in range(4)]
-        while len(server.gate.connections) < 4:
+        while len(server.server.connections) < 4:
             time.sleep(0.002)
+        assert requests.get(f"{server.url}/v2", timeout=9).status_code == 200
+        first, *others = held
+        with first:
+            assert received(first) == b""
+        for connection in others:
+            with connection:
+                connection.sendall(b"GET /v2 HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n\r\n")
+                assert received(connection).startswith(b"HTTP/1.1 200 ")
+
+
+def test_health_is_answered_when_every_connection_is_busy(tiny):
+    with serving(tiny, limits=Limits(connections=4, connections_spare=1)) as server:
+        head = b"POST /match HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n12345"
+        held = [raw(server, head) for _ in range(4)]
+        while server.gate.reading < 4:
+            time.sleep(0.002)
+        for _ in range(3):
+            assert requests.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 200
         answer = requests.get(f"{server.url}/v2", timeout=9)
         assert (answer.status_code, answer.headers["Retry-After"]) == (503, "1")
+        assert answer.headers["Connection"] == "close"
         for connection in held:
             connection.close()
-        while len(server.gate.connections) > 1:
-            time.sleep(0.002)
+        settled(server)
         assert requests.get(f"{server.url}/v2", timeout=9).status_code == 200
 
 
