@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from ditf.runtime.bundle import sha256
 from ditf.runtime.conditions import Feeds
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.images import FittedImage
+from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image
 from ditf.runtime.model import Model
+from ditf.runtime.reading import read_regular
 from ditf.runtime.store_writer import StoreWriter
 
 _BATCH = 4  # of a bundle that takes any: images are held in memory
@@ -75,11 +76,12 @@ def extract(
     for name, path in paths.items():
         progress(name)
         try:
-            digest = sha256(path)
+            content = read_regular(path, LARGEST_FILE)
+            digest = hashlib.sha256(content).hexdigest()
             if writer.has(name, digest):
                 result.kept += 1
                 continue
-            pending.append(Pending(name, digest, model.fitted(path)))
+            pending.append(Pending(name, digest, model.fitted(decode_image(content, str(path)))))
         except (InputError, OSError) as error:
             result.failed[name] = failure_text(path, error)
         if len(pending) == size:

@@ -11,6 +11,7 @@ Bundle, images and store are seen by every machine under the same paths, on a sh
 from __future__ import annotations
 
 import functools
+import hashlib
 import inspect
 import json
 import os
@@ -20,18 +21,20 @@ import socket
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
 
 import numpy as np
 
-from ditf.runtime.bundle import Bundle, sha256
+from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
 from ditf.runtime.extraction import Extraction, Pending, batch_size, failure_text, image_name, store_batch
-from ditf.runtime.images import FittedImage, fitted_image
+from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image, fitted_image
 from ditf.runtime.liveness import file_system_time
 from ditf.runtime.model import Model
+from ditf.runtime.reading import read_regular
+from ditf.runtime.signing import Trust
 from ditf.runtime.store import PARTIAL, STORE, StoreIdentity, features_hash, map_path
 from ditf.runtime.store_writer import StoreWriter
 
@@ -51,12 +54,13 @@ class Job:
     """What every process of the cluster is told.
 
     Attributes:
-        bundle, store: absolute, the same everywhere.
+        bundle, store: absolute, the same everywhere; trust: what every process accepts of the bundle.
         identity: of the store's maps; prompt, fit, backend: see `ditf.runtime.load`.
         started_ns: when the run began, by the clock of the store's file system.
     """
 
     bundle: Path
+    trust: Trust
     store: Path
     identity: StoreIdentity
     prompt: Optional[str]
@@ -65,15 +69,18 @@ class Job:
     started_ns: int
 
     @classmethod
-    def of(cls, bundle: Path, writer: StoreWriter, prompt: str | None, fit: str, backend: str) -> Job:
+    def of(cls, bundle: Bundle, writer: StoreWriter, prompt: str | None, fit: str, backend: str) -> Job:
         """A job that starts now.
 
         Args:
+            bundle: opened, as every worker will open it.
             writer: opened.
         """
+        signers = bundle.trust.signers
+        trust = replace(bundle.trust, signers=None if signers is None else signers.resolve())
         started = file_system_time(writer.path / PARTIAL)
         store = writer.path.resolve()
-        return cls(bundle.resolve(), store, writer.identity, prompt, fit, backend, started)
+        return cls(bundle.path.resolve(), trust, store, writer.identity, prompt, fit, backend, started)
 
     def writer(self) -> StoreWriter:
         """For the process that this is called in.
@@ -130,15 +137,16 @@ def prepare(batch: Columns, job: Job) -> Columns:
         engine's size; height, width, of the original; rows, columns, of the pixels that it covers.
     """
     writer = job.writer()
-    size = Bundle.open(job.bundle).manifest.size
+    size = Bundle.open(job.bundle, job.trust).manifest.size
     rows = []
     for name, path in zip(batch["name"], batch["path"], strict=True):
         row = {"name": str(name), "state": PENDING, "reason": "", **_NOTHING}
         try:
-            row["image_sha256"] = sha256(Path(path))
+            content = read_regular(path, LARGEST_FILE)
+            row["image_sha256"] = hashlib.sha256(content).hexdigest()
             state = job.found(writer, row["name"], row["image_sha256"])
             if state is None:
-                image = fitted_image(Path(path), size, job.fit)
+                image = fitted_image(decode_image(content, str(path)), size, job.fit)
                 row |= {"pixels": image.pixels.tobytes(), "height": image.image_size[0]}
                 row |= {"width": image.image_size[1], "rows": image.covered[0], "columns": image.covered[1]}
             else:
@@ -196,7 +204,7 @@ class Extractor:
 
     def _opened(self) -> Model:
         if self._model is None:
-            bundle = Bundle.open(self._job.bundle)
+            bundle = Bundle.open(self._job.bundle, self._job.trust)
             if features_hash(bundle) != self._job.identity.features:
                 raise InputError(
                     f"{bundle.path} on {platform.node()} is another bundle", "copy it there again"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import os
 import warnings
 from collections.abc import Iterator
@@ -57,12 +58,32 @@ def open_image(source: ImageLike) -> Image.Image:
         return _from_array(source)
     if not isinstance(source, (str, os.PathLike, Image.Image)):
         raise InputError(f"an image is a path, a PIL image or an array, not {type(source).__name__}")
-    name = "the image" if isinstance(source, Image.Image) else str(source)
+    if isinstance(source, Image.Image):
+        with _told("the image"):
+            return _to_rgb(source, "the image")
+    name = str(source)
+    with _told(name), open_regular(os.fspath(source), LARGEST_FILE) as file, decoding(file) as image:
+        return _to_rgb(image, name)
+
+
+def decode_image(content: bytes, name: str) -> Image.Image:
+    """An image from the bytes of its file; see `open_image`.
+
+    Args:
+        name: of the file, for messages.
+
+    Raises:
+        InputError: not an image, truncated, or too large to decode safely.
+    """
+    with _told(name), decoding(io.BytesIO(content)) as image:
+        return _to_rgb(image, name)
+
+
+@contextmanager
+def _told(name: str) -> Iterator[None]:
+    """What Pillow and the system raise about an image, as an InputError that names it."""
     try:
-        if isinstance(source, Image.Image):
-            return _to_rgb(source, name)
-        with open_regular(os.fspath(source), LARGEST_FILE) as file, decoding(file) as image:
-            return _to_rgb(image, name)
+        yield
     except FileNotFoundError:
         raise InputError(f"{name}: no such image") from None
     except IsADirectoryError:

@@ -117,7 +117,7 @@ def features(
         with ray_cluster(ray_address, state.verbose) as cluster:
             say(f"{bundle} on {cluster}")
             with writer, stages(count) as progress:
-                job = Job.of(bundle, writer, prompt, fit, backend)
+                job = Job.of(opened, writer, prompt, fit, backend)
                 done = extract_with_ray(job, paths, workers, progress, state.verbose)
     else:
         with load(bundle, backend, fit) as model:

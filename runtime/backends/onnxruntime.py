@@ -113,7 +113,7 @@ class OnnxRuntimeSession:
 
 
 def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
-    """ONNX Runtime's view of the weights, by name. The bytes stay where they are: nothing is copied.
+    """The weights as ONNX Runtime takes them, by name. It copies them when it makes the session.
 
     Raises:
         BundleError: a type that has no whole number of bytes an element.

@@ -42,7 +42,7 @@ def images(tmp_path):
 def job(demo_bundle, tmp_path):
     identity = StoreIdentity.of(ditf.runtime.bundle.Bundle.open(demo_bundle), "pad", None, "float16")
     with StoreWriter(tmp_path / "store", identity) as writer:
-        made = Job.of(demo_bundle, writer, None, "pad", "onnxruntime")
+        made = Job.of(ditf.runtime.bundle.Bundle.open(demo_bundle), writer, None, "pad", "onnxruntime")
     assert not list((tmp_path / "store" / "partial").iterdir())
     return made
 

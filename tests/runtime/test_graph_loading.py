@@ -1,4 +1,4 @@
-"""TensorRT gets the weights that were read, with a version that takes them from memory and one that does not."""
+"""TensorRT gets the weights that were read, whether its version takes them from memory or from files."""
 
 from __future__ import annotations
 
