@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -40,9 +39,10 @@ from ditf.engines.triton_config import (
 from ditf.engines.triton_plans import Plans, capability
 from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
-from ditf.runtime.errors import InputError
+from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.golden_file import read_golden
 from ditf.runtime.manifest import NAME as MANIFEST
+from ditf.runtime.reading import copy_hashed, open_regular
 from ditf.runtime.serving import contract
 from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
 from ditf.runtime.stage_folder import NEW, OLD, stage_folder, swap
@@ -69,6 +69,32 @@ class TritonPythonModel(BundleModel):
 _DIRECTORY = "model.onnx"  # of an ONNX model of several files; the model in it has the same name
 
 
+@dataclass(frozen=True)
+class Source:
+    """A file to be copied, and the sha256 that the copy must have."""
+
+    path: Path
+    sha256: str
+
+    @classmethod
+    def of(cls, bundle: Bundle, name: str) -> Source:
+        """A file that the manifest lists."""
+        return cls(bundle.path / name, bundle.manifest.files[name]["sha256"])
+
+    def copy(self, place: Path) -> None:
+        """Copy the file.
+
+        Raises:
+            BundleError: it has changed since its hash was written down.
+            OSError: it cannot be read, or the copy not be written.
+        """
+        with open_regular(self.path) as file, place.open("xb") as copy:
+            if copy_hashed(file, copy) != self.sha256:
+                raise BundleError(
+                    f"{self.path} has changed: it has another sha256", "export or build it again"
+                )
+
+
 @dataclass
 class RepositoryModel:
     """A model to be written.
@@ -79,12 +105,16 @@ class RepositoryModel:
     """
 
     config: Config
-    copied: dict[str, Path] = field(default_factory=dict)
+    copied: dict[str, Source] = field(default_factory=dict)
     written: dict[str, bytes] = field(default_factory=dict)
 
     @property
     def name(self) -> str:
         return str(self.config["name"])
+
+    @property
+    def copied_bytes(self) -> int:
+        return sum(source.path.stat().st_size for source in self.copied.values())
 
 
 def check_name(name: str) -> str:
@@ -130,8 +160,8 @@ def bundle_models(
         models.append(
             RepositoryModel(
                 config,
-                {f"1/{file}": bundle.path / file for file in (MANIFEST, *beside)},
-                {"1/model.py": _PYTHON.encode()},
+                {f"1/{file}": Source.of(bundle, file) for file in beside},
+                {"1/model.py": _PYTHON.encode(), f"1/{MANIFEST}": manifest.to_json().encode()},
             )
         )
     return models
@@ -160,7 +190,7 @@ def write_models(
         _check_ours(repository / model.name, name)
     wanted = {model.name for model in models}
     gone = [path for path in _own(repository, name) if path.name not in wanted]
-    total = sum(path.stat().st_size for model in models for path in model.copied.values())
+    total = sum(model.copied_bytes for model in models)
     check_space(repository, total)
     with _staging(repository) as (stage, place):
         for model in models:
@@ -175,7 +205,7 @@ def write_models(
 def _write(folder: Path, bundle: Bundle, name: str, model: RepositoryModel) -> None:
     for place, source in model.copied.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source, folder / place)
+        source.copy(folder / place)
     for place, content in model.written.items():
         (folder / place).parent.mkdir(parents=True, exist_ok=True)
         (folder / place).write_bytes(content)
@@ -245,32 +275,35 @@ def _owner(folder: Path) -> str | None:
     return owner if isinstance(owner, str) else None
 
 
-def _features_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Path]]:
+def _features_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Source]]:
     if plans is not None:
         return _plan_files(plans, FEATURES_PLAN)
-    bundle.verify([FEATURES, FEATURES_DATA])
+    bundle.read_graph(FEATURES)  # Triton opens what it refers to by path: it must refer to its own weights
     # ONNX Runtime finds the weights beside the model, which makes it one of several files: a directory.
     copied = {
-        f"1/{_DIRECTORY}/{_DIRECTORY}": bundle.path / FEATURES,
-        f"1/{_DIRECTORY}/{FEATURES_DATA}": bundle.path / FEATURES_DATA,
+        f"1/{_DIRECTORY}/{_DIRECTORY}": Source.of(bundle, FEATURES),
+        f"1/{_DIRECTORY}/{FEATURES_DATA}": Source.of(bundle, FEATURES_DATA),
     }
     return Files(ONNX, None, {}), copied
 
 
-def _match_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Path]]:
+def _match_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Source]]:
     if plans is not None and all(MATCH_PLAN in record.plans for _, record in plans.engines.values()):
         return _plan_files(plans, MATCH_PLAN)
-    bundle.verify([MATCH])
-    return Files(ONNX, None, {}), {"1/model.onnx": bundle.path / MATCH}
+    bundle.read_graph(MATCH)
+    return Files(ONNX, None, {}), {"1/model.onnx": Source.of(bundle, MATCH)}
 
 
-def _plan_files(plans: Plans, plan: str) -> tuple[Files, dict[str, Path]]:
+def _plan_files(plans: Plans, plan: str) -> tuple[Files, dict[str, Source]]:
     named = {folder.name: f"{folder.name}.plan" for folder, _ in plans.engines.values()}
     default = plans.default and named[plans.default[0].name]
     by_capability = {
         capability(target): named[folder.name] for target, (folder, _) in plans.by_target.items()
     }
-    copied = {f"1/{named[key]}": folder / plan for key, (folder, _) in plans.engines.items()}
+    copied = {
+        f"1/{named[key]}": Source(folder / plan, record.plans[plan]["sha256"])
+        for key, (folder, record) in plans.engines.items()
+    }
     return Files(PLAN, default, by_capability, plans.profile), copied
 
 

@@ -85,6 +85,15 @@ def read_hashed(file: BinaryIO, size: int) -> tuple[bytearray, str]:
     return content, digest.hexdigest()
 
 
+def copy_hashed(file: BinaryIO, copy: BinaryIO) -> str:
+    """Copy the rest of a file; the hex sha256 of what was copied."""
+    digest = hashlib.sha256()
+    while block := file.read(_BLOCK):
+        digest.update(block)
+        copy.write(block)
+    return digest.hexdigest()
+
+
 def sha256_of(file: BinaryIO, size: int | None = None) -> str:
     """Hex sha256 of the rest of a file, of at most `size` bytes if given."""
     digest = hashlib.sha256()

@@ -160,7 +160,7 @@ def _report(
     rows: list[tuple[str, ...]] = [("model", "runs on", "batch", "bytes")]
     listed = []
     for model in models:
-        size = sum(path.stat().st_size for path in model.copied.values())
+        size = model.copied_bytes
         runs = str(model.config.get("platform", "python"))
         batch = str(model.config["max_batch_size"] or "")
         rows.append((model.name, runs, batch, bytes_text(size)))

@@ -96,13 +96,14 @@ def test_a_killed_export_leaves_the_repository_alone(ditf, demo_bundle, tmp_path
     assert ditf("export-triton", demo_bundle, "--repository", "models").returncode == 0
     before = sorted(path.stat().st_ino for path in (tmp_path / "models").rglob("*"))
     code = (
-        "import os, shutil, signal, sys\n"
+        "import os, signal, sys\n"
         "from ditf.cli.main import run\n"
-        "copy = shutil.copyfile\n"
+        "from ditf.engines import triton\n"
+        "copy = triton.copy_hashed\n"
         "def killed(*arguments):\n"
         "    copy(*arguments)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "shutil.copyfile = killed\n"
+        "triton.copy_hashed = killed\n"
         f"run(['export-triton', {str(demo_bundle)!r}, '--repository', 'models'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True)

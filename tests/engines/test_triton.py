@@ -25,7 +25,7 @@ from ditf.engines.triton_plans import choose_plans
 from ditf.runtime import stage_folder
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN, RECORD, EngineRecord, sources
-from ditf.runtime.errors import InputError
+from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.serving.contract import model_specs
 from tests.triton_server import ModelError, Server, read_config
 
@@ -259,9 +259,19 @@ def test_altered_files_are_not_served(tmp_path, demo_bundle):
     shutil.copytree(demo_bundle, copy)
     with (copy / "features.onnx.data").open("r+b") as file:
         file.write(b"x")
-    with pytest.raises(InputError.__base__, match="has changed"):
+    with pytest.raises(BundleError, match="has changed"):
         exported(copy, tmp_path / "models", CPU)
     assert not (tmp_path / "models").exists()
+
+
+def test_files_that_change_before_they_are_copied_are_not_served(tmp_path, demo_bundle):
+    copy = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    models = bundle_models(copy, "cat", CPU, None)
+    with (copy.path / "features.onnx.data").open("r+b") as file:
+        file.write(b"x")
+    with pytest.raises(BundleError, match=r"features\.onnx\.data has changed"):
+        write_models(tmp_path / "models", copy, "cat", models)
+    assert not list((tmp_path / "models").glob("*"))
 
 
 def test_names(tmp_path):
