@@ -17,7 +17,7 @@ from ditf.export.embeddings import read_embeddings
 from ditf.export.families.base import Condition, Defaults, Family
 from ditf.export.options import ExportOptions
 from ditf.export.pretrained import first_line
-from ditf.runtime.errors import InputError
+from ditf.runtime.errors import DitfError, InputError
 
 NULL_CLASS = "null"
 _LARGEST_FILE = 1 << 20  # bytes of a file of prompts
@@ -181,7 +181,9 @@ def encode(
     unique = list(dict.fromkeys(subjects))
     try:
         encoded = family.encode_conditions(checkpoint, unique, guidance)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (DitfError, MemoryError):
+        raise
+    except Exception as error:  # whatever files can provoke in someone else's code
         raise InputError(
             f"the text encoders of {checkpoint.id} fail ({first_line(error)})",
             "download the checkpoint again",
