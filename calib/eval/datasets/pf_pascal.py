@@ -45,7 +45,7 @@ CATEGORIES = (
 )  # fmt: skip
 
 SPLITS = ("test", "val", "trn")
-_LARGEST_ANNOTATION = 64 << 10  # bytes: they have about 1,000, and can inflate a thousandfold
+_LARGEST_ANNOTATION = 16 << 10  # bytes: they hold tens of numbers, and may inflate a thousandfold
 _LISTS = {"test": ("test",), "val": ("val",), "trn": ("trn", "train")}
 
 

@@ -157,7 +157,7 @@ def test_malformed_mat(tmp_path, damage):
     elif damage == "fifo":
         path.unlink()
         os.mkfifo(path)
-    elif damage == "large":  # 64 MB of zeros in 64 KB
+    elif damage == "large":  # 64 MB of zeros
         scipy.io.savemat(path, {"kps": np.zeros((1 << 22, 2))}, do_compression=True)
     else:
         scipy.io.savemat(path, {"kps" if damage == "shape" else "points": np.zeros((3, 3))})
