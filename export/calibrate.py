@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -24,7 +23,10 @@ from ditf.export.reference import Reference
 from ditf.export.scratch import spilling
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import fit_image, list_images, open_image
+from ditf.runtime.json_file import read_json
 from ditf.runtime.manifest import tool_versions
+
+_LARGEST = 128 << 20  # bytes of a calibration
 
 SCHEMA = 1
 
@@ -162,7 +164,7 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
     """
     fix = "make one with ditf calibrate"
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = read_json(path, _LARGEST)
         channels = massive_channels(document)
         if plan.precision.compute != torch.float32:
             if "ranges" not in document:
@@ -171,7 +173,7 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
             read_maxima(document)
         if any(not 0 <= channel < plan.family.channels for channel in channels):
             raise ValueError("channels the model does not have")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
         raise InputError(f"--calibration {path} is no calibration ({error!r:.80})", fix) from error
     wrong = mismatches(document, identity(plan))
     if wrong:

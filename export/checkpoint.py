@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -12,12 +11,14 @@ from typing import Any
 
 from ditf.export.weights import SafetensorsWeights
 from ditf.runtime.errors import InputError
+from ditf.runtime.json_file import read_json
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _SHARD = re.compile(r"-\d{5}-of-\d{5}")
 _DIFFUSERS_NAME = "diffusion_pytorch_model"
+_LARGEST_CONFIG, _LARGEST_INDEX = 4 << 20, 64 << 20  # bytes
 _AGAIN = "download or save the checkpoint again"
 
 
@@ -149,11 +150,12 @@ class Part:
 
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = read_json(path, _LARGEST_CONFIG)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise InputError(f"{path} cannot be read ({error})", "save the checkpoint again") from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({reason})", "save the checkpoint again") from error
     if not isinstance(document, dict):
         raise InputError(f"{path} is not a configuration", "save the checkpoint again")
     return document
@@ -292,7 +294,7 @@ def variant_of(path: Path) -> str | None:
 
 def _shards(folder: Path, index: Path) -> list[Path]:
     try:
-        names = sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))
+        names = sorted(set(read_json(index, _LARGEST_INDEX)["weight_map"].values()))
     except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise InputError(f"{index} is not a shard index ({error!r})", _AGAIN) from error
     files = [folder / Path(name).name for name in names]

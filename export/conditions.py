@@ -17,7 +17,8 @@ from ditf.export.embeddings import read_embeddings
 from ditf.export.families.base import Condition, Defaults, Family
 from ditf.export.options import ExportOptions
 from ditf.export.pretrained import first_line
-from ditf.runtime.errors import InputError
+from ditf.runtime.errors import DitfError, InputError
+from ditf.runtime.reading import read_regular
 
 NULL_CLASS = "null"
 _LARGEST_FILE = 1 << 20  # bytes of a file of prompts
@@ -145,11 +146,10 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
         InputError: unreadable, a line without a name, or no line.
     """
     try:
-        if not path.is_file() or path.stat().st_size > _LARGEST_FILE:
-            raise OSError("no file" if not path.is_file() else f"larger than {_LARGEST_FILE} bytes")
-        lines = path.read_text("utf-8-sig").splitlines()
+        lines = read_regular(path, _LARGEST_FILE).decode("utf-8-sig").splitlines()
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"--prompts {path} cannot be read ({error})", "give a text file") from error
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--prompts {path} cannot be read ({reason})", "give a text file") from error
     named = []
     for number, line in enumerate(lines, start=1):
         if not line.strip() or line.lstrip().startswith("#"):
@@ -181,7 +181,9 @@ def encode(
     unique = list(dict.fromkeys(subjects))
     try:
         encoded = family.encode_conditions(checkpoint, unique, guidance)
-    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as error:
+    except (DitfError, MemoryError):
+        raise
+    except Exception as error:  # whatever files can provoke in someone else's code
         raise InputError(
             f"the text encoders of {checkpoint.id} fail ({first_line(error)})",
             "download the checkpoint again",

@@ -7,17 +7,21 @@ which prompt they are of.
 from __future__ import annotations
 
 import hashlib
+import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 
 from ditf.export.families.base import Condition, Family
 from ditf.runtime.errors import InputError
+from ditf.runtime.reading import read_regular
 from ditf.runtime.writing import write_whole
 
 _MASK = "prompt_attention_mask"
+_LARGEST = 256 << 20  # bytes: 512 tokens of 4,096 channels have 8 MB
 _GUIDANCE = "guidance"  # a setting, not a text encoder's
 _MAKE = "make one with ditf export --prompt TEXT --save-prompt-embeds FILE, where the text encoders are"
 
@@ -43,15 +47,18 @@ def read_embeddings(path: Path, family: Family) -> Embeddings:
     Raises:
         InputError: unreadable, not this family's tensors, or values that no text encoder gives.
     """
-    if not path.is_file():
+    if not path.exists():
         raise InputError(f"--prompt-embeds {path}: no such file", _MAKE)
     try:
-        content = path.read_bytes()
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (no dict)
-            metadata = file.metadata() or {}
+        content = read_regular(path, _LARGEST)
+        tensors = load(content)
     except (OSError, SafetensorError) as error:
-        raise InputError(f"--prompt-embeds {path} is no readable safetensors file ({error})", _MAKE) from None
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"--prompt-embeds {path} is no readable safetensors file ({reason})", _MAKE
+        ) from None
+    header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+    metadata: dict[str, str] = header.get("__metadata__", {})
     tensors.pop(_GUIDANCE, None)
     wanted = {name: tensor for name, tensor in family.example_condition().items() if name != _GUIDANCE}
     for name in sorted(wanted.keys() ^ tensors.keys()):
@@ -93,7 +100,5 @@ def _check(path: Path, name: str, tensor: torch.Tensor, example: torch.Tensor, t
 
 def write_embeddings(path: Path, condition: Condition, prompt: str, model: str) -> None:
     """Write one condition as `read_embeddings` reads it."""
-    from safetensors.torch import save
-
     tensors = {name: tensor.contiguous() for name, tensor in condition.items() if name != _GUIDANCE}
     write_whole(path, save(tensors, metadata={"prompt": prompt, "model": model}))

@@ -9,6 +9,7 @@ import torch
 
 from ditf.calib.images import COUNT
 from ditf.export.checkpoint import DEMO, Checkpoint, Part, open_vae
+from ditf.export.components import check_components
 from ditf.export.conditions import Entry, plan_entries
 from ditf.export.demo import DEMO_DEFAULTS
 from ditf.export.families import family_of
@@ -108,6 +109,7 @@ def decide(options: ExportOptions, checkpoint: Checkpoint, vae: Part | None = No
         DitfError: options that contradict each other or the checkpoint.
     """
     family = family_of(checkpoint)
+    check_components(checkpoint, family.text_classes, options.unneeded)
     if options.batch != "dynamic" and options.batch < 1:
         raise InputError(f"batch {options.batch} is out of range", "choose 1 or more, or dynamic")
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults

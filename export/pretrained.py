@@ -8,7 +8,7 @@ import shutil
 import tempfile
 import warnings
 import weakref
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from types import UnionType
@@ -18,6 +18,7 @@ import diffusers
 import torch
 
 from ditf.export.checkpoint import Checkpoint
+from ditf.export.components import check_components, check_files
 from ditf.export.streaming import stream_encoder, streams
 from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
@@ -28,6 +29,9 @@ _LEGACY = {
     ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
 }
 """What early checkpoints of DiT and PixArt call their class, with the norm that tells them apart."""
+
+_LOCAL = {"local_files_only": True, "trust_remote_code": False}
+"""For transformers, which asks on the terminal whether to run a checkpoint's code where nothing is said."""
 
 _UPGRADE = "run: pip install --upgrade diffusers"
 
@@ -160,7 +164,9 @@ def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
     """
     folder = checkpoint.path / component
     variant = checkpoint.loading_variant(component)
-    model, info = _from_pretrained(model_class, folder, variant=variant, output_loading_info=True)
+    model, info = _from_pretrained(
+        model_class, folder, variant=variant, use_safetensors=True, output_loading_info=True
+    )
     for problem in ("missing_keys", "mismatched_keys"):
         for key in info.get(problem, ()):
             raise InputError(
@@ -177,46 +183,63 @@ def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
     return model
 
 
-def load_text_pipeline(checkpoint: Checkpoint, classes: tuple[str, ...]) -> Any:
-    """The checkpoint's pipeline with its tokenizers and text encoders, in float32, and no transformer or VAE.
+def load_text_pipeline(checkpoint: Checkpoint, pipelines: Sequence[str], classes: Sequence[str]) -> Any:
+    """The checkpoint's pipeline with its tokenizers and text encoders, in float32, and nothing else.
 
-    Of encoders too large to hold the weights are read as they are used.
+    Of encoders too large to hold the weights are read as they are used. The pipeline is made here and not by
+    diffusers from model_index.json, which may name other classes.
 
     Args:
-        classes: pipelines of the family; the checkpoint's own if it is one of them, else the first.
+        pipelines: of diffusers; the checkpoint's own if it is one of them, else the first.
+        classes: text encoders and tokenizers of transformers that it may name.
 
     Raises:
-        InputError: as `load_model`.
+        InputError: as `load_model`, or a class that is not one of them.
     """
-    own = checkpoint.index().get("_class_name")
-    pipeline_class = getattr(diffusers, own if own in classes else classes[0])
-    given: dict[str, Any] = {
-        name: None for name, entry in checkpoint.index().items() if entry == [None, None]
+    check_components(checkpoint, classes)
+    index = checkpoint.index()
+    own = str(index.get("_class_name"))
+    pipeline_class = getattr(diffusers, own if own in pipelines else pipelines[0])
+    parts: dict[str, Any] = {
+        name: None
+        for name, parameter in inspect.signature(pipeline_class.__init__).parameters.items()
+        if name != "self" and parameter.default is inspect.Parameter.empty
     }
-    given |= {"transformer": None, "vae": None}
-    for name, entry in checkpoint.index().items():
-        if name.startswith("text_encoder") and name not in given and checkpoint.has(name):
-            given[name] = _load_encoder(checkpoint, name, entry)
-    pipeline = _from_pretrained(pipeline_class, checkpoint.path, **given)
+    for name in parts:
+        if name.startswith(("text_encoder", "tokenizer")) and index.get(name) not in (None, [None, None]):
+            load = _load_encoder if name.startswith("text_encoder") else _load_tokenizer
+            parts[name] = load(checkpoint, name, _class_in_transformers(checkpoint, index[name]))
     for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
-        if getattr(pipeline, name, "not of this pipeline") is None:
+        if parts.get(name, "not of this pipeline") is None:
             raise InputError(f"{checkpoint.id} has no {name}", "save or download the whole pipeline")
-    return pipeline
+    return pipeline_class(**parts)
 
 
-def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
-    """A text encoder in float32; of a large one the weights are read when they are used."""
+def _class_in_transformers(checkpoint: Checkpoint, entry: Sequence[str]) -> Any:
     import transformers
 
-    folder = checkpoint.path / name
-    library, class_name = entry if isinstance(entry, list) and len(entry) == 2 else (None, None)
-    encoder_class: Any = getattr(transformers, str(class_name), None) if library == "transformers" else None
-    if not hasattr(encoder_class, "from_pretrained"):
-        raise InputError(
-            f"{checkpoint.id} has no {name} of transformers {transformers.__version__}, but {entry!r:.80}",
+    found = getattr(transformers, entry[1], None)
+    if found is None:
+        raise MissingComponent(
+            f"transformers {transformers.__version__} has no {entry[1]}, which {checkpoint.id} names",
             "run: pip install --upgrade transformers",
         )
-    options = {"variant": checkpoint.loading_variant(name), "dtype": torch.float32}
+    return found
+
+
+def _load_tokenizer(checkpoint: Checkpoint, name: str, tokenizer_class: Any) -> Any:
+    return _from_pretrained(tokenizer_class, checkpoint.path / name, **_LOCAL)
+
+
+def _load_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Any:
+    """A text encoder in float32; of a large one the weights are read when they are used."""
+    folder = checkpoint.path / name
+    options = {
+        "variant": checkpoint.loading_variant(name),
+        "dtype": torch.float32,
+        "use_safetensors": True,
+        **_LOCAL,
+    }
     if not streams(checkpoint.stored(name)[0]):
         return _from_pretrained(encoder_class, folder, **options).eval()
     try:
@@ -244,10 +267,11 @@ def _load_encoder(checkpoint: Checkpoint, name: str, entry: Any) -> Any:
 
 
 def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
+    check_files(folder)
     try:
         with warnings.catch_warnings():  # of what diffusers will change in its own classes
             warnings.simplefilter("ignore", FutureWarning)
-            return loaded.from_pretrained(folder, use_safetensors=True, **options)
+            return loaded.from_pretrained(folder, **options)
     except Exception as error:  # whatever files can provoke in someone else's code
         raise InputError(
             f"{loaded.__name__} cannot load {folder} ({first_line(error)})",

@@ -68,7 +68,7 @@ def stream_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | 
     """The same of a model of transformers; None where its tensors are not stored as it has them."""
     from accelerate import init_empty_weights
 
-    config = encoder_class.config_class.from_pretrained(folder)
+    config = encoder_class.config_class.from_pretrained(folder, local_files_only=True)
     config.dtype = torch.float32
     with init_empty_weights(include_buffers=False):
         model: nn.Module = encoder_class(config)

@@ -14,6 +14,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.reading import open_regular
 
 _BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "F8_E4M3": 1, "F8_E5M2": 1, "I64": 8, "I32": 4}
 
@@ -136,9 +137,11 @@ class MetaWeights(Weights):
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
+        open_regular(path).close()  # the library would wait for a FIFO
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
         raise InputError(
-            f"{path} is not a readable safetensors file ({error})", "download the checkpoint again"
+            f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
         ) from error

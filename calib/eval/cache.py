@@ -6,13 +6,14 @@ import hashlib
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from zipfile import BadZipFile
 
 import numpy as np
 
-from ditf.calib.eval.datasets.base import ImageSource, read_image
+from ditf.calib.eval.datasets.base import LARGEST, ImageSource, read_image
+from ditf.runtime.arrays import read_npz
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.reading import open_regular, read_regular
 from ditf.runtime.writing import replacing
 
 Extract = Callable[[list[np.ndarray], "str | None"], list[FeatureMap]]
@@ -88,7 +89,7 @@ class FeatureCache:
         else:
             if image not in self._hashes:
                 try:
-                    self._hashes[image] = _digest(image.read_bytes())
+                    self._hashes[image] = _digest(read_regular(image, LARGEST))
                 except OSError as error:
                     raise InputError(f"{image} cannot be read ({error.strerror})") from None
             content = self._hashes[image]
@@ -101,15 +102,12 @@ class FeatureCache:
         if self._folder is None:
             return None
         try:
-            # Opened here: numpy leaves what it cannot read open.
-            with (
-                (self._folder / f"{key}.npz").open("rb") as file,
-                np.load(file, allow_pickle=False) as arrays,
-            ):
-                height, width = (int(n) for n in arrays["image_size"])
-                rows, columns = (float(n) for n in arrays["cells"])
-                known = FeatureMap(arrays["features"], (height, width), (rows, columns))
-        except (OSError, ValueError, KeyError, EOFError, BadZipFile, InputError):
+            with open_regular(self._folder / f"{key}.npz") as file:
+                arrays = read_npz(file, key, CAPACITY)
+            height, width = (int(n) for n in arrays["image_size"])
+            rows, columns = (float(n) for n in arrays["cells"])
+            known = FeatureMap(arrays["features"], (height, width), (rows, columns))
+        except (OSError, ValueError, KeyError, TypeError, InputError):
             return None  # not there, or damaged: computed again
         self.read += 1
         self._hold(key, known)

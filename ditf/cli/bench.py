@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 import time
 from collections.abc import Callable, Sequence
@@ -42,12 +41,14 @@ from ditf.runtime import Model
 from ditf.runtime.bundle import Bundle, sha256
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.images import fit_image
+from ditf.runtime.json_file import read_json
 from ditf.runtime.manifest import NAME
 from ditf.runtime.writing import replacing
 
 _PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 _PEERS = ("eager", "compile", "onnxruntime")
 _IMAGES = 8  # inputs that rotate
+_LARGEST_BASELINE = 16 << 20  # bytes
 _MOST_PIXELS = 50_000_000
 _SAME = ("cpu", "cores", "gpu", "power_mode")  # what a baseline must share
 
@@ -208,7 +209,7 @@ class _Baseline:
     def __init__(self, path: Path) -> None:
         self._path = path
         try:
-            document = json.loads(path.read_text("utf-8"))
+            document = read_json(path, _LARGEST_BASELINE)
             self.rows = {name: Row.from_json(name, row) for name, row in document["rows"].items()}
             self._machine = dict(document["machine"])
             self._backend = document["backend"]
@@ -217,7 +218,7 @@ class _Baseline:
                 raise ValueError("another schema, or nothing measured")
         except FileNotFoundError:
             raise InputError(f"{path}: no such file", "make one with ditf bench --json") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise InputError(
                 f"{path} is no --json of ditf bench ({error})", "make one with --json"
             ) from error

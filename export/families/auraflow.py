@@ -36,6 +36,14 @@ class AuraFlow(Family):
 
     name = "auraflow"
     transformer_class = "AuraFlowTransformer2DModel"
+    pipelines = ("AuraFlowPipeline",)
+    text_classes = (
+        "UMT5EncoderModel",
+        "LlamaTokenizer",
+        "LlamaTokenizerFast",
+        "T5Tokenizer",
+        "T5TokenizerFast",
+    )
     takes_prompt = True
     attention_name = "attn"
     defaults = Defaults(
@@ -64,7 +72,7 @@ class AuraFlow(Family):
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        pipeline = load_text_pipeline(checkpoint, ("AuraFlowPipeline",))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
         for prompt in map(str, subjects):
             check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "T5")

@@ -157,6 +157,12 @@ class Family(ABC):
     vae_class: ClassVar[str] = "AutoencoderKL"
     """Of the published checkpoints, in diffusers."""
 
+    pipelines: ClassVar[tuple[str, ...]] = ()
+    """Classes in diffusers that encode prompts: a checkpoint's own if it is one of them, else the first."""
+
+    text_classes: ClassVar[tuple[str, ...]] = ()
+    """Text encoders and tokenizers in transformers that its checkpoints have; no other is imported."""
+
     ddpm: ClassVar[bool] = False
     """Whether the published checkpoints have a DDPM schedule; flow matching otherwise."""
 
@@ -274,21 +280,16 @@ class Family(ABC):
                 )
 
 
-def check_prompt(prompt: str, tokenizer: Any, limit: int, encoder: str, thinking: bool | None = None) -> None:
+def check_prompt(prompt: str, tokenizer: Any, limit: int, encoder: str, chat: str | None = None) -> None:
     """Reject a prompt that a text encoder would cut.
 
     Args:
-        thinking: where the pipeline puts the prompt into the tokenizer's template for chats, as it does.
+        chat: the text that the tokenizer's chat template makes of the prompt, where the pipeline uses it.
 
     Raises:
         InputError: says how many tokens there are and may be.
     """
-    text, where = prompt, ""
-    if thinking is not None:
-        chat, where = [{"role": "user", "content": prompt}], " in its template"
-        text = tokenizer.apply_chat_template(
-            chat, tokenize=False, add_generation_prompt=True, enable_thinking=thinking
-        )
+    text, where = (prompt, "") if chat is None else (chat, " in its template")
     count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
     if count > limit:
         raise InputError(

@@ -37,6 +37,8 @@ class Chroma(Flux):
 
     name = "chroma"
     transformer_class = "ChromaTransformer2DModel"
+    pipelines = ("ChromaPipeline",)
+    text_classes = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast")
     takes_guidance = False
     short_text = 8
 
@@ -61,7 +63,7 @@ class Chroma(Flux):
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        pipeline = load_text_pipeline(checkpoint, ("ChromaPipeline",))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
         for prompt in map(str, subjects):
             check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "T5")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from diffusers.models.embeddings import (
@@ -45,6 +45,15 @@ class Flux(Family):
 
     name = "flux"
     transformer_class = "FluxTransformer2DModel"
+    pipelines: ClassVar[tuple[str, ...]] = ("FluxPipeline",)
+    text_classes: ClassVar[tuple[str, ...]] = (
+        "CLIPTextModel",
+        "CLIPTokenizer",
+        "CLIPTokenizerFast",
+        "T5EncoderModel",
+        "T5Tokenizer",
+        "T5TokenizerFast",
+    )
     takes_prompt = True
     attention_name = "attn"
 
@@ -92,7 +101,7 @@ class Flux(Family):
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        pipeline = load_text_pipeline(checkpoint, ("FluxPipeline",))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
         for prompt in map(str, subjects):
             check_prompt(prompt, pipeline.tokenizer, pipeline.tokenizer_max_length, "CLIP")

@@ -10,6 +10,7 @@ import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed, Flux2TimestepGuidanceEmbeddings
 from torch import nn
 
+from ditf.export.chat_template import as_template, render_chats
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.mmdit import stream_rows
@@ -60,6 +61,8 @@ class Flux2(Family):
 
     name = "flux2"
     transformer_class = "Flux2Transformer2DModel"
+    pipelines = (_PIPELINE,)
+    text_classes = ("Qwen3ForCausalLM", "Qwen2Tokenizer", "Qwen2TokenizerFast")
     takes_prompt = True
     attention_name = "attn"
     vae_class = "AutoencoderKLFlux2"
@@ -88,10 +91,13 @@ class Flux2(Family):
         own = checkpoint.index().get("_class_name")
         if own != _PIPELINE:
             raise InputError(f"{checkpoint.id} is a {own}, whose text is not supported", f"use a {_PIPELINE}")
-        pipeline = load_text_pipeline(checkpoint, (_PIPELINE,))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
-        for prompt in map(str, subjects):
-            check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "Qwen3", thinking=False)
+        prompts = [str(subject) for subject in subjects]
+        chats = render_chats(pipeline.tokenizer, prompts, thinking=False)
+        for prompt, chat in zip(prompts, chats, strict=True):
+            check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "Qwen3", chat)
+            pipeline.tokenizer.chat_template = as_template(chat)
             embeds, _ = pipeline.encode_prompt(prompt, device=torch.device("cpu"))
             conditions.append({"prompt_embeds": embeds})
         return conditions

@@ -43,6 +43,8 @@ class Lumina2(Family):
 
     name = "lumina2"
     transformer_class = "Lumina2Transformer2DModel"
+    pipelines = ("Lumina2Pipeline",)
+    text_classes = ("Gemma2Model", "GemmaTokenizer", "GemmaTokenizerFast")
     takes_prompt = True
     attention_name = "attn"
     rms_norms = True
@@ -83,7 +85,7 @@ class Lumina2(Family):
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        pipeline = load_text_pipeline(checkpoint, ("Lumina2Pipeline",))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
         for prompt in map(str, subjects):
             whole = f"{pipeline.system_prompt} <Prompt Start> {prompt}"

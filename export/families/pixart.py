@@ -31,6 +31,8 @@ class PixArt(Family):
 
     name = "pixart"
     transformer_class = "PixArtTransformer2DModel"
+    pipelines = tuple(_TEXT_LIMIT)
+    text_classes = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast")
     takes_prompt = True
     text_stream = False
     ddpm = True
@@ -61,7 +63,7 @@ class PixArt(Family):
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        pipeline = load_text_pipeline(checkpoint, tuple(_TEXT_LIMIT))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         limit = _TEXT_LIMIT[type(pipeline).__name__]
         conditions: list[Condition] = []
         for prompt in map(str, subjects):

@@ -30,6 +30,15 @@ class SD3(Family):
 
     name = "sd3"
     transformer_class = "SD3Transformer2DModel"
+    pipelines = ("StableDiffusion3Pipeline",)
+    text_classes = (
+        "CLIPTextModelWithProjection",
+        "CLIPTokenizer",
+        "CLIPTokenizerFast",
+        "T5EncoderModel",
+        "T5Tokenizer",
+        "T5TokenizerFast",
+    )
     takes_prompt = True
     attention_name = "attn"
     leading_tokens = _CLIP_TOKENS
@@ -59,7 +68,7 @@ class SD3(Family):
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        pipeline = load_text_pipeline(checkpoint, ("StableDiffusion3Pipeline",))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
         for prompt in map(str, subjects):
             for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):

@@ -10,6 +10,7 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from torch import nn
 
+from ditf.export.chat_template import as_template, render_chats
 from ditf.export.checkpoint import Checkpoint
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
@@ -49,6 +50,8 @@ class ZImage(Family):
 
     name = "zimage"
     transformer_class = "ZImageTransformer2DModel"
+    pipelines = ("ZImagePipeline",)
+    text_classes = ("Qwen3Model", "Qwen3ForCausalLM", "Qwen2Tokenizer", "Qwen2TokenizerFast")
     takes_prompt = True
     attention_name = "attention"
     rms_norms = True
@@ -99,10 +102,13 @@ class ZImage(Family):
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        pipeline = load_text_pipeline(checkpoint, ("ZImagePipeline",))
+        pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
-        for prompt in map(str, subjects):
-            check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "Qwen3", thinking=True)
+        prompts = [str(subject) for subject in subjects]
+        chats = render_chats(pipeline.tokenizer, prompts, thinking=True)
+        for prompt, chat in zip(prompts, chats, strict=True):
+            check_prompt(prompt, pipeline.tokenizer, _TEXT_TOKENS, "Qwen3", chat)
+            pipeline.tokenizer.chat_template = as_template(chat)
             (embeds,), _ = pipeline.encode_prompt(
                 prompt, device=torch.device("cpu"), do_classifier_free_guidance=False
             )

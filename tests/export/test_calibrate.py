@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -168,3 +169,16 @@ def test_a_float32_bundles_calibration_has_no_ranges(checkpoint, calibration, tm
     ):
         export_bundle(half)
     export_bundle(options(checkpoint("flux"), calibration=bare, output=tmp_path / "bundle"))
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "8,589,934,592 bytes", "nested too deeply"])
+def test_a_calibration_is_a_plain_file_of_bounded_size(checkpoint, tmp_path, kind):
+    path = tmp_path / "calibration.json"
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    else:
+        path.write_text("[" * 100_000)
+    if kind.startswith("8"):
+        os.truncate(path, 8 << 30)
+    with pytest.raises(InputError, match=f"is no calibration .*{kind}"):
+        export_bundle(options(checkpoint("flux"), calibration=path, output=tmp_path / "bundle"))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import pytest
@@ -60,7 +61,7 @@ def test_a_file_of_prompts(tmp_path, checkpoint):
         (b"cat: a cat\na dog\n", "line 2 is not 'name: prompt': 'a dog'"),
         (b": a cat\n", "line 1 is not"),
         (b"cat:\n", "line 1 is not"),
-        (b"cat: a cat\n" * 200_000, "larger than"),
+        (b"cat: a cat\n" * 200_000, "2,200,000 bytes, more than"),
         (b"\xff\xfe\x00", "cannot be read"),
     ],
 )
@@ -228,3 +229,9 @@ def test_the_text_of_another_flux2_is_refused(checkpoint, tmp_path):
     (folder / "model_index.json").write_text(json.dumps({**index, "_class_name": "Flux2Pipeline"}))
     with pytest.raises(InputError, match="is a Flux2Pipeline, whose text is not supported; use a Flux2Klein"):
         encoded(folder)
+
+
+def test_a_fifo_of_prompts_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "prompts.txt")
+    with pytest.raises(InputError, match="it is a FIFO, not a regular file"):
+        read_prompts(tmp_path / "prompts.txt")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 
 import pytest
@@ -137,3 +138,15 @@ def test_files_of_a_bank_and_names(checkpoint, cat, tmp_path):
     )
     assert [entry.name for entry in made] == ["cat@10", "cat@20", "bird@10", "bird@20"]
     assert {entry.condition["prompt_embeds"].dtype for entry in made} == {torch.float32}
+
+
+def test_fifos_and_files_too_large_are_refused(checkpoint, tmp_path):
+    file = tmp_path / "cat.safetensors"
+    os.mkfifo(file)
+    with pytest.raises(InputError, match="it is a FIFO, not a regular file"):
+        encoded(checkpoint("pixart"), prompt_embeds=file)
+    file.unlink()
+    with file.open("wb") as opened:
+        opened.truncate(8 << 30)
+    with pytest.raises(InputError, match="it has 8,589,934,592 bytes"):
+        encoded(checkpoint("pixart"), prompt_embeds=file)

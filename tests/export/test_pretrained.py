@@ -217,7 +217,7 @@ def test_sd3_without_its_t5(checkpoint, tmp_path):
 
 def test_the_checkpoints_own_pipeline_is_used(checkpoint):
     folder = checkpoint("sigma")
-    pipeline = load_text_pipeline(Checkpoint(folder, "x"), ("PixArtAlphaPipeline", "PixArtSigmaPipeline"))
+    pipeline = load_text_pipeline(Checkpoint(folder, "x"), PixArt.pipelines, PixArt.text_classes)
     assert type(pipeline).__name__ == "PixArtSigmaPipeline"
     assert pipeline.transformer is None
 

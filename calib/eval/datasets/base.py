@@ -8,8 +8,9 @@ integers, of the original images; no reader resizes anything.
 from __future__ import annotations
 
 import csv
-import json
-from collections.abc import Callable, Iterable, Sequence
+import io
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol, TypeVar, Union
@@ -18,12 +19,16 @@ import numpy as np
 from PIL import Image
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.json_file import read_json as read_bounded_json
+from ditf.runtime.reading import open_regular, read_regular
 
 ImageSource = Union[Path, np.ndarray]
 """A file, or RGB uint8 [H, W, 3]."""
 
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1), pixels."""
+
+LARGEST = 64 << 20  # bytes of a file of a benchmark
 
 BORDER = 1.0  # px that a keypoint may lie beyond its image: annotations are rounded, some count from 1
 
@@ -206,33 +211,45 @@ def read_image(source: ImageSource) -> np.ndarray:
     if isinstance(source, np.ndarray):
         return source
     try:
-        with Image.open(source) as image:
+        with picture(source) as image:
             return np.asarray(image.convert("RGB"))
+    except BadItem as error:
+        raise InputError(str(error)) from None
+
+
+@contextmanager
+def picture(path: Path) -> Iterator[Image.Image]:
+    """An image file, opened; raises BadItem, also for what decoding it in the body raises."""
+    try:
+        with open_regular(path, LARGEST) as file, Image.open(file) as image:
+            yield image
+    except BadItem:
+        raise
     except FileNotFoundError:
-        raise InputError(f"{source}: no such image") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise InputError(f"{source} is not a readable image ({str(error)[:80]})") from None
+        raise BadItem(f"{path}: no such image") from None
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
+        raise BadItem(f"{path} is not a readable image ({reason(error)})") from None
 
 
 def header_size(path: Path) -> tuple[int, int]:
     """(H, W) of an image file, from its header; raises BadItem."""
-    try:
-        with Image.open(path) as image:
-            return image.height, image.width
-    except FileNotFoundError:
-        raise BadItem(f"{path}: no such image") from None
-    except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
-        raise BadItem(f"{path} is not a readable image ({str(error)[:80]})") from None
+    with picture(path) as image:
+        return image.height, image.width
+
+
+def reason(error: Exception) -> str:
+    """What an exception says, in a few words."""
+    return str(getattr(error, "strerror", None) or error)[:80]
 
 
 def read_json(path: Path) -> dict[str, Any]:
     """An annotation that is a JSON object; raises BadItem."""
     try:
-        document = json.loads(path.read_text("utf-8"))
+        document = read_bounded_json(path, LARGEST)
     except FileNotFoundError:
         raise BadItem(f"{path}: no such annotation") from None
-    except (OSError, ValueError, RecursionError) as error:
-        raise BadItem(f"{path} is no JSON ({str(error)[:80]})") from None
+    except (OSError, ValueError) as error:
+        raise BadItem(f"{path} is no JSON ({reason(error)})") from None
     if not isinstance(document, dict):
         raise BadItem(f"{path} is no JSON object")
     return document
@@ -267,12 +284,12 @@ def read_table(path: Path) -> list[list[str]]:
         InputError: no such file, not text, or nothing in it.
     """
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            rows = [row for row in csv.reader(file) if row]
+        text = read_regular(path, LARGEST).decode("utf-8")
+        rows = [row for row in csv.reader(io.StringIO(text, newline="")) if row]
     except FileNotFoundError:
         raise InputError(f"{path}: no such list of pairs", "docs/eval.md has the layout") from None
     except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise InputError(f"{path} is no CSV file ({str(error)[:80]})") from None
+        raise InputError(f"{path} is no CSV file ({reason(error)})") from None
     if len(rows) < 2:
         raise InputError(f"{path} lists no pairs")
     return rows[1:]
@@ -285,11 +302,13 @@ def read_lines(path: Path) -> list[str]:
         InputError: no such file, not text, or nothing in it.
     """
     try:
-        lines = [line.strip() for line in path.read_text("utf-8").splitlines() if line.strip()]
+        lines = [
+            line.strip() for line in read_regular(path, LARGEST).decode("utf-8").splitlines() if line.strip()
+        ]
     except FileNotFoundError:
         raise InputError(f"{path}: no such list", "docs/eval.md has the layout") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise InputError(f"{path} cannot be read ({str(error)[:80]})") from None
+        raise InputError(f"{path} cannot be read ({reason(error)})") from None
     if not lines:
         raise InputError(f"{path} is empty")
     return lines

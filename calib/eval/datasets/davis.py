@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
 
 from ditf.calib.eval.datasets.base import (
     BadItem,
@@ -23,6 +22,7 @@ from ditf.calib.eval.datasets.base import (
     check_sizes,
     collect,
     folder,
+    picture,
     read_lines,
 )
 
@@ -86,11 +86,8 @@ def _read_video(data: Path, name: str) -> Video:
 
 def read_labels(path: Path) -> np.ndarray:
     """uint8 [H, W] of an annotation, void as background; raises BadItem."""
-    try:
-        with Image.open(path) as image:
-            mode, labels = image.mode, np.array(image)
-    except (OSError, SyntaxError, ValueError, EOFError) as error:
-        raise BadItem(f"{path} is not a readable annotation ({str(error)[:80]})") from None
+    with picture(path) as image:
+        mode, labels = image.mode, np.array(image)
     if mode not in ("P", "L"):
         raise BadItem(f"{path} is a {mode} image; an annotation has a palette")
     labels[labels == VOID] = 0

@@ -21,8 +21,18 @@ from pathlib import Path
 
 import numpy as np
 
-from ditf.calib.eval.datasets.base import BadItem, ImageSource, Reading, collect, folder, numbers
+from ditf.calib.eval.datasets.base import (
+    LARGEST,
+    BadItem,
+    ImageSource,
+    Reading,
+    collect,
+    folder,
+    numbers,
+    reason,
+)
 from ditf.runtime.errors import InputError
+from ditf.runtime.reading import read_regular
 
 SPLITS = ("test", "all")
 SHORT_SIDE = 480  # px
@@ -73,11 +83,11 @@ def read_hpatches(data: Path, split: str) -> Reading:
 def _read_pair(path: Path, k: int) -> HomographyPair:
     file = path / f"H_1_{k}"
     try:
-        text = file.read_text("utf-8")
+        text = read_regular(file, LARGEST).decode("utf-8")
     except FileNotFoundError:
         raise BadItem(f"{file}: no such homography") from None
     except (OSError, UnicodeDecodeError) as error:
-        raise BadItem(f"{file} cannot be read ({str(error)[:80]})") from None
+        raise BadItem(f"{file} cannot be read ({reason(error)})") from None
     matrix = numbers(text.split(), (9,), str(file)).reshape(3, 3)
     if abs(np.linalg.det(matrix)) < 1e-12:
         raise BadItem(f"{file} is singular")

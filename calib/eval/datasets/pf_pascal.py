@@ -17,6 +17,7 @@ and there is compared with `<`.
 
 from __future__ import annotations
 
+import io
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -32,8 +33,10 @@ from ditf.calib.eval.datasets.base import (
     header_size,
     numbers,
     read_table,
+    reason,
 )
 from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.reading import read_regular
 
 CATEGORIES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",
@@ -42,6 +45,7 @@ CATEGORIES = (
 )  # fmt: skip
 
 SPLITS = ("test", "val", "trn")
+_LARGEST_ANNOTATION = 16 << 10  # bytes: they hold tens of numbers, and may inflate a thousandfold
 _LISTS = {"test": ("test",), "val": ("val",), "trn": ("trn", "train")}
 
 
@@ -119,12 +123,13 @@ def _annotation(data: Path, category: str, stem: str) -> np.ndarray:
     if not path.exists():
         raise BadItem(f"{path}: no such annotation")
     try:
-        document: Mapping[str, Any] = _scipy().loadmat(path)
+        content = read_regular(path, _LARGEST_ANNOTATION)
+        document: Mapping[str, Any] = _scipy().loadmat(io.BytesIO(content))
         points = np.asarray(document["kps"], dtype=np.float64)
     except (
         Exception
     ) as error:  # SciPy has no class of its own: zlib, struct, Value, Type, Key errors and more
-        raise BadItem(f"{path} is no .mat file with kps ({str(error)[:80]})") from None
+        raise BadItem(f"{path} is no .mat file with kps ({reason(error)})") from None
     if points.ndim != 2 or points.shape[1] != 2:
         raise BadItem(f"{path}: kps has shape {list(points.shape)}")
     return points

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 
 import numpy as np
@@ -145,7 +146,7 @@ def test_pf_pascal(tmp_path, row, message):
     assert message in problem
 
 
-@pytest.mark.parametrize("damage", ["text", "half", "no kps", "shape"])
+@pytest.mark.parametrize("damage", ["text", "half", "no kps", "shape", "fifo", "large"])
 def test_malformed_mat(tmp_path, damage):
     folder = miniature.pf_pascal(tmp_path, in_list=False)
     path = folder / "Annotations" / "aeroplane" / "2008_000001.mat"
@@ -153,6 +154,11 @@ def test_malformed_mat(tmp_path, damage):
         path.write_text("not MATLAB")
     elif damage == "half":
         path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    elif damage == "fifo":
+        path.unlink()
+        os.mkfifo(path)
+    elif damage == "large":  # 64 MB of zeros
+        scipy.io.savemat(path, {"kps": np.zeros((1 << 22, 2))}, do_compression=True)
     else:
         scipy.io.savemat(path, {"kps" if damage == "shape" else "points": np.zeros((3, 3))})
     reading = read("pf-pascal", folder)
@@ -268,3 +274,42 @@ def test_an_empty_split(tmp_path):
     (folder / "PairAnnotation" / "test").mkdir(parents=True)
     with pytest.raises(InputError, match="holds no pairs"):
         BENCHMARKS["spair-71k"].read(folder, "test")
+
+
+FILES = {
+    "spair-71k": ("PairAnnotation/test/*.json", "JPEGImages/cat/*.jpg"),
+    "pf-pascal": ("JPEGImages/*.jpg",),
+    "pf-willow": ("*/*.png",),
+    "ap-10k": ("PairAnnotation/test/*.json", "JPEGImages/*/*/*.jpg"),
+    "hpatches": ("i_*/H_1_3", "i_*/*.ppm"),
+    "davis": ("Annotations/480p/bear/*.png", "JPEGImages/480p/bear/*.jpg"),
+    "tss": ("FG3DCar/*/flow1.flo", "FG3DCar/*/mask1.png", "FG3DCar/*/image1.png"),
+}
+
+
+@pytest.mark.parametrize("kind", ["a FIFO", "8,589,934,592 bytes"])
+@pytest.mark.parametrize(("name", "pattern"), [(name, one) for name in FILES for one in FILES[name]])
+def test_fifos_and_files_too_large_cost_their_items(tmp_path, name, pattern, kind):
+    """Neither is read: a FIFO has no end, and the other is 8 GB of holes."""
+    folder = MAKE[name](tmp_path)
+    path = first(folder, pattern)
+    path.unlink()
+    if kind == "a FIFO":
+        os.mkfifo(path)
+    else:
+        with path.open("wb") as file:
+            file.truncate(8 << 30)
+    reading = read(name, folder)
+    assert any(kind in problem for problem in reading.problems), reading.problems
+    assert reading.items
+
+
+@pytest.mark.parametrize(
+    ("name", "pattern"), [("davis", "Annotations/480p/bear/*.png"), ("tss", "FG3DCar/*/mask1.png")]
+)
+def test_an_image_of_too_many_pixels_costs_its_item(tmp_path, monkeypatch, name, pattern):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 10_000)
+    folder = MAKE[name](tmp_path)
+    Image.new("L", (400, 400)).save(first(folder, pattern))
+    problems = read(name, folder).problems
+    assert any("exceeds limit" in problem for problem in problems), problems

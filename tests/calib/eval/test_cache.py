@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import os
+
 import numpy as np
 import pytest
 
@@ -109,3 +111,20 @@ def test_features_that_are_not_finite_name_their_image(images, tmp_path):
 def test_an_image_that_has_gone(tmp_path):
     with pytest.raises(InputError, match=r"gone\.png"):
         FeatureCache(Extract(), ["model"]).maps([tmp_path / "gone.png"])
+
+
+def test_a_file_that_would_inflate_to_gigabytes_is_computed_again(images, tmp_path, monkeypatch):
+    folder = tmp_path / "cache"
+    FeatureCache(Extract(), ["model"], folder).maps(images[:1])
+    (file,) = folder.glob("*/*.npz")
+    np.savez_compressed(file, features=np.zeros((1, 1, 1 << 22), np.float32), image_size=(1, 1), cells=(1, 1))
+    monkeypatch.setattr("ditf.calib.eval.cache.CAPACITY", 1 << 20)
+    extract = Extract()
+    FeatureCache(extract, ["model"], folder).maps(images[:1])
+    assert extract.calls == [(1, None)]
+
+
+def test_an_image_that_is_a_fifo_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "a.png")
+    with pytest.raises(InputError, match="it is a FIFO"):
+        FeatureCache(Extract(), ["model"]).maps([tmp_path / "a.png"])

@@ -1,0 +1,29 @@
+"""JSON files of others: bounded, regular, and one kind of error for whatever is no JSON."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+from ditf.runtime.json_file import read_json
+
+
+def test_reads_a_value(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text('{"name": ["\u00e9", 1]}', "utf-8")
+    assert read_json(tmp_path / "a.json", 100) == {"name": ["\u00e9", 1]}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"\xff\xfe", b"[" * 100_000])
+def test_what_is_no_json_is_a_value_error(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "a.json").write_bytes(content)
+    with pytest.raises(ValueError):  # noqa: PT011  in the parser's words
+        read_json(tmp_path / "a.json", 1 << 20)
+
+
+def test_large_files_and_fifos_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a.json").write_text("[1, 2, 3]")
+    os.mkfifo(tmp_path / "fifo.json")
+    with pytest.raises(OSError, match="more than 8"):
+        read_json(tmp_path / "a.json", 8)
+    with pytest.raises(OSError, match="FIFO"):
+        read_json(tmp_path / "fifo.json", 8)
