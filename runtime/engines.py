@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
@@ -213,13 +212,6 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
     _, folder, record = min(fitting, key=lambda one: (one[0], one[1]))
     verify_plans(folder, record)
     return folder, record
-
-
-def cache_file(kind: str, *name: str) -> Path:
-    """A file in the user's cache: "timing", "kernels"."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(name))
-    return root / "ditf" / kind / f"{plain}.cache"
 
 
 def _flavour_of(folder: Path) -> str | None:
