@@ -25,7 +25,6 @@ from ditf.runtime.engines import (
     RECORD,
     SCHEMA,
     EngineRecord,
-    cache_file,
     read_record,
     sources,
     verify_plans,
@@ -35,6 +34,7 @@ from ditf.runtime.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.gpu import find_gpu
 from ditf.runtime.stage_folder import clear
 from ditf.runtime.staging import staged
+from ditf.runtime.user_cache import cache_file
 
 Profiles = tuple[tuple[int, int, int], ...]
 """Smallest, usual and largest batch of each profile."""

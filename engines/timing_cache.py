@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.user_cache import read_cache, write_cache
 
 
 class TimingCache:
     """One cache file.
 
     A build reads it when it starts and, when it ends, writes what it learned on top of what others wrote
-    meanwhile, to a temporary file that is renamed: no reader sees half a file.
+    meanwhile, in a file that appears whole. It is in the user's cache, see `read_cache`.
 
     Args:
         path: of the file; it need not exist.
@@ -27,12 +26,14 @@ class TimingCache:
         self.path = path
         self.warning = ""
         self._cache: Any = None
+        self._refused = ""
 
     def attach(self, config: Any) -> None:
         """Give the cache to a builder config."""
         self._cache = self._read(config)
         if self._cache is None or not config.set_timing_cache(self._cache, ignore_mismatch=False):
-            self.warning = f"{self.path} is of another GPU or version, or damaged: timings start anew"
+            refused = self._refused or f"{self.path} is of another GPU or version, or damaged"
+            self.warning = f"{refused}: timings start anew"
             self._cache = config.create_timing_cache(b"")
             config.set_timing_cache(self._cache, ignore_mismatch=False)
 
@@ -42,17 +43,15 @@ class TimingCache:
         Raises:
             InputError: the file cannot be written.
         """
+        if self._refused:
+            return  # what is not this user's is not written to
         learned = config.get_timing_cache()
         if not self.warning:
             others = self._read(config)
             if others is not None:
                 learned.combine(others, ignore_mismatch=False)
         try:
-            self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, name = tempfile.mkstemp(dir=self.path.parent, prefix=".timing-")
-            with os.fdopen(handle, "wb") as file:
-                file.write(bytes(learned.serialize()))
-            Path(name).replace(self.path)
+            write_cache(self.path, bytes(learned.serialize()))
         except OSError as error:
             raise InputError(
                 f"the timing cache {self.path} cannot be written ({error.strerror})",
@@ -60,9 +59,10 @@ class TimingCache:
             ) from error
 
     def _read(self, config: Any) -> Any:
-        """The file's cache, an empty one where there is no file; None where TensorRT refuses it."""
+        """The file's cache, an empty one where there is no file; None of what is refused."""
         try:
-            content = self.path.read_bytes()
-        except OSError:
-            content = b""
+            content = read_cache(self.path) or b""
+        except OSError as error:
+            self._refused = f"{error.filename} cannot be used ({error.strerror})"
+            return None
         return config.create_timing_cache(content)

@@ -281,13 +281,6 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
     return folder, record
 
 
-def cache_file(kind: str, *name: str) -> Path:
-    """A file in the user's cache: "timing", "kernels"."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(name))
-    return root / "ditf" / kind / f"{plain}.cache"
-
-
 def _flavour_of(folder: Path) -> str | None:
     """From the directory's name, which begins with it; None if it does not."""
     return next((f for f in ("tensorrt-rtx", "tensorrt") if folder.name.startswith(f"{f}-")), None)

@@ -9,10 +9,11 @@ from ditf.runtime.backends import Probe
 from ditf.runtime.backends.cuda import no_driver, open_cuda
 from ditf.runtime.backends.engine_session import EngineSession
 from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import PLANS, EngineRecord, cache_file, choose_engine, engine_of, read_plan
+from ditf.runtime.engines import PLANS, EngineRecord, choose_engine, engine_of, read_plan
 from ditf.runtime.errors import BundleError, MissingComponent, NoPlan
 from ditf.runtime.flavour import load
 from ditf.runtime.gpu import Gpu, find_gpu
+from ditf.runtime.user_cache import cache_file
 
 
 def probe(flavour: str) -> Probe:

@@ -23,6 +23,7 @@ from ditf.runtime.errors import BundleError, DitfError, InputError
 from ditf.runtime.flavour import Log, has
 from ditf.runtime.graph_loading import refit
 from ditf.runtime.onnx_graph import Graph
+from ditf.runtime.user_cache import read_cache, write_cache
 
 logger = logging.getLogger(__name__)
 
@@ -350,7 +351,14 @@ class _Settings:
             self._config = engine.create_runtime_config()
             self._config.set_execution_context_allocation_strategy(self._strategy)
             self._kernel_cache = self._config.create_runtime_cache()
-            if kernels.is_file() and not self._kernel_cache.deserialize(kernels.read_bytes()):
+            try:
+                content = read_cache(kernels)
+            except OSError as error:
+                content = None
+                logger.warning(
+                    "%s cannot be used (%s): kernels are compiled anew", error.filename, error.strerror
+                )
+            if content is not None and not self._kernel_cache.deserialize(content):
                 logger.warning(
                     "%s is of another GPU or version, or damaged: kernels are compiled anew", kernels
                 )
@@ -366,11 +374,8 @@ class _Settings:
         """Write the kernels; that they cannot be written is no failure."""
         if self._kernel_cache is None or self._kernels is None:
             return
-        part = self._kernels.with_name(f".{self._kernels.name}.part")
         try:
-            self._kernels.parent.mkdir(parents=True, exist_ok=True)
-            part.write_bytes(bytes(self._kernel_cache.serialize()))
-            part.replace(self._kernels)
+            write_cache(self._kernels, bytes(self._kernel_cache.serialize()))
         except OSError as error:
             logger.warning(
                 "%s cannot be written (%s): kernels are compiled again", self._kernels, error.strerror

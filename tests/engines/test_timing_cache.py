@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ditf.engines.timing_cache import TimingCache
-from ditf.runtime.engines import cache_file
 from ditf.runtime.errors import InputError
 from ditf.runtime.flavour import Log, load
+from ditf.runtime.user_cache import cache_file, write_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TensorRT-RTX:DeprecationWarning")
 
@@ -21,8 +21,13 @@ def config():
     del builder, log
 
 
-def test_it_is_written_whole(config, tmp_path):
-    path = tmp_path / "deep" / "one.cache"
+@pytest.fixture
+def path(tmp_path):
+    """A cache's file, in a cache that is not there yet."""
+    return tmp_path / "ditf" / "timing" / "one.cache"
+
+
+def test_it_is_written_whole(config, path):
     for _ in range(2):  # the second time it is read
         cache = TimingCache(path)
         cache.attach(config)
@@ -47,9 +52,8 @@ class Refusing:
         return self._config.get_timing_cache()
 
 
-def test_a_damaged_one_is_written_anew_with_a_warning(config, tmp_path):
-    path = tmp_path / "one.cache"
-    path.write_bytes(b"rubbish" * 20)
+def test_a_damaged_one_is_written_anew_with_a_warning(config, path):
+    write_cache(path, b"rubbish" * 20)
     cache = TimingCache(path)
     cache.attach(Refusing(config))
     assert "damaged: timings start anew" in cache.warning
@@ -57,10 +61,20 @@ def test_a_damaged_one_is_written_anew_with_a_warning(config, tmp_path):
     assert b"rubbish" not in path.read_bytes()
 
 
-def test_a_file_that_cannot_be_written(config, tmp_path):
-    (tmp_path / "folder").write_text("a file")
-    cache = TimingCache(tmp_path / "folder" / "one.cache")
+def test_what_others_can_write_is_neither_read_nor_written(config, path):
+    write_cache(path, b"rubbish" * 20)
+    path.chmod(0o666)
+    cache = TimingCache(path)
     cache.attach(config)
+    assert cache.warning == f"{path} cannot be used (others can write it): timings start anew"
+    cache.keep(config)
+    assert path.read_bytes() == b"rubbish" * 20
+
+
+def test_a_file_that_cannot_be_written(config, path):
+    cache = TimingCache(path)
+    cache.attach(config)
+    path.parent.parent.write_text("a file")
     with pytest.raises(InputError, match="cannot be written"):
         cache.keep(config)
 

@@ -1,0 +1,75 @@
+"""Files in the user's cache: kernels and timings that TensorRT made, and reads without checking them.
+
+A file is only read if nobody but this user (or root) can have written it, and folders are the user's alone.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from pathlib import Path
+from typing import Optional
+from uuid import uuid4
+
+from ditf.runtime.reading import open_regular
+from ditf.runtime.writing import created, publish
+
+_LARGEST = 1 << 30  # bytes
+
+
+def cache_file(kind: str, *name: str) -> Path:
+    """A file in the user's cache: "timing", "kernels"."""
+    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(name))
+    return root / "ditf" / kind / f"{plain}.cache"
+
+
+def read_cache(path: Path) -> Optional[bytes]:
+    """What is in a file of the cache; None where there is none.
+
+    Args:
+        path: from `cache_file`.
+
+    Raises:
+        OSError: somebody else can write it or its folders, or it cannot be read; `strerror` says why.
+    """
+    try:
+        for folder in (path.parent.parent, path.parent):
+            _check(folder.lstat(), folder)
+        with open_regular(path, _LARGEST) as file:
+            _check(os.fstat(file.fileno()), path)
+            return file.read(_LARGEST)
+    except FileNotFoundError:
+        return None
+
+
+def write_cache(path: Path, content: bytes) -> None:
+    """Put a file into the cache, whole; its folders are made, and made private.
+
+    Raises:
+        OSError: it cannot be written, or a folder is not this user's.
+    """
+    path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
+    for folder in (path.parent.parent, path.parent):
+        folder.mkdir(mode=0o700, exist_ok=True)
+        status = folder.lstat()
+        if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
+            folder.chmod(0o700)  # ditf 0.1.0 made them by the umask
+        _check(folder.lstat(), folder)
+    temporary = path.with_name(f".ditf-{uuid4().hex}")
+    with created(temporary) as file:
+        os.fchmod(file.fileno(), 0o600)
+        file.write(content)
+        publish(file, temporary, path)
+
+
+def _check(status: os.stat_result, path: Path) -> None:
+    why = ""
+    if stat.S_ISLNK(status.st_mode):
+        why = "it is a link"
+    elif status.st_uid not in (os.geteuid(), 0):
+        why = f"it is of user {status.st_uid}"
+    elif stat.S_IMODE(status.st_mode) & 0o022:
+        why = "others can write it"
+    if why:
+        raise PermissionError(1, why, str(path))
