@@ -17,7 +17,8 @@ import numpy as np
 from ditf.runtime.cells import TIE_TOLERANCE, TINY, to_pixels, unit_cells
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.interpolation import quadratic_matrix, sample_rows, upsampling_matrix
+from ditf.runtime.interpolation import sample_rows, upsampling_matrix
+from ditf.runtime.norms import inverse_norms
 from ditf.runtime.pruning import Pruner
 from ditf.runtime.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method, soft_argmax
 
@@ -94,19 +95,22 @@ def interpolation_inputs(
         point_rows [N, h], point_columns [N, w]: weights of the source's cells for each point;
         rows [H, h'], columns [W, w']: upsampling of the target to its image. All float32.
     """
-    (source_rows, source_columns), (target_rows, target_columns) = (
-        [
-            upsampling_matrix(pixels, cells, extent)
-            for pixels, cells, extent in zip(one.image_size, one.grid, one.cells, strict=True)
-        ]
-        for one in (source, target)
-    )
+    (source_rows, source_columns), (target_rows, target_columns) = map(_upsampling, (source, target))
     return (
         sample_rows(source_rows, points[:, 1]),
         sample_rows(source_columns, points[:, 0]),
         target_rows,
         target_columns,
     )
+
+
+def _upsampling(features: FeatureMap) -> tuple[np.ndarray, np.ndarray]:
+    """Upsampling of a map to its image: rows [H, h], columns [W, w]."""
+    rows, columns = (
+        upsampling_matrix(pixels, cells, extent)
+        for pixels, cells, extent in zip(features.image_size, features.grid, features.cells, strict=True)
+    )
+    return rows, columns
 
 
 def match_points(
@@ -138,30 +142,68 @@ def match_points(
     Raises:
         InputError: bad points or options, or maps of different models.
     """
-    check_method(method, window, temperature, sigma)
-    check_channels(source, target)
-    checked = check_points(points, source.image_size)
-    point_rows, point_columns, rows, columns = interpolation_inputs(source, target, checked)
-    found = np.zeros((len(checked), 2), np.float32)
-    scores = np.zeros(len(checked), np.float32)
-    if method == "argmax":
-        inverse_norm = _inverse_norm(target.array, rows, columns)
-        pruner = Pruner(inverse_norm, rows, columns)
-        cells = target.array.reshape(len(target.array), -1).astype(np.float32)
-    else:
-        cells = unit_cells(target).T
-    for start in range(0, len(checked), CHUNK):
-        chunk = slice(start, start + CHUNK)
-        queries = _sample(source.array, point_rows[chunk], point_columns[chunk])
-        inner = (queries @ cells).reshape(-1, *target.array.shape[1:])
-        if method == "argmax":
-            best, scores[chunk] = _pruned_argmax(pruner, inner, inverse_norm, rows, columns)
-            y, x = np.divmod(best, target.image_size[1])
-            found[chunk] = np.stack([x, y], axis=1)
-        else:
-            expected, scores[chunk] = soft_argmax(inner, method, window, temperature, sigma)
-            found[chunk] = to_pixels(expected, target)
-    return Matches(found, np.clip(scores, -1.0, 1.0))
+    return PointMatcher(source, target, method, window, temperature, sigma)(points)
+
+
+class PointMatcher:
+    """`match_points` in several calls: what depends on the target alone is computed once, at the start.
+
+    Args:
+        source, target, method, window, temperature, sigma: see `match_points`.
+
+    Raises:
+        InputError: bad options, or maps of different models.
+    """
+
+    def __init__(
+        self,
+        source: FeatureMap,
+        target: FeatureMap,
+        method: str = "argmax",
+        window: int = WINDOW,
+        temperature: float = TEMPERATURE,
+        sigma: float = SIGMA,
+    ) -> None:
+        check_method(method, window, temperature, sigma)
+        check_channels(source, target)
+        self._source, self._target, self._method = source, target, method
+        self._soft = (window, temperature, sigma)
+        self._source_rows, self._source_columns = _upsampling(source)
+        if method != "argmax":
+            self._cells = unit_cells(target).T
+            return
+        self._rows, self._columns = _upsampling(target)
+        self._inverse_norm = inverse_norms(target.array, self._rows, self._columns)
+        self._pruner = Pruner(self._inverse_norm, self._rows, self._columns)
+        self._cells = target.array.reshape(len(target.array), -1).astype(np.float32)
+
+    def __call__(self, points: PointsLike) -> Matches:
+        """Match points [N, 2], (x, y) in the source image's own pixels.
+
+        Raises:
+            InputError: bad points.
+        """
+        checked = check_points(points, self._source.image_size)
+        found = np.zeros((len(checked), 2), np.float32)
+        scores = np.zeros(len(checked), np.float32)
+        for start in range(0, len(checked), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            found[chunk], scores[chunk] = self._chunk(checked[chunk])
+        return Matches(found, np.clip(scores, -1.0, 1.0))
+
+    def _chunk(self, points: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        queries = _sample(
+            self._source.array,
+            sample_rows(self._source_rows, points[:, 1]),
+            sample_rows(self._source_columns, points[:, 0]),
+        )
+        inner = (queries @ self._cells).reshape(-1, *self._target.array.shape[1:])
+        if self._method != "argmax":
+            expected, scores = soft_argmax(inner, self._method, *self._soft)
+            return to_pixels(expected, self._target), scores
+        best, scores = _pruned_argmax(self._pruner, inner, self._inverse_norm, self._rows, self._columns)
+        y, x = np.divmod(best, self._target.image_size[1])
+        return np.stack([x, y], axis=1), scores
 
 
 def heat_map(source: FeatureMap, target: FeatureMap, point: Sequence[float] | np.ndarray) -> np.ndarray:
@@ -183,7 +225,7 @@ def heat_map(source: FeatureMap, target: FeatureMap, point: Sequence[float] | np
     query = _sample(source.array, point_rows, point_columns)
     cells = target.array.reshape(len(target.array), -1).astype(np.float32)
     inner = (query @ cells).reshape(target.array.shape[1:])
-    scores = _tile_scores(inner @ columns.T, _inverse_norm(target.array, rows, columns), rows, slice(None))
+    scores = _tile_scores(inner @ columns.T, inverse_norms(target.array, rows, columns), rows, slice(None))
     return np.clip(scores, -1.0, 1.0, out=scores)
 
 
@@ -207,48 +249,6 @@ def _sample(array: np.ndarray, point_rows: np.ndarray, point_columns: np.ndarray
     queries = weights @ array.reshape(channels, h * w).astype(np.float32).T
     squared = np.einsum("nc,nc->n", queries, queries)
     return queries / np.sqrt(np.maximum(squared, TINY))[:, None]
-
-
-def _inverse_norm(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> np.ndarray:
-    """1 / |up(F)| at every pixel, [H, W].
-
-    In float64: where neighbouring cells point away from each other the quadratic form cancels, and in
-    float32 what is left would be noise.
-    """
-    squared = quadratic_matrix(rows) @ _norm_kernel(array) @ quadratic_matrix(columns).T
-    inverse: np.ndarray = (1.0 / np.sqrt(np.maximum(squared, TINY))).astype(np.float32)
-    return inverse
-
-
-def _norm_kernel(array: np.ndarray) -> np.ndarray:
-    """Inner products of neighbouring cells, float64 [2h, 2w], laid out for `quadratic_matrix`.
-
-    Neighbours are offsets in the flattened map. At the right and lower edge these wrap to some other
-    cell; its weight is zero.
-    """
-    channels, h, w = array.shape
-    cells = np.ascontiguousarray(array.reshape(channels, h * w).T, dtype=np.float64)
-
-    def inner(first: int, second: int) -> np.ndarray:
-        """<cell + first, cell + second> for every cell; 0 beyond the last."""
-        product = np.zeros(h * w)
-        count = max(0, h * w - max(first, second))
-        np.einsum(
-            "nc,nc->n",
-            cells[first : first + count],
-            cells[second : second + count],
-            out=product[:count],
-        )
-        return product.reshape(h, w)
-
-    here, right, below = 0, 1, w
-    diagonals = inner(here, below + right) + inner(right, below)
-    return np.block(
-        [
-            [inner(here, here), 2.0 * inner(here, right)],
-            [2.0 * inner(here, below), 2.0 * diagonals],
-        ]
-    )
 
 
 def _pruned_argmax(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Union
@@ -21,7 +21,7 @@ from ditf.runtime.flow import Flow, dense_flow
 from ditf.runtime.images import FITS, FittedImage, ImageLike, fitted_image
 from ditf.runtime.manifest import Manifest
 from ditf.runtime.match_graph import run_match_graph
-from ditf.runtime.matching import Matches, PointsLike, heat_map, match_points
+from ditf.runtime.matching import Matches, PointMatcher, PointsLike, heat_map
 from ditf.runtime.mutual import MutualMatches, mutual_matches
 from ditf.runtime.runner import FeaturesRunner
 from ditf.runtime.signing import Trust
@@ -213,11 +213,23 @@ class Model:
 
         See `match_points`. By "argmax", maps that are in a device's memory are matched there.
         """
+        return self.matcher(source, target, method, window, temperature, sigma)(points)
+
+    def matcher(
+        self,
+        source: FeatureMap,
+        target: FeatureMap,
+        method: str = "argmax",
+        window: int = WINDOW,
+        temperature: float = TEMPERATURE,
+        sigma: float = SIGMA,
+    ) -> Callable[[PointsLike], Matches]:
+        """`match` in several calls, between which the engine is free; see `PointMatcher`."""
         check_method(method, window, temperature, sigma)
         there = source.resident is not None and target.resident is not None
         if method == "argmax" and there and self._matches_there(target):
-            return self.match_with_graph(source, target, points)
-        return match_points(source, target, points, method, window, temperature, sigma)
+            return lambda points: self.match_with_graph(source, target, points)
+        return PointMatcher(source, target, method, window, temperature, sigma)
 
     def mutual(
         self,

@@ -29,7 +29,7 @@ from ditf.cli.console import (
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.reading import open_regular
-from ditf.runtime.serving.limits import MIB, Limits
+from ditf.runtime.serving.limits import MIB, SCORES_PER_S, Limits
 
 KEY_VARIABLE = "DITF_API_KEY"
 
@@ -109,6 +109,7 @@ def serve(
             body_bytes=int(max_body * MIB),
             buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
             pixels=int(max_pixels * 1e6),
+            scores=max(1, int(deadline * SCORES_PER_S)),
             deadline_s=deadline,
             drain_s=drain,
         )

@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any, Generic, Protocol, TypeVar
@@ -45,7 +45,7 @@ class Ticket:
 
     Attributes:
         request_id: for the log.
-        deadline: when it is too late to start on it (monotonic, s).
+        deadline: when nothing more is done for it (monotonic, s).
         hold: counts bytes that it is about to hold; raises Overloaded where there is no room.
     """
 
@@ -53,23 +53,47 @@ class Ticket:
     deadline: float
     hold: Callable[[int], None] = lambda count: None
 
+    @property
+    def seconds_left(self) -> float:
+        """Until the deadline; 0 after it."""
+        return max(0.0, self.deadline - time.monotonic())
+
+    def check(self) -> None:
+        """Called before a stage of the request.
+
+        Raises:
+            DeadlineExceeded: it is too late for it.
+        """
+        if time.monotonic() > self.deadline:
+            raise DeadlineExceeded("the request waited past its deadline", "try again, or ask for less")
+
 
 @dataclass(eq=False)
 class _Job(Generic[T]):
+    """What waits for the engine. Its future can be cancelled until the result is there."""
+
     ticket: Ticket
     future: Future[T] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
-    def start(self, observer: Observer) -> bool:
-        """Whether it is to be run: nobody gave it up, and it is not too late."""
-        if not self.future.set_running_or_notify_cancel():
+    def wanted(self) -> bool:
+        """Whether to run it, or go on with it: nobody gave it up, and it is not too late."""
+        if self.future.cancelled():
             return False
-        now = time.monotonic()
-        observer.stage("queue", now - self.arrived)
-        if now > self.ticket.deadline:
-            self.future.set_exception(DeadlineExceeded("the request waited past its deadline", "try again"))
+        try:
+            self.ticket.check()
+        except DeadlineExceeded as error:
+            self.fail(error)
             return False
         return True
+
+    def succeed(self, result: T) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_result(result)
+
+    def fail(self, error: Exception) -> None:
+        if self.future.set_running_or_notify_cancel():
+            self.future.set_exception(error)
 
 
 @dataclass(eq=False)
@@ -81,16 +105,27 @@ class _ImageJob(_Job[FeatureMap]):
 
 
 @dataclass(eq=False)
-class _CallJob(_Job[Any]):
+class _SlicedJob(_Job[list[Any]]):
+    """Something else that uses a model, run slice by slice.
+
+    Attributes:
+        slices: each step does a part of the work and gives its result.
+        results: of the steps so far.
+        seconds: they took.
+    """
+
     stage: str = ""
-    call: Callable[[], Any] = lambda: None
+    slices: Iterator[Any] = field(default_factory=lambda: iter(()))
+    results: list[Any] = field(default_factory=list)
+    seconds: float = 0.0
 
 
 class Worker:
     """The thread that runs models, and what waits for it.
 
     Images for the same bundle and condition are run together: as soon as a batch is full, or the oldest has
-    waited for `delay_s`. What comes after features, matching above all, goes first: it ends a request.
+    waited for `delay_s`. What comes after features, matching above all, goes first: it ends a request. It
+    runs in slices, and between two of them something else has a turn, if anything waits.
 
     Args:
         models: by bundle name. They are used by this thread alone, and closed with it.
@@ -120,7 +155,9 @@ class Worker:
         self._largest = {name: model.largest_batch or largest_batch for name, model in models.items()}
         self._observer = observer
         self._images: deque[_ImageJob] = deque()
-        self._calls: deque[_CallJob] = deque()
+        self._calls: deque[_SlicedJob] = deque()
+        self._begun: deque[_SlicedJob] = deque()
+        self._others_turn = True
         self._changed = threading.Condition()
         self._closing = False
         self.running = False
@@ -130,7 +167,7 @@ class Worker:
     @property
     def waiting(self) -> int:
         """Images and calls that wait."""
-        return len(self._images) + len(self._calls)
+        return len(self._images) + len(self._calls) + len(self._begun)
 
     @property
     def alive(self) -> bool:
@@ -163,13 +200,19 @@ class Worker:
             self._changed.notify()
         return [job.future for job in jobs]
 
-    def call(self, stage: str, call: Callable[[], T], ticket: Ticket) -> Future[T]:
+    def call(self, stage: str, slices: Iterator[T], ticket: Ticket) -> Future[list[T]]:
         """Queue something else that uses a model. It belongs to a request that has been let in.
+
+        Args:
+            slices: each step is run by the worker's thread, which does other work between two of them.
+
+        Returns:
+            What the steps gave, in order.
 
         Raises:
             Overloaded: the worker is closing.
         """
-        job = _CallJob(ticket, stage=stage, call=call)
+        job = _SlicedJob(ticket, stage=stage, slices=slices)
         with self._changed:
             if self._closing:
                 raise Overloaded("the server is stopping", "try again")
@@ -181,9 +224,9 @@ class Worker:
         """Fail what waits, let what runs end, close the models; False if it did not end in time."""
         with self._changed:
             self._closing = True
-            left: list[_Job[Any]] = [*self._images, *self._calls]
-            self._images.clear()
-            self._calls.clear()
+            left: list[_Job[Any]] = [*self._images, *self._calls, *self._begun]
+            for queue in (self._images, self._calls, self._begun):
+                queue.clear()
             self._changed.notify()
         for job in left:
             job.future.cancel()
@@ -201,22 +244,26 @@ class Worker:
                 return
             self.running = True
             try:
-                if isinstance(batch, _CallJob):
-                    self._run_call(batch)
+                if isinstance(batch, _SlicedJob):
+                    self._run_slice(batch)
                 else:
                     self._run_images(batch)
             except Exception:  # the thread serves everyone: nothing may end it
                 logger.exception("the worker failed")
-                for job in [batch] if isinstance(batch, _CallJob) else batch:
+                for job in [batch] if isinstance(batch, _SlicedJob) else batch:
                     if not job.future.done():
-                        job.future.set_exception(EngineError("the worker failed", "see the server's log"))
+                        job.fail(EngineError("the worker failed", "see the server's log"))
             finally:
                 self.running = False
 
-    def _next(self) -> _CallJob | list[_ImageJob] | None:
+    def _next(self) -> _SlicedJob | list[_ImageJob] | None:
         """What to run now; waits for it. None when closing."""
         with self._changed:
             while True:
+                if self._begun and not self._others_turn:
+                    self._others_turn = True
+                    return self._begun.popleft()
+                self._others_turn = False
                 if self._calls:
                     return self._calls.popleft()
                 wait = None
@@ -231,30 +278,45 @@ class Worker:
                         return batch
                 elif self._closing:
                     return None
+                if self._begun:
+                    self._others_turn = True
+                    return self._begun.popleft()
                 self._changed.wait(wait)
 
-    def _run_call(self, job: _CallJob) -> None:
-        if not job.start(self._observer):
+    def _run_slice(self, job: _SlicedJob) -> None:
+        if not job.wanted():
             return
         start = time.monotonic()
+        if not job.results:
+            self._observer.stage("queue", start - job.arrived)
         try:
-            result = job.call()
+            job.results.append(next(job.slices))
+        except StopIteration:
+            self._observer.stage(job.stage, job.seconds)
+            job.succeed(job.results)
+            return
         except InputError as error:
-            job.future.set_exception(error)
+            job.fail(error)
+            return
         except Exception as error:
-            job.future.set_exception(self._failed(error, [job]))
-        else:
-            self._observer.stage(job.stage, time.monotonic() - start)
-            job.future.set_result(result)
+            job.fail(self._failed(error, [job]))
+            return
+        job.seconds += time.monotonic() - start
+        with self._changed:
+            if not self._closing:
+                self._begun.append(job)
+                return
+        job.future.cancel()
 
     def _run_images(self, jobs: Sequence[_ImageJob]) -> None:
         wanted: dict[bytes, list[_ImageJob]] = {}
         for job in jobs:
-            if not job.start(self._observer):
+            if not job.wanted():
                 continue
+            self._observer.stage("queue", time.monotonic() - job.arrived)
             kept = self._cache.get(job.key)  # another request may have brought it meanwhile
             if kept is not None:
-                job.future.set_result(kept)
+                job.succeed(kept)
             else:
                 wanted.setdefault(job.key, []).append(job)
         if wanted:
@@ -276,13 +338,13 @@ class Worker:
                 return
             failure = self._failed(error, groups[0])
             for job in groups[0]:
-                job.future.set_exception(failure)
+                job.fail(failure)
             return
         self._observer.stage("features", time.monotonic() - start)
         for group, features in zip(groups, maps, strict=True):
             features = self._cache.put(group[0].key, features, len(groups))
             for job in group:
-                job.future.set_result(features)
+                job.succeed(features)
 
     def _failed(self, error: Exception, jobs: Sequence[_Job[Any]]) -> EngineError:
         ids = [job.ticket.request_id for job in jobs]

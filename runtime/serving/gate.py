@@ -18,6 +18,7 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Collection, MutableMapping
 from typing import Any, Protocol
 
+from ditf.runtime.serving.batching import Ticket
 from ditf.runtime.serving.errors import Overloaded
 from ditf.runtime.serving.limits import Limits
 from ditf.runtime.serving.logs import LOGGER
@@ -28,8 +29,8 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
-REQUEST_ID, HOLD = "request_id", "hold"
-"""In scope["state"]: the request's id, and a function that counts bytes it is about to hold, or refuses."""
+TICKET = "ticket"
+"""In scope["state"] of a request with a body: its `Ticket`."""
 
 HEALTH_ONLY = "health_only"
 """In scope["state"], set by the connection: there are too many, and this one is for health checks."""
@@ -159,9 +160,7 @@ class Gate:
             await self._app(scope, receive, send)
             return
         exchange = _Exchange(scope, send)
-        scope.setdefault("state", {}).update(
-            {REQUEST_ID: exchange.id, HOLD: lambda count: self._hold(exchange, count)}
-        )
+        scope.setdefault("state", {})
         try:
             self._check(exchange)
             if scope["method"] in ("GET", "HEAD"):
@@ -226,9 +225,12 @@ class Gate:
             return
         self._watcher.stage("read", time.monotonic() - exchange.started)
         self._check_room()
+        deadline = time.monotonic() + limits.deadline_s
+        ticket = Ticket(exchange.id, deadline, lambda count: self._hold(exchange, count))
+        exchange.scope["state"][TICKET] = ticket
         self.in_flight += 1
         try:
-            await self._answer(exchange, receive, body)
+            await self._answer(exchange, receive, body, ticket)
         finally:
             self.in_flight -= 1
 
@@ -255,12 +257,15 @@ class Gate:
             if not message.get("more_body", False):
                 return
 
-    async def _answer(self, exchange: _Exchange, receive: Receive, body: deque[bytes]) -> None:
-        """Run the application on a body; it is cancelled when the client leaves."""
+    async def _answer(
+        self, exchange: _Exchange, receive: Receive, body: deque[bytes], ticket: Ticket
+    ) -> None:
+        """Run the application on a body; it is cancelled when the client leaves, or is late to answer."""
         left = asyncio.Event()
 
         async def replay() -> Message:
             if body:
+                await asyncio.sleep(0)  # a form is read here, piece by piece: others get their turn
                 piece = body.popleft()
                 return {"type": "http.request", "body": piece, "more_body": bool(body)}
             await left.wait()
@@ -274,7 +279,14 @@ class Gate:
         work = asyncio.ensure_future(self._app(exchange.scope, replay, exchange.send))
         leaving = asyncio.ensure_future(watch())
         try:
-            await asyncio.wait({work, leaving}, return_when=asyncio.FIRST_COMPLETED)
+            first = asyncio.FIRST_COMPLETED
+            done, _ = await asyncio.wait({work, leaving}, timeout=ticket.seconds_left, return_when=first)
+            if not done and exchange.status == 0:
+                work.cancel()
+                await asyncio.wait({work})
+                raise _Refused(504, "the request waited past its deadline; try again, or ask for less")
+            if not done:  # it is being written, and may be: `stall_s` is for that
+                await asyncio.wait({work, leaving}, return_when=first)
             if not work.done() and not exchange.complete:
                 exchange.status = _CLIENT_LEFT
                 work.cancel()

@@ -13,6 +13,10 @@ _PILLOW_PIXELS = (
     89_478_485  # where Pillow begins to warn of decompression bombs, unless it was told otherwise
 )
 
+SCORES_PER_S = 200_000_000
+"""Points times pixels of the target that are matched in a second by one CPU thread, at the slowest: the whole
+deadline is enough for `Limits.scores` of them (LOG.md, "What a request may cost")."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -23,13 +27,13 @@ class Limits:
         images: that wait for the engine.
         body_bytes: of one request, also after decompression; json_bytes: of what of it is JSON.
         buffered_bytes: that all requests hold together: bodies, also inflated ones, and large answers.
-        pixels: of one image; points: of one request; scores: points times pixels of the target, a second
-            of matching for each 1e9 or so.
+        pixels, side: of one image; points: of one request.
+        scores: points times pixels of the target; see SCORES_PER_S.
         connections: that are open. A new one beyond them replaces the longest idle one.
         connections_each: of them, from one address that is not the loopback's: twice `requests`, so that a
             proxy on another machine can use all that is let in.
         connections_spare: beyond them, for health checks alone.
-        deadline_s: from the body's end until the engine starts on it.
+        deadline_s: from the body's end to the answer's beginning.
         head_s, body_s: for a client to send the head, or the body, of a request.
         stall_s: for a client that reads none of its answer.
         drain_s: for what is in flight when the server is told to stop.
@@ -44,8 +48,9 @@ class Limits:
     json_bytes: int = 16 * MIB
     buffered_bytes: int = 512 * MIB
     pixels: int = 32_000_000
+    side: int = 16_384
     points: int = 4096
-    scores: int = 8_000_000_000
+    scores: int = 30 * SCORES_PER_S
     connections: int = 512
     connections_each: int = 128
     connections_spare: int = 16

@@ -14,9 +14,8 @@ from PIL import Image
 from ditf.runtime.drawing import draw_matches
 from ditf.runtime.drawing_dense import draw_heat_map, heat_colours
 from ditf.runtime.matching import parse_points
-from ditf.runtime.serving.batching import Ticket
 from ditf.runtime.serving.decoding import decode_image
-from ditf.runtime.serving.gate import HOLD, REQUEST_ID
+from ditf.runtime.serving.gate import TICKET
 from ditf.runtime.serving.service import Service
 from ditf.runtime.soft_argmax import METHODS
 
@@ -130,23 +129,24 @@ def plain_routes(service: Service) -> APIRouter:
             Optional[Literal["json", "png"]], Query(description="By default what Accept asks for, or json")
         ] = None,
     ) -> Response:
-        name = service.bundle(bundle)
+        name, ticket = service.bundle(bundle), request.scope["state"][TICKET]
         pictures = (await source.read(), await target.read())
         asked = parse_points([text for line in points for text in line.split()])
-        found = await service.correspond(name, pictures, asked, prompt, method, _ticket(service, request))
+        found = await service.correspond(name, pictures, asked, prompt, method, ticket)
         if format == "png" or (format is None and PNG in request.headers.get("accept", "")):
-            limit = service.limits.pixels
+            limits = service.limits
             return Response(
                 await service.aside(
                     "draw",
                     lambda: _png(
                         draw_matches(
-                            decode_image(pictures[0], limit),
-                            decode_image(pictures[1], limit),
+                            decode_image(pictures[0], limits),
+                            decode_image(pictures[1], limits),
                             found.points,
                             found.matches,
                         )
                     ),
+                    ticket,
                 ),
                 media_type=PNG,
             )
@@ -183,26 +183,27 @@ def plain_routes(service: Service) -> APIRouter:
             Query(description="Of the picture: both images, or the colours alone, to lay over the target"),
         ] = "pair",
     ) -> Response:
-        name = service.bundle(bundle)
+        name, ticket = service.bundle(bundle), request.scope["state"][TICKET]
         pictures = (await source.read(), await target.read())
         [asked] = parse_points([point])
-        heat = await service.heat_map(name, pictures, asked, prompt, _ticket(service, request))
+        heat = await service.heat_map(name, pictures, asked, prompt, ticket)
         if format == "npy" or (format is None and NPY in request.headers.get("accept", "")):
-            return Response(await service.aside("encode", lambda: _npy(heat)), media_type=NPY)
+            return Response(await service.aside("encode", lambda: _npy(heat), ticket), media_type=NPY)
         if view == "target":
-            colours, low, high = await service.aside("draw", lambda: heat_colours(heat))
+            colours, low, high = await service.aside("draw", lambda: heat_colours(heat), ticket)
             headers = {"X-Cosine-Low": f"{low:.6f}", "X-Cosine-High": f"{high:.6f}"}
-            png = await service.aside("encode", lambda: _png(colours))
+            png = await service.aside("encode", lambda: _png(colours), ticket)
             return Response(png, media_type=PNG, headers=headers)
-        limit = service.limits.pixels
+        limits = service.limits
         return Response(
             await service.aside(
                 "draw",
                 lambda: _png(
                     draw_heat_map(
-                        decode_image(pictures[0], limit), decode_image(pictures[1], limit), asked, heat
+                        decode_image(pictures[0], limits), decode_image(pictures[1], limits), asked, heat
                     )
                 ),
+                ticket,
             ),
             media_type=PNG,
         )
@@ -219,15 +220,15 @@ def plain_routes(service: Service) -> APIRouter:
         bundle: BundleText = None,
         prompt: PromptText = None,
     ) -> Response:
-        name = service.bundle(bundle)
-        [found] = await service.features(name, [await image.read()], prompt, _ticket(service, request))
+        name, ticket = service.bundle(bundle), request.scope["state"][TICKET]
+        [found] = await service.features(name, [await image.read()], prompt, ticket)
         height, width = found.image_size
         headers = {
             "X-Image-Size": f"{height}x{width}",
             "X-Covered-Cells": "x".join(f"{length:g}" for length in found.cells),
         }
         return Response(
-            await service.aside("encode", lambda: _npy(found.array)), media_type=NPY, headers=headers
+            await service.aside("encode", lambda: _npy(found.array), ticket), media_type=NPY, headers=headers
         )
 
     return router
@@ -249,11 +250,6 @@ def _describe(service: Service, name: str) -> ServedBundle:
         methods=list(METHODS),
         backend=model.detail,
     )
-
-
-def _ticket(service: Service, request: Request) -> Ticket:
-    state = request.scope["state"]
-    return service.ticket(state[REQUEST_ID], state[HOLD])
 
 
 def _png(picture: Image.Image) -> bytes:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Awaitable, Callable
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import numpy as np
 from fastapi import FastAPI, Request, Response
@@ -24,7 +25,7 @@ from ditf.runtime.serving.contract import (
     model_specs,
 )
 from ditf.runtime.serving.errors import NotFound
-from ditf.runtime.serving.gate import HOLD, REQUEST_ID
+from ditf.runtime.serving.gate import TICKET
 from ditf.runtime.serving.protocol import InferRequest, encode_response, inflate, parse_request
 from ditf.runtime.serving.service import Service
 from ditf.runtime.soft_argmax import METHODS
@@ -116,17 +117,20 @@ class V2Routes:
         headers = request.headers
 
         encoding = headers.get("Content-Encoding", "").lower()
-        state = request.scope["state"]
+        ticket: Ticket = request.scope["state"][TICKET]
         if encoding:
-            body = await self._service.aside("inflate", lambda: inflate(body_in, encoding, limits.body_bytes))
-            state[HOLD](len(body))
+            body = await self._service.aside(
+                "inflate", lambda: inflate(body_in, encoding, limits.body_bytes), ticket
+            )
+            ticket.hold(len(body))
         asked = await self._service.aside(
-            "parse", lambda: parse_request(body, headers.get(_HEADER_LENGTH), spec, limits.json_bytes)
+            "parse", lambda: parse_request(body, headers.get(_HEADER_LENGTH), spec, limits.json_bytes), ticket
         )
-        ticket = self._service.ticket(state[REQUEST_ID], state[HOLD], asked.timeout_s)
+        if asked.timeout_s is not None:
+            ticket = replace(ticket, deadline=min(ticket.deadline, time.monotonic() + asked.timeout_s))
         results = await _RUN[spec.name](self._service, bundle, asked, ticket)
         content, header_length = await self._service.aside(
-            "encode", lambda: encode_response(name, VERSION, asked, results)
+            "encode", lambda: encode_response(name, VERSION, asked, results), ticket
         )
         if header_length is None:
             return Response(content, media_type="application/json")
@@ -153,7 +157,7 @@ async def _features(service: Service, bundle: str, asked: InferRequest, ticket: 
     if not len(images):
         raise InputError("image has no images")
     maps = await service.features(bundle, list(images), asked.parameters.get(PROMPT), ticket)
-    stacked = await service.aside("encode", lambda: np.stack([one.array for one in maps]))
+    stacked = await service.aside("encode", lambda: np.stack([one.array for one in maps]), ticket)
     return {"features": stacked}
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar, Union
@@ -15,11 +15,11 @@ import numpy as np
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
-from ditf.runtime.matching import Matches, PointsLike, check_points
+from ditf.runtime.matching import CHUNK, Matches, PointsLike, check_points
 from ditf.runtime.model import Model
 from ditf.runtime.serving.batching import Observer, Ticket, Worker
 from ditf.runtime.serving.cache import FeatureCache, image_key
-from ditf.runtime.serving.decoding import check_pixels, decode_image
+from ditf.runtime.serving.decoding import check_size, decode_image
 from ditf.runtime.serving.errors import DeadlineExceeded, NotFound, TooLarge
 from ditf.runtime.serving.limits import Limits
 from ditf.runtime.soft_argmax import check_method
@@ -28,6 +28,9 @@ T = TypeVar("T")
 
 Picture = Union[bytes, np.ndarray]
 """An image of a request: an encoded file, or RGB uint8 [H, W, 3]."""
+
+
+_SLICE_SCORES = 100_000_000  # points times pixels between which others get the engine: up to half a second
 
 
 @dataclass(frozen=True)
@@ -101,12 +104,6 @@ class Service:
         """Name of the first bundle."""
         return next(iter(self.models))
 
-    def ticket(self, request_id: str, hold: Callable[[int], None], timeout_s: float | None = None) -> Ticket:
-        """Let a request in, for no longer than the server's deadline."""
-        seconds = self.limits.deadline_s
-        wait = seconds if timeout_s is None else min(timeout_s, seconds)
-        return Ticket(request_id, time.monotonic() + wait, hold)
-
     def bundle(self, name: str | None) -> str:
         """The name of a bundle; the first one's for None.
 
@@ -126,7 +123,9 @@ class Service:
         if len(pictures) > self.limits.images:
             raise TooLarge(f"{len(pictures)} images are more than {self.limits.images}", "send fewer at once")
         self.models[bundle].feeds(prompt)
-        return await self._maps(bundle, await self._prepared(bundle, pictures, prompt), prompt, ticket)
+        return await self._maps(
+            bundle, await self._prepared(bundle, pictures, prompt, ticket), prompt, ticket
+        )
 
     async def correspond(
         self,
@@ -156,7 +155,7 @@ class Service:
         check_method(method)
         self._check_count(points)
         for one in (source, target):
-            check_pixels(one.image_size, self.limits.pixels)
+            check_size(one.image_size, self.limits)
         checked = check_points(points, source.image_size)
         self._check_work(len(checked), target.image_size)
         return await self._matched(bundle, source, target, checked, method, ticket)
@@ -174,19 +173,26 @@ class Service:
         height, width = target.image_size
         ticket.hold(2 * 4 * height * width)  # float32, and what it is encoded to
         model = self.models[bundle]
-        future = self.worker.call("match", lambda: model.heat_map(source, target, checked[0]), ticket)
-        return (await self._finished([future], ticket))[0]
+        heat = (model.heat_map(source, target, point) for point in checked)
+        [found] = await self._finished([self.worker.call("match", heat, ticket)], ticket)
+        return found[0]
 
-    async def aside(self, stage: str, work: Callable[[], T]) -> T:
-        """Run what needs no engine, decoding and drawing, in one of a few threads."""
+    async def aside(self, stage: str, work: Callable[[], T], ticket: Ticket) -> T:
+        """Run what needs no engine, decoding and drawing, in one of a few threads.
+
+        Raises:
+            DeadlineExceeded: it was not done at the deadline; it is not begun after it.
+        """
 
         def timed() -> T:
+            ticket.check()
             start = time.monotonic()
             result = work()
             self._observer.stage(stage, time.monotonic() - start)
             return result
 
-        return await asyncio.get_running_loop().run_in_executor(self._threads, timed)
+        [result] = await self._finished([self._threads.submit(timed)], ticket)
+        return result
 
     def warm_up(self) -> None:
         """Run every model once: what does not run is known before anybody asks, and first calls are slow."""
@@ -200,7 +206,8 @@ class Service:
         ticket = Ticket("warm-up", float("inf"))
         [future] = self.worker.features(bundle, None, [(b"warm-up", fitted)], ticket)
         features = future.result()
-        self.worker.call("match", lambda: model.match(features, features, [[0, 0]]), ticket).result()
+        matching = (model.match(features, features, [[0, 0]]) for _ in range(1))
+        self.worker.call("match", matching, ticket).result()
 
     def close(self, timeout_s: float) -> bool:
         """Stop; False if the engine did not end its call in time."""
@@ -218,14 +225,19 @@ class Service:
         """Features of both pictures, and the points, which are checked before the engine is asked."""
         self._check_count(points)
         self.models[bundle].feeds(prompt)
-        prepared = await self._prepared(bundle, pictures, prompt, ("source", "target"))
+        prepared = await self._prepared(bundle, pictures, prompt, ticket, ("source", "target"))
         checked = check_points(points, prepared[0].image_size)
         self._check_work(len(checked), prepared[1].image_size)
         source, target = await self._maps(bundle, prepared, prompt, ticket)
         return source, target, checked
 
     async def _prepared(
-        self, bundle: str, pictures: Sequence[Picture], prompt: str | None, names: Sequence[str] = ()
+        self,
+        bundle: str,
+        pictures: Sequence[Picture],
+        prompt: str | None,
+        ticket: Ticket,
+        names: Sequence[str] = (),
     ) -> list[_Prepared]:
         """Pictures decoded and fitted, those that are not known.
 
@@ -236,6 +248,7 @@ class Service:
         def prepare() -> list[_Prepared]:
             prepared = []
             for index, picture in enumerate(pictures):
+                ticket.check()
                 try:
                     prepared.append(self._prepare(bundle, picture, prompt))
                 except InputError as error:
@@ -244,7 +257,7 @@ class Service:
                     raise
             return prepared
 
-        return await self.aside("decode", prepare)
+        return await self.aside("decode", prepare, ticket)
 
     def _prepare(self, bundle: str, picture: Picture, prompt: str | None) -> _Prepared:
         key = image_key(f"{bundle}\n{prompt or ''}", picture)
@@ -253,9 +266,9 @@ class Service:
         if kept is not None:
             return _Prepared(key, kept.image_size, kept)
         if isinstance(picture, bytes):
-            fitted = self.models[bundle].fitted(decode_image(picture, self.limits.pixels))
+            fitted = self.models[bundle].fitted(decode_image(picture, self.limits))
         else:
-            check_pixels((picture.shape[0], picture.shape[1]), self.limits.pixels)
+            check_size((picture.shape[0], picture.shape[1]), self.limits)
             fitted = self.models[bundle].fitted(picture)
         return _Prepared(key, fitted.image_size, fitted)
 
@@ -277,11 +290,22 @@ class Service:
         ticket: Ticket,
     ) -> Matches:
         model = self.models[bundle]
-        future = self.worker.call("match", lambda: model.match(source, target, points, method), ticket)
-        return (await self._finished([future], ticket))[0]
+        height, width = target.image_size
+        step = max(1, min(CHUNK, _SLICE_SCORES // (height * width)))
+
+        def slices() -> Iterator[Matches]:
+            matcher = model.matcher(source, target, method)
+            yield matcher(points[:0])  # what depends on the target alone took its time
+            for start in range(0, len(points), step):
+                yield matcher(points[start : start + step])
+
+        [found] = await self._finished([self.worker.call("match", slices(), ticket)], ticket)
+        return Matches(
+            np.concatenate([one.points for one in found]), np.concatenate([one.scores for one in found])
+        )
 
     async def _finished(self, futures: Sequence[Future[T]], ticket: Ticket) -> list[T]:
-        """Results of the worker's; what it has not begun at the deadline is taken back.
+        """Results that other threads give. What is not there at the deadline is given up.
 
         Raises:
             DeadlineExceeded: that was so.
@@ -290,10 +314,10 @@ class Service:
             return []
         waiting = [asyncio.wrap_future(future) for future in futures]  # cancelled with this task
         try:
-            await asyncio.wait(waiting, timeout=max(0.0, ticket.deadline - time.monotonic()))
-            if [future for future in futures if future.cancel()]:
-                raise DeadlineExceeded("the request waited past its deadline", "try again, or with fewer")
-            return list(await asyncio.gather(*waiting))
+            _, late = await asyncio.wait(waiting, timeout=ticket.seconds_left)
+            if late:
+                raise DeadlineExceeded("the request waited past its deadline", "try again, or ask for less")
+            return [one.result() for one in waiting]
         finally:
             for one in waiting:
                 if not one.cancel() and not one.cancelled():
@@ -310,6 +334,7 @@ class Service:
         if points > most:
             height, width = target_size
             raise TooLarge(
-                f"{points:,} points in a target of {width}x{height} pixels are more than {most:,}",
-                "send fewer at once",
+                f"{points:,} points in a target of {width}x{height} pixels are more than {most:,}, what"
+                f" {self.limits.deadline_s:g} s are enough for",
+                "send fewer at once, or a smaller target",
             )

@@ -10,6 +10,7 @@ from ditf.runtime.cells import TIE_TOLERANCE, unit_cells
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching import check_points, heat_map, interpolation_inputs, match_points
+from ditf.runtime.norms import inverse_norms
 from tests.runtime.maps import random_map, translated_pair
 from tests.runtime.published import ROUNDING, accepted, cosines, upsample
 
@@ -333,7 +334,7 @@ def test_few_quads_are_left():
     # Else pruning is a cost and no gain. A moved picture, as in use; of unrelated noise a quarter is left.
     source, target = translated_pair(0, 64, (20, 20), (2, 1))
     _, _, rows, columns = interpolation_inputs(source, target, np.zeros((0, 2)))
-    inverse_norm = matching._inverse_norm(target.array, rows, columns)
+    inverse_norm = inverse_norms(target.array, rows, columns)
     inner = (unit_cells(source) @ target.array.reshape(64, -1)).reshape(-1, 20, 20)
     possible, crowded = pruning.Pruner(inverse_norm, rows, columns).candidates(inner)
     assert possible.any(axis=(1, 2)).all()

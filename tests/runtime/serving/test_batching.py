@@ -146,20 +146,64 @@ def test_calls_go_first_and_their_failures_are_their_own(bench):
     slow = one.busy(20)
     [after] = one.ask(image(2))
     after.add_done_callback(lambda _: order.append("image"))
-    call = one.worker.call("match", lambda: order.append("call"), SOON)
+    call = one.worker.call("match", (order.append("call") for _ in range(1)), SOON)
     wait([after, call, slow], 10)
     assert order == ["call", "image"]
 
     def wrong():
+        yield 1
         raise InputError("no such point")
 
     def broken():
-        raise ZeroDivisionError
+        yield 1 / 0
 
     with pytest.raises(InputError, match="no such point"):
-        one.worker.call("match", wrong, SOON).result(10)
+        one.worker.call("match", wrong(), SOON).result(10)
     with pytest.raises(EngineError):
-        one.worker.call("match", broken, SOON).result(10)
+        one.worker.call("match", broken(), SOON).result(10)
+
+
+def test_slices_let_others_through(bench):
+    one = bench(delay_s=0)
+    order = []
+
+    def slices(name, count):
+        for step in range(count):
+            order.append(name)
+            yield step
+
+    slow = one.busy(100)
+    long = one.worker.call("match", slices("long", 6), SOON)
+    short = one.worker.call("match", slices("short", 1), SOON)
+    futures = one.ask(image(2)) + one.ask(image(3))
+    for future in futures:
+        future.add_done_callback(lambda _: order.append("image"))
+    assert wait([slow, long, short, *futures], 20).not_done == set()
+    assert long.result() == list(range(6))
+    assert order[-2:] == ["long", "long"]
+    assert order.count("long") == 6
+    assert order.index("short") < 4
+
+
+def test_slices_end_at_the_deadline_or_when_they_are_given_up(bench):
+    one = bench(delay_s=0)
+    late, left = [], []
+
+    def slices(seen, what):
+        while True:
+            seen.append(1)
+            what()
+            yield 1
+
+    soon = Ticket("late", time.monotonic() + 0.05)
+    with pytest.raises(DeadlineExceeded):
+        one.worker.call("match", slices(late, lambda: time.sleep(0.001)), soon).result(20)
+    future = one.worker.call("match", slices(left, lambda: future.cancel()), SOON)
+    one.worker.call("match", iter([1]), SOON).result(20)
+    while one.worker.waiting or one.worker.running:
+        time.sleep(0.001)
+    assert future.cancelled()
+    assert len(left) == 1
 
 
 def test_closing_fails_what_waits_and_takes_nothing(tiny):
@@ -170,7 +214,7 @@ def test_closing_fails_what_waits_and_takes_nothing(tiny):
     with pytest.raises(Overloaded):
         one.ask(image(2))
     with pytest.raises(Overloaded):
-        one.worker.call("match", lambda: None, SOON)
+        one.worker.call("match", iter([1]), SOON)
 
 
 def test_an_engine_that_does_not_end_bounds_closing(tiny):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import requests
 import tritonclient.http as triton
+from tritonclient.utils import InferenceServerException
 
 from ditf.runtime.serving.limits import Limits
 from ditf.runtime.serving.service import Batching
@@ -303,18 +304,45 @@ def test_points_times_pixels_are_bounded(tiny):
         assert "more than 10" in answers[1].json()["error"]
 
 
+def test_a_target_of_one_row_and_a_million_columns(server):
+    """Its pixels are few, but matching in it takes a minute: sides are bounded too."""
+    tensors = {
+        "source": np.zeros((3, 12, 12), np.float32),
+        "target": np.zeros((3, 12, 12), np.float32),
+        "source_size": np.array([96, 96]),
+        "target_size": np.array([1, 1_048_575]),
+        "points": np.zeros((1, 2), np.float32),
+    }
+    with triton.InferenceServerClient(server.address) as client:
+        inputs = [
+            triton.InferInput(
+                name, list(array.shape), "INT64" if array.dtype.kind == "i" else "FP32"
+            ).set_data_from_numpy(array)
+            for name, array in tensors.items()
+        ]
+        with pytest.raises(InferenceServerException, match="a side more than 16,384") as caught:
+            client.infer("match", inputs)
+    assert caught.value.status() == "413"
+
+
+def test_a_running_call_does_not_keep_its_client_past_the_deadline(tiny):
+    with serving(tiny, limits=Limits(deadline_s=0.05), batching=Batching(0.0, 1)) as server:
+        assert infer(server, image(1, loops=250))[0] == 504
+        assert server.service.worker.running  # it cannot be stopped, but nobody waits for it
+
+
 def test_draining(tiny):
     """What is in flight is answered; what comes later is refused, and ready says so."""
     with serving(tiny, batching=Batching(0.0, 1)) as server, requests.Session() as held:
         assert held.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 200
-        with busy(server, 60) as slow:
+        with busy(server, 250) as slow:
             server.server.handle_exit(15, None)
             assert held.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 503
             assert held.get(f"{server.url}/v2/health/live", timeout=9).status_code == 200
             assert infer(server, image(1))[0] == 503
         status, found, _ = slow.result()
         assert status == 200
-        np.testing.assert_allclose(found, mean_colours(image(0, loops=60)), rtol=1e-5)
+        np.testing.assert_allclose(found, mean_colours(image(0, loops=250)), rtol=1e-5)
 
 
 def test_draining_is_bounded(tiny):
