@@ -7,6 +7,9 @@
 """
 
 from ditf.runtime import DitfError, FeatureMap, Matches, Model, load
+from ditf.runtime.telemetry import switch_off
+
+switch_off()  # here, which every import of a library that reports usage comes after
 
 __version__ = "0.1.0"
 __all__ = ["DitfError", "FeatureMap", "Matches", "Model", "__version__", "load"]

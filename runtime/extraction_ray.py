@@ -308,7 +308,6 @@ def ray_cluster(address: str | None, verbose: bool) -> Iterator[str]:
         MissingComponent: Ray is not installed.
         InputError: no cluster answers.
     """
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")  # of a cluster that is started here
     if not verbose:
         os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
     try:
