@@ -283,6 +283,16 @@ def test_what_is_inflated_counts(tiny):
         settled(server)
 
 
+def test_what_json_is_parsed_to_counts(tiny):
+    """Numbers of the wrong shape are refused for that, until they are too many to find it out."""
+    with serving(tiny, limits=Limits(buffered_bytes=1 << 20)) as server:
+        for count, status in ((40_000, 400), (120_000, 503)):
+            tensor = {"name": "image", "shape": [1, 96, 96, 3], "datatype": "UINT8", "data": [1] * count}
+            url = f"{server.url}/v2/models/features/infer"
+            assert requests.post(url, json={"inputs": [tensor]}, timeout=20).status_code == status
+            settled(server)
+
+
 def test_heat_maps_of_large_images_count(tiny):
     limits = Limits(buffered_bytes=6 << 20)
     with serving(tiny, limits=limits) as server:
