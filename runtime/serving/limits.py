@@ -13,7 +13,7 @@ _PILLOW_PIXELS = (
     89_478_485  # where Pillow begins to warn of decompression bombs, unless it was told otherwise
 )
 
-SCORES_PER_S = 200_000_000
+SCORES_PER_S = 300_000_000
 """Points times pixels of the target that are matched in a second by one CPU thread, at the slowest: the whole
 deadline is enough for `Limits.scores` of them (LOG.md, "What a request may cost")."""
 

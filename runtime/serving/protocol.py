@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import secrets
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ import numpy as np
 from ditf.runtime.errors import InputError
 from ditf.runtime.serving.contract import ModelSpec, TensorSpec
 from ditf.runtime.serving.errors import TooLarge
+from ditf.runtime.serving.json_numbers import cut_data, read_numbers, write_numbers
 
 DTYPES = {"UINT8": "u1", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4"}
 """numpy's names for the protocol's types, of those that the models use."""
@@ -30,6 +32,7 @@ TIMEOUT = "timeout"  # microseconds, of Triton's schedule policy extension
 
 # Of Triton's other extensions: its clients send them at their defaults, and they mean nothing here.
 _IGNORED = frozenset({"priority", "sequence_id", "sequence_start", "sequence_end"})
+_REST_BYTES = 1 << 20  # of JSON beside the tensors' numbers
 _JSON_ELEMENTS = 1 << 22  # of an answer: as text they are some 20 bytes each
 
 
@@ -91,21 +94,20 @@ def parse_request(body: bytes, header_length: str | None, model: ModelSpec, json
         InputError: not this protocol, or not this model's tensors.
         TooLarge: more JSON than that.
     """
-    if header_length is None:
-        length = len(body)
-    else:
-        if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 16):
-            raise InputError(f"Inference-Header-Content-Length {header_length!r:.40} is not a length")
-        length = int(header_length)
-        if length > len(body):
-            raise InputError(f"a header of {length:,} bytes does not fit a body of {len(body):,}")
-        if length == 0:
-            return _raw_request(body, model)
+    length = json_length(len(body), header_length)
+    if length == 0 and header_length is not None:
+        return _raw_request(body, model)
     if length > json_limit:
         raise TooLarge(
             f"{length:,} bytes of JSON are more than {json_limit:,}", "send tensors as binary data"
         )
-    document = _object(_json(body[:length]), "the request")
+    text, data = cut_data(body, length)
+    if len(text) > _REST_BYTES:
+        raise TooLarge(
+            f"{len(text):,} bytes of JSON beside the tensors' numbers are more than {_REST_BYTES:,}",
+            "send numbers alone as data",
+        )
+    document = _object(_json(text), "the request")
     request_id = document.get("id")
     if request_id is not None and not isinstance(request_id, str):
         raise InputError("id is not a string")
@@ -113,11 +115,27 @@ def parse_request(body: bytes, header_length: str | None, model: ModelSpec, json
     all_binary = _flag(parameters, ALL_BINARY, False)
     return InferRequest(
         request_id,
-        _inputs(document.get("inputs"), memoryview(body)[length:], model),
+        _inputs(document.get("inputs"), data, memoryview(body)[length:], model),
         _outputs(document.get("outputs"), all_binary, model),
         _model_parameters(parameters, model),
         _timeout(parameters),
     )
+
+
+def json_length(body: int, header_length: str | None) -> int:
+    """Bytes of JSON of a body of so many; 0 for a raw binary request.
+
+    Raises:
+        InputError: the Inference-Header-Content-Length header is no length, or that of a longer body.
+    """
+    if header_length is None:
+        return body
+    if not (header_length.isascii() and header_length.isdigit() and len(header_length) < 16):
+        raise InputError(f"Inference-Header-Content-Length {header_length!r:.40} is not a length")
+    length = int(header_length)
+    if length > body:
+        raise InputError(f"a header of {length:,} bytes does not fit a body of {body:,}")
+    return length
 
 
 def encode_response(
@@ -131,7 +149,9 @@ def encode_response(
     Raises:
         InputError: a large tensor asked for as JSON.
     """
-    outputs, tail = [], []
+    outputs: list[dict[str, Any]] = []
+    tail: list[bytes] = []
+    secret, numbers = secrets.token_hex(16), dict[bytes, bytes]()
     for name, binary in request.outputs:
         array = results[name]
         datatype = next(key for key, dtype in DTYPES.items() if np.dtype(dtype) == array.dtype)
@@ -143,12 +163,15 @@ def encode_response(
         elif array.size > _JSON_ELEMENTS:
             raise InputError(f"{name} has {array.size:,} numbers, too many for JSON", "ask for binary_data")
         else:
-            entry["data"] = array.ravel().tolist()
+            entry["data"] = f"{secret}-{len(outputs)}"
+            numbers[json.dumps(entry["data"]).encode()] = write_numbers(array)
         outputs.append(entry)
     document: dict[str, Any] = {"model_name": model, "model_version": version, "outputs": outputs}
     if request.id is not None:
         document["id"] = request.id
     head = json.dumps(document, allow_nan=False).encode()
+    for marker, text in numbers.items():
+        head = head.replace(marker, text)
     return b"".join([head, *tail]), len(head) if tail else None
 
 
@@ -165,7 +188,9 @@ def _raw_request(body: bytes, model: ModelSpec) -> InferRequest:
     return InferRequest(None, {spec.name: array}, _outputs(None, True, model), {}, None)
 
 
-def _inputs(entries: Any, binary: memoryview, model: ModelSpec) -> dict[str, np.ndarray]:
+def _inputs(
+    entries: Any, data: Mapping[str, bytes], binary: memoryview, model: ModelSpec
+) -> dict[str, np.ndarray]:
     specs = {spec.name: spec for spec in model.inputs}
     arrays: dict[str, np.ndarray] = {}
     offset = 0
@@ -181,7 +206,8 @@ def _inputs(entries: Any, binary: memoryview, model: ModelSpec) -> dict[str, np.
         shape = _shape(entry.get("shape"), spec)
         size = _size(entry, name)
         if size is None:
-            arrays[name] = _from_json(entry.get("data"), spec, shape)
+            dtype = np.dtype(DTYPES[spec.datatype])
+            arrays[name] = read_numbers(entry.get("data"), data, name, shape, dtype)
             continue
         count = math.prod(shape)
         needed = count * np.dtype(DTYPES[spec.datatype]).itemsize
@@ -238,34 +264,6 @@ def _shape(value: Any, spec: TensorSpec) -> tuple[int, ...]:
     if any(wanted not in (-1, given) for given, wanted in zip(value, spec.shape, strict=True)):
         raise InputError(f"{spec.name} has the shape {list(spec.shape)}, not {value}")
     return tuple(value)
-
-
-def _from_json(data: Any, spec: TensorSpec, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers in nested lists of the tensor's shape, or in one flat list."""
-    integers = spec.datatype in ("UINT8", "INT64")
-    if not isinstance(data, list):
-        raise InputError(f"data of {spec.name} is no list")
-    try:
-        array = np.array(data) if data else np.empty(0, "i8" if integers else "f8")
-    except (ValueError, OverflowError):
-        raise InputError(f"data of {spec.name} is not an array of numbers") from None
-    if array.dtype.kind not in ("iu" if integers else "iuf") and array.size:
-        raise InputError(f"data of {spec.name} is not {'integers' if integers else 'numbers'}")
-    if array.size != math.prod(shape) or (array.ndim != 1 and array.shape != shape):
-        raise InputError(f"{spec.name} has the shape {list(shape)}, its data {list(array.shape)}")
-    dtype = np.dtype(DTYPES[spec.datatype])
-    if (
-        integers
-        and array.size
-        and not np.iinfo(dtype).min <= array.min() <= array.max() <= np.iinfo(dtype).max
-    ):
-        raise InputError(f"data of {spec.name} does not fit {spec.datatype}")
-    with np.errstate(over="ignore"):  # infinity is refused by what uses it
-        return array.astype(dtype).reshape(shape)
-
-
-def _fits(array: np.ndarray, info: np.iinfo[Any]) -> bool:
-    return bool(info.min <= array.min() and array.max() <= info.max)
 
 
 def _model_parameters(parameters: dict[str, Any], model: ModelSpec) -> dict[str, str]:

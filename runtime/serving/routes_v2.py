@@ -26,7 +26,14 @@ from ditf.runtime.serving.contract import (
 )
 from ditf.runtime.serving.errors import NotFound
 from ditf.runtime.serving.gate import TICKET
-from ditf.runtime.serving.protocol import InferRequest, encode_response, inflate, parse_request
+from ditf.runtime.serving.json_numbers import MEMORY, TEXT
+from ditf.runtime.serving.protocol import (
+    InferRequest,
+    encode_response,
+    inflate,
+    json_length,
+    parse_request,
+)
 from ditf.runtime.serving.service import Service
 from ditf.runtime.soft_argmax import METHODS
 
@@ -123,19 +130,22 @@ class V2Routes:
                 "inflate", lambda: inflate(body_in, encoding, limits.body_bytes), ticket
             )
             ticket.hold(len(body))
+        header_length = headers.get(_HEADER_LENGTH)
+        ticket.hold(MEMORY * min(json_length(len(body), header_length), limits.json_bytes))
         asked = await self._service.aside(
-            "parse", lambda: parse_request(body, headers.get(_HEADER_LENGTH), spec, limits.json_bytes), ticket
+            "parse", lambda: parse_request(body, header_length, spec, limits.json_bytes), ticket
         )
         if asked.timeout_s is not None:
             ticket = replace(ticket, deadline=min(ticket.deadline, time.monotonic() + asked.timeout_s))
         results = await _RUN[spec.name](self._service, bundle, asked, ticket)
-        content, header_length = await self._service.aside(
+        ticket.hold(sum(TEXT * results[name].size for name, binary in asked.outputs if not binary))
+        content, json_bytes = await self._service.aside(
             "encode", lambda: encode_response(name, VERSION, asked, results), ticket
         )
-        if header_length is None:
+        if json_bytes is None:
             return Response(content, media_type="application/json")
         return Response(
-            content, media_type="application/octet-stream", headers={_HEADER_LENGTH: str(header_length)}
+            content, media_type="application/octet-stream", headers={_HEADER_LENGTH: str(json_bytes)}
         )
 
     def _found(self, request: Request) -> tuple[str, str, ModelSpec]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import gzip
 import http.client
 import json
@@ -9,6 +10,7 @@ import logging
 import socket
 import threading
 import time
+from collections import deque
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 
@@ -18,7 +20,9 @@ import requests
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
+from ditf.runtime.serving.gate import Gate
 from ditf.runtime.serving.limits import Limits
+from ditf.runtime.serving.metrics import Metrics
 from ditf.runtime.serving.service import Batching
 from tests.runtime.serving.pictures import encoded
 from tests.runtime.serving.tiny import image, mean_colours, serving
@@ -283,6 +287,16 @@ def test_what_is_inflated_counts(tiny):
         settled(server)
 
 
+def test_what_json_is_parsed_to_counts(tiny):
+    """Numbers of the wrong shape are refused for that, until they are too many to find it out."""
+    with serving(tiny, limits=Limits(buffered_bytes=1 << 20)) as server:
+        for count, status in ((40_000, 400), (120_000, 503)):
+            tensor = {"name": "image", "shape": [1, 96, 96, 3], "datatype": "UINT8", "data": [1] * count}
+            url = f"{server.url}/v2/models/features/infer"
+            assert requests.post(url, json={"inputs": [tensor]}, timeout=20).status_code == status
+            settled(server)
+
+
 def test_heat_maps_of_large_images_count(tiny):
     limits = Limits(buffered_bytes=6 << 20)
     with serving(tiny, limits=limits) as server:
@@ -474,3 +488,38 @@ def test_a_line_of_log_for_each_request(server, caplog):
     [record] = caplog.records
     assert record.fields["request_id"] == "abc"
     assert (record.fields["path"], record.fields["status"]) == ("/v2", 200)
+
+
+def test_a_body_in_pieces_leaves_turns_to_others():
+    """A form is parsed in the event loop: a large one must not keep it from everyone else."""
+    pieces = deque([b"piece"] * 5)
+    turns = []
+    now = 0
+
+    async def app(scope, receive, send):
+        more = True
+        while more:
+            more = (await receive())["more_body"]
+            turns.append(now)
+        await send({"type": "http.response.start", "status": 200})
+        await send({"type": "http.response.body", "body": b""})
+
+    async def receive():
+        if pieces:
+            piece = pieces.popleft()
+            return {"type": "http.request", "body": piece, "more_body": bool(pieces)}
+        return await asyncio.Event().wait()
+
+    async def send(message):
+        pass
+
+    async def run():
+        nonlocal now
+        scope = {"type": "http", "scheme": "http", "method": "POST", "path": "/", "headers": []}
+        answer = asyncio.ensure_future(Gate(app, Limits(), Metrics())(scope, receive, send))
+        while not answer.done():
+            now += 1
+            await asyncio.sleep(0)
+
+    asyncio.run(run())
+    assert len(set(turns)) == 5

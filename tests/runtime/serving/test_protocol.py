@@ -119,9 +119,9 @@ def request_of(**changes):
         (request_of(data=[[1, 2.5]]), b"", None),
         (request_of(data=[1, 2, 3]), b"", "its data"),
         (request_of(data=[[1], [2]]), b"", "its data"),
-        (request_of(data=[True, False]), b"", "not numbers"),
-        (request_of(data=["1", "2"]), b"", "not numbers"),
-        (request_of(data=[[1], 2]), b"", "not an array"),
+        (request_of(data=[True, False]), b"", "not an array of numbers"),
+        (request_of(data=["1", "2"]), b"", "not an array of numbers"),
+        (request_of(data=[[1], 2]), b"", "in other lists"),
         (request_of(data=None), b"", "needs data or binary_data_size"),
         (request_of(parameters={"binary_data_size": 8}), b"12345678", "one of the two"),
         (request_of(data=None, parameters={"binary_data_size": 12}), b"x" * 12, "has 8 bytes, not the 12"),
@@ -219,3 +219,12 @@ def test_inflate(body):
 def test_inflate_refuses(body, encoding, error):
     with pytest.raises(error):
         inflate(body, encoding, 1000)
+
+
+@pytest.mark.parametrize(
+    "body", [b'{"inputs":[' + b"{}," * 400_000 + b"{}]}", b'{"id": "' + b"a" * 1_100_000 + b'"}']
+)
+def test_json_beside_the_numbers_is_bounded(body):
+    model = ModelSpec("model", (TensorSpec("t0", "FP32", (-1,)),), (), ())
+    with pytest.raises(TooLarge, match="beside the tensors' numbers"):
+        parse_request(body, None, model, 1 << 24)

@@ -195,10 +195,9 @@ def test_wrong_parameters(client, parameters, message):
 
 def test_a_timeout_of_the_client(client, server):
     """Triton's timeout, in microseconds: what waits for longer is not run."""
-    slow = client.async_infer("tiny.features", [tensor("image", image(1, loops=100)[None])])
-    while not server.gate.in_flight:
-        time.sleep(0.01)
-    time.sleep(0.1)
+    slow = client.async_infer("tiny.features", [tensor("image", image(1, loops=250)[None])])
+    while not server.service.worker.running:
+        time.sleep(0.001)
     with pytest.raises(InferenceServerException, match="waited past its deadline") as caught:
         client.infer("tiny.features", [tensor("image", image(55)[None])], timeout=20_000)
     assert caught.value.status() == "504"

@@ -1,0 +1,144 @@
+"""Tensors as JSON numbers, read and written in pieces.
+
+Python's json module keeps the interpreter to itself for a whole document, and makes an object of every number
+and list: a few megabytes of JSON stop the event loop for seconds and take a gigabyte. So the text of each
+tensor's data is cut out of a request before the rest is parsed, and becomes an array piece by piece.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+import secrets
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ditf.runtime.errors import InputError
+
+MEMORY = 5
+"""Bytes that reading a tensor takes at most, for each byte of its text, beside the text itself."""
+
+TEXT = 24
+"""Bytes that writing a number takes, at most."""
+
+_DATA = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*(\[[][0-9eE+., \t\r\n-]*\])')
+_NUMBER = b"0123456789eE+-."
+_ZEROS = bytes.maketrans(_NUMBER, b"0" * len(_NUMBER))
+_TENSORS = 64  # in one request; no model has more
+_PIECE = 1 << 15  # bytes of text read at a time: a millisecond
+_NUMBERS = 1 << 12  # written at a time
+
+
+def cut_data(body: bytes, length: int) -> tuple[bytes, dict[str, bytes]]:
+    """Cut the arrays of numbers under "data" out of a JSON document.
+
+    Args:
+        body: starts with the document, which has `length` bytes.
+
+    Returns:
+        The document with names, which no client can know before, in the arrays' places; and their texts.
+
+    Raises:
+        InputError: more of them than any model has tensors.
+    """
+    secret = secrets.token_hex(16)
+    texts: dict[str, bytes] = {}
+    rest, position = [], 0
+    for found in _DATA.finditer(body, 0, length):
+        if len(texts) == _TENSORS:
+            raise InputError(f"the request has data of more than {_TENSORS} tensors")
+        name = f"{secret}-{len(texts)}"
+        texts[name] = found[1]
+        rest += [body[position : found.start(1)], f'"{name}"'.encode()]
+        position = found.end()
+    rest.append(body[position:length])
+    return b"".join(rest), texts
+
+
+def read_numbers(
+    data: Any, texts: Mapping[str, bytes], name: str, shape: tuple[int, ...], dtype: np.dtype
+) -> np.ndarray:
+    """A tensor from nested lists of its shape, or from one flat list.
+
+    Args:
+        data: what a document from `cut_data` has; texts: those from there.
+        name: of the tensor, for errors.
+
+    Raises:
+        InputError: no list of numbers, of another shape, or numbers that the type does not hold.
+    """
+    if isinstance(data, list):  # not cut out: it may hold more than numbers, and it is small
+        text = json.dumps(data).encode()
+    elif isinstance(data, str) and data in texts:
+        text = texts[data]
+    else:
+        raise InputError(f"data of {name} is no list")
+    flat = _flat(text, name, shape)
+    array = np.empty(math.prod(shape), dtype)
+    filled = position = 0
+    while position < len(flat):
+        end = flat.find(b",", position + _PIECE)
+        end = len(flat) if end < 0 else end
+        if end - position > 2 * _PIECE:
+            raise InputError(f"data of {name} has a number of more than {_PIECE:,} digits")
+        numbers = _piece(flat[position:end], name, dtype)
+        if filled + len(numbers) > len(array):
+            break
+        array[filled : filled + len(numbers)] = numbers
+        filled += len(numbers)
+        position = end + 1
+    if filled != len(array):
+        raise InputError(f"data of {name} is not an array of numbers")
+    return array.reshape(shape)
+
+
+def write_numbers(array: np.ndarray) -> bytes:
+    """A flat JSON list of an array's numbers.
+
+    Raises:
+        ValueError: they are not all finite.
+    """
+    flat = array.ravel()
+    pieces = (flat[i : i + _NUMBERS].tolist() for i in range(0, flat.size, _NUMBERS))
+    return b"[" + b", ".join(json.dumps(one, allow_nan=False)[1:-1].encode() for one in pieces) + b"]"
+
+
+def _flat(text: bytes, name: str, shape: tuple[int, ...]) -> bytes:
+    """The numbers of a list of this shape, or a flat one, with commas between them."""
+    count = math.prod(shape)
+    outline = text.translate(_ZEROS, b" \t\r\n")
+    brackets = outline.translate(None, b"0")
+    if brackets.translate(None, b"[],") or b"0[" in outline or b"]0" in outline:
+        raise InputError(f"data of {name} is not an array of numbers")
+    numbers = text.translate(None, b"[]")
+    given = numbers.count(b",") + bool(numbers.strip())
+    if (count and given != count) or brackets not in (_brackets((count,)), _brackets(shape)):
+        raise InputError(f"{name} has the shape {list(shape)}, its data {given:,} numbers in other lists")
+    return numbers if count else b""
+
+
+def _brackets(shape: tuple[int, ...]) -> bytes:
+    """Nested lists of a shape, without their numbers."""
+    lists = b""
+    for length in reversed(shape):
+        lists = b"[" + ((lists + b",") * length)[:-1] + b"]"
+    return lists
+
+
+def _piece(text: bytes, name: str, dtype: np.dtype) -> np.ndarray:
+    try:
+        numbers = np.array(json.loads(b"[" + text + b"]"))
+    except (ValueError, OverflowError):
+        raise InputError(f"data of {name} is not an array of numbers") from None
+    integers = dtype.kind in "iu"
+    if numbers.dtype.kind not in ("iu" if integers else "iuf"):
+        raise InputError(f"data of {name} is not {'integers' if integers else 'numbers'}")
+    if integers:
+        info = np.iinfo(dtype)
+        if not info.min <= numbers.min() <= numbers.max() <= info.max:
+            raise InputError(f"data of {name} does not fit {dtype.name.upper()}")
+    with np.errstate(over="ignore"):  # infinity is refused by what uses it
+        return numbers.astype(dtype)
