@@ -21,10 +21,11 @@ import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict
+from importlib.util import find_spec
 from pathlib import Path
 from typing import IO, Any, NoReturn
 
-from ditf.runtime.errors import DitfError, MissingComponent
+from ditf.runtime.errors import DitfError, MissingComponent, missing_extra
 from ditf.runtime.extraction import Extraction
 from ditf.runtime.extraction_ray import Job, connected, expected_failure, extract_with_ray
 
@@ -110,6 +111,12 @@ def ray_cluster(address: str | None, verbose: bool) -> Iterator[RayCluster]:
         MissingComponent: Ray is not installed, or it ended its process.
         InputError: no cluster answers.
     """
+    try:
+        found = find_spec("ray") is not None
+    except ValueError:  # it is barred
+        found = False
+    if not found:
+        raise missing_extra("ray[data]", "ray")
     with tempfile.TemporaryFile() as said:
         process = subprocess.Popen(
             [sys.executable, "-c", _START, *sys.path],
