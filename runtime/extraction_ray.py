@@ -18,7 +18,6 @@ import os
 import platform
 import signal
 import socket
-import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -226,7 +225,6 @@ def extract_with_ray(
     images: Sequence[Path],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
-    verbose: bool = False,
 ) -> Extraction:
     """Compute the maps that a store does not have yet, on the cluster that is connected.
 
@@ -235,13 +233,13 @@ def extract_with_ray(
         workers: actors; by default one for each GPU, and where there are none one for each machine, whose
             cores an engine shares out by itself. More than there are GPUs share them.
         progress: called with the name of every image, as it is done.
-        verbose: let Ray say on stderr what it does.
 
     Returns:
         What was done. Computed, even if its process did not live to tell, is what was written in this run.
 
     Raises:
-        DitfError: no worker can open the bundle, or Ray failed.
+        InputError: no worker can open the bundle.
+        MissingComponent: a worker lacks something, or Ray failed.
     """
     import ray.data
 
@@ -270,17 +268,16 @@ def extract_with_ray(
     states: dict[str, tuple[str, str]] = {}
     loss = 0.0
     try:
-        with _core_silent(verbose):
-            for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
-                for name, state, reason in zip(batch["name"], batch["state"], batch["reason"], strict=True):
-                    if state == FATAL:
-                        raise _fatal(str(reason))
-                    states[str(name)] = (str(state), str(reason))
-                    progress(str(name))
-                loss = max(loss, float(batch["loss"].max()))
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            for name, state, reason in zip(batch["name"], batch["state"], batch["reason"], strict=True):
+                if state == FATAL:
+                    raise expected_failure(*json.loads(str(reason)))
+                states[str(name)] = (str(state), str(reason))
+                progress(str(name))
+            loss = max(loss, float(batch["loss"].max()))
     except ray.exceptions.RayError as error:
         line = [line for line in str(error).splitlines() if line.strip()][-1:]
-        raise DitfError(
+        raise MissingComponent(
             f"Ray could not finish ({' '.join(line)[:200] or type(error).__name__})",
             "run it again: what is stored stays; -v shows what Ray says",
         ) from error
@@ -293,7 +290,7 @@ def extract_with_ray(
 
 
 @contextmanager
-def ray_cluster(address: str | None, verbose: bool) -> Iterator[str]:
+def connected(address: str | None, verbose: bool) -> Iterator[str]:
     """A connection to a Ray cluster, which is closed in the end, with the cluster if it was started here.
 
     Args:
@@ -342,33 +339,8 @@ def _cpus(ray: Any) -> float:
     return float(ray.cluster_resources().get("CPU", 0))
 
 
-@contextmanager
-def _core_silent(verbose: bool) -> Iterator[None]:
-    """Ray's core writes to file descriptor 2 itself, a warning at every run with actors; here it cannot.
-
-    Python's own stderr goes where it went.
-    """
-    if verbose:
-        yield
-        return
-    before = sys.stderr
-    before.flush()
-    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nowhere, 2)
-    try:
-        with os.fdopen(os.dup(kept), "w", 1, "utf-8") as stream:
-            if before is sys.__stderr__:
-                sys.stderr = stream
-            yield
-    finally:
-        sys.stderr = before
-        os.dup2(kept, 2)
-        os.close(kept)
-        os.close(nowhere)
-
-
-def _fatal(reason: str) -> DitfError:
-    code, problem, fix = json.loads(reason)
+def expected_failure(code: int, problem: str, fix: str) -> DitfError:
+    """The error that another process told of, by its exit code."""
     return (MissingComponent if code == MissingComponent.exit_code else InputError)(problem, fix)
 
 

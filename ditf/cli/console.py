@@ -267,9 +267,9 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
         if path.name == "-":
             raise InputError("- is no file name here", "results are on stdout already; name a file")
         place = link_end(path)
-        through = written_through(place)
         if not place.parent.is_dir():
             raise InputError(f"{place.parent} is not a directory", "make it first")
+        through = written_through(place)
         if not os.access(place if through or place.exists() else place.parent, os.W_OK):
             raise InputError(f"{place} cannot be written", "choose another path")
         if not through and not os.access(place.parent, os.W_OK):

@@ -36,8 +36,9 @@ from ditf.cli.console import (
 from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.extraction import Extraction, extract, image_name
-from ditf.runtime.extraction_ray import Job, extract_with_ray, ray_cluster
+from ditf.runtime.extraction_ray import Job
 from ditf.runtime.images import FITS, SUFFIXES, find_images
+from ditf.runtime.ray_driver import ray_cluster
 from ditf.runtime.reading import read_regular
 from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store_writer import StoreWriter
@@ -115,10 +116,12 @@ def features(
     count = len({image_name(path) for path in paths})
     if engine == "ray":
         with ray_cluster(ray_address, state.verbose) as cluster:
-            say(f"{bundle} on {cluster}")
+            say(f"{bundle} on {cluster.detail}")
             with writer, stages(count) as progress:
                 job = Job.of(opened, writer, prompt, fit, backend)
                 done = extract_with_ray(job, paths, workers, progress, state.verbose)
+                job = Job.of(bundle, writer, prompt, fit, backend)
+                done = cluster.extract(job, paths, workers, progress)
     else:
         with load(bundle, backend, fit) as model:
             say(f"{bundle} on {model.detail} ({model.reason})")

@@ -220,6 +220,44 @@ def test_why_no_worker_opens_the_bundle(cluster, environment, demo_bundle, image
     assert "tensorrt" in done.stderr or "libcuda" in done.stderr
 
 
+def children(process, word):
+    """Processes below another whose command line has a word."""
+    found = []
+    for one in psutil.Process(process.pid).children(recursive=True):
+        try:
+            if word in " ".join(one.cmdline()):
+                found.append(one)
+        except (psutil.NoSuchProcess, psutil.ZombieProcess):
+            continue
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", ["head", "ditf"])
+def test_a_cluster_whose_head_or_user_is_lost(environment, demo_bundle, tmp_path, lost):
+    """Ray's core ends its process when it loses the head; nothing of the cluster outlives who started it."""
+    (tmp_path / "images").mkdir()
+    for seed in range(200):
+        Image.fromarray(procedural_image((40, 40), seed)).save(tmp_path / f"images/{seed:03}.png")
+    ray = ["--engine", "ray", "--ray-address", "local"]
+    command = [sys.executable, "-m", "ditf", "features", str(demo_bundle), "images", "-o", "store", *ray]
+    environment = {**environment, "RAY_gcs_rpc_server_reconnect_timeout_s": "2"}
+    with started(command, cwd=tmp_path, env=environment) as process:
+        for line in process.stderr:
+            if line.startswith("["):
+                break
+        family = psutil.Process(process.pid).children(recursive=True)
+        (process if lost == "ditf" else children(process, "gcs_server")[0]).kill()
+        last = process.stderr.read().splitlines()[-1] if lost == "head" else ""
+        process.wait(60)
+    _, alive = psutil.wait_procs(family, 30)
+    assert not [one for one in alive if one.status() != psutil.STATUS_ZOMBIE]
+    if lost == "head":
+        assert process.returncode == 3
+        assert last.startswith("error: the head of the Ray cluster was lost (Failed to connect to GCS")
+        assert "start the cluster again" in last
+
+
 def _file_of(store, name):
     index = json.loads((store.path / "index.json").read_text())
     return index["maps"][name]["file"]
