@@ -119,8 +119,6 @@ def features(
             say(f"{bundle} on {cluster.detail}")
             with writer, stages(count) as progress:
                 job = Job.of(opened, writer, prompt, fit, backend)
-                done = extract_with_ray(job, paths, workers, progress, state.verbose)
-                job = Job.of(bundle, writer, prompt, fit, backend)
                 done = cluster.extract(job, paths, workers, progress)
     else:
         with load(bundle, backend, fit) as model:
