@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -204,3 +207,15 @@ def test_every_verb_that_opens_a_bundle_has_the_option():
         names = {parameter.name for parameter in command.params}
         if names & {"bundle", "bundles"} and command.name not in ("sign", "export"):
             assert "signature" in names, command.name
+
+
+def test_the_commands_of_security_md(root, demo_bundle, tmp_path):
+    """As they stand there, in a shell."""
+    [block] = re.findall(r"```sh\n(.*?)```", (root / "SECURITY.md").read_text("utf-8"), re.DOTALL)
+    shutil.copytree(demo_bundle, tmp_path / "bundles" / "demo-l9-fp16")
+    environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    done = subprocess.run(
+        ["bash", "-e", "-c", block], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    assert "signed bundles/demo-l9-fp16/manifest.json" in done.stdout
