@@ -39,7 +39,6 @@ from ditf.runtime.extraction import Extraction, extract, image_name
 from ditf.runtime.extraction_ray import Job
 from ditf.runtime.images import FITS, SUFFIXES, find_images
 from ditf.runtime.ray_driver import ray_cluster
-from ditf.runtime.reading import read_regular
 from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store_writer import StoreWriter
 from ditf.runtime.writing import replacing
@@ -194,7 +193,8 @@ def _read_list(path: Path) -> list[Path]:
     if path.suffix.lower() in SUFFIXES:
         raise InputError(f"--input {path} is an image", "leave --input out")
     try:
-        content = read_regular(path, _LARGEST_LIST)
+        with path.open("rb") as file:  # a pipe of the shell's, too: --input <(find ...)
+            content = file.read(_LARGEST_LIST)
     except OSError as error:
         raise InputError(
             f"{path} cannot be read ({error.strerror})", "--input takes a folder or a list"

@@ -124,6 +124,8 @@ def run(arguments: list[str], command: str | None = None) -> int:
         # torch and ONNX Runtime have no class of their own for it.
         if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
             return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
+        if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve
+            return _fail(f"{error}; check the path", 2)
         tell(traceback.format_exc())
         return _fail("this is a defect of ditf; please report it with the lines above", 70)
 

@@ -124,3 +124,16 @@ def test_json_into_a_link_of_a_folder_that_is_not_there(ditf, demo_bundle, tmp_p
     done = ditf("inspect", demo_bundle, "--json", "link")
     assert done.returncode == 2
     assert "absent is not a directory; make it first" in done.stderr
+
+
+@pytest.mark.parametrize(
+    "arguments", [("inspect", "--json", "loop"), ("export-triton", "--repository", "loop")]
+)
+def test_links_in_a_circle(ditf, demo_bundle, tmp_path, arguments):
+    (tmp_path / "loop").symlink_to("other")
+    (tmp_path / "other").symlink_to("loop")
+    verb, *rest = arguments
+    done = ditf(verb, demo_bundle, *rest)
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.count("\n") == 1
+    assert "loop" in done.stderr
