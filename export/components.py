@@ -15,7 +15,8 @@ from ditf.runtime.reading import open_regular
 _LIBRARIES = ("diffusers", "transformers")
 _TEXT = ("text_encoder", "tokenizer")
 _TABLES = ("tokenizer.json", "vocab.json")
-_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack", ".h5", ".onnx", ".gguf")
+_TEMPLATES = "additional_chat_templates"
+_READ = (".json", ".jinja", ".txt", ".model", ".safetensors")  # what diffusers and transformers look for
 _LARGEST_CONFIG, _LARGEST_TABLE = 4 << 20, 64 << 20  # bytes: some tokenizers have 256,000 tokens
 _CODE = re.compile(r"auto_map|custom_pipelines|trust_remote_code|_?(attn|experts)_implementation(_internal)?")
 _REMOVE = "a checkpoint's own code is never run: use one whose classes are in diffusers and transformers"
@@ -57,14 +58,13 @@ def check_files(folder: Path) -> None:
         InputError: a file that is not regular, a text file too large to be one, or a configuration that
             cannot be read or names code.
     """
-    for path in sorted(folder.rglob("*")):
-        if path.is_dir():
+    for path in sorted([*folder.glob("*"), *(folder / _TEMPLATES).glob("*")]):
+        if path.suffix not in _READ or path.is_dir():
             continue
-        limit = _LARGEST_TABLE if path.suffix != ".json" or path.name in _TABLES else _LARGEST_CONFIG
-        if ".safetensors.index." in path.name:
-            limit = _LARGEST_TABLE
+        table = path.suffix != ".json" or path.name in _TABLES or ".safetensors.index." in path.name
+        limit = _LARGEST_TABLE if table else _LARGEST_CONFIG
         try:
-            open_regular(path, None if path.suffix in _WEIGHTS else limit).close()
+            open_regular(path, None if path.suffix == ".safetensors" else limit).close()
             if path.name.endswith("config.json"):
                 _check_config(path, read_json(path, _LARGEST_CONFIG))
         except (OSError, ValueError) as error:

@@ -185,3 +185,12 @@ def test_deep_json_is_bad_input(copy, name):
     (copy / name).write_text('{"a": ' + "[" * 100_000)
     with pytest.raises(InputError, match=r"nested too deeply|is not a shard index"):
         encode_default(copy)
+
+
+def test_other_files_are_none_of_its_business(copy):
+    """A clone holds large packs, and a VAE's repository pictures."""
+    (copy / "vae" / ".git").mkdir()
+    for name in (".git/pack", "example.png", "diffusion_pytorch_model.bin"):
+        with (copy / "vae" / name).open("wb") as file:
+            file.truncate(8 << 30)
+    check_files(copy / "vae")
