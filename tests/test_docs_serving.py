@@ -9,6 +9,8 @@ import sys
 
 import pytest
 
+from ditf.runtime.serving.decoding import JPEG_SCANS, SLOW_BYTES
+from ditf.runtime.serving.protocol import REST_BYTES
 from tests.runtime.serving.tiny import LIMITS, serving
 
 
@@ -61,9 +63,11 @@ def test_the_limits(page):
     rows = dict(re.findall(r"^\| ([^|]+) \| ([^|]+) \| [^|]+ \|$", page, re.MULTILINE))
     found = [re.sub(r"\D", "", value) for value in rows.values() if value[:1].isdigit()]
     expected = [
-        LIMITS.requests, LIMITS.body_bytes >> 20, LIMITS.json_bytes >> 20, LIMITS.buffered_bytes >> 20,
-        LIMITS.pixels // 1_000_000, LIMITS.points, LIMITS.scores // 1_000_000,
+        LIMITS.requests, LIMITS.body_bytes >> 20, LIMITS.json_bytes >> 20, REST_BYTES >> 20,
+        LIMITS.buffered_bytes >> 20,
+        LIMITS.pixels // 1_000_000, LIMITS.side, JPEG_SCANS, SLOW_BYTES >> 20,
+        LIMITS.points, LIMITS.scores / LIMITS.deadline_s / 1e6,
         LIMITS.head_s, LIMITS.body_s, LIMITS.stall_s,
-        LIMITS.connections,
+        LIMITS.connections, LIMITS.connections_each,
     ]  # fmt: skip
     assert found == [f"{value:g}" for value in expected]

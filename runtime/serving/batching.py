@@ -6,118 +6,21 @@ import logging
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from typing import Any, Generic, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
 from ditf.runtime.model import Model
 from ditf.runtime.serving.cache import FeatureCache
-from ditf.runtime.serving.errors import DeadlineExceeded, EngineError, Overloaded
+from ditf.runtime.serving.errors import EngineError, Overloaded
+from ditf.runtime.serving.jobs import ImageJob, Job, Observer, SlicedJob, Ticket
 
 logger = logging.getLogger("ditf.serve")
 
 T = TypeVar("T")
-
-
-class Observer(Protocol):
-    """Who wants to know what a server does."""
-
-    def stage(self, name: str, seconds: float) -> None:
-        """A stage of a request took so long."""
-
-    def batch(self, images: int) -> None:
-        """The engine is called with so many images."""
-
-    def cache(self, hit: bool) -> None:
-        """An image was looked for in the cache."""
-
-    def engine_failed(self) -> None:
-        """A call of the engine raised."""
-
-
-@dataclass(frozen=True)
-class Ticket:
-    """A request on its way.
-
-    Attributes:
-        request_id: for the log.
-        deadline: when nothing more is done for it (monotonic, s).
-        hold: counts bytes that it is about to hold; raises Overloaded where there is no room.
-    """
-
-    request_id: str
-    deadline: float
-    hold: Callable[[int], None] = lambda count: None
-
-    @property
-    def seconds_left(self) -> float:
-        """Until the deadline; 0 after it."""
-        return max(0.0, self.deadline - time.monotonic())
-
-    def check(self) -> None:
-        """Called before a stage of the request.
-
-        Raises:
-            DeadlineExceeded: it is too late for it.
-        """
-        if time.monotonic() > self.deadline:
-            raise DeadlineExceeded("the request waited past its deadline", "try again, or ask for less")
-
-
-@dataclass(eq=False)
-class _Job(Generic[T]):
-    """What waits for the engine. Its future can be cancelled until the result is there."""
-
-    ticket: Ticket
-    future: Future[T] = field(default_factory=Future)
-    arrived: float = field(default_factory=time.monotonic)
-
-    def wanted(self) -> bool:
-        """Whether to run it, or go on with it: nobody gave it up, and it is not too late."""
-        if self.future.cancelled():
-            return False
-        try:
-            self.ticket.check()
-        except DeadlineExceeded as error:
-            self.fail(error)
-            return False
-        return True
-
-    def succeed(self, result: T) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_result(result)
-
-    def fail(self, error: Exception) -> None:
-        if self.future.set_running_or_notify_cancel():
-            self.future.set_exception(error)
-
-
-@dataclass(eq=False)
-class _ImageJob(_Job[FeatureMap]):
-    bundle: str = ""
-    prompt: str | None = None
-    key: bytes = b""
-    image: FittedImage | None = None
-
-
-@dataclass(eq=False)
-class _SlicedJob(_Job[list[Any]]):
-    """Something else that uses a model, run slice by slice.
-
-    Attributes:
-        slices: each step does a part of the work and gives its result.
-        results: of the steps so far.
-        seconds: they took.
-    """
-
-    stage: str = ""
-    slices: Iterator[Any] = field(default_factory=lambda: iter(()))
-    results: list[Any] = field(default_factory=list)
-    seconds: float = 0.0
 
 
 class Worker:
@@ -154,9 +57,9 @@ class Worker:
         self._delay = delay_s
         self._largest = {name: model.largest_batch or largest_batch for name, model in models.items()}
         self._observer = observer
-        self._images: deque[_ImageJob] = deque()
-        self._calls: deque[_SlicedJob] = deque()
-        self._begun: deque[_SlicedJob] = deque()
+        self._images: deque[ImageJob] = deque()
+        self._calls: deque[SlicedJob] = deque()
+        self._begun: deque[SlicedJob] = deque()
         self._others_turn = True
         self._changed = threading.Condition()
         self._closing = False
@@ -188,9 +91,7 @@ class Worker:
         Raises:
             Overloaded: they do not all fit.
         """
-        jobs = [
-            _ImageJob(ticket, bundle=bundle, prompt=prompt, key=key, image=image) for key, image in images
-        ]
+        jobs = [ImageJob(ticket, bundle=bundle, prompt=prompt, key=key, image=image) for key, image in images]
         with self._changed:
             if len(self._images) + len(jobs) > self._room:
                 self._images = deque(job for job in self._images if not job.future.cancelled())
@@ -212,7 +113,7 @@ class Worker:
         Raises:
             Overloaded: the worker is closing.
         """
-        job = _SlicedJob(ticket, stage=stage, slices=slices)
+        job = SlicedJob(ticket, stage=stage, slices=slices)
         with self._changed:
             if self._closing:
                 raise Overloaded("the server is stopping", "try again")
@@ -224,7 +125,7 @@ class Worker:
         """Fail what waits, let what runs end, close the models; False if it did not end in time."""
         with self._changed:
             self._closing = True
-            left: list[_Job[Any]] = [*self._images, *self._calls, *self._begun]
+            left: list[Job[Any]] = [*self._images, *self._calls, *self._begun]
             for queue in (self._images, self._calls, self._begun):
                 queue.clear()
             self._changed.notify()
@@ -244,19 +145,19 @@ class Worker:
                 return
             self.running = True
             try:
-                if isinstance(batch, _SlicedJob):
+                if isinstance(batch, SlicedJob):
                     self._run_slice(batch)
                 else:
                     self._run_images(batch)
             except Exception:  # the thread serves everyone: nothing may end it
                 logger.exception("the worker failed")
-                for job in [batch] if isinstance(batch, _SlicedJob) else batch:
+                for job in [batch] if isinstance(batch, SlicedJob) else batch:
                     if not job.future.done():
                         job.fail(EngineError("the worker failed", "see the server's log"))
             finally:
                 self.running = False
 
-    def _next(self) -> _SlicedJob | list[_ImageJob] | None:
+    def _next(self) -> SlicedJob | list[ImageJob] | None:
         """What to run now; waits for it. None when closing."""
         with self._changed:
             while True:
@@ -283,7 +184,7 @@ class Worker:
                     return self._begun.popleft()
                 self._changed.wait(wait)
 
-    def _run_slice(self, job: _SlicedJob) -> None:
+    def _run_slice(self, job: SlicedJob) -> None:
         if not job.wanted():
             return
         start = time.monotonic()
@@ -308,8 +209,8 @@ class Worker:
                 return
         job.future.cancel()
 
-    def _run_images(self, jobs: Sequence[_ImageJob]) -> None:
-        wanted: dict[bytes, list[_ImageJob]] = {}
+    def _run_images(self, jobs: Sequence[ImageJob]) -> None:
+        wanted: dict[bytes, list[ImageJob]] = {}
         for job in jobs:
             if not job.wanted():
                 continue
@@ -322,7 +223,7 @@ class Worker:
         if wanted:
             self._compute(list(wanted.values()))
 
-    def _compute(self, groups: Sequence[Sequence[_ImageJob]]) -> None:
+    def _compute(self, groups: Sequence[Sequence[ImageJob]]) -> None:
         """Features of one image a group; what fails in a batch is tried alone, and fails alone."""
         first = groups[0][0]
         model = self._models[first.bundle]
@@ -346,7 +247,7 @@ class Worker:
             for job in group:
                 job.succeed(features)
 
-    def _failed(self, error: Exception, jobs: Sequence[_Job[Any]]) -> EngineError:
+    def _failed(self, error: Exception, jobs: Sequence[Job[Any]]) -> EngineError:
         ids = [job.ticket.request_id for job in jobs]
         self._observer.engine_failed()
         logger.error("the engine failed", exc_info=error, extra={"fields": {"request_ids": ids}})
@@ -354,5 +255,5 @@ class Worker:
         return EngineError("the engine failed on this request", f"the server's log says why, at {ids[0]}")
 
 
-def _together(first: _ImageJob, job: _ImageJob) -> bool:
+def _together(first: ImageJob, job: ImageJob) -> bool:
     return job.bundle == first.bundle and job.prompt == first.prompt

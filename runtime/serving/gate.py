@@ -9,24 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import hmac
-import json
 import logging
-import re
 import time
-import uuid
 from collections import deque
-from collections.abc import Awaitable, Callable, Collection, MutableMapping
-from typing import Any, Protocol
+from collections.abc import Awaitable, Callable, Collection
+from typing import Protocol
 
-from ditf.runtime.serving.batching import Ticket
 from ditf.runtime.serving.errors import Overloaded
+from ditf.runtime.serving.exchange import CLIENT_LEFT, Exchange, Message, Receive, Refused, Send
+from ditf.runtime.serving.jobs import Ticket
 from ditf.runtime.serving.limits import Limits
 from ditf.runtime.serving.logs import LOGGER
 from ditf.runtime.serving.origins import host_name, of_other_site
 
-Message = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[Message]]
-Send = Callable[[Message], Awaitable[None]]
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 TICKET = "ticket"
@@ -37,16 +32,6 @@ HEALTH_ONLY = "health_only"
 
 logger = logging.getLogger(LOGGER)
 
-_REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-_CLIENT_LEFT = 499  # nginx's, for the log: nobody is there to be answered
-_CLOSE = (b"connection", b"close")
-_HEADERS = [
-    (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"referrer-policy", b"no-referrer"),
-    (b"cache-control", b"no-store"),
-]
-
 
 class Watcher(Protocol):
     """Who is told of answers and of stages."""
@@ -54,59 +39,6 @@ class Watcher(Protocol):
     def request(self, endpoint: str, status: int, seconds: float) -> None: ...
 
     def stage(self, name: str, seconds: float) -> None: ...
-
-
-class _Refused(Exception):
-    """A request that goes no further."""
-
-    def __init__(self, status: int, problem: str, **headers: str) -> None:
-        super().__init__(problem)
-        self.status = status
-        self.headers = [(name.replace("_", "-").encode(), value.encode()) for name, value in headers.items()]
-
-
-class _Exchange:
-    """One request and what became of it."""
-
-    def __init__(self, scope: Message, send: Send) -> None:
-        self.scope = scope
-        self.headers = {name: value.decode("latin-1") for name, value in scope["headers"]}
-        given = self.headers.get(b"x-request-id", "")
-        self.id = given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
-        self.started = time.monotonic()
-        self.status = 0
-        self.complete = False
-        self.received = self.sent = 0
-        self.held = 0
-        # A proxy before this server may have taken Content-Length for what ends the body, so that what
-        # follows on this connection is of another client: it is not read (RFC 9112, 6.1).
-        self._framed_twice = b"content-length" in self.headers and b"transfer-encoding" in self.headers
-        self._send = send
-
-    async def send(self, message: Message) -> None:
-        if message["type"] == "http.response.start":
-            self.status = message["status"]
-            own = [*_HEADERS, (b"x-request-id", self.id.encode())]
-            headers = [*message.get("headers", []), *own]
-            if self._framed_twice and _CLOSE not in headers:
-                headers.append(_CLOSE)
-            message = {**message, "headers": headers}
-        else:
-            self.sent += len(message.get("body", b""))
-            self.complete = not message.get("more_body", False)
-        await self._send(message)
-
-    async def refuse(self, refusal: _Refused) -> None:
-        body = json.dumps({"error": str(refusal)}).encode()
-        headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
-        await self.send(
-            {
-                "type": "http.response.start",
-                "status": refusal.status,
-                "headers": [*headers, *refusal.headers],
-            }
-        )
-        await self.send({"type": "http.response.body", "body": body})
 
 
 class Gate:
@@ -159,7 +91,7 @@ class Gate:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        exchange = _Exchange(scope, send)
+        exchange = Exchange(scope, send)
         scope.setdefault("state", {})
         try:
             self._check(exchange)
@@ -167,43 +99,43 @@ class Gate:
                 await self._app(scope, receive, exchange.send)
             else:
                 await self._with_body(exchange, receive)
-        except _Refused as refusal:
+        except Refused as refusal:
             await exchange.refuse(refusal)
         except Exception:
             logger.exception("a defect", extra={"fields": {"request_id": exchange.id}})
             if exchange.status == 0:
-                await exchange.refuse(_Refused(500, f"a defect of ditf; the log has it as {exchange.id}"))
+                await exchange.refuse(Refused(500, f"a defect of ditf; the log has it as {exchange.id}"))
         finally:
             self.buffered -= exchange.held
             self._record(exchange)
 
-    def _hold(self, exchange: _Exchange, count: int) -> None:
+    def _hold(self, exchange: Exchange, count: int) -> None:
         if self.buffered + count > self._limits.buffered_bytes:
             raise Overloaded("the server is busy", "try again")
         exchange.held += count
         self.buffered += count
 
-    def _check(self, exchange: _Exchange) -> None:
+    def _check(self, exchange: Exchange) -> None:
         path = exchange.scope["path"]
         if exchange.scope["state"].get(HEALTH_ONLY) and path not in self._health:
-            raise _Refused(503, "too many connections; try again", retry_after="1", connection="close")
+            raise Refused(503, "too many connections; try again", retry_after="1", connection="close")
         if path not in self._open and of_other_site(exchange.headers, exchange.scope["scheme"]):
-            raise _Refused(403, "pages of other sites may not use this server")
+            raise Refused(403, "pages of other sites may not use this server")
         if self._hosts is not None:
             host = exchange.headers.get(b"host", "")
             if host_name(host) not in self._hosts:
-                raise _Refused(421, f"this server is not {host!r:.80}; ask it by its address")
+                raise Refused(421, f"this server is not {host!r:.80}; ask it by its address")
         if self._key is not None and path not in self._open:
             bearer = exchange.headers.get(b"authorization", "")
             given = exchange.headers.get(b"x-api-key", "")
             if bearer[:7].lower() == "bearer ":
                 given = bearer[7:].strip()
             if not hmac.compare_digest(given.encode("latin-1"), self._key):
-                raise _Refused(
+                raise Refused(
                     401, "an API key is needed: Authorization: Bearer KEY", www_authenticate="Bearer"
                 )
 
-    async def _with_body(self, exchange: _Exchange, receive: Receive) -> None:
+    async def _with_body(self, exchange: Exchange, receive: Receive) -> None:
         limits = self._limits
         declared = exchange.headers.get(b"content-length", "")
         if declared.isdigit() and int(declared) > limits.body_bytes:
@@ -214,14 +146,12 @@ class Gate:
         try:
             await asyncio.wait_for(self._read(exchange, receive, body), limits.body_s)
         except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
-            raise _Refused(
-                408, f"the body took longer than {limits.body_s:g} s", connection="close"
-            ) from None
+            raise Refused(408, f"the body took longer than {limits.body_s:g} s", connection="close") from None
         except Overloaded as error:
-            raise _Refused(503, str(error), retry_after=str(error.retry_after_s)) from None
+            raise Refused(503, str(error), retry_after=str(error.retry_after_s)) from None
         finally:
             self.reading -= 1
-        if exchange.status == _CLIENT_LEFT:
+        if exchange.status == CLIENT_LEFT:
             return
         self._watcher.stage("read", time.monotonic() - exchange.started)
         self._check_room()
@@ -236,17 +166,17 @@ class Gate:
 
     def _check_room(self) -> None:
         if self.draining:
-            raise _Refused(503, "the server is stopping", retry_after="1", connection="close")
+            raise Refused(503, "the server is stopping", retry_after="1", connection="close")
         if self.in_flight >= self._limits.requests:
-            raise _Refused(503, "the server is busy; try again", retry_after="1")
+            raise Refused(503, "the server is busy; try again", retry_after="1")
 
-    async def _read(self, exchange: _Exchange, receive: Receive, body: deque[bytes]) -> None:
+    async def _read(self, exchange: Exchange, receive: Receive, body: deque[bytes]) -> None:
         """The whole body, in the pieces it came in."""
         limits = self._limits
         while True:
             message = await receive()
             if message["type"] == "http.disconnect":
-                exchange.status = _CLIENT_LEFT
+                exchange.status = CLIENT_LEFT
                 return
             piece = message.get("body", b"")
             exchange.received += len(piece)
@@ -257,9 +187,7 @@ class Gate:
             if not message.get("more_body", False):
                 return
 
-    async def _answer(
-        self, exchange: _Exchange, receive: Receive, body: deque[bytes], ticket: Ticket
-    ) -> None:
+    async def _answer(self, exchange: Exchange, receive: Receive, body: deque[bytes], ticket: Ticket) -> None:
         """Run the application on a body; it is cancelled when the client leaves, or is late to answer."""
         left = asyncio.Event()
 
@@ -284,21 +212,21 @@ class Gate:
             if not done and exchange.status == 0:
                 work.cancel()
                 await asyncio.wait({work})
-                raise _Refused(504, "the request waited past its deadline; try again, or ask for less")
+                raise Refused(504, "the request waited past its deadline; try again, or ask for less")
             if not done:  # it is being written, and may be: `stall_s` is for that
                 await asyncio.wait({work, leaving}, return_when=first)
             if not work.done() and not exchange.complete:
-                exchange.status = _CLIENT_LEFT
+                exchange.status = CLIENT_LEFT
                 work.cancel()
             await work
         except asyncio.CancelledError:
-            if exchange.status != _CLIENT_LEFT:  # the server is ending, not the client
+            if exchange.status != CLIENT_LEFT:  # the server is ending, not the client
                 raise
         finally:
             leaving.cancel()
             work.cancel()
 
-    def _record(self, exchange: _Exchange) -> None:
+    def _record(self, exchange: Exchange) -> None:
         seconds = time.monotonic() - exchange.started
         endpoint = getattr(exchange.scope.get("endpoint"), "__name__", "none")
         self._watcher.request(endpoint, exchange.status, seconds)
@@ -317,5 +245,5 @@ class Gate:
         logger.log(level, "request", extra={"fields": fields})
 
 
-def _too_large(limits: Limits) -> _Refused:
-    return _Refused(413, f"the body has more than {limits.body_bytes:,} bytes")
+def _too_large(limits: Limits) -> Refused:
+    return Refused(413, f"the body has more than {limits.body_bytes:,} bytes")

@@ -30,9 +30,11 @@ BINARY = "binary_data"
 ALL_BINARY = "binary_data_output"
 TIMEOUT = "timeout"  # microseconds, of Triton's schedule policy extension
 
+REST_BYTES = 1 << 20
+"""Of JSON beside the tensors' numbers, at most."""
+
 # Of Triton's other extensions: its clients send them at their defaults, and they mean nothing here.
 _IGNORED = frozenset({"priority", "sequence_id", "sequence_start", "sequence_end"})
-_REST_BYTES = 1 << 20  # of JSON beside the tensors' numbers
 _JSON_ELEMENTS = 1 << 22  # of an answer: as text they are some 20 bytes each
 
 
@@ -102,9 +104,9 @@ def parse_request(body: bytes, header_length: str | None, model: ModelSpec, json
             f"{length:,} bytes of JSON are more than {json_limit:,}", "send tensors as binary data"
         )
     text, data = cut_data(body, length)
-    if len(text) > _REST_BYTES:
+    if len(text) > REST_BYTES:
         raise TooLarge(
-            f"{len(text):,} bytes of JSON beside the tensors' numbers are more than {_REST_BYTES:,}",
+            f"{len(text):,} bytes of JSON beside the tensors' numbers are more than {REST_BYTES:,}",
             "send numbers alone as data",
         )
     document = _object(_json(text), "the request")

@@ -13,7 +13,6 @@ from fastapi.responses import JSONResponse
 import ditf
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.serving.batching import Ticket
 from ditf.runtime.serving.contract import (
     CORRESPOND,
     FEATURES,
@@ -26,6 +25,7 @@ from ditf.runtime.serving.contract import (
 )
 from ditf.runtime.serving.errors import NotFound
 from ditf.runtime.serving.gate import TICKET
+from ditf.runtime.serving.jobs import Ticket
 from ditf.runtime.serving.json_numbers import MEMORY, TEXT
 from ditf.runtime.serving.protocol import (
     InferRequest,

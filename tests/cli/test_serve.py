@@ -148,6 +148,17 @@ def test_lines_about_what_is_no_http(tiny):
     assert len(lines) - 1 + lines[-1]["times"] == 30
 
 
+def test_the_deadline_bounds_points_times_pixels(tiny):
+    with serving(tiny, "--deadline", "1") as server:
+        pair = {"source": encoded(image(1)), "target": encoded(np.zeros((1000, 2000, 3), np.uint8))}
+        answers = [
+            requests.post(f"{server.url}/match", files=pair, data={"points": ["1,1"] * count}, timeout=20)
+            for count in (3, 151)
+        ]
+    assert [answer.status_code for answer in answers] == [200, 413]
+    assert "151 points in a target of 2000x1000 pixels are more than 150, what 1 s" in answers[1].text
+
+
 def test_the_soft_limit_of_open_files_is_raised_to_what_is_needed(tiny):
     with serving(tiny, ulimit="-S -n 128") as server:
         limits = Path(f"/proc/{server.process.pid}/limits").read_text()

@@ -10,9 +10,10 @@ import pytest
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.model import load
-from ditf.runtime.serving.batching import Ticket, Worker
+from ditf.runtime.serving.batching import Worker
 from ditf.runtime.serving.cache import FeatureCache
 from ditf.runtime.serving.errors import DeadlineExceeded, EngineError, Overloaded
+from ditf.runtime.serving.jobs import Ticket
 from tests.runtime.serving.tiny import image, mean_colours
 
 SOON = Ticket("test", float("inf"))

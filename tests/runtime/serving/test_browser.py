@@ -72,7 +72,8 @@ class Page:
                 [cell.text for cell in row.find_elements(By.TAG_NAME, "td")][1:4]
                 for row in self.driver.find_elements(By.CSS_SELECTOR, "#points tbody tr")
             ]
-            return rows if len(rows) == count and all(row[2] for row in rows) else None
+            done = all(row[2] and row[1] != "..." for row in rows)  # the score of before may still be there
+            return rows if len(rows) == count and done else None
 
         return [(numbers(p), numbers(m), float(score)) for p, m, score in self.wait(answered)]
 

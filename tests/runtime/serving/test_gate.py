@@ -339,6 +339,13 @@ def test_a_target_of_one_row_and_a_million_columns(server):
     assert caught.value.status() == "413"
 
 
+def test_nothing_is_begun_after_the_deadline(tiny):
+    with serving(tiny, limits=Limits(deadline_s=1e-9)) as server:
+        assert infer(server, image(1))[0] == 504
+        settled(server)
+        assert "ditf_batch_images_count 0.0" in requests.get(f"{server.url}/metrics", timeout=9).text
+
+
 def test_a_running_call_does_not_keep_its_client_past_the_deadline(tiny):
     with serving(tiny, limits=Limits(deadline_s=0.05), batching=Batching(0.0, 1)) as server:
         assert infer(server, image(1, loops=250))[0] == 504
