@@ -15,8 +15,8 @@ from typing import Any
 import numpy as np
 
 from ditf.runtime.errors import BundleError, missing_extra
+from ditf.runtime.files.unfinished import scratch_folder
 from ditf.runtime.onnx_graph import Graph
-from ditf.runtime.unfinished import scratch_folder
 
 LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 """The largest finite number of each 16-bit type."""

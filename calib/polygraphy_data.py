@@ -9,9 +9,9 @@ import numpy as np
 from ditf.calib.onnx_twin import widened
 from ditf.runtime.bundle import FEATURES, Bundle
 from ditf.runtime.errors import missing_extra
+from ditf.runtime.files.writing import replacing
 from ditf.runtime.golden_file import Golden
 from ditf.runtime.runner import FeaturesRunner
-from ditf.runtime.writing import replacing
 
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 RUNNER = "ditf-float32"

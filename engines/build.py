@@ -30,11 +30,11 @@ from ditf.runtime.engines import (
     verify_plans,
 )
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
+from ditf.runtime.files.stage_folder import clear
+from ditf.runtime.files.staging import staged
+from ditf.runtime.files.user_cache import cache_file
 from ditf.runtime.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.gpu import find_gpu
-from ditf.runtime.stage_folder import clear
-from ditf.runtime.staging import staged
-from ditf.runtime.user_cache import cache_file
 
 Profiles = tuple[tuple[int, int, int], ...]
 """Smallest, usual and largest batch of each profile."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.user_cache import read_cache, write_cache
+from ditf.runtime.files.user_cache import read_cache, write_cache
 
 
 class TimingCache:

@@ -40,15 +40,15 @@ from ditf.engines.triton_plans import Plans, capability
 from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
 from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.files.reading import copy_hashed, open_regular
+from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
+from ditf.runtime.files.staging import check_space
+from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
 from ditf.runtime.golden_file import read_golden
 from ditf.runtime.manifest import NAME as MANIFEST
-from ditf.runtime.reading import copy_hashed, open_regular
 from ditf.runtime.serving import contract
 from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
-from ditf.runtime.stage_folder import NEW, OLD, stage_folder, swap
-from ditf.runtime.staging import check_space
 from ditf.runtime.store import features_hash
-from ditf.runtime.writing import link_end, sync_folder, sync_tree
 
 MARKER = "ditf.json"
 CONFIG = "config.pbtxt"

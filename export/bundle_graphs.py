@@ -23,8 +23,8 @@ from ditf.export.specialise import Specialised, specialise
 from ditf.export.trace import write_trace
 from ditf.runtime import bundle as files
 from ditf.runtime.conditions import key
+from ditf.runtime.files.unfinished import scratch_folder
 from ditf.runtime.manifest import DYNAMIC_EXAMPLE
-from ditf.runtime.unfinished import scratch_folder
 
 
 @dataclass(frozen=True)

@@ -22,8 +22,8 @@ from ditf.export.ranges import measure_ranges
 from ditf.export.reference import Reference
 from ditf.export.scratch import spilling
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.json_file import read_json
 from ditf.runtime.images import fit_image, list_images, open_image
-from ditf.runtime.json_file import read_json
 from ditf.runtime.manifest import tool_versions
 
 _LARGEST = 128 << 20  # bytes of a calibration

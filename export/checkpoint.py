@@ -11,7 +11,7 @@ from typing import Any
 
 from ditf.export.weights import SafetensorsWeights
 from ditf.runtime.errors import InputError
-from ditf.runtime.json_file import read_json
+from ditf.runtime.files.json_file import read_json
 
 DEMO = "demo"
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")

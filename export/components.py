@@ -9,8 +9,8 @@ from typing import Any
 
 from ditf.export.checkpoint import Checkpoint
 from ditf.runtime.errors import InputError
-from ditf.runtime.json_file import read_json
-from ditf.runtime.reading import open_regular
+from ditf.runtime.files.json_file import read_json
+from ditf.runtime.files.reading import open_regular
 
 _LIBRARIES = ("diffusers", "transformers")
 _TEXT = ("text_encoder", "tokenizer")

@@ -18,7 +18,7 @@ from ditf.export.families.base import Condition, Defaults, Family
 from ditf.export.options import ExportOptions
 from ditf.export.pretrained import first_line
 from ditf.runtime.errors import DitfError, InputError
-from ditf.runtime.reading import read_regular
+from ditf.runtime.files.reading import read_regular
 
 NULL_CLASS = "null"
 _LARGEST_FILE = 1 << 20  # bytes of a file of prompts

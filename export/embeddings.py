@@ -17,8 +17,8 @@ from safetensors.torch import load, save
 
 from ditf.export.families.base import Condition, Family
 from ditf.runtime.errors import InputError
-from ditf.runtime.reading import read_regular
-from ditf.runtime.writing import write_whole
+from ditf.runtime.files.reading import read_regular
+from ditf.runtime.files.writing import write_whole
 
 _MASK = "prompt_attention_mask"
 _LARGEST = 256 << 20  # bytes: 512 tokens of 4,096 channels have 8 MB

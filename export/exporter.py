@@ -27,8 +27,8 @@ from ditf.export.plan import Plan, make_plan
 from ditf.export.scratch import spilling
 from ditf.export.swap import Swap, judge_encoder
 from ditf.runtime import bundle as files
+from ditf.runtime.files.staging import check_output, check_space, staged
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
-from ditf.runtime.staging import check_output, check_space, staged
 
 _STAGES = {"float32": 9, "bfloat16": 9, "float16": 10, "int8": 10}
 

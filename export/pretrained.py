@@ -22,7 +22,7 @@ from ditf.export.components import check_components, check_files
 from ditf.export.streaming import stream_encoder, streams
 from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
-from ditf.runtime.unfinished import register
+from ditf.runtime.files.unfinished import register
 
 _LEGACY = {
     ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",

@@ -14,7 +14,7 @@ from ditf.export.families import FAMILIES
 from ditf.export.families.base import Condition, Family
 from ditf.export.pretrained import full_config
 from ditf.runtime.errors import InputError
-from ditf.runtime.unfinished import scratch_folder
+from ditf.runtime.files.unfinished import scratch_folder
 
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "DiT-XL/2 512": {"_class_name": "DiTTransformer2DModel", "sample_size": 64, "out_channels": 8},

@@ -11,11 +11,11 @@ from typing import BinaryIO, Union
 
 import numpy as np
 
-from ditf.runtime import arrays
 from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.files import arrays
+from ditf.runtime.files.reading import open_regular, read_hashed, sha256_of
 from ditf.runtime.manifest import NAME, Manifest, manifest_content, parse_manifest
 from ditf.runtime.onnx_graph import Graph
-from ditf.runtime.reading import open_regular, read_hashed, sha256_of
 from ditf.runtime.signing import ANYONE, Trust
 
 FEATURES = "features.onnx"

@@ -12,10 +12,10 @@ from typing import Any, BinaryIO, Optional, get_type_hints
 
 from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
 from ditf.runtime.errors import BundleError, NewerSchema
+from ditf.runtime.files.reading import open_regular, read_hashed, read_regular, sha256_of
 from ditf.runtime.flavour import FLAVOURS, PORTABLE, TARGETS
 from ditf.runtime.gpu import Gpu, version_text
 from ditf.runtime.manifest import conforms
-from ditf.runtime.reading import open_regular, read_hashed, read_regular, sha256_of
 from ditf.runtime.signing import ANYONE, Trust
 
 SCHEMA = 1

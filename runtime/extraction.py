@@ -11,9 +11,9 @@ from pathlib import Path
 from ditf.runtime.conditions import Feeds
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.files.reading import read_regular
 from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image
 from ditf.runtime.model import Model
-from ditf.runtime.reading import read_regular
 from ditf.runtime.store_writer import StoreWriter
 
 _BATCH = 4  # of a bundle that takes any: images are held in memory

@@ -29,10 +29,10 @@ import numpy as np
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
 from ditf.runtime.extraction import Extraction, Pending, batch_size, failure_text, image_name, store_batch
+from ditf.runtime.files.liveness import file_system_time
+from ditf.runtime.files.reading import read_regular
 from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image, fitted_image
-from ditf.runtime.liveness import file_system_time
 from ditf.runtime.model import Model
-from ditf.runtime.reading import read_regular
 from ditf.runtime.signing import Trust
 from ditf.runtime.store import PARTIAL, STORE, StoreIdentity, features_hash, map_path
 from ditf.runtime.store_writer import StoreWriter

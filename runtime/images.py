@@ -15,7 +15,7 @@ import numpy as np
 from PIL import Image, ImageOps, UnidentifiedImageError
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.reading import open_regular
+from ditf.runtime.files.reading import open_regular
 
 ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
 

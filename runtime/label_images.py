@@ -9,8 +9,8 @@ import numpy as np
 from PIL import Image
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.reading import open_regular
 from ditf.runtime.images import LARGEST_FILE, decoding
-from ditf.runtime.reading import open_regular
 
 
 def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:

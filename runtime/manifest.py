@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from ditf.runtime.errors import BundleError
-from ditf.runtime.reading import read_regular
+from ditf.runtime.files.reading import read_regular
 
 SCHEMA = 1
 DYNAMIC_EXAMPLE = 2

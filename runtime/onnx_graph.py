@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Union
 
-from ditf.runtime.reading import open_regular
+from ditf.runtime.files.reading import open_regular
 
 Buffer = Union[bytes, bytearray, memoryview]
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Optional
 
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
-from ditf.runtime.reading import read_regular
+from ditf.runtime.files.reading import read_regular
 
 SUFFIX = ".sig"
 NAMESPACE = "ditf-bundle"

@@ -25,8 +25,8 @@ import numpy as np
 from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, NOISE, Bundle
 from ditf.runtime.errors import InputError, NewerSchema
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.files.reading import open_regular, read_regular
 from ditf.runtime.manifest import conforms
-from ditf.runtime.reading import open_regular, read_regular
 from ditf.runtime.stored_map import AGAIN, StoredMap, read_stored, safetensors_package
 
 SCHEMA = 1

@@ -16,7 +16,8 @@ import numpy as np
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.liveness import STALE, file_system_time, try_lock
+from ditf.runtime.files.liveness import STALE, file_system_time, try_lock
+from ditf.runtime.files.writing import created, publish, sync_folder
 from ditf.runtime.store import (
     INDEX,
     MAPS,
@@ -33,7 +34,6 @@ from ditf.runtime.store import (
     read_named,
 )
 from ditf.runtime.stored_map import map_file, read_stored, safetensors_package
-from ditf.runtime.writing import created, publish, sync_folder
 
 _OURS = re.compile(r"([0-9a-f]{32}|store|index)-[0-9a-f]{32}|\.ditf-clock-[0-9a-f]{32}|clock-[0-9a-f]{32}")
 """Names of files in partial/."""

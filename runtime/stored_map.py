@@ -12,8 +12,8 @@ import numpy as np
 
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.files.reading import open_regular
 from ditf.runtime.manifest import conforms
-from ditf.runtime.reading import open_regular
 
 TENSOR = "features"
 AGAIN = "run ditf features again: it computes what is missing"

@@ -10,11 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from ditf.calib.eval.datasets.base import LARGEST, ImageSource, read_image
-from ditf.runtime.arrays import read_npz
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.reading import open_regular, read_regular
-from ditf.runtime.writing import replacing
+from ditf.runtime.files.arrays import read_npz
+from ditf.runtime.files.reading import open_regular, read_regular
+from ditf.runtime.files.writing import replacing
 
 Extract = Callable[[list[np.ndarray], "str | None"], list[FeatureMap]]
 """Features of RGB images uint8 [H, W, 3] under a condition."""

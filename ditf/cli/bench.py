@@ -40,10 +40,10 @@ from ditf.cli.export import needs_exporter
 from ditf.runtime import Model
 from ditf.runtime.bundle import Bundle, sha256
 from ditf.runtime.errors import GateFailed, InputError
+from ditf.runtime.files.json_file import read_json
+from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import fit_image
-from ditf.runtime.json_file import read_json
 from ditf.runtime.manifest import NAME
-from ditf.runtime.writing import replacing
 
 _PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 _PEERS = ("eager", "compile", "onnxruntime")

@@ -26,7 +26,7 @@ from ditf.cli.console import (
 )
 from ditf.cli.export import PromptEmbedsOption, needs_exporter, options_of
 from ditf.runtime.errors import InputError
-from ditf.runtime.writing import replacing, write_whole
+from ditf.runtime.files.writing import replacing, write_whole
 
 
 def calibrate(

@@ -32,9 +32,9 @@ from ditf.cli.console import (
 from ditf.runtime import FeatureMap, Model
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import GateFailed, InputError, NoPlan
+from ditf.runtime.files.writing import replacing
 from ditf.runtime.golden_file import Golden, read_golden
 from ditf.runtime.manifest import Manifest
-from ditf.runtime.writing import replacing
 
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 

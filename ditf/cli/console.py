@@ -20,10 +20,10 @@ import typer
 
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.files.writing import link_end, write_whole, written_through
 from ditf.runtime.model import Model
 from ditf.runtime.printable import PrintableFormatter, printable
 from ditf.runtime.signing import Trust
-from ditf.runtime.writing import link_end, write_whole, written_through
 
 SCHEMA = 1  # of every --json document
 _MANY = 100 << 20  # bytes that a log says anything about

@@ -24,8 +24,8 @@ from ditf.calib.eval.outcomes import (
 )
 from ditf.cli.console import table
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.staging import check_output, staged
 from ditf.runtime.manifest import Manifest
-from ditf.runtime.staging import check_output, staged
 
 INDEX = "index.json"  # of a folder of pictures
 _WORST, _BEST = 8, 4  # pictures of each bundle

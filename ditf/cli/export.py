@@ -28,8 +28,8 @@ from ditf.cli.console import (
 )
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
+from ditf.runtime.files.staging import check_output
 from ditf.runtime.flavour import choose
-from ditf.runtime.staging import check_output
 
 if TYPE_CHECKING:
     from ditf.export.options import ExportOptions

@@ -37,11 +37,11 @@ from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.extraction import Extraction, extract, image_name
 from ditf.runtime.extraction_ray import Job
+from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import FITS, SUFFIXES, find_images
 from ditf.runtime.ray_driver import ray_cluster
 from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store_writer import StoreWriter
-from ditf.runtime.writing import replacing
 
 ENGINES = ("local", "ray")
 _LARGEST_LIST = 256 << 20  # bytes of a list of images

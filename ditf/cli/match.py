@@ -30,6 +30,7 @@ from ditf.cli.console import (
 )
 from ditf.runtime import FeatureMap, Homography, Matches, Model
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.writing import replacing
 from ditf.runtime.flow import Flow
 from ditf.runtime.homography import METHODS as HOMOGRAPHIES
 from ditf.runtime.homography import cell_threshold, find_homography, opencv
@@ -37,7 +38,6 @@ from ditf.runtime.images import SUFFIXES, open_image
 from ditf.runtime.matching import check_points, parse_points
 from ditf.runtime.mutual import check_options, mutual_points
 from ditf.runtime.soft_argmax import check_method
-from ditf.runtime.writing import replacing
 
 _ROWS = 40  # of mutual matches that are printed
 

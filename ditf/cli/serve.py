@@ -28,7 +28,7 @@ from ditf.cli.console import (
 )
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
-from ditf.runtime.reading import open_regular
+from ditf.runtime.files.reading import open_regular
 from ditf.runtime.serving.limits import MIB, SCORES_PER_S, Limits
 
 KEY_VARIABLE = "DITF_API_KEY"

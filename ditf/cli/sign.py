@@ -18,9 +18,9 @@ from ditf.cli.console import (
 )
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import RECORD, engine_folders, parse_record, record_content, verify_plans
+from ditf.runtime.files.writing import write_whole
 from ditf.runtime.manifest import NAME, manifest_content, parse_manifest
 from ditf.runtime.signing import SUFFIX, signature
-from ditf.runtime.writing import write_whole
 
 
 def sign(

@@ -11,7 +11,7 @@ from contextlib import contextmanager, suppress
 from types import FrameType
 from typing import NoReturn, Optional
 
-from ditf.runtime.unfinished import undo_all
+from ditf.runtime.files.unfinished import undo_all
 
 EXIT_CODE = 128 + signal.SIGTERM
 MESSAGE = "terminated; nothing was left half-written"

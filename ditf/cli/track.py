@@ -30,10 +30,10 @@ from ditf.cli.console import (
 )
 from ditf.runtime import Matches, Model, Propagator
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import list_images, open_image, picture_count
 from ditf.runtime.label_images import read_labels, write_labels
 from ditf.runtime.matching import check_points, parse_points
-from ditf.runtime.writing import replacing
 
 
 def track(

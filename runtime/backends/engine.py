@@ -11,9 +11,9 @@ from ditf.runtime.backends.engine_session import EngineSession
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import PLANS, EngineRecord, choose_engine, engine_of, read_plan
 from ditf.runtime.errors import BundleError, MissingComponent, NoPlan
+from ditf.runtime.files.user_cache import cache_file
 from ditf.runtime.flavour import load
 from ditf.runtime.gpu import Gpu, find_gpu
-from ditf.runtime.user_cache import cache_file
 
 
 def probe(flavour: str) -> Probe:

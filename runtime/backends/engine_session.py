@@ -20,10 +20,10 @@ from ditf.runtime.backends.cuda import (
     open_cuda,
 )
 from ditf.runtime.errors import BundleError, DitfError, InputError
+from ditf.runtime.files.user_cache import read_cache, write_cache
 from ditf.runtime.flavour import Log, has
 from ditf.runtime.graph_loading import refit
 from ditf.runtime.onnx_graph import Graph
-from ditf.runtime.user_cache import read_cache, write_cache
 
 logger = logging.getLogger(__name__)
 

@@ -19,8 +19,8 @@ from ditf.engines.network import LayerType, Network, audit
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import engine_folders, read_record
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
+from ditf.runtime.files.liveness import STALE, file_system_time
 from ditf.runtime.flavour import FLAVOURS, TARGETS, choose, has, load
-from ditf.runtime.liveness import STALE, file_system_time
 from tests.processes import started
 
 RTX = FLAVOURS["tensorrt-rtx"]

@@ -6,8 +6,8 @@ import pytest
 
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.user_cache import cache_file, write_cache
 from ditf.runtime.flavour import Log, load
-from ditf.runtime.user_cache import cache_file, write_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TensorRT-RTX:DeprecationWarning")
 

@@ -22,10 +22,10 @@ from ditf.engines.pbtxt import Enum, entries, pbtxt
 from ditf.engines.triton import bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import choose_plans
-from ditf.runtime import stage_folder
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN, RECORD, EngineRecord, sources
 from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.files import stage_folder
 from ditf.runtime.serving.contract import model_specs
 from tests.triton_server import ModelError, Server, read_config
 
@@ -234,7 +234,7 @@ def test_a_model_that_a_killed_export_had_moved_comes_back(tmp_path, demo_bundle
         "import os, sys\n"
         "from pathlib import Path\n"
         "from ditf.cli.main import run\n"
-        "from ditf.runtime import stage_folder\n"
+        "from ditf.runtime.files import stage_folder\n"
         "stage_folder.exchange = lambda one, other: False\n"
         "rename = Path.rename\n"
         "Path.rename = lambda *paths: (rename(*paths), os.kill(os.getpid(), 9))\n"

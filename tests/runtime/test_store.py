@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.numpy import save
 
-from ditf.runtime import store_writer, writing
+from ditf.runtime import store_writer
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import InputError, NewerSchema
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.liveness import STALE, file_system_time, try_lock
+from ditf.runtime.files import writing
+from ditf.runtime.files.liveness import STALE, file_system_time, try_lock
 from ditf.runtime.matching import match_points
 from ditf.runtime.store import FeatureStore, StoreIdentity, map_files, map_path
 from ditf.runtime.store_writer import StoreWriter
@@ -252,8 +253,8 @@ def test_what_a_killed_writer_left_goes_after_a_day(store, monkeypatch):
 def test_a_live_writers_file_stays_however_old_it_looks(store):
     code = (
         "import sys; from pathlib import Path\n"
-        "from ditf.runtime.liveness import try_lock\n"
-        "from ditf.runtime.writing import created\n"
+        "from ditf.runtime.files.liveness import try_lock\n"
+        "from ditf.runtime.files.writing import created\n"
         "with created(Path(sys.argv[1])) as file:\n"
         "    print(try_lock(file.fileno()), flush=True); sys.stdin.read()\n"
         "    print(Path(sys.argv[1]).exists())\n"

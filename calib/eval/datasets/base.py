@@ -19,8 +19,8 @@ import numpy as np
 from PIL import Image
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.json_file import read_json as read_bounded_json
-from ditf.runtime.reading import open_regular, read_regular
+from ditf.runtime.files.json_file import read_json as read_bounded_json
+from ditf.runtime.files.reading import open_regular, read_regular
 
 ImageSource = Union[Path, np.ndarray]
 """A file, or RGB uint8 [H, W, 3]."""

@@ -32,7 +32,7 @@ from ditf.calib.eval.datasets.base import (
     reason,
 )
 from ditf.runtime.errors import InputError
-from ditf.runtime.reading import read_regular
+from ditf.runtime.files.reading import read_regular
 
 SPLITS = ("test", "all")
 SHORT_SIDE = 480  # px

@@ -36,7 +36,7 @@ from ditf.calib.eval.datasets.base import (
     reason,
 )
 from ditf.runtime.errors import InputError, missing_extra
-from ditf.runtime.reading import read_regular
+from ditf.runtime.files.reading import read_regular
 
 CATEGORIES = (
     "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow",

@@ -32,7 +32,7 @@ from ditf.calib.eval.datasets.base import (
     picture,
 )
 from ditf.runtime.errors import InputError
-from ditf.runtime.reading import read_regular
+from ditf.runtime.files.reading import read_regular
 
 SPLITS = ("test",)
 GROUPS = ("FG3DCar", "JODS", "PASCAL")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from ditf.runtime.arrays import read_npy, read_npz
+from ditf.runtime.files.arrays import read_npy, read_npz
 
 LIMIT = 1 << 20
 

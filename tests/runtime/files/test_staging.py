@@ -13,9 +13,9 @@ from pathlib import Path
 import pytest
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.liveness import STALE, file_system_time
-from ditf.runtime.stage_folder import clear, exchange
-from ditf.runtime.staging import check_output, staged
+from ditf.runtime.files.liveness import STALE, file_system_time
+from ditf.runtime.files.stage_folder import clear, exchange
+from ditf.runtime.files.staging import check_output, staged
 
 
 def make_bundle(path, text):
@@ -96,9 +96,9 @@ def run(code, *arguments, **options):
 STAGED = """
 import sys
 from pathlib import Path
-from ditf.runtime.liveness import STALE, file_system_time
-from ditf.runtime.stage_folder import clear, exchange
-from ditf.runtime.staging import check_output, staged
+from ditf.runtime.files.liveness import STALE, file_system_time
+from ditf.runtime.files.stage_folder import clear, exchange
+from ditf.runtime.files.staging import check_output, staged
 with staged(Path(sys.argv[1])) as folder:
     (folder / "manifest.json").write_text("new")
     print("working", flush=True)
@@ -182,10 +182,10 @@ def test_where_locks_do_not_work_age_decides(tmp_path, monkeypatch):
 KILLED = """
 import os, sys
 from pathlib import Path
-from ditf.runtime import stage_folder
-from ditf.runtime.liveness import STALE, file_system_time
-from ditf.runtime.stage_folder import clear, exchange
-from ditf.runtime.staging import check_output, staged
+from ditf.runtime.files import stage_folder
+from ditf.runtime.files.liveness import STALE, file_system_time
+from ditf.runtime.files.stage_folder import clear, exchange
+from ditf.runtime.files.staging import check_output, staged
 exchanging = sys.argv[2] == "exchange"
 if not exchanging:
     stage_folder.exchange = lambda one, other: False

@@ -10,8 +10,8 @@ import threading
 
 import pytest
 
-from ditf.runtime.unfinished import undo_all
-from ditf.runtime.writing import replacing, sync_tree, write_whole
+from ditf.runtime.files.unfinished import undo_all
+from ditf.runtime.files.writing import replacing, sync_tree, write_whole
 
 
 def mode(path):
@@ -123,7 +123,7 @@ def test_a_device_is_written_to(tmp_path, minor, error):
 @pytest.mark.parametrize("kind", ["pipe", "file"])
 def test_an_own_descriptor_goes_on_where_it_is(tmp_path, name, kind):
     code = (
-        "from pathlib import Path; from ditf.runtime.writing import write_whole\n"
+        "from pathlib import Path; from ditf.runtime.files.writing import write_whole\n"
         "print('before', flush=True)\n"
         f"write_whole(Path({name!r}), 'text\\n')\n"
         "print('after')\n"

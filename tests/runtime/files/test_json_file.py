@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from ditf.runtime.json_file import read_json
+from ditf.runtime.files.json_file import read_json
 
 
 def test_reads_a_value(tmp_path: Path) -> None:

@@ -23,9 +23,9 @@ from functools import cache
 from pathlib import Path
 from uuid import uuid4
 
-from ditf.runtime.liveness import STALE, file_system_time, newest, try_lock
-from ditf.runtime.reading import read_regular
-from ditf.runtime.unfinished import undoing
+from ditf.runtime.files.liveness import STALE, file_system_time, newest, try_lock
+from ditf.runtime.files.reading import read_regular
+from ditf.runtime.files.unfinished import undoing
 
 NEW, OLD = "new", "old"
 _LOCK = "lock"

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from ditf.runtime.reading import open_regular, read_regular
+from ditf.runtime.files.reading import open_regular, read_regular
 
 
 def test_reads_a_regular_file_and_a_link_to_one(tmp_path: Path) -> None:

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import BinaryIO, Union
 from uuid import uuid4
 
-from ditf.runtime.unfinished import scratch_folder, undoing
+from ditf.runtime.files.unfinished import scratch_folder, undoing
 
 _DESCRIPTOR = re.compile(r"/proc/(\d+)/(?:task/\d+/)?fd/(\d+)")
 _NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of file systems that cannot

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Optional
 from uuid import uuid4
 
-from ditf.runtime.reading import open_regular
-from ditf.runtime.writing import created, publish
+from ditf.runtime.files.reading import open_regular
+from ditf.runtime.files.writing import created, publish
 
 _LARGEST = 1 << 30  # bytes
 

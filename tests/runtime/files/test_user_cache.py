@@ -7,7 +7,7 @@ import stat
 
 import pytest
 
-from ditf.runtime.user_cache import cache_file, read_cache, write_cache
+from ditf.runtime.files.user_cache import cache_file, read_cache, write_cache
 
 
 @pytest.fixture

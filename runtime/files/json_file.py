@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from ditf.runtime.reading import read_regular
+from ditf.runtime.files.reading import read_regular
 
 
 def read_json(path: Path, limit: int) -> Any:

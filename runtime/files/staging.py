@@ -9,9 +9,9 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
+from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
 from ditf.runtime.manifest import NAME as MANIFEST
-from ditf.runtime.stage_folder import NEW, OLD, stage_folder, swap
-from ditf.runtime.writing import link_end, sync_folder, sync_tree
 
 
 @contextmanager
