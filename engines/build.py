@@ -15,7 +15,7 @@ from typing import Any
 from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
 from ditf.engines.network import LayerType, Profile, audit
 from ditf.engines.timing_cache import TimingCache
-from ditf.runtime.bundle import FEATURES, MATCH, Bundle, sha256
+from ditf.runtime.bundle import FEATURES, MATCH, Bundle
 from ditf.runtime.engines import (
     ENGINES,
     FEATURES_PLAN,
@@ -30,6 +30,7 @@ from ditf.runtime.engines import (
     verify_plans,
 )
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
+from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.stage_folder import clear
 from ditf.runtime.files.staging import staged
 from ditf.runtime.files.user_cache import cache_file

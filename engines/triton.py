@@ -39,8 +39,8 @@ from ditf.engines.triton_config import (
 from ditf.engines.triton_plans import Plans, capability
 from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
-from ditf.runtime.errors import BundleError, InputError
-from ditf.runtime.files.reading import copy_hashed, open_regular
+from ditf.runtime.errors import InputError
+from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.staging import check_space
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
@@ -69,32 +69,6 @@ class TritonPythonModel(BundleModel):
 _DIRECTORY = "model.onnx"  # of an ONNX model of several files; the model in it has the same name
 
 
-@dataclass(frozen=True)
-class Source:
-    """A file to be copied, and the sha256 that the copy must have."""
-
-    path: Path
-    sha256: str
-
-    @classmethod
-    def of(cls, bundle: Bundle, name: str) -> Source:
-        """A file that the manifest lists."""
-        return cls(bundle.path / name, bundle.manifest.files[name]["sha256"])
-
-    def copy(self, place: Path) -> None:
-        """Copy the file.
-
-        Raises:
-            BundleError: it has changed since its hash was written down.
-            OSError: it cannot be read, or the copy not be written.
-        """
-        with open_regular(self.path) as file, place.open("xb") as copy:
-            if copy_hashed(file, copy) != self.sha256:
-                raise BundleError(
-                    f"{self.path} has changed: it has another sha256", "export or build it again"
-                )
-
-
 @dataclass
 class RepositoryModel:
     """A model to be written.
@@ -105,7 +79,7 @@ class RepositoryModel:
     """
 
     config: Config
-    copied: dict[str, Source] = field(default_factory=dict)
+    copied: dict[str, HashedFile] = field(default_factory=dict)
     written: dict[str, bytes] = field(default_factory=dict)
 
     @property
@@ -160,7 +134,7 @@ def bundle_models(
         models.append(
             RepositoryModel(
                 config,
-                {f"1/{file}": Source.of(bundle, file) for file in beside},
+                {f"1/{file}": bundle.file(file) for file in beside},
                 {"1/model.py": _PYTHON.encode(), f"1/{MANIFEST}": manifest.to_json().encode()},
             )
         )
@@ -275,35 +249,32 @@ def _owner(folder: Path) -> str | None:
     return owner if isinstance(owner, str) else None
 
 
-def _features_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Source]]:
+def _features_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, HashedFile]]:
     if plans is not None:
         return _plan_files(plans, FEATURES_PLAN)
     bundle.read_graph(FEATURES)  # Triton opens what it refers to by path: it must refer to its own weights
     # ONNX Runtime finds the weights beside the model, which makes it one of several files: a directory.
     copied = {
-        f"1/{_DIRECTORY}/{_DIRECTORY}": Source.of(bundle, FEATURES),
-        f"1/{_DIRECTORY}/{FEATURES_DATA}": Source.of(bundle, FEATURES_DATA),
+        f"1/{_DIRECTORY}/{_DIRECTORY}": bundle.file(FEATURES),
+        f"1/{_DIRECTORY}/{FEATURES_DATA}": bundle.file(FEATURES_DATA),
     }
     return Files(ONNX, None, {}), copied
 
 
-def _match_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, Source]]:
+def _match_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, HashedFile]]:
     if plans is not None and all(MATCH_PLAN in record.plans for _, record in plans.engines.values()):
         return _plan_files(plans, MATCH_PLAN)
     bundle.read_graph(MATCH)
-    return Files(ONNX, None, {}), {"1/model.onnx": Source.of(bundle, MATCH)}
+    return Files(ONNX, None, {}), {"1/model.onnx": bundle.file(MATCH)}
 
 
-def _plan_files(plans: Plans, plan: str) -> tuple[Files, dict[str, Source]]:
+def _plan_files(plans: Plans, plan: str) -> tuple[Files, dict[str, HashedFile]]:
     named = {folder.name: f"{folder.name}.plan" for folder, _ in plans.engines.values()}
     default = plans.default and named[plans.default[0].name]
     by_capability = {
         capability(target): named[folder.name] for target, (folder, _) in plans.by_target.items()
     }
-    copied = {
-        f"1/{named[key]}": Source(folder / plan, record.plans[plan]["sha256"])
-        for key, (folder, record) in plans.engines.items()
-    }
+    copied = {f"1/{named[key]}": record.plan(folder, plan) for key, (folder, record) in plans.engines.items()}
     return Files(PLAN, default, by_capability, plans.profile), copied
 
 

@@ -27,6 +27,7 @@ from ditf.export.plan import Plan, make_plan
 from ditf.export.scratch import spilling
 from ditf.export.swap import Swap, judge_encoder
 from ditf.runtime import bundle as files
+from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.staging import check_output, check_space, staged
 from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
@@ -176,7 +177,7 @@ def _write_bundle(
         versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
         command=options.command or f"ditf-export --model {shlex.quote(options.model)}",
         files={
-            path.name: {"bytes": path.stat().st_size, "sha256": files.sha256(path)}
+            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(folder.iterdir())
         },
     )

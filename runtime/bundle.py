@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO, Union
+from typing import Union
 
 import numpy as np
 
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.files import arrays
-from ditf.runtime.files.reading import open_regular, read_hashed, sha256_of
+from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.manifest import NAME, Manifest, manifest_content, parse_manifest
 from ditf.runtime.onnx_graph import Graph
 from ditf.runtime.signing import ANYONE, Trust
@@ -64,8 +63,7 @@ class Bundle:
             BundleError: a file is missing, truncated, altered or not listed.
         """
         for name in names:
-            with self._listed(name) as (file, size, digest):
-                _check(self.path / name, digest, sha256_of(file, size))
+            self.file(name).check()
 
     def read(self, name: str) -> bytearray:
         """The content of a file, which has the manifest's size and hash.
@@ -75,10 +73,7 @@ class Bundle:
         Raises:
             BundleError: as `verify`.
         """
-        with self._listed(name) as (file, size, digest):
-            content, actual = read_hashed(file, size)
-            _check(self.path / name, digest, actual)
-        return content
+        return self.file(name).read()
 
     def read_graph(self, name: str) -> Graph:
         """features.onnx with its weights, or match.onnx.
@@ -123,32 +118,13 @@ class Bundle:
                 f"{self.path / name} holds no arrays ({str(error)[:80]})", "export the bundle again"
             ) from error
 
-    @contextmanager
-    def _listed(self, name: str) -> Iterator[tuple[BinaryIO, int, str]]:
-        """An open file of the bundle that has its listed size; the size, and its listed hash."""
+    def file(self, name: str) -> HashedFile:
+        """A file of the bundle, and what the manifest says of it.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
         listed = self.manifest.files.get(name)
-        path = self.path / name
         if listed is None:
-            raise BundleError(f"{path} is not listed in the manifest", "export the bundle again")
-        try:
-            with open_regular(path) as file:
-                size, actual = listed["bytes"], os.fstat(file.fileno()).st_size
-                if actual != size:
-                    word = "truncated" if actual < size else "longer than it was"
-                    raise BundleError(f"{path} is {word}: {actual:,} bytes instead of {size:,}", _COPY_AGAIN)
-                yield file, size, listed["sha256"]
-        except FileNotFoundError:
-            raise BundleError(f"{path} is missing from the bundle", _COPY_AGAIN) from None
-        except OSError as error:
-            raise BundleError(f"{path} cannot be read ({error.strerror})", _COPY_AGAIN) from error
-
-
-def _check(path: Path, expected: str, actual: str) -> None:
-    if actual != expected:
-        raise BundleError(f"{path} has changed: its sha256 is not the manifest's", _COPY_AGAIN)
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a regular file, read in blocks."""
-    with open_regular(path) as file:
-        return sha256_of(file)
+            raise BundleError(f"{self.path / name} is not listed in the manifest", "export the bundle again")
+        return HashedFile(self.path / name, listed["bytes"], listed["sha256"], _COPY_AGAIN)

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, BinaryIO, Optional, get_type_hints
+from typing import Any, Optional, get_type_hints
 
 from ditf.runtime.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
 from ditf.runtime.errors import BundleError, NewerSchema
-from ditf.runtime.files.reading import open_regular, read_hashed, read_regular, sha256_of
+from ditf.runtime.files.hashed import HashedFile
+from ditf.runtime.files.reading import read_regular
 from ditf.runtime.flavour import FLAVOURS, PORTABLE, TARGETS
 from ditf.runtime.gpu import Gpu, version_text
 from ditf.runtime.manifest import conforms
@@ -30,7 +28,6 @@ IMAGE_SIDES = (1, 640, 2048)
 largest. TensorRT may reserve memory for the largest, here 1 GB."""
 
 _BUILD = "build it again: ditf build"
-_BUILD_AGAIN = "build it again: ditf build --force"
 _RECORD_BYTES = 1 << 20  # the largest engine.json that is read
 _OLDEST_COMPATIBLE = "sm_80"  # what hardware compatibility reaches down to
 
@@ -102,6 +99,13 @@ class EngineRecord:
             if not kept:
                 return f"built with {self.flavour} {self.version}, installed is {version}"
         return ""
+
+    def plan(self, folder: Path, name: str) -> HashedFile:
+        """One of the plans, and what this record says of it."""
+        listed = self.plans[name]
+        return HashedFile(
+            folder / name, listed["bytes"], listed["sha256"], "build it again: ditf build --force"
+        )
 
     @property
     def host_code(self) -> bool:
@@ -207,43 +211,7 @@ def verify_plans(folder: Path, record: EngineRecord, contents: bool = True) -> N
         BundleError: one is missing, truncated, or another's.
     """
     for name in record.plans:
-        with _opened(folder, record, name) as (file, size, digest):
-            if contents:
-                _check(folder / name, digest, sha256_of(file, size))
-
-
-def read_plan(folder: Path, record: EngineRecord, name: str) -> bytes:
-    """The bytes of a plan, which have the record's size and hash. The file is opened and read once.
-
-    Raises:
-        BundleError: it is missing, truncated, or another's.
-    """
-    with _opened(folder, record, name) as (file, size, digest):
-        content, actual = read_hashed(file, size)
-        _check(folder / name, digest, actual)
-    return bytes(content)
-
-
-@contextmanager
-def _opened(folder: Path, record: EngineRecord, name: str) -> Iterator[tuple[BinaryIO, int, str]]:
-    """An open plan of the recorded size; the size, and its recorded hash."""
-    path = folder / name
-    try:
-        with open_regular(path) as file:
-            size, actual = record.plans[name]["bytes"], os.fstat(file.fileno()).st_size
-            if actual != size:
-                word = "truncated" if actual < size else "longer than it was"
-                raise BundleError(f"{path} is {word}", _BUILD_AGAIN)
-            yield file, size, record.plans[name]["sha256"]
-    except FileNotFoundError:
-        raise BundleError(f"{path} is missing", _BUILD_AGAIN) from None
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read ({error.strerror})", _BUILD_AGAIN) from error
-
-
-def _check(path: Path, expected: str, actual: str) -> None:
-    if actual != expected:
-        raise BundleError(f"{path} is not the plan that was built", _BUILD_AGAIN)
+        record.plan(folder, name).check(contents)
 
 
 def engine_of(bundle: Bundle, flavour: str) -> bool:

@@ -38,8 +38,9 @@ from ditf.cli.console import (
 )
 from ditf.cli.export import needs_exporter
 from ditf.runtime import Model
-from ditf.runtime.bundle import Bundle, sha256
+from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import GateFailed, InputError
+from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import fit_image

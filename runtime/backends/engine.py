@@ -9,7 +9,7 @@ from ditf.runtime.backends import Probe
 from ditf.runtime.backends.cuda import no_driver, open_cuda
 from ditf.runtime.backends.engine_session import EngineSession
 from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import PLANS, EngineRecord, choose_engine, engine_of, read_plan
+from ditf.runtime.engines import PLANS, EngineRecord, choose_engine, engine_of
 from ditf.runtime.errors import BundleError, MissingComponent, NoPlan
 from ditf.runtime.files.user_cache import cache_file
 from ditf.runtime.flavour import load
@@ -57,7 +57,7 @@ def open_session(flavour: str, bundle: Bundle, graph: str) -> EngineSession:
     plan = PLANS[graph]
     if plan in record.left_out:
         raise NoPlan(f"{folder.name} has no {plan}: {record.left_out[plan]}", "match with numpy")
-    content = read_plan(folder, record, plan)
+    content = bytes(record.plan(folder, plan).read())
     refitted_from = bundle.read_graph(graph) if record.options.get("strip_weights") else None
     detail = f"{flavour} {trt.__version__}, {gpu}, {folder.name}"
     kernels = cache_file("kernels", folder.name, str(gpu), plan)

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import errno
-import hashlib
 import os
 import stat
 from pathlib import Path
 from typing import BinaryIO, Union
 
-_BLOCK = 1 << 20
 _KINDS = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFCHR: "a device",
@@ -62,46 +60,3 @@ def read_regular(path: Union[str, Path], limit: int) -> bytes:
     if len(content) > limit:
         raise OSError(errno.EFBIG, f"it has more than {limit:,} bytes", str(path))
     return content
-
-
-def read_hashed(file: BinaryIO, size: int) -> tuple[bytearray, str]:
-    """The first `size` bytes of a file, and the hex sha256 of exactly these bytes.
-
-    The content is hashed where it lies in memory, block by block as it arrives, so it is never in memory
-    twice. A file that became shorter gives fewer bytes.
-    """
-    content = bytearray(size)
-    digest = hashlib.sha256()
-    position = 0
-    with memoryview(content) as view:
-        while position < size:
-            block = view[position : position + _BLOCK]
-            count = file.readinto(block)  # type: ignore[attr-defined]
-            if not count:
-                break
-            digest.update(block[:count])
-            position += count
-    del content[position:]
-    return content, digest.hexdigest()
-
-
-def copy_hashed(file: BinaryIO, copy: BinaryIO) -> str:
-    """Copy the rest of a file; the hex sha256 of what was copied."""
-    digest = hashlib.sha256()
-    while block := file.read(_BLOCK):
-        digest.update(block)
-        copy.write(block)
-    return digest.hexdigest()
-
-
-def sha256_of(file: BinaryIO, size: int | None = None) -> str:
-    """Hex sha256 of the rest of a file, of at most `size` bytes if given."""
-    digest = hashlib.sha256()
-    left = size
-    while left is None or left > 0:
-        block = file.read(_BLOCK if left is None else min(_BLOCK, left))
-        if not block:
-            break
-        digest.update(block)
-        left = None if left is None else left - len(block)
-    return digest.hexdigest()

@@ -98,12 +98,12 @@ def test_a_killed_export_leaves_the_repository_alone(ditf, demo_bundle, tmp_path
     code = (
         "import os, signal, sys\n"
         "from ditf.cli.main import run\n"
-        "from ditf.engines import triton\n"
-        "copy = triton.copy_hashed\n"
+        "from ditf.runtime.files.hashed import HashedFile\n"
+        "copy = HashedFile.copy\n"
         "def killed(*arguments):\n"
         "    copy(*arguments)\n"
         "    os.kill(os.getpid(), signal.SIGKILL)\n"
-        "triton.copy_hashed = killed\n"
+        "HashedFile.copy = killed\n"
         f"run(['export-triton', {str(demo_bundle)!r}, '--repository', 'models'])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=os.environ, capture_output=True)

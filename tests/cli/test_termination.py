@@ -31,12 +31,12 @@ CODE = """
 import hashlib, sys, time
 from ditf.cli import termination
 from ditf.cli.main import run
-from ditf.engines import triton
+from ditf.runtime.files.hashed import HashedFile
 termination._UNWOUND = 0.2
 def copy(*arguments):
     print('working', flush=True)
     {0}
-triton.shutil.copyfile = copy
+HashedFile.copy = copy
 sys.exit(run(['export-triton', sys.argv[1], '--repository', 'models', '-q']))
 """
 

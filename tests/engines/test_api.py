@@ -41,6 +41,7 @@ OWN = {
     "network.network",
     "error.problem",
     "error.strerror",
+    "error.filename",
 }
 
 

@@ -15,8 +15,9 @@ import pytest
 
 import ditf
 from ditf.runtime import bundle as files
-from ditf.runtime.bundle import Bundle, sha256
+from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.files.hashed import sha256
 from ditf.runtime.manifest import NAME
 from ditf.runtime.onnx_graph import Graph
 

@@ -77,7 +77,8 @@ def test_swapping_source_and_target_swaps_the_matches(seed, cells, ratio):
         (there.source_points, there.points), (back.points, back.source_points)
     )]  # fmt: skip
     np.testing.assert_array_equal(*(one[np.lexsort(one.T)] for one in pairs))
-    np.testing.assert_array_equal(np.sort(there.scores), np.sort(back.scores))
+    # The other way round a product adds up in another order: a few float32 roundings of a cosine.
+    np.testing.assert_allclose(np.sort(there.scores), np.sort(back.scores), rtol=0, atol=2e-6)
     assert (np.abs(there.scores) <= 1).all()
     assert (np.diff(there.scores) <= 0).all()
 

@@ -1,0 +1,107 @@
+"""A file whose size and sha256 are written down elsewhere: in a manifest, or in an engine's record."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO, Union
+
+from ditf.runtime.errors import BundleError
+from ditf.runtime.files.reading import open_regular
+
+_BLOCK = 1 << 20
+
+
+@dataclass(frozen=True)
+class HashedFile:
+    """A file, and what it has to be. It is opened and read once: what was hashed is what is used.
+
+    Attributes:
+        size: bytes; sha256: hex digest.
+        fix: what a user can do where the file is another, for messages.
+    """
+
+    path: Path
+    size: int
+    sha256: str
+    fix: str
+
+    def check(self, contents: bool = True) -> None:
+        """Compare the file with its size, and unless told otherwise with its hash.
+
+        Raises:
+            BundleError: it is missing, truncated, altered or cannot be read.
+        """
+        with self._opened() as file:
+            if contents:
+                self._pass_on(file, lambda block: None)
+
+    def read(self) -> bytearray:
+        """The content.
+
+        Raises:
+            BundleError: as `check`.
+        """
+        content = bytearray(self.size)
+        position = 0
+
+        def keep(block: memoryview) -> None:
+            nonlocal position
+            content[position : position + len(block)] = block
+            position += len(block)
+
+        with self._opened() as file:
+            self._pass_on(file, keep)
+        return content
+
+    def copy(self, place: Path) -> None:
+        """Write a copy of the file.
+
+        Raises:
+            BundleError: as `check`.
+            OSError: the copy cannot be written, or is there.
+        """
+        with self._opened() as file, place.open("xb") as copy:
+            self._pass_on(file, copy.write)
+
+    def _pass_on(self, file: BinaryIO, use: Callable[[memoryview], object]) -> None:
+        """Read the content, block by block, and check it in the end."""
+        digest = hashlib.sha256()
+        left = self.size
+        with memoryview(bytearray(min(_BLOCK, max(left, 1)))) as buffer:
+            while left and (count := file.readinto(buffer[: min(left, _BLOCK)])):  # type: ignore[attr-defined]
+                digest.update(buffer[:count])
+                use(buffer[:count])
+                left -= count
+        if digest.hexdigest() != self.sha256:
+            raise BundleError(f"{self.path} has changed: its sha256 is another", self.fix)
+
+    @contextmanager
+    def _opened(self) -> Iterator[BinaryIO]:
+        try:
+            file = open_regular(self.path)
+        except FileNotFoundError:
+            raise BundleError(f"{self.path} is missing", self.fix) from None
+        except OSError as error:
+            raise BundleError(f"{self.path} cannot be read ({error.strerror})", self.fix) from error
+        with file:
+            actual = os.fstat(file.fileno()).st_size
+            if actual != self.size:
+                word = "truncated" if actual < self.size else "longer than it was"
+                raise BundleError(
+                    f"{self.path} is {word}: {actual:,} bytes instead of {self.size:,}", self.fix
+                )
+            yield file
+
+
+def sha256(path: Union[str, Path]) -> str:
+    """Hex digest of a regular file, read in blocks."""
+    digest = hashlib.sha256()
+    with open_regular(path) as file:
+        while block := file.read(_BLOCK):
+            digest.update(block)
+    return digest.hexdigest()
