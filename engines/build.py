@@ -32,7 +32,7 @@ from ditf.runtime.engines import (
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.stage_folder import clear
-from ditf.runtime.files.staging import staged
+from ditf.runtime.files.staging import ENGINE_FILES, staged
 from ditf.runtime.files.user_cache import cache_file
 from ditf.runtime.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.gpu import find_gpu
@@ -77,6 +77,7 @@ def build(
         DitfError: options that do not fit the bundle, no GPU for a flavour that needs one, a graph that is
             refused, a network whose types are not the bundle's, a full disk.
     """
+    _check_own(bundle)
     sizes = _batch(bundle, batch)
     target = _target(flavour, options)
     gpu = find_gpu() if target == "" else None
@@ -84,7 +85,7 @@ def build(
     folder = bundle.path / ENGINES / key
     if not force and folder.is_dir():
         try:
-            record = read_record(folder)
+            record = read_record(folder, bundle.trust)
             verify_plans(folder, record)
             return Built(folder, record, reused=True)
         except NewerSchema:
@@ -166,13 +167,14 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
         What was removed, and why. What is no engine, and what a newer ditf made, is left alone; so are links,
         and folders that hold anything but an engine's files.
     """
+    _check_own(bundle)
     left = [(path, "left by a build that was killed") for path in clear(bundle.path / ENGINES)]
     removed = []
     for folder in folders:
         if not _engine_alone(folder):
             continue
         try:
-            record = read_record(folder)
+            record = read_record(folder, bundle.trust)
             verify_plans(folder, record)
             why = record.stale(bundle)
         except NewerSchema:
@@ -186,13 +188,18 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
     return [*left, *removed]
 
 
+def _check_own(bundle: Bundle) -> None:
+    """Refuse to write or remove what is outside the bundle: a received one may hold a link to anywhere."""
+    if (bundle.path / ENGINES).is_symlink():
+        raise InputError(f"{bundle.path / ENGINES} is a link", "put a folder in its place")
+
+
 def _engine_alone(folder: Path) -> bool:
     """Whether a folder has an engine's name, and in it are files that `build` writes and nothing else."""
     if folder.is_symlink() or not _KEY.fullmatch(folder.name):
         return False
     inside = list(folder.iterdir())
-    ours = {RECORD, FEATURES_PLAN, MATCH_PLAN}
-    return all(path.name in ours and path.is_file() and not path.is_symlink() for path in inside)
+    return all(path.name in ENGINE_FILES and path.is_file() and not path.is_symlink() for path in inside)
 
 
 def _batch(bundle: Bundle, batch: Sequence[Sequence[int]]) -> Profiles:

@@ -41,6 +41,7 @@ from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOIS
 from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.hashed import HashedFile
+from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.staging import check_space
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
@@ -66,6 +67,7 @@ class TritonPythonModel(BundleModel):
     folder = Path(__file__).parent
 '''
 
+_LARGEST_MARKER = 1 << 20  # bytes
 _DIRECTORY = "model.onnx"  # of an ONNX model of several files; the model in it has the same name
 
 
@@ -243,8 +245,8 @@ def _own(repository: Path, name: str) -> list[Path]:
 def _owner(folder: Path) -> str | None:
     """The name that a model was made under; None of one that ditf did not make."""
     try:
-        owner = json.loads((folder / MARKER).read_text("utf-8"))["bundle"]
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):
+        owner = read_json(folder / MARKER, _LARGEST_MARKER)["bundle"]
+    except (OSError, ValueError, LookupError, TypeError):
         return None
     return owner if isinstance(owner, str) else None
 

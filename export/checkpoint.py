@@ -100,7 +100,9 @@ class Checkpoint:
     def class_names(self) -> dict[str, int]:
         """{name: number} of the classes, as DiTPipeline reads them; {} where there are none."""
         labels = self.index().get("id2label") or {}
-        if not isinstance(labels, dict) or not all(number.isdecimal() for number in labels):
+        if not isinstance(labels, dict) or not all(
+            number.isdecimal() and len(number) < 10 for number in labels
+        ):
             raise InputError(f"id2label of {self.path}/model_index.json is no table of classes", _AGAIN)
         return {
             name.strip(): int(number) for number, names in labels.items() for name in str(names).split(",")

@@ -20,6 +20,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
+from ditf.export.pretrained import first_line
+from ditf.runtime.errors import InputError
+
 _SOFTMAX = (torch.ops.aten._softmax, torch.ops.aten._safe_softmax)
 _BATCHED = (torch.ops.aten.bmm, torch.ops.aten.baddbmm)
 
@@ -166,10 +169,19 @@ def keep_ledger(module: nn.Module, *inputs: torch.Tensor) -> Ledger:
 
     Args:
         module: on the meta device; inputs: what its forward takes.
+
+    Raises:
+        InputError: its parts do not fit together, because a config names other shapes.
     """
     ledger = Ledger(module, inputs)
-    with ledger.following(), torch.device("meta"), _WrittenOut(), ledger:
-        module(*inputs)
+    try:
+        with ledger.following(), torch.device("meta"), _WrittenOut(), ledger:
+            module(*inputs)
+    except RuntimeError as error:
+        raise InputError(
+            f"the configs of the checkpoint make no model that runs ({first_line(error)})",
+            "download the checkpoint again",
+        ) from error
     return ledger
 
 

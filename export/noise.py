@@ -67,7 +67,10 @@ def ddpm_scheduler(scheduler: Mapping[str, Any]) -> DDPMScheduler:
     """
     betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     try:
-        return DDPMScheduler(**{key: scheduler[key] for key in betas if key in scheduler})
+        made = DDPMScheduler(**{key: scheduler[key] for key in betas if key in scheduler})
+        if made.alphas_cumprod.shape != (1000,) or not bool(made.alphas_cumprod.isfinite().all()):
+            raise ValueError("its betas are not 1000 numbers")
+        return made
     except Exception as error:  # whatever a config can provoke in someone else's code
         raise InputError(
             f"the scheduler's config makes no noise schedule ({first_line(error)})",

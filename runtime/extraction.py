@@ -49,6 +49,18 @@ def image_name(path: Path) -> str:
     return Path(os.path.normpath(path)).as_posix()
 
 
+def named(images: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Images by name, and those whose name a store cannot hold, with the reason."""
+    paths = {image_name(path): path for path in images}
+    failed = {}
+    for name, path in paths.items():
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            failed[name] = f"{path}: its name is not UTF-8; rename it"
+    return {name: path for name, path in paths.items() if name not in failed}, failed
+
+
 def extract(
     model: Model,
     images: Sequence[Path],
@@ -69,9 +81,9 @@ def extract(
         OSError: the store cannot be written, on a full disk for example.
     """
     feeds = model.feeds(prompt)  # a condition that is not there is no image's failure
-    paths = {image_name(path): path for path in images}
+    paths, failed = named(images)
     size = batch_size(model)
-    result = Extraction()
+    result = Extraction(failed=failed)
     pending: list[Pending] = []
     for name, path in paths.items():
         progress(name)

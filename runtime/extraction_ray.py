@@ -28,7 +28,14 @@ import numpy as np
 
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
-from ditf.runtime.extraction import Extraction, Pending, batch_size, failure_text, image_name, store_batch
+from ditf.runtime.extraction import (
+    Extraction,
+    Pending,
+    batch_size,
+    failure_text,
+    named,
+    store_batch,
+)
 from ditf.runtime.files.liveness import file_system_time
 from ditf.runtime.files.reading import read_regular
 from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image, fitted_image
@@ -243,7 +250,10 @@ def extract_with_ray(
     """
     import ray.data
 
-    paths = {image_name(path): str(path.absolute()) for path in images}
+    named_paths, failed = named(images)
+    if not named_paths:
+        return Extraction(failed=failed)
+    paths = {name: str(path.absolute()) for name, path in named_paths.items()}
     gpus = float(ray.cluster_resources().get("GPU", 0))
     count = workers or int(gpus) or len([node for node in ray.nodes() if node["Alive"]])
     task = min(_TASK, max(1, -(-len(paths) // (_TASKS_A_WORKER * count))))
@@ -284,7 +294,7 @@ def extract_with_ray(
     return Extraction(
         computed=sum(state == COMPUTED for state, _ in states.values()),
         kept=sum(state == KEPT for state, _ in states.values()),
-        failed={name: states[name][1] for name in paths if states[name][0] == FAILED},
+        failed=failed | {name: states[name][1] for name in paths if states[name][0] == FAILED},
         loss=loss,
     )
 

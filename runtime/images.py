@@ -207,4 +207,8 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 
 def _one_line(error: BaseException) -> str:
+    if isinstance(error, UnidentifiedImageError) and "identify" in str(error):
+        return "no kind of image that Pillow reads"  # Pillow names the open file by its address in memory
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
     return str(error).split("\n")[0][:120] or type(error).__name__

@@ -142,7 +142,7 @@ def parse_manifest(bundle: Path, content: bytes) -> Manifest:
     """
     path = bundle / NAME
     try:
-        document = json.loads(content)
+        document = json.loads(content, parse_int=_number)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{path} cannot be read ({error})", "export the bundle again") from error
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
@@ -193,11 +193,21 @@ def _check_values(manifest: Manifest) -> None:
     numbered = isinstance(channels, list) and all(type(one) is int and one >= 0 for one in channels)
     if not (numbered and all(isinstance(manifest.discard.get(key), str) for key in ("stage", "source"))):
         raise ValueError(f"discard is {manifest.discard!r:.60}")
-    if not isinstance(manifest.recipe.get("float32"), dict):
-        raise ValueError("recipe has no float32 part")
+    recipe: dict[str, Any] = {
+        "float32": dict[str, str],
+        "exceptions": list[dict[str, str]],
+        "float32_products": list[str],
+    }
+    for key, hint in recipe.items():
+        if (key in manifest.recipe or key == "float32") and not conforms(manifest.recipe.get(key), hint):
+            raise ValueError(f"recipe has {key} {manifest.recipe.get(key)!r:.60}")
     for exception in manifest.recipe.get("exceptions", []):
-        if not {"where", "is", "why"} <= dict(exception).keys():
+        if not {"where", "is", "why"} <= exception.keys():
             raise ValueError(f"recipe has an exception {exception!r:.60}")
+    golden = manifest.golden.get("conditions", [])
+    indices = range(max(1, len(manifest.conditions)))
+    if not conforms(golden, list[int]) or not set(golden) <= set(indices):
+        raise ValueError(f"golden has conditions {golden!r:.60}")
     if manifest.pca is not None:
         known = ("of", "energy_held_out", "matches_within_1px")
         if not all(conforms(manifest.pca.get(name), float) for name in known):
@@ -210,9 +220,9 @@ def _check_values(manifest: Manifest) -> None:
         x_0 = vae.get("x_0")
         if not (named and isinstance(x_0, dict) and all(conforms(x_0.get(key), float) for key in measured)):
             raise ValueError(f"vae is {vae!r:.60}")
-    for part, by_type in manifest.parts.items():
+    for part, by_type in {**manifest.parts, "removed": manifest.removed}.items():
         if not all({"parameters", "bytes"} <= entry.keys() for entry in by_type.values()):
-            raise ValueError(f"parts[{part!r}] is {by_type!r:.60}")
+            raise ValueError(f"{part!r} is {by_type!r:.60}")
     for condition in manifest.conditions:
         if not (conforms(condition.get("name"), str) and conforms(condition.get("timestep"), int)):
             raise ValueError(f"conditions hold {condition!r:.60}")
@@ -223,6 +233,12 @@ def _check_values(manifest: Manifest) -> None:
             raise ValueError(f"files names {name!r:.60}, which is no file of a bundle")
         if not (conforms(entry.get("bytes"), int) and conforms(entry.get("sha256"), str)):
             raise ValueError(f"files[{name!r}] is {entry!r:.60}")
+
+
+def _number(text: str) -> int:
+    if len(text) > 19:
+        raise ValueError(f"a number of {len(text)} digits")
+    return int(text)
 
 
 def conforms(value: Any, hint: Any) -> bool:

@@ -22,7 +22,7 @@ NAMESPACE = "ditf-bundle"
 
 _PRINCIPAL = "signer"
 _LARGEST = 64 << 10  # bytes of a signature, and of a file of keys
-_PUBLIC_KEY = re.compile(r"(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: .*)?")
+_PUBLIC_KEY = re.compile(r"(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: .*)?", re.ASCII)
 _SECONDS = 60.0  # for a check; signing may wait for a passphrase or a touch
 
 
@@ -92,11 +92,25 @@ def signature(content: bytes, key: Path) -> bytes:
         InputError: the key cannot sign.
         MissingComponent: there is no ssh-keygen.
     """
+    if not key.is_file():  # ssh-keygen would wait for a FIFO
+        why = "it is no file of a key" if key.exists() else "no such file"
+        raise InputError(f"{key} cannot sign ({why})", "make a key with: ssh-keygen -t ed25519 -f KEY")
     done = _ssh_keygen(["-Y", "sign", "-f", str(key), "-n", NAMESPACE], content, None)
     if done.returncode != 0 or not done.stdout:
-        reason = done.stderr.decode("utf-8", "replace").strip().split("\n")[-1][:120]
-        raise InputError(f"{key} cannot sign ({reason})", "make a key with: ssh-keygen -t ed25519 -f KEY")
+        reason = " ".join(done.stderr.decode("utf-8", "replace").replace("@", " ").split())
+        if "too open" in reason:
+            raise InputError(f"{key} cannot sign (others may read it)", f"run: chmod 600 {key}")
+        raise InputError(
+            f"{key} cannot sign ({reason[-160:]})",
+            "give an OpenSSH private key and its passphrase, or a public key with ssh-agent",
+        )
     return done.stdout
+
+
+def still_signed(content: bytes, signature: Path) -> bool:
+    """Whether a signature, of whatever key, is of this content."""
+    arguments = ["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(signature)]
+    return _ssh_keygen(arguments, content, _SECONDS).returncode == 0
 
 
 def _public_keys(path: Path) -> list[str]:

@@ -25,6 +25,7 @@ import numpy as np
 from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, NOISE, Bundle
 from ditf.runtime.errors import InputError, NewerSchema
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.reading import open_regular, read_regular
 from ditf.runtime.manifest import conforms
 from ditf.runtime.stored_map import AGAIN, StoredMap, read_stored, safetensors_package
@@ -245,6 +246,9 @@ def identity_json(identity: StoreIdentity) -> str:
     return json.dumps({"schema": SCHEMA, **asdict(identity)}, indent=2) + "\n"
 
 
+_LARGEST_INDEX = 1 << 30  # bytes; a million maps have a quarter of it
+
+
 def _read_index(store: Path) -> list[str]:
     """Names; none where it cannot be read, since it can be derived."""
     try:
@@ -252,6 +256,15 @@ def _read_index(store: Path) -> list[str]:
             return list(json.load(file)["maps"])
     except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError):
         return []
+
+
+def is_index(store: Path) -> bool:
+    """Whether index.json of a folder is a store's."""
+    try:
+        document = read_json(store / INDEX, _LARGEST_INDEX)
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and {"schema", "maps"} == document.keys()
 
 
 def _digest(text: str) -> str:

@@ -26,6 +26,7 @@ from ditf.runtime.store import (
     STORE,
     StoreIdentity,
     identity_json,
+    is_index,
     is_map_name,
     map_files,
     map_path,
@@ -120,6 +121,8 @@ class StoreWriter:
             )
         stored = narrowed(given, self.identity.dtype)
         path = map_path(self.path, name)
+        if path.parent.is_symlink():
+            raise InputError(f"{path.parent} is a link", "remove it")
         if not path.parent.is_dir():
             path.parent.mkdir(parents=True, exist_ok=True)
             for folder in (path.parent.parent, self.path):
@@ -152,6 +155,10 @@ class StoreWriter:
         """Refuse a place that holds something else."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file", "name a directory, or a file that ends in .npz")
+        for name in (STORE, INDEX):
+            there_is = os.path.lexists(self.path / name)
+            if there_is and not stat.S_ISREG((self.path / name).lstat().st_mode):
+                raise InputError(f"{self.path / name} is no regular file", "remove it")
         for name in (MAPS, PARTIAL):
             if (self.path / name).is_symlink():
                 raise InputError(f"{self.path / name} is a link", f"name a store whose {name} is a folder")
@@ -174,6 +181,7 @@ class StoreWriter:
         maps = (self.path / MAPS).rglob("*") if MAPS in inside else ()
         return (
             inside <= {MAPS, PARTIAL, INDEX}
+            and (INDEX not in inside or is_index(self.path))
             and all(_OURS.fullmatch(path.name) for path in partial)
             and all(is_map_name(path) or re.fullmatch("[0-9a-f]{2}", path.name) for path in maps)
         )

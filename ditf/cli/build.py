@@ -66,7 +66,11 @@ def build(
         bool, typer.Option("--hardware-compatible", help="For Ampere and newer, not this GPU alone.")
     ] = False,
     version_compatible: Annotated[
-        bool, typer.Option("--version-compatible", help="For newer versions of TensorRT too.")
+        bool,
+        typer.Option(
+            "--version-compatible",
+            help="For newer versions of TensorRT too; opens only with --allow-host-code.",
+        ),
     ] = False,
     strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan without weights.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
@@ -134,7 +138,7 @@ def list_engines(
     document = []
     for folder in engine_folders(opened.path):
         try:
-            record = read_record(folder)
+            record = read_record(folder, opened.trust)
         except BundleError as error:
             rows.append((folder.name, "", "", "", "", error.problem))
             document.append({"key": folder.name, "state": error.problem})

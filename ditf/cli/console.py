@@ -109,7 +109,7 @@ SignatureOption = Annotated[
     typer.Option(
         "--require-signature",
         metavar="KEYS",
-        help="Open only what a key in this file of OpenSSH public keys has signed (ditf sign).",
+        help="Refuse bundles and engines that no key in this file of OpenSSH public keys has signed.",
         callback=_set_signers,
     ),
 ]
@@ -117,7 +117,7 @@ HostCodeOption = Annotated[
     bool,
     typer.Option(
         "--allow-host-code",
-        help="Accept version-compatible engines, which run code of their own on the CPU.",
+        help="Accept version-compatible engines, which run their own code on the CPU; off by default.",
         callback=_set_host_code,
     ),
 ]
@@ -258,7 +258,8 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
             same file twice.
     """
     outputs = [path for path in paths if path is not None]
-    taken = {path.resolve() for path in inputs}
+    signers = () if state.trust.signers is None else (state.trust.signers,)
+    taken = {path.resolve() for path in (*inputs, *signers)}
     for path in outputs:
         check_outside(path, list(taken))
         taken.add(path.resolve())

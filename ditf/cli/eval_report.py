@@ -24,10 +24,10 @@ from ditf.calib.eval.outcomes import (
 )
 from ditf.cli.console import table
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.staging import PICTURES as INDEX
 from ditf.runtime.files.staging import check_output, staged
 from ditf.runtime.manifest import Manifest
 
-INDEX = "index.json"  # of a folder of pictures
 _WORST, _BEST = 8, 4  # pictures of each bundle
 _COUNTED = "pairs"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from pathlib import Path
 
 from ditf.cli.console import (
     BundleArgument,
@@ -20,8 +21,10 @@ from ditf.cli.console import (
     write_json,
 )
 from ditf.runtime.bundle import CONDITIONS
-from ditf.runtime.engines import engine_folders
+from ditf.runtime.engines import RECORD, engine_folders, record_content
+from ditf.runtime.errors import BundleError
 from ditf.runtime.manifest import Manifest
+from ditf.runtime.signing import Trust
 
 
 def inspect(
@@ -37,6 +40,8 @@ def inspect(
     manifest = opened.manifest
     opened.verify(manifest.files)
     show(table(_summary(manifest)))
+    if opened.trust.signers is not None:
+        show(f"signed      by a key in {opened.trust.signers}")
     show("\nfiles (all hashes as in the manifest)")
     show(table([("  " + name, bytes_text(file["bytes"])) for name, file in manifest.files.items()]))
     if manifest.conditioning != "bake":
@@ -54,7 +59,7 @@ def inspect(
     engines = engine_folders(opened.path)
     if engines:
         show("\nengines")
-        show(table([("  " + folder.name,) for folder in engines]))
+        show(table([("  " + folder.name, _trusted(folder, opened.trust)) for folder in engines]))
     show("\nparameters")
     rows: list[tuple[str, ...]] = []
     for part, by_type in manifest.parts.items():
@@ -87,6 +92,17 @@ def inspect(
         show("\nexceptions that the calibration asked for")
         show(table([("  " + e["where"], e["is"], e["why"]) for e in exceptions]))
     write_json(json_file, {"bundle": str(bundle), "manifest": asdict(manifest)})
+
+
+def _trusted(folder: Path, trust: Trust) -> str:
+    """What a signature says of an engine, where one is asked for."""
+    if trust.signers is None:
+        return ""
+    try:
+        trust.check(folder / RECORD, record_content(folder))
+    except BundleError as error:
+        return f"not signed: {error.problem}"
+    return "signed"
 
 
 def _summary(manifest: Manifest) -> list[tuple[str, ...]]:

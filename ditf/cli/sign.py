@@ -18,9 +18,10 @@ from ditf.cli.console import (
 )
 from ditf.runtime.bundle import Bundle
 from ditf.runtime.engines import RECORD, engine_folders, parse_record, record_content, verify_plans
+from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import write_whole
 from ditf.runtime.manifest import NAME, manifest_content, parse_manifest
-from ditf.runtime.signing import SUFFIX, signature
+from ditf.runtime.signing import SUFFIX, signature, still_signed
 
 
 def sign(
@@ -40,16 +41,33 @@ def sign(
     Every hash is checked first. What is signed is manifest.json and each engine.json, which hold the hashes
     of all other files; the signatures lie beside them.
     """
-    check_writable(json_file, inputs=(bundle,))
-    content = manifest_content(bundle)
-    opened = Bundle(bundle, parse_manifest(bundle, content))
+    check_writable(json_file, inputs=(bundle, key))
+    contents = {bundle / NAME: manifest_content(bundle)}
+    opened = Bundle(bundle, parse_manifest(bundle, contents[bundle / NAME]))
     opened.verify(opened.manifest.files)
-    signed = {bundle / NAME: signature(content, key)}
     for folder in engine_folders(bundle):
         content = record_content(folder)
         verify_plans(folder, parse_record(folder, content))
-        signed[folder / RECORD] = signature(content, key)
+        contents[folder / RECORD] = content
+    for path, content in contents.items():
+        _check_place(path.with_name(path.name + SUFFIX), content)
+    signed = {path: signature(content, key) for path, content in contents.items()}
     for path, made in signed.items():
         write_whole(path.with_name(path.name + SUFFIX), made)
         show(f"signed {path}")
     write_json(json_file, {"bundle": str(bundle), "signed": [str(path) for path in signed]})
+
+
+def _check_place(path: Path, content: bytes) -> None:
+    """Refuse to write through a link or a FIFO that the bundle brought, and to sign what was changed.
+
+    Raises:
+        InputError: the signature's place is no regular file, or has a signature of other content.
+    """
+    if path.is_symlink() or (path.exists() and not path.is_file()):
+        raise InputError(f"{path} is no regular file", "remove it")
+    if path.exists() and not still_signed(content, path):
+        raise InputError(
+            f"{path.with_suffix('')} has changed since it was signed",
+            f"get it again or build it again, or remove {path} to sign it as it is now",
+        )

@@ -30,7 +30,6 @@ from ditf.runtime.files.unfinished import undoing
 NEW, OLD = "new", "old"
 _LOCK = "lock"
 _STAGE = re.compile(r"\.(.+)\.partial-([0-9a-f]{8})-[0-9a-f]{32}")
-_FORMER = re.compile(r"\.(.+)\.(partial|old)-\d+")  # of ditf 0.1.0; the number is a process
 _LONGEST = 150  # bytes of NAME, of the 255 that a name may have
 _EXCHANGE = 2
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
@@ -76,10 +75,6 @@ def clear(parent: Path, name: str | None = None) -> list[Path]:
     for path in _folders(parent):
         match = _STAGE.fullmatch(path.name)
         if match and name in (None, match[1]) and _clear(path, match[2]):
-            removed.append(path)
-    for path in _folders(parent):
-        match = _FORMER.fullmatch(path.name)
-        if match and name in (None, match[1]) and _clear_former(path, match[1], match[2]):
             removed.append(path)
     return removed
 
@@ -183,19 +178,6 @@ def _dissolve(path: Path) -> bool:
         return False  # it may be the only copy
     for part in (path / NEW, path / OLD, path):  # the lock last
         shutil.rmtree(part, ignore_errors=True)
-    return not path.exists()
-
-
-def _clear_former(path: Path, name: str, kind: str) -> bool:
-    """The same for what ditf 0.1.0 left, which has no lock: what was replaced comes back, and never goes."""
-    place = path.parent / name
-    if kind == "old":
-        if not os.path.lexists(place):
-            path.rename(place)
-        return False
-    if (path / ".old").exists() or not _stale(path):
-        return False
-    shutil.rmtree(path, ignore_errors=True)
     return not path.exists()
 
 

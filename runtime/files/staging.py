@@ -9,9 +9,20 @@ from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
 from ditf.runtime.manifest import NAME as MANIFEST
+
+ENGINE, PICTURES = "engine.json", "index.json"
+_MARKS = {
+    MANIFEST: {"schema", "layer", "opset", "files", "tolerances"},
+    PICTURES: {"pictures"},
+}
+"""Fields that show that a file is ditf's, by its name."""
+ENGINE_FILES = {ENGINE, f"{ENGINE}.sig", "features.plan", "match.plan"}
+"""All that a folder of an engine holds."""
+_LARGEST_MARKER = 16 << 20  # bytes
 
 
 @contextmanager
@@ -23,7 +34,7 @@ def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
     What a killed process left is put back or removed by the next one, see `stage_folder`.
 
     Args:
-        marker: the file that shows that `target` may be replaced: of a bundle its manifest.
+        marker: the file that shows that `target` may be replaced, if it is ditf's: of a bundle its manifest.
 
     Raises:
         InputError: `target` exists without the marker, or its parent cannot be written.
@@ -43,7 +54,7 @@ def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
         sync_tree(stage / NEW)
         _check_marker(target, place, marker)
         former = swap(stage / NEW, place, stage / OLD)
-        if former is not None and not (former / marker).is_file():  # somebody has just put it there
+        if former is not None and not _replaceable(former, marker):  # somebody has just put it there
             swap(former, place, stage / "unwanted")
             _check_marker(target, place, marker)
         sync_folder(place.parent)
@@ -59,6 +70,10 @@ def check_output(target: Path, inputs: Sequence[Path] = (), marker: str = MANIFE
     Raises:
         InputError: the current directory or an input is in it or is it, or it exists without the marker.
     """
+    try:
+        str(target).encode("utf-8")
+    except UnicodeEncodeError:
+        raise InputError(f"the name {target} is not UTF-8", "choose another --output") from None
     place = link_end(target).resolve()
     held = {"the current directory": Path.cwd(), **{str(one): one.resolve() for one in inputs}}
     for what, path in held.items():
@@ -89,6 +104,18 @@ def check_space(target: Path, needed: int) -> None:
 
 
 def _check_marker(target: Path, place: Path, marker: str) -> None:
-    if os.path.lexists(place) and not (place / marker).is_file():
-        what = "is not a bundle" if marker == MANIFEST else f"has no {marker}"
+    if os.path.lexists(place) and not _replaceable(place, marker):
+        what = {MANIFEST: "is not a bundle", ENGINE: "holds more than an engine"}.get(marker)
+        what = what or f"has no {marker} of ditf"
         raise InputError(f"{target} exists and {what}", "choose another place, or move it away")
+
+
+def _replaceable(place: Path, marker: str) -> bool:
+    """Whether a folder is what ditf wrote: other programs have a manifest.json too."""
+    if marker == ENGINE:  # a damaged record is replaced too: the folder's name is ditf's, in a bundle
+        return place.is_dir() and {path.name for path in place.iterdir()} <= ENGINE_FILES
+    try:
+        document = read_json(place / marker, _LARGEST_MARKER)
+    except (OSError, ValueError):
+        return False
+    return isinstance(document, dict) and document.keys() >= _MARKS[marker]

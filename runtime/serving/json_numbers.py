@@ -115,9 +115,25 @@ def _flat(text: bytes, name: str, shape: tuple[int, ...]) -> bytes:
         raise InputError(f"data of {name} is not an array of numbers")
     numbers = text.translate(None, b"[]")
     given = numbers.count(b",") + bool(numbers.strip())
-    if (count and given != count) or brackets not in (_brackets((count,)), _brackets(shape)):
+    if (count and given != count) or not _is_outline(brackets, ((count,), shape)):
         raise InputError(f"{name} has the shape {list(shape)}, its data {given:,} numbers in other lists")
     return numbers if count else b""
+
+
+def _is_outline(brackets: bytes, shapes: tuple[tuple[int, ...], ...]) -> bool:
+    """Whether brackets are nested lists of one of the shapes.
+
+    Their length is compared first: a shape with a 0 in it has no numbers, and may have any number of lists.
+    """
+    return any(len(brackets) == _length(one) and brackets == _brackets(one) for one in shapes)
+
+
+def _length(shape: tuple[int, ...]) -> int:
+    """Of `_brackets`, without making them."""
+    length = 0
+    for count in reversed(shape):
+        length = 2 + max(0, (length + 1) * count - 1)
+    return length
 
 
 def _brackets(shape: tuple[int, ...]) -> bytes:

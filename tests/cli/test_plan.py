@@ -85,3 +85,12 @@ def test_an_empty_directory(ditf, tmp_path):
     done = ditf("plan", "--model", "empty")
     assert done.returncode == 2
     assert "it has no transformer/config.json" in done.stderr
+
+
+def test_configs_that_make_no_model_that_runs(ditf, checkpoint, tmp_path):
+    shutil.copytree(checkpoint("dit"), tmp_path / "odd")
+    path = tmp_path / "odd" / "vae" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "down_block_types": []}))
+    done = ditf("plan", "--model", "odd", "--layer", "1")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "make no model that runs" in done.stderr

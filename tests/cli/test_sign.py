@@ -219,3 +219,75 @@ def test_the_commands_of_security_md(root, demo_bundle, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert "signed bundles/demo-l9-fp16/manifest.json" in done.stdout
+
+
+@pytest.mark.parametrize("kind", ["link", "fifo"])
+def test_a_signature_is_not_written_through_what_the_bundle_brought(ditf, copy, keys, tmp_path, kind):
+    (tmp_path / "victim").write_text("mine")
+    place = copy / "manifest.json.sig"
+    place.symlink_to(tmp_path / "victim") if kind == "link" else os.mkfifo(place)
+    done = ditf("sign", copy, "--key", keys / "mine")
+    assert (done.returncode, "is no regular file" in done.stderr) == (2, True)
+    assert (tmp_path / "victim").read_text() == "mine"
+
+
+def test_keys_are_not_overwritten(ditf, signed, keys, tmp_path):
+    private, public = (shutil.copy(keys / name, tmp_path) for name in ("mine", "mine.pub"))
+    before = [Path(one).read_bytes() for one in (private, public)]
+    done = ditf("sign", signed, "--key", private, "--json", private)
+    assert (done.returncode, "would overwrite" in done.stderr) == (2, True)
+    done = ditf("inspect", signed, "--require-signature", public, "--json", public)
+    assert (done.returncode, "would overwrite" in done.stderr) == (2, True)
+    assert [Path(one).read_bytes() for one in (private, public)] == before
+
+
+def test_a_key_that_is_a_fifo(ditf, copy, tmp_path):
+    os.mkfifo(tmp_path / "key")
+    done = ditf("sign", copy, "--key", tmp_path / "key")
+    assert (done.returncode, "it is no file of a key" in done.stderr) == (2, True)
+
+
+def test_an_unsigned_engine_is_neither_reused_nor_called_fitting(ditf, signed, keys):
+    arguments = ("--require-signature", keys / "mine.pub")
+    assert ditf("build", signed, "--target", "sm_89", "--backend", "tensorrt-rtx").returncode == 0
+    listed = ditf("engines", "list", signed, *arguments)
+    assert "has no signature" in listed.stdout
+    assert "fits the bundle" not in listed.stdout
+    built = ditf("build", signed, "--target", "sm_89", "--backend", "tensorrt-rtx", *arguments)
+    assert "has no signature" in built.stderr + built.stdout
+    assert "was there" not in built.stdout
+
+
+def test_engines_behind_a_link_are_left_alone(ditf, copy, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    (copy / "engines").symlink_to(tmp_path / "elsewhere")
+    for arguments in (("engines", "prune", copy), ("build", copy, "--target", "sm_89")):
+        done = ditf(*arguments)
+        assert (done.returncode, "engines is a link" in done.stderr) == (2, True), done.stderr
+    assert not list((tmp_path / "elsewhere").iterdir())
+
+
+def test_an_engine_that_was_changed_is_not_signed_again(ditf, signed, keys):
+    """Whoever swaps a plan and its hash must not get the next release's signature for it."""
+    assert ditf("build", signed, "--target", "sm_89", "--backend", "tensorrt-rtx").returncode == 0
+    assert ditf("sign", signed, "--key", keys / "mine").returncode == 0
+    assert "  signed" in ditf("inspect", signed, "--require-signature", keys / "mine.pub").stdout
+    [record] = (signed / "engines").glob("*/engine.json")
+    record.write_text(record.read_text().replace('"peak_bytes": ', '"peak_bytes": 1'))
+    done = ditf("sign", signed, "--key", keys / "mine")
+    assert (done.returncode, "engine.json has changed since it was signed" in done.stderr) == (2, True)
+    assert "not signed: " in ditf("inspect", signed, "--require-signature", keys / "mine.pub").stdout
+    record.with_name("engine.json.sig").unlink()
+    assert ditf("sign", signed, "--key", keys / "mine").returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("content", "fix"), [("readable", "chmod 600"), ("junk", "give an OpenSSH private key")]
+)
+def test_keys_that_cannot_sign_say_why(ditf, copy, keys, tmp_path, content, fix):
+    key = tmp_path / "key"
+    key.write_bytes((keys / "mine").read_bytes() if content == "readable" else b"junk")
+    key.chmod(0o644 if content == "readable" else 0o600)
+    done = ditf("sign", copy, "--key", key)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert fix in done.stderr

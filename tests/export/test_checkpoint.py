@@ -157,3 +157,11 @@ def test_pickles_are_refused_in_every_component(copy, component, tmp_path):
     with pytest.raises(InputError, match="has only pickle weights"):
         export_bundle(ExportOptions(model=str(copy), layer="0", output=tmp_path / "bundle"))
     assert not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("labels", [{"9" * 5000: "cat"}, {"one": "cat"}, ["cat"]])
+def test_labels_that_are_no_table(copy, labels):
+    index = json.loads((copy / "model_index.json").read_text())
+    (copy / "model_index.json").write_text(json.dumps({**index, "id2label": labels}))
+    with open_checkpoint(str(copy)) as checkpoint, pytest.raises(InputError, match="no table of classes"):
+        checkpoint.class_names()

@@ -46,3 +46,10 @@ def test_an_unknown_scheduler():
 def test_noise_is_the_contracts():
     expected = torch.randn((3, 4, 8, 6), generator=torch.Generator().manual_seed(7))
     assert torch.equal(draw_noise(3, (4, 8, 6), 7), expected)
+
+
+@pytest.mark.parametrize("betas", [0.5, 2**63, [0.1, 0.2], [float("nan")] * 1000, "betas"])
+def test_trained_betas_that_are_no_schedule(betas):
+    config = {"_class_name": "DDIMScheduler", "beta_schedule": "linear", "trained_betas": betas}
+    with pytest.raises(InputError, match="makes no noise schedule"):
+        noise_level(config, 261)

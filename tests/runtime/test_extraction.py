@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -110,3 +112,15 @@ def test_a_condition_that_is_not_there_fails_no_image(images, tmp_path):
         pytest.raises(InputError, match="one condition"),
     ):
         extract(OneBadImage(), images, writer, prompt="a cat")
+
+
+def test_a_file_name_that_is_no_utf_8_fails_alone(demo_bundle, images, tmp_path):
+    odd = Path(os.fsdecode(b"\xff\xfe.png"))
+    odd = images[0].rename(images[0].with_name(odd.name))
+    with ditf.load(demo_bundle) as model:
+        identity = StoreIdentity.of(model.bundle, "stretch", None, "float16")
+        with StoreWriter(tmp_path / "store", identity) as writer:
+            done = extract(model, [odd, *images[1:]], writer)
+    assert done.computed == 4
+    [reason] = done.failed.values()
+    assert "its name is not UTF-8; rename it" in reason

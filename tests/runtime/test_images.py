@@ -322,3 +322,13 @@ def test_postscript_is_not_run(tmp_path):
     path.write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 4 4\n%%EndComments\nshowpage\n")
     with pytest.raises(InputError, match="EPS is a program, not a picture"):
         open_image(path)
+
+
+def test_messages_hold_no_address_of_an_object(tmp_path):
+    for content in (b"", b"no image"):
+        (tmp_path / "a.png").write_bytes(content)
+        with pytest.raises(InputError, match="no kind of image that Pillow reads"):
+            open_image(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "fifo.png")
+    with pytest.raises(InputError, match=r"\(it is a FIFO, not a regular file\)"):
+        open_image(tmp_path / "fifo.png")

@@ -180,3 +180,27 @@ def test_random_field_is_read_or_a_bundle_error(tmp_path_factory, document, name
 def test_tool_versions():
     found = tool_versions("numpy", "no-such-package")
     assert list(found) == ["python", "numpy"]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("model", {}),
+        ("model", {"id": 3, "family": "dit"}),
+        ("discard", {}),
+        ("discard", {"channels": [-1], "stage": "before", "source": "auto"}),
+        ("recipe", {"float32": {"norm": -1}}),
+        ("recipe", {"float32": {"norm": {}}}),
+        ("recipe", {"float32": {}, "exceptions": [{"where": 1, "is": [], "why": {}}]}),
+        ("recipe", {"float32": {}, "float32_products": 5}),
+        ("removed", {"x": {}}),
+        ("golden", {"conditions": -1}),
+        ("golden", {"conditions": [7]}),
+        ("parts", {"x": {"float16": {"parameters": 10**400, "bytes": 1}}}),
+        ("pca", {"of": 1, "energy_held_out": 10**400, "matches_within_1px": 0.5}),
+        ("seed", 10**19),
+    ],
+)
+def test_values_that_no_export_writes(tmp_path, document, field, value):
+    with pytest.raises(BundleError, match=r"is invalid|cannot be read \(a number of"):
+        read_manifest(write(tmp_path, {**document, field: value}))

@@ -400,3 +400,20 @@ def test_without_safetensors():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stdout == "3 safetensors is not installed; run: pip install 'ditf[eval]'\n", done.stderr
+
+
+def test_an_index_of_another_program_is_no_store(tmp_path):
+    (tmp_path / "index.json").write_text('{"my": "precious"}')
+    with pytest.raises(InputError, match="is not a feature store"):
+        StoreWriter(tmp_path, IDENTITY)
+    assert (tmp_path / "index.json").read_text() == '{"my": "precious"}'
+
+
+@pytest.mark.parametrize("name", ["index.json", "store.json"])
+def test_files_of_a_store_that_are_links_are_refused(tmp_path, name):
+    with StoreWriter(tmp_path / "store", IDENTITY):
+        pass
+    (tmp_path / "store" / name).rename(tmp_path / "outside")
+    (tmp_path / "store" / name).symlink_to(tmp_path / "outside")
+    with pytest.raises(InputError, match="is no regular file"):
+        StoreWriter(tmp_path / "store", IDENTITY)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -18,14 +19,23 @@ from ditf.runtime.files.stage_folder import clear, exchange
 from ditf.runtime.files.staging import check_output, staged
 
 
+def manifest(text):
+    """What shows that a folder is a bundle, and a text to tell it by."""
+    return json.dumps({"schema": 1, "layer": 9, "opset": 20, "files": {}, "tolerances": {}, "text": text})
+
+
+def text_of(bundle):
+    return json.loads((bundle / "manifest.json").read_text())["text"]
+
+
 def make_bundle(path, text):
     path.mkdir()
-    (path / "manifest.json").write_text(text)
+    (path / "manifest.json").write_text(manifest(text))
 
 
 def test_a_new_directory(tmp_path):
     with staged(tmp_path / "deep" / "bundle") as folder:
-        (folder / "manifest.json").write_text("new")
+        (folder / "manifest.json").write_text(manifest("new"))
         assert not (tmp_path / "deep" / "bundle").exists()
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["bundle"]
 
@@ -34,10 +44,10 @@ def test_a_bundle_is_replaced_whole(tmp_path):
     make_bundle(tmp_path / "bundle", "old")
     (tmp_path / "bundle" / "engines").mkdir()
     with staged(tmp_path / "bundle") as folder:
-        (folder / "manifest.json").write_text("new")
+        (folder / "manifest.json").write_text(manifest("new"))
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
     assert [p.name for p in (tmp_path / "bundle").iterdir()] == ["manifest.json"]
-    assert (tmp_path / "bundle" / "manifest.json").read_text() == "new"
+    assert text_of(tmp_path / "bundle") == "new"
 
 
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt, SystemExit])
@@ -52,7 +62,7 @@ def test_a_failure_leaves_what_was_there(tmp_path, error):
     with pytest.raises(error):
         fail()
     assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
-    assert (tmp_path / "bundle" / "manifest.json").read_text() == "old"
+    assert text_of(tmp_path / "bundle") == "old"
 
 
 @pytest.mark.parametrize("kind", ["file", "folder", "empty"])
@@ -100,11 +110,11 @@ from ditf.runtime.files.liveness import STALE, file_system_time
 from ditf.runtime.files.stage_folder import clear, exchange
 from ditf.runtime.files.staging import check_output, staged
 with staged(Path(sys.argv[1])) as folder:
-    (folder / "manifest.json").write_text("new")
+    (folder / "manifest.json").write_text(NEW)
     print("working", flush=True)
     sys.stdin.read()
     print(folder.exists())
-"""
+""".replace("NEW", repr(manifest("new")))
 
 
 def names(folder):
@@ -116,9 +126,9 @@ def test_a_link_stays_and_what_it_points_to_is_replaced(tmp_path):
     make_bundle(tmp_path / "disk" / "real", "old")
     (tmp_path / "bundle").symlink_to("disk/real")
     with staged(tmp_path / "bundle") as folder:
-        (folder / "manifest.json").write_text("new")
+        (folder / "manifest.json").write_text(manifest("new"))
     assert (tmp_path / "bundle").is_symlink()
-    assert (tmp_path / "disk" / "real" / "manifest.json").read_text() == "new"
+    assert text_of(tmp_path / "disk" / "real") == "new"
     assert names(tmp_path) == ["bundle", "disk"]
     assert names(tmp_path / "disk") == ["real"]
 
@@ -130,7 +140,7 @@ def test_what_a_killed_process_left_is_removed_at_once(tmp_path):
     assert len(names(tmp_path)) == 1
     (tmp_path / ".other.partial-mine").mkdir()
     with staged(tmp_path / "bundle") as folder:
-        (folder / "manifest.json").write_text("new")
+        (folder / "manifest.json").write_text(manifest("new"))
     assert names(tmp_path) == [".other.partial-mine", "bundle"]
 
 
@@ -145,11 +155,11 @@ def test_a_live_stage_is_left_alone_whoever_it_is_of(tmp_path):
         old(stage)
         assert clear(tmp_path) == []
         with staged(tmp_path / "bundle") as folder:
-            (folder / "manifest.json").write_text("second")
+            (folder / "manifest.json").write_text(manifest("second"))
         output = process.communicate("")[0]
     assert output == "True\n"
     assert names(tmp_path) == ["bundle"]
-    assert (tmp_path / "bundle" / "manifest.json").read_text() == "new"
+    assert text_of(tmp_path / "bundle") == "new"
 
 
 @pytest.mark.parametrize(("boot", "days", "goes"), [("0" * 8, 2.0, True), ("0" * 8, 0.9, False)])
@@ -170,7 +180,7 @@ def test_where_locks_do_not_work_age_decides(tmp_path, monkeypatch):
 
     monkeypatch.setattr(fcntl, "flock", flock)
     with staged(tmp_path / "bundle") as folder:
-        (folder / "manifest.json").write_text("new")
+        (folder / "manifest.json").write_text(manifest("new"))
         assert clear(tmp_path) == []
         stage = folder.parent
         old(stage)
@@ -201,8 +211,8 @@ def ending(call):
 Path.rename = ending(Path.rename)
 stage_folder.exchange = ending(stage_folder.exchange) if exchanging else stage_folder.exchange
 with staged(Path(sys.argv[1])) as folder:
-    (folder / "manifest.json").write_text("new")
-"""
+    (folder / "manifest.json").write_text(NEW)
+""".replace("NEW", repr(manifest("new")))
 
 
 @pytest.mark.parametrize(
@@ -219,10 +229,10 @@ def test_killed_as_it_is_replaced(tmp_path, how, call, found, then):
 
     def export():
         with staged(tmp_path / "bundle") as folder:
-            assert (tmp_path / "bundle" / "manifest.json").read_text() == found
+            assert text_of(tmp_path / "bundle") == found
             if then == "fails":
                 raise RuntimeError
-            (folder / "manifest.json").write_text("second")
+            (folder / "manifest.json").write_text(manifest("second"))
 
     if then == "fails":
         with pytest.raises(RuntimeError):
@@ -230,28 +240,7 @@ def test_killed_as_it_is_replaced(tmp_path, how, call, found, then):
     else:
         export()
     assert names(tmp_path) == ["bundle"]
-    assert (tmp_path / "bundle" / "manifest.json").read_text() == (found if then == "fails" else "second")
-
-
-def test_what_0_1_0_left(tmp_path):
-    """The only copy comes back; other copies stay; what was half made goes after a day."""
-    make_bundle(tmp_path / ".bundle.old-12", "only copy")
-    fresh, stale, swapped = (tmp_path / f".bundle.partial-{pid}" for pid in (999999999, 13, 14))
-    for path in (fresh, stale, swapped):
-        path.mkdir()
-        (path / "half").write_text("x")
-    (swapped / ".old").mkdir()
-    old(stale)
-    old(swapped)
-    for message in ("first", "second"):
-        with pytest.raises(RuntimeError, match=message), staged(tmp_path / "bundle"):
-            raise RuntimeError(message)
-        assert (tmp_path / "bundle" / "manifest.json").read_text() == "only copy"
-    make_bundle(tmp_path / ".bundle.old-15", "another")
-    old(tmp_path / ".bundle.old-15")
-    with staged(tmp_path / "bundle") as folder:
-        (folder / "manifest.json").write_text("new")
-    assert names(tmp_path) == sorted([".bundle.old-15", fresh.name, swapped.name, "bundle"])
+    assert text_of(tmp_path / "bundle") == (found if then == "fails" else "second")
 
 
 def test_names_like_a_stage_of_other_kinds_are_left_alone(tmp_path):
@@ -268,7 +257,7 @@ def test_names_like_a_stage_of_other_kinds_are_left_alone(tmp_path):
 def test_what_appears_meanwhile_is_not_replaced(tmp_path):
     def export():
         with staged(tmp_path / "bundle") as folder:
-            (folder / "manifest.json").write_text("new")
+            (folder / "manifest.json").write_text(manifest("new"))
             (tmp_path / "bundle").mkdir()
             (tmp_path / "bundle" / "precious").write_text("x")
 
@@ -282,7 +271,7 @@ def test_a_long_name(tmp_path):
     target = tmp_path / ("n" * 255)
     for text in ("first", "second"):
         with staged(target) as folder:
-            (folder / "manifest.json").write_text(text)
+            (folder / "manifest.json").write_text(manifest(text))
     assert names(tmp_path) == [target.name]
 
 
@@ -306,6 +295,8 @@ def test_places_that_hold_what_is_in_use(tmp_path, monkeypatch):
             with pytest.raises(InputError, match=f"{place} (is|holds) .*; choose another"):
                 check_output(Path(place), [one])
     check_output(bundle, [tmp_path])
+    with pytest.raises(InputError, match="is not UTF-8; choose another --output"):
+        check_output(Path(os.fsdecode(b"o\xff")))
     with pytest.raises(InputError, match="exists and is not a bundle"):
         check_output(bundle / "engines")
 
@@ -318,5 +309,36 @@ def test_a_bundle_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     )
     make_bundle(tmp_path / "bundle", "old")
     with staged(tmp_path / "bundle") as folder:
-        (folder / "manifest.json").write_text("new")
+        (folder / "manifest.json").write_text(manifest("new"))
     assert order == [folder / "manifest.json", folder, tmp_path]
+
+
+@pytest.mark.parametrize(
+    "content",
+    ['{"manifest_version": 3, "name": "my extension"}', "[]", "not JSON", '{"schema": 1, "files": {}}', ""],
+)
+def test_a_folder_of_another_program_is_not_replaced(tmp_path, content):
+    """Web applications and browser extensions have a manifest.json too."""
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "manifest.json").write_text(content)
+    (mine / "background.js").write_text("precious")
+    with pytest.raises(InputError, match="exists and is not a bundle"):
+        check_output(mine)
+    with pytest.raises(InputError, match="exists and is not a bundle"), staged(mine):
+        pass
+    assert (mine / "background.js").read_text() == "precious"
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine"]
+
+
+def test_hidden_folders_that_only_look_like_leftovers_stay(tmp_path):
+    for name in (".out.partial-2024", ".out.old-3", ".other.old-7"):
+        (tmp_path / name / "thesis").mkdir(parents=True)
+        for path in (tmp_path / name, tmp_path / name / "thesis"):
+            os.utime(path, (0, 0))
+    assert clear(tmp_path) == []
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        ".other.old-7",
+        ".out.old-3",
+        ".out.partial-2024",
+    ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -90,3 +91,15 @@ def test_more_data_than_any_model_has():
 def test_writing(count):
     array = np.random.default_rng(0).standard_normal(count).astype(np.float32)
     assert json.loads(write_numbers(array)) == array.tolist()
+
+
+@pytest.mark.parametrize(
+    "shape", [(0, 1 << 27, 3), (0, 1 << 40, 3), (1 << 62, 0), (0, 1 << 62), (2, 1 << 40, 0)]
+)
+def test_a_shape_without_numbers_costs_nothing(shape):
+    """A 0 in a shape makes the number of elements 0, however many lists it describes."""
+    tracemalloc.start()
+    with pytest.raises(InputError, match="has the shape"):
+        read_numbers([[]], {}, "points", shape, np.dtype(np.float32))
+    assert tracemalloc.get_traced_memory()[1] < 1 << 20
+    tracemalloc.stop()
