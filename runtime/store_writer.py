@@ -180,7 +180,7 @@ class StoreWriter:
         partial = (self.path / PARTIAL).iterdir() if PARTIAL in inside else ()
         maps = (self.path / MAPS).rglob("*") if MAPS in inside else ()
         return (
-            inside <= {MAPS, PARTIAL, INDEX}
+            inside <= {MAPS, PARTIAL, INDEX, STORE}  # another writer may have just made that
             and (INDEX not in inside or is_index(self.path))
             and all(_OURS.fullmatch(path.name) for path in partial)
             and all(is_map_name(path) or re.fullmatch("[0-9a-f]{2}", path.name) for path in maps)

@@ -33,20 +33,20 @@ def open_regular(path: Union[str, Path], limit: int | None = None) -> BinaryIO:
         IsADirectoryError: a directory.
         OSError: not a regular file, or larger than `limit`; `strerror` says which in words.
     """
-    descriptor = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0))
+    flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
+    # The file owns its descriptor at once: what a signal's handler raises in here cannot leave it half owned.
+    file = open(path, "rb", opener=lambda name, given: os.open(name, given | flags))  # noqa: SIM115
     try:
-        opened = os.fstat(descriptor)
-        if stat.S_ISDIR(opened.st_mode):
-            raise IsADirectoryError(errno.EISDIR, "it is a directory", str(path))
+        opened = os.fstat(file.fileno())
         if not stat.S_ISREG(opened.st_mode):
             kind = _KINDS.get(stat.S_IFMT(opened.st_mode), "something else")
             raise OSError(errno.EINVAL, f"it is {kind}, not a regular file", str(path))
         if limit is not None and opened.st_size > limit:
             raise OSError(errno.EFBIG, f"it has {opened.st_size:,} bytes, more than {limit:,}", str(path))
-        return os.fdopen(descriptor, "rb")
     except BaseException:
-        os.close(descriptor)
+        file.close()
         raise
+    return file
 
 
 def read_regular(path: Union[str, Path], limit: int) -> bytes:
