@@ -103,9 +103,7 @@ class EngineRecord:
     def plan(self, folder: Path, name: str) -> HashedFile:
         """One of the plans, and what this record says of it."""
         listed = self.plans[name]
-        return HashedFile(
-            folder / name, listed["bytes"], listed["sha256"], "build it again: ditf build --force"
-        )
+        return HashedFile(folder / name, listed["bytes"], listed["sha256"], f"{_BUILD} --force")
 
     @property
     def host_code(self) -> bool:
@@ -157,13 +155,12 @@ def parse_record(folder: Path, content: bytes) -> EngineRecord:
         BundleError: damaged, or of a newer schema.
     """
     path = folder / RECORD
-    fix = _BUILD
     try:
         document = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} cannot be read ({error})", fix) from error
+        raise BundleError(f"{path} cannot be read ({error})", _BUILD) from error
     if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
-        raise BundleError(f"{path} is no engine record", fix)
+        raise BundleError(f"{path} is no engine record", _BUILD)
     if document["schema"] > SCHEMA:
         raise NewerSchema(
             f"{folder} has schema {document['schema']}, this ditf reads up to {SCHEMA}",
@@ -172,11 +169,11 @@ def parse_record(folder: Path, content: bytes) -> EngineRecord:
     hints = get_type_hints(EngineRecord)
     for item in fields(EngineRecord):
         if item.name not in document or not conforms(document[item.name], hints[item.name]):
-            raise BundleError(f"{path} has no valid {item.name}", fix)
+            raise BundleError(f"{path} has no valid {item.name}", _BUILD)
     record = EngineRecord(**{item.name: document[item.name] for item in fields(EngineRecord)})
     wrong = _contradiction(folder, record)
     if wrong:
-        raise BundleError(f"{path} has no valid {wrong}", fix)
+        raise BundleError(f"{path} has no valid {wrong}", _BUILD)
     return record
 
 

@@ -61,12 +61,14 @@ class Job:
 
     Attributes:
         bundle, store: absolute, the same everywhere; trust: what every process accepts of the bundle.
+        size: (H, W) px of the engine's input.
         identity: of the store's maps; prompt, fit, backend: see `ditf.runtime.load`.
         started_ns: when the run began, by the clock of the store's file system.
     """
 
     bundle: Path
     trust: Trust
+    size: tuple[int, int]
     store: Path
     identity: StoreIdentity
     prompt: Optional[str]
@@ -86,7 +88,17 @@ class Job:
         trust = replace(bundle.trust, signers=None if signers is None else signers.resolve())
         started = file_system_time(writer.path / PARTIAL)
         store = writer.path.resolve()
-        return cls(bundle.path.resolve(), trust, store, writer.identity, prompt, fit, backend, started)
+        return cls(
+            bundle.path.resolve(),
+            trust,
+            bundle.manifest.size,
+            store,
+            writer.identity,
+            prompt,
+            fit,
+            backend,
+            started,
+        )
 
     def writer(self) -> StoreWriter:
         """For the process that this is called in.
@@ -143,7 +155,6 @@ def prepare(batch: Columns, job: Job) -> Columns:
         engine's size; height, width, of the original; rows, columns, of the pixels that it covers.
     """
     writer = job.writer()
-    size = Bundle.open(job.bundle, job.trust).manifest.size
     rows = []
     for name, path in zip(batch["name"], batch["path"], strict=True):
         row = {"name": str(name), "state": PENDING, "reason": "", **_NOTHING}
@@ -152,7 +163,7 @@ def prepare(batch: Columns, job: Job) -> Columns:
             row["image_sha256"] = hashlib.sha256(content).hexdigest()
             state = job.found(writer, row["name"], row["image_sha256"])
             if state is None:
-                image = fitted_image(decode_image(content, str(path)), size, job.fit)
+                image = fitted_image(decode_image(content, str(path)), job.size, job.fit)
                 row |= {"pixels": image.pixels.tobytes(), "height": image.image_size[0]}
                 row |= {"width": image.image_size[1], "rows": image.covered[0], "columns": image.covered[1]}
             else:

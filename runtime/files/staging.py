@@ -12,6 +12,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
+from ditf.runtime.manifest import LARGEST
 from ditf.runtime.manifest import NAME as MANIFEST
 
 ENGINE, PICTURES = "engine.json", "index.json"
@@ -22,7 +23,6 @@ _MARKS = {
 """Fields that show that a file is ditf's, by its name."""
 ENGINE_FILES = {ENGINE, f"{ENGINE}.sig", "features.plan", "match.plan"}
 """All that a folder of an engine holds."""
-_LARGEST_MARKER = 16 << 20  # bytes
 
 
 @contextmanager
@@ -115,7 +115,7 @@ def _replaceable(place: Path, marker: str) -> bool:
     if marker == ENGINE:  # a damaged record is replaced too: the folder's name is ditf's, in a bundle
         return place.is_dir() and {path.name for path in place.iterdir()} <= ENGINE_FILES
     try:
-        document = read_json(place / marker, _LARGEST_MARKER)
+        document = read_json(place / marker, LARGEST)
     except (OSError, ValueError):
         return False
     return isinstance(document, dict) and document.keys() >= _MARKS[marker]
