@@ -16,16 +16,16 @@ from typing import Any
 from bench_features import GEOMETRIES, export, write_checkpoint
 from provenance import in_child, pin_threads, provenance, say, write_result, write_table
 
-from ditf.cli.console import bytes_text
+from ditf.cli.support.console import bytes_text
 from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
+from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
-from ditf.export.options import ExportOptions
-from ditf.export.pretrained import quieten_libraries
-from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
+from ditf.export.planning.options import ExportOptions
+from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN
+from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, TARGETS, load
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError
-from ditf.runtime.flavour import FLAVOURS, PORTABLE, TARGETS, load
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.checkpoints import SAVE

@@ -49,17 +49,18 @@ from provenance import (
 from torch import nn
 
 from ditf.calib.parity import feature_parity
-from ditf.cli.console import bytes_text
+from ditf.cli.support.console import bytes_text
+from ditf.export.checkpoints.loading import full_config, model_shapes, quieten_libraries
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Family, TrunkSpec
 from ditf.export.families.pixart import PixArt
 from ditf.export.families.sd3 import SD3
+from ditf.export.graph.blocks.dit import FoldedCrossAttention
+from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import TIMESTEP, Conditioner
 from ditf.export.graph.precision import FLOAT32
-from ditf.export.graph.stream import FoldedCrossAttention
-from ditf.export.graph.trunk import Trunk
-from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
-from ditf.export.pretrained import full_config, model_shapes, quieten_libraries
-from ditf.export.weights import Weights
+from ditf.export.onnx_writing.onnx_file import write_onnx
+from ditf.export.planning.options import DEFAULT_OPSET
 
 THREADS = 1
 IMAGES = 4  # inputs are rotated
@@ -307,7 +308,7 @@ def make_latents(case: Case, family: Family) -> list[torch.Tensor]:
 
 @torch.no_grad()
 def make_module(case: Case, family: Family, side: str) -> Transformer:
-    """The module of a side, in the order and with the arguments of `ditf.export.specialise`."""
+    """The module of a side, in the order and with the arguments of `ditf.export.assemble.features_graph`."""
     weights = RandomWeights(model_shapes(family.transformer_class, family.config))
     size = (case.side, case.side)
     tokens = case.side // STRIDE // family.patch_size

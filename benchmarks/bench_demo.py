@@ -28,12 +28,12 @@ from ditf.calib.eval.correspondence import PairMatcher, evaluate_pairs, matcher
 from ditf.calib.eval.creature_pairs import CreaturePairs
 from ditf.calib.eval.datasets.base import Pair
 from ditf.calib.eval.outcomes import totals
-from ditf.export.demo import DEMO_DEFAULTS
+from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
-from ditf.export.options import ExportOptions
-from ditf.export.pretrained import quieten_libraries
+from ditf.export.families.demo import DEMO_DEFAULTS
+from ditf.export.planning.options import ExportOptions
 from ditf.runtime import FeatureMap
-from ditf.runtime.matching import match_points
+from ditf.runtime.matching.points import match_points
 
 LAYERS = (3, 5, 7, 8, 9, 10, 11)
 TIMESTEPS = (20, 50, 100, 150, 300, 500)

@@ -29,8 +29,8 @@ from provenance import RESULTS, pin_threads, provenance, say, write_result, writ
 from safetensors.torch import save_file
 
 from ditf.calib.images import procedural_images
-from ditf.cli.console import bytes_text
-from ditf.export.pretrained import model_shapes
+from ditf.cli.support.console import bytes_text
+from ditf.export.checkpoints.loading import model_shapes
 
 NAME = "export-memory"
 CLASS = "FluxTransformer2DModel"

@@ -58,15 +58,15 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from ditf.calib.images import procedural_images
 from ditf.calib.parity import feature_parity
 from ditf.cli.check import golden_metrics
-from ditf.cli.console import bytes_text
-from ditf.export.checkpoint import Checkpoint
+from ditf.cli.support.console import bytes_text
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import quieten_libraries
+from ditf.export.checkpoints.noise_schedule import ddpm_scheduler, draw_noise
 from ditf.export.exporter import export_bundle
 from ditf.export.families.pixart import PixArt
-from ditf.export.noise import ddpm_scheduler, draw_noise
-from ditf.export.options import SHORT_NAMES, ExportOptions
-from ditf.export.pretrained import quieten_libraries
+from ditf.export.planning.options import SHORT_NAMES, ExportOptions
 from ditf.runtime import load
-from ditf.runtime.bundle import FEATURES, FEATURES_DATA, GOLDEN
+from ditf.runtime.bundles.bundle import FEATURES, FEATURES_DATA, GOLDEN
 
 THREADS = 1
 PROMPT = "a bird"  # 8 tokens of the tokenizer below; the other 112 of the 120 are masked

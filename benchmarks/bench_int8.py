@@ -33,21 +33,22 @@ from provenance import (
 
 from ditf.calib.images import golden_pair
 from ditf.calib.recipe import Extent, decide
-from ditf.cli.console import bytes_text
+from ditf.cli.support.console import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.export.calibrate import massive_channels, observe, ranges_of, read_maxima
-from ditf.export.checkpoint import Checkpoint
-from ditf.export.conditions import Entry
+from ditf.export.assemble.features_graph import specialise
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import quieten_libraries
+from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8, Precision
-from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
-from ditf.export.options import ExportOptions
-from ditf.export.plan import Plan, make_plan
-from ditf.export.pretrained import quieten_libraries
-from ditf.export.reference import FeatureSettings, Reference
-from ditf.export.rehearsal import Float32Accumulation
-from ditf.export.specialise import specialise
-from ditf.runtime.flavour import load
-from ditf.runtime.onnx_graph import Graph
+from ditf.export.measure.calibrate import massive_channels, observe, ranges_of, read_maxima
+from ditf.export.measure.reference_model import Reference
+from ditf.export.onnx_writing.emulation import Float32Accumulation
+from ditf.export.onnx_writing.onnx_file import write_onnx
+from ditf.export.planning.conditions import Entry
+from ditf.export.planning.options import DEFAULT_OPSET, ExportOptions
+from ditf.export.planning.plan import Plan, make_plan
+from ditf.runtime.backends.flavour import load
+from ditf.runtime.bundles.onnx_graph import Graph
 
 THREADS = 1
 SIDE, PATCH = 256, 8

@@ -32,9 +32,9 @@ from provenance import (
     write_result,
 )
 
-from ditf.cli.console import bytes_text
+from ditf.cli.support.console import bytes_text
 from ditf.runtime import FeatureMap
-from ditf.runtime.matching import match_points
+from ditf.runtime.matching.points import match_points
 
 THREADS = 1
 CHANNELS = (1152, 1536, 3072)

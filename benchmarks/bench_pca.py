@@ -39,14 +39,14 @@ import ditf
 from ditf.calib.images import procedural_images
 from ditf.calib.parity import match_parity
 from ditf.calib.projection import SecondMoment, project
-from ditf.cli.console import bytes_text
+from ditf.cli.support.console import bytes_text
+from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
-from ditf.export.options import ExportOptions
-from ditf.export.pretrained import quieten_libraries
+from ditf.export.planning.options import ExportOptions
 from ditf.runtime import FeatureMap
-from ditf.runtime.matching import match_points
-from ditf.runtime.store import FeatureStore, StoreIdentity
-from ditf.runtime.store_writer import StoreWriter
+from ditf.runtime.matching.points import match_points
+from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity
+from ditf.runtime.store.writer import StoreWriter
 
 THREADS = 1
 DEMO = (16, 32, 64)

@@ -37,17 +37,18 @@ from torch import nn
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, match_parity
 from ditf.calib.recipe import Extent, Recipe, decide
-from ditf.export.calibrate import massive_channels, observe, ranges_of, read_maxima
-from ditf.export.checkpoint import Checkpoint
-from ditf.export.conditions import Entry
-from ditf.export.golden import POINTS, published_match
+from ditf.export.assemble.features_graph import specialise
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import quieten_libraries
+from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import BFLOAT16, FLOAT16, INT8, Precision
-from ditf.export.options import ExportOptions
-from ditf.export.plan import Plan, make_plan
-from ditf.export.pretrained import quieten_libraries
-from ditf.export.reference import FeatureSettings, Reference
-from ditf.export.rehearsal import Float32Accumulation
-from ditf.export.specialise import specialise
+from ditf.export.measure.calibrate import massive_channels, observe, ranges_of, read_maxima
+from ditf.export.measure.golden import POINTS, published_match
+from ditf.export.measure.reference_model import Reference
+from ditf.export.onnx_writing.emulation import Float32Accumulation
+from ditf.export.planning.conditions import Entry
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import Plan, make_plan
 from ditf.runtime.errors import DitfError
 
 VALUES = (1e2, 1e4, 6e4, 1e5, 1e6)

@@ -38,15 +38,16 @@ from provenance import (
 )
 
 from ditf.calib.parity import feature_parity
-from ditf.cli.console import bytes_text
+from ditf.cli.support.console import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
+from ditf.export.checkpoints.loading import model_shapes, quieten_libraries
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
-from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
-from ditf.export.pretrained import model_shapes, quieten_libraries
-from ditf.export.rehearsal import Float32Accumulation
-from ditf.runtime.flavour import load
-from ditf.runtime.onnx_graph import Graph
+from ditf.export.onnx_writing.emulation import Float32Accumulation
+from ditf.export.onnx_writing.onnx_file import write_onnx
+from ditf.export.planning.options import DEFAULT_OPSET
+from ditf.runtime.backends.flavour import load
+from ditf.runtime.bundles.onnx_graph import Graph
 
 THREADS = 1
 SIDES = {"float32 residual": FLOAT16, "float16 residual": replace(FLOAT16, residual=torch.float16)}

@@ -48,10 +48,10 @@ def compare(repeats: int) -> None:
     """Run both sides in turns, and write the result."""
     from provenance import pin_threads, provenance, say, write_result
 
-    from ditf.cli.console import bytes_text
+    from ditf.cli.support.console import bytes_text
+    from ditf.export.checkpoints.loading import quieten_libraries
     from ditf.export.exporter import export_bundle
-    from ditf.export.options import ExportOptions
-    from ditf.export.pretrained import quieten_libraries
+    from ditf.export.planning.options import ExportOptions
 
     pin_threads(THREADS)
     quieten_libraries()
@@ -142,7 +142,8 @@ def torch_side(folder: Path) -> dict[str, float]:
     from diffusers import DiTTransformer2DModel
     from PIL import Image
 
-    from ditf.export.demo import DEMO_CHECKPOINT, DEMO_DEFAULTS
+    from ditf.export.checkpoints.opening import DEMO_CHECKPOINT
+    from ditf.export.families.demo import DEMO_DEFAULTS
 
     torch.set_num_threads(THREADS)
     model = DiTTransformer2DModel.from_pretrained(DEMO_CHECKPOINT / "transformer", torch_dtype=torch.float32)

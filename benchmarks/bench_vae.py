@@ -57,22 +57,24 @@ from provenance import (
 from ditf.calib.images import golden_pair
 from ditf.calib.latents import x_0_agreement
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.cli.console import bytes_text
-from ditf.export.checkpoint import Checkpoint, open_vae
-from ditf.export.conditions import Entry, encode, trim
-from ditf.export.golden import POINTS
-from ditf.export.graph.encoder import QueryChunks, attentions
-from ditf.export.onnx_file import DEFAULT_OPSET, write_onnx
-from ditf.export.options import SHORT_NAMES, ExportOptions
-from ditf.export.parts import parameter_parts
-from ditf.export.plan import Plan, decide
-from ditf.export.pretrained import quieten_libraries
-from ditf.export.reference import FeatureSettings, Reference
-from ditf.export.specialise import specialise
+from ditf.cli.support.console import bytes_text
+from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.parameter_counts import parameter_parts
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import quieten_libraries
+from ditf.export.checkpoints.opening import open_vae
+from ditf.export.graph.features import FeatureSettings
+from ditf.export.graph.vae_encoder import QueryChunks, attentions
+from ditf.export.measure.golden import POINTS
+from ditf.export.measure.reference_model import Reference
+from ditf.export.onnx_writing.onnx_file import write_onnx
+from ditf.export.planning.conditions import Entry, encode, trim
+from ditf.export.planning.options import DEFAULT_OPSET, SHORT_NAMES, ExportOptions
+from ditf.export.planning.plan import Plan, decide
 from ditf.runtime import FeatureMap
-from ditf.runtime.bundle import FEATURES
-from ditf.runtime.manifest import hidden_states_name
-from ditf.runtime.matching import match_points
+from ditf.runtime.bundles.bundle import FEATURES
+from ditf.runtime.bundles.manifest import hidden_states_name
+from ditf.runtime.matching.points import match_points
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 from tests.vaes import fit_tiny, make_learnable, pixels

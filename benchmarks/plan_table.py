@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from provenance import write_table
 
-from ditf.calib.devices import DEVICES
-from ditf.export.cost import ATTENTION, GEMMS, VAE, count_cost
-from ditf.export.options import ExportOptions
-from ditf.export.plan import decide
-from ditf.export.published import open_configs, open_vae_configs
+from ditf.export.estimate.cost import ATTENTION, GEMMS, VAE, count_cost
+from ditf.export.estimate.devices import DEVICES
+from ditf.export.estimate.published_configs import open_configs, open_vae_configs
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import decide
 
 MODELS = (
     "DiT-XL/2 512",

@@ -10,8 +10,8 @@ import numpy as np
 
 from ditf.calib.parity import WHOLE, feature_parity, match_parity, worst
 from ditf.runtime import FeatureMap
-from ditf.runtime.golden_file import Golden
-from ditf.runtime.matching import Matches, match_points
+from ditf.runtime.bundles.golden_file import Golden
+from ditf.runtime.matching.points import Matches, match_points
 
 
 class Run(Protocol):

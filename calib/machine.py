@@ -9,8 +9,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from ditf.runtime.gpu import find_gpu, version_text
-from ditf.runtime.manifest import tool_versions
+from ditf.runtime.backends.gpu import find_gpu, version_text
+from ditf.runtime.bundles.manifest import tool_versions
 
 
 def machine(*packages: str) -> dict[str, Any]:

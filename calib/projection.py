@@ -14,9 +14,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from ditf.calib.parity import match_parity
-from ditf.runtime.cells import TINY
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching import match_points
+from ditf.runtime.matching.cells import TINY
+from ditf.runtime.matching.points import match_points
 
 _TOKENS = 512  # of each image whose cosines are compared
 

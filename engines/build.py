@@ -15,8 +15,7 @@ from typing import Any
 from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
 from ditf.engines.network import LayerType, Profile, audit
 from ditf.engines.timing_cache import TimingCache
-from ditf.runtime.bundle import FEATURES, MATCH, Bundle
-from ditf.runtime.engines import (
+from ditf.runtime.backends.engine_records import (
     ENGINES,
     FEATURES_PLAN,
     IMAGE_SIDES,
@@ -29,13 +28,14 @@ from ditf.runtime.engines import (
     sources,
     verify_plans,
 )
+from ditf.runtime.backends.flavour import PORTABLE, TARGETS, Flavour
+from ditf.runtime.backends.gpu import find_gpu
+from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.stage_folder import clear
 from ditf.runtime.files.staging import ENGINE_FILES, staged
 from ditf.runtime.files.user_cache import cache_file
-from ditf.runtime.flavour import PORTABLE, TARGETS, Flavour
-from ditf.runtime.gpu import find_gpu
 
 Profiles = tuple[tuple[int, int, int], ...]
 """Smallest, usual and largest batch of each profile."""

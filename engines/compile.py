@@ -11,9 +11,9 @@ from typing import Any
 
 from ditf.engines.network import LayerType, Network, Profile
 from ditf.engines.timing_cache import TimingCache
+from ditf.runtime.backends.flavour import PORTABLE, TARGETS, has
+from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
-from ditf.runtime.flavour import PORTABLE, TARGETS, has
-from ditf.runtime.onnx_graph import Graph
 
 Report = Callable[[str], None]
 Step = Callable[[str, int, int], None]

@@ -6,11 +6,11 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ditf.runtime.backends.flavour import Log
+from ditf.runtime.backends.graph_loading import parse
+from ditf.runtime.bundles.manifest import HIDDEN_STATES
+from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, GateFailed
-from ditf.runtime.flavour import Log
-from ditf.runtime.graph_loading import parse
-from ditf.runtime.manifest import HIDDEN_STATES
-from ditf.runtime.onnx_graph import Graph
 
 Shape = tuple[int, ...]
 Profile = Mapping[str, tuple[Shape, Shape, Shape]]

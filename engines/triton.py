@@ -37,19 +37,19 @@ from ditf.engines.triton_config import (
     python_config,
 )
 from ditf.engines.triton_plans import Plans, capability
-from ditf.runtime.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
-from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN
+from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN
+from ditf.runtime.bundles.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
+from ditf.runtime.bundles.golden_file import read_golden
+from ditf.runtime.bundles.manifest import NAME as MANIFEST
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.staging import check_space
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
-from ditf.runtime.golden_file import read_golden
-from ditf.runtime.manifest import NAME as MANIFEST
-from ditf.runtime.serving import contract
+from ditf.runtime.serving.protocol import contract
 from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
-from ditf.runtime.store import features_hash
+from ditf.runtime.store.feature_store import features_hash
 
 MARKER = "ditf.json"
 CONFIG = "config.pbtxt"

@@ -16,9 +16,9 @@ from typing import Any
 import numpy as np
 
 from ditf.engines.pbtxt import Enum, entries
-from ditf.runtime.engines import POINTS
-from ditf.runtime.manifest import Manifest
-from ditf.runtime.serving.contract import FEATURES, TensorSpec, model_specs
+from ditf.runtime.backends.engine_records import POINTS
+from ditf.runtime.bundles.manifest import Manifest
+from ditf.runtime.serving.protocol.contract import FEATURES, TensorSpec, model_specs
 from ditf.runtime.serving.triton import LARGEST_BATCH, MODEL
 
 ONNX, PLAN = "onnxruntime_onnx", "tensorrt_plan"

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import EngineRecord, engine_folders, read_record, verify_plans
+from ditf.runtime.backends.engine_records import EngineRecord, engine_folders, read_record, verify_plans
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
 
 FLAVOUR = "tensorrt"

@@ -11,20 +11,20 @@ import numpy as np
 import torch
 
 from ditf.calib.images import golden_pair
-from ditf.export.conditions import Entry
+from ditf.export.assemble.features_graph import Specialised, specialise
+from ditf.export.assemble.parameter_counts import Counts, parameter_parts, removed_parts
+from ditf.export.graph.blocks.adaln import gate_counts, scales, subnormal_weights
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
-from ditf.export.graph.modulation import gate_counts, scales, subnormal_weights
-from ditf.export.observation import Observation, Report
-from ditf.export.onnx_file import Progress, write_onnx
-from ditf.export.parts import Counts, parameter_parts, removed_parts
-from ditf.export.plan import Plan
-from ditf.export.rehearsal import rehearse, rehearse_alone
-from ditf.export.specialise import Specialised, specialise
-from ditf.export.trace import write_trace
-from ditf.runtime import bundle as files
-from ditf.runtime.conditions import key
+from ditf.export.measure.run_reference import Observation, Report
+from ditf.export.onnx_writing.emulation import rehearse, rehearse_alone
+from ditf.export.onnx_writing.onnx_file import Progress, write_onnx
+from ditf.export.onnx_writing.value_sketches import write_trace
+from ditf.export.planning.conditions import Entry
+from ditf.export.planning.plan import Plan
+from ditf.runtime.bundles import bundle as files
+from ditf.runtime.bundles.conditions import key
+from ditf.runtime.bundles.manifest import DYNAMIC_EXAMPLE
 from ditf.runtime.files.unfinished import scratch_folder
-from ditf.runtime.manifest import DYNAMIC_EXAMPLE
 
 
 @dataclass(frozen=True)

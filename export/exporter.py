@@ -14,22 +14,22 @@ import torch
 from ditf.calib.parity import tolerances
 from ditf.calib.recipe import FEATURES, decide
 from ditf.export.bundle_graphs import match_onnx, write_graph
-from ditf.export.calibrate import ranges_of, read_calibration, read_extents, read_maxima
-from ditf.export.checkpoint import open_checkpoint
-from ditf.export.conditions import Entry, describe, encode, trim
-from ditf.export.cost import bundle_bytes, written_bytes
-from ditf.export.golden import Whole
-from ditf.export.memory import check_memory
-from ditf.export.observation import Report, run_reference, without_reference
-from ditf.export.onnx_file import Progress, check_opset
-from ditf.export.options import ExportOptions
-from ditf.export.plan import Plan, make_plan
-from ditf.export.scratch import spilling
-from ditf.export.swap import Swap, judge_encoder
-from ditf.runtime import bundle as files
+from ditf.export.checkpoints.opening import open_checkpoint
+from ditf.export.checkpoints.weight_spill import spilling
+from ditf.export.estimate.cost import bundle_bytes, written_bytes
+from ditf.export.estimate.memory import check_memory
+from ditf.export.measure.calibrate import ranges_of, read_calibration, read_extents, read_maxima
+from ditf.export.measure.golden import Whole
+from ditf.export.measure.run_reference import Report, run_reference, without_reference
+from ditf.export.measure.vae_compatibility import Swap, judge_encoder
+from ditf.export.onnx_writing.onnx_file import Progress
+from ditf.export.planning.conditions import Entry, describe, encode, trim
+from ditf.export.planning.options import ExportOptions, check_opset
+from ditf.export.planning.plan import Plan, make_plan
+from ditf.runtime.bundles import bundle as files
+from ditf.runtime.bundles.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.staging import check_output, check_space, staged
-from ditf.runtime.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
 _STAGES = {"float32": 9, "bfloat16": 9, "float16": 10, "int8": 10}
 

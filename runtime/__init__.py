@@ -2,12 +2,12 @@
 
 from ditf.runtime.errors import DitfError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.flow import Flow
-from ditf.runtime.homography import Homography, find_homography
-from ditf.runtime.matching import Matches
+from ditf.runtime.matching.flow import Flow
+from ditf.runtime.matching.homography import Homography, find_homography
+from ditf.runtime.matching.mutual import MutualMatches
+from ditf.runtime.matching.points import Matches
+from ditf.runtime.matching.propagation import Propagator
 from ditf.runtime.model import Model, load
-from ditf.runtime.mutual import MutualMatches
-from ditf.runtime.propagation import Propagator
 from ditf.runtime.tracking import Tracker
 
 __all__ = [

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ditf.runtime.matching import Matches
+from ditf.runtime.matching.points import Matches
 
 _HEIGHT = 640  # largest height of an image in a picture, px
 GAP = 12

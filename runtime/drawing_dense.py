@@ -8,7 +8,7 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 from ditf.runtime.drawing import GAP, draw_scale, fit, fitted_size, scale_colours, side_by_side
-from ditf.runtime.flow import warp
+from ditf.runtime.matching.flow import warp
 
 
 def draw_heat_map(

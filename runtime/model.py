@@ -12,20 +12,20 @@ from typing import Union
 import numpy as np
 
 from ditf.runtime import backends
-from ditf.runtime.bundle import FEATURES, MATCH, Bundle
-from ditf.runtime.conditions import Feeds
-from ditf.runtime.engines import IMAGE_SIDES
+from ditf.runtime.backends.engine_records import IMAGE_SIDES
+from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
+from ditf.runtime.bundles.conditions import Feeds
+from ditf.runtime.bundles.manifest import Manifest
+from ditf.runtime.bundles.signing import Trust
 from ditf.runtime.errors import BundleError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
-from ditf.runtime.flow import Flow, dense_flow
 from ditf.runtime.images import FITS, FittedImage, ImageLike, fitted_image
-from ditf.runtime.manifest import Manifest
-from ditf.runtime.match_graph import run_match_graph
-from ditf.runtime.matching import Matches, PointMatcher, PointsLike, heat_map
-from ditf.runtime.mutual import MutualMatches, mutual_matches
+from ditf.runtime.matching.flow import Flow, dense_flow
+from ditf.runtime.matching.match_graph import run_match_graph
+from ditf.runtime.matching.mutual import MutualMatches, mutual_matches
+from ditf.runtime.matching.points import Matches, PointMatcher, PointsLike, heat_map
+from ditf.runtime.matching.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method
 from ditf.runtime.runner import FeaturesRunner
-from ditf.runtime.signing import Trust
-from ditf.runtime.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method
 from ditf.runtime.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -250,7 +250,7 @@ class Model:
     def heat_map(
         self, source: FeatureMap, target: FeatureMap, point: Sequence[float] | np.ndarray
     ) -> np.ndarray:
-        """Cosine of one source point with every target pixel, float32 [H, W]; see `ditf.runtime.matching`."""
+        """Cosine of one source point with every target pixel, float32 [H, W], see `heat_map`."""
         return heat_map(source, target, point)
 
     def track(self, source: ImageLike, points: PointsLike, prompt: str | None = None) -> Tracker:

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ditf.runtime.bundle import FEATURES, NOISE, Bundle
-from ditf.runtime.conditions import Conditions, Feeds
+from ditf.runtime.bundles.bundle import FEATURES, NOISE, Bundle
+from ditf.runtime.bundles.conditions import Conditions, Feeds
 from ditf.runtime.errors import BundleError, InputError
 
 

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
+from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import ImageLike
-from ditf.runtime.matching import Matches, PointsLike, check_points
+from ditf.runtime.matching.points import Matches, PointsLike, check_points
 
-if TYPE_CHECKING:
-    from ditf.runtime.model import Model
+
+class Matcher(Protocol):
+    """What a tracker needs of a model."""
+
+    def features(self, image: ImageLike, *, prompt: str | None = None) -> FeatureMap: ...
+
+    def features_of(self, images: Sequence[ImageLike], *, prompt: str | None = None) -> list[FeatureMap]: ...
+
+    def match(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches: ...
 
 
 class Tracker:
@@ -21,7 +29,7 @@ class Tracker:
         points: float64 [N, 2], (x, y) in the source image's pixels.
     """
 
-    def __init__(self, model: Model, source: ImageLike, points: PointsLike, prompt: str | None) -> None:
+    def __init__(self, model: Matcher, source: ImageLike, points: PointsLike, prompt: str | None) -> None:
         self._model = model
         self._prompt = prompt
         self._source = model.features(source, prompt=prompt)

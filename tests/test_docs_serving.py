@@ -10,7 +10,7 @@ import sys
 import pytest
 
 from ditf.runtime.serving.decoding import JPEG_SCANS, SLOW_BYTES
-from ditf.runtime.serving.protocol import REST_BYTES
+from ditf.runtime.serving.protocol.v2 import REST_BYTES
 from tests.runtime.serving.tiny import LIMITS, serving
 
 

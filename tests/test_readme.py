@@ -69,8 +69,8 @@ def test_links_and_pictures_exist(root):
 
 def test_the_table_of_parameters(root):
     """Counted again from the configs."""
-    from ditf.export.counting import count_parameters
-    from ditf.export.published import CONFIGS, example_condition, published_family
+    from ditf.export.estimate.parameter_shapes import count_parameters
+    from ditf.export.estimate.published_configs import CONFIGS, example_condition, published_family
 
     text = (root / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| ([^|]+) \| (\d+) of \d+ \|(.+)\|$", text, re.MULTILINE)

@@ -16,7 +16,8 @@ from PIL import Image
 from ditf.calib.images import procedural_images
 from ditf.calib.latency import Change, Row, compare, measure
 from ditf.calib.machine import machine, peak_bytes, resident_bytes
-from ditf.cli.console import (
+from ditf.cli.export import needs_exporter
+from ditf.cli.support.console import (
     SCHEMA,
     BackendOption,
     BundleArgument,
@@ -36,15 +37,14 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.cli.export import needs_exporter
 from ditf.runtime import Model
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.manifest import NAME
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import fit_image
-from ditf.runtime.manifest import NAME
 
 _PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 _PEERS = ("eager", "compile", "onnxruntime")
@@ -141,7 +141,7 @@ def bench(
     if changes:
         show(_render_changes(changes, limit))
     if plot is not None:
-        from ditf.calib.plot_latency import plot_latency
+        from ditf.calib.plots.latency import plot_latency
 
         with replacing(plot) as temporary:
             plot_latency(rows, {} if before is None else before.rows, f"{bundle} on {detail}", temporary)
@@ -281,11 +281,11 @@ def _open_peer(
         feeds = other.feeds()
         return lambda index: next(other.maps(work.fitted[index % _IMAGES][None], feeds)), other.detail
     with needs_exporter():
-        from ditf.export.pretrained import quieten_libraries
+        from ditf.export.checkpoints.loading import quieten_libraries
 
         if not state.verbose:
             quieten_libraries()
-        from ditf.export.peers import torch_peer
+        from ditf.export.measure.torch_baseline import torch_peer
 
     torch = stack.enter_context(torch_peer(bundle.manifest, peer, model))
     return lambda index: torch.features(work.fitted[index % _IMAGES]), torch.detail

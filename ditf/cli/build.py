@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BundleArgument,
     JsonOption,
     QuietOption,
@@ -26,10 +26,10 @@ from ditf.cli.console import (
 from ditf.engines.build import Built, prune
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
-from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import engine_folders, read_record, verify_plans
+from ditf.runtime.backends.engine_records import engine_folders, read_record, verify_plans
+from ditf.runtime.backends.flavour import PORTABLE, TARGETS, choose
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
-from ditf.runtime.flavour import PORTABLE, TARGETS, choose
 
 _UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9}
 

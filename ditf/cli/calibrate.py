@@ -9,7 +9,8 @@ from typing import Annotated, Any, Optional
 import typer
 
 from ditf.calib.recipe import INNER, SHOWN, Extent, decide
-from ditf.cli.console import (
+from ditf.cli.export import PromptEmbedsOption, needs_exporter, options_of
+from ditf.cli.support.console import (
     JsonOption,
     QuietOption,
     VaeOption,
@@ -24,7 +25,6 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.cli.export import PromptEmbedsOption, needs_exporter, options_of
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing, write_whole
 
@@ -92,17 +92,17 @@ def calibrate(
     }
     options = options_of(values)
     with needs_exporter():
-        from ditf.export.pretrained import quieten_libraries
+        from ditf.export.checkpoints.loading import quieten_libraries
 
         if not state.verbose:
             quieten_libraries()
-        from ditf.export.calibrate import calibrate as run
-        from ditf.export.calibrate import stage_count
+        from ditf.export.measure.calibrate import calibrate as run
+        from ditf.export.measure.calibrate import stage_count
     with stages(stage_count(options)) as report:
         document = run(options, report, output.absolute().parent)
     write_whole(output, json.dumps(document, indent=1) + "\n")
     if plot is not None:
-        from ditf.calib.plot import plot_calibration
+        from ditf.calib.plots.activations import plot_calibration
 
         with replacing(plot) as temporary:
             plot_calibration(document, temporary)
@@ -127,7 +127,7 @@ def _numbers(layer: dict[str, Any]) -> dict[str, Any]:
 
 def _render(document: dict[str, Any]) -> str:
     """Residual by layer, and of the block that follows what its branches hold and add."""
-    from ditf.calib.plot import largest_of
+    from ditf.calib.plots.activations import largest_of
 
     rows: list[tuple[str, ...]] = [
         (

@@ -11,8 +11,8 @@ import typer
 
 from ditf.calib.golden import GoldenResult, golden_result, image_size
 from ditf.calib.parity import METRICS, TOLERANCES, WHOLE, Gate, gates, match_parity
-from ditf.cli.check_where import Report, check_bisect, check_ladder, check_ranges
-from ditf.cli.console import (
+from ditf.cli.support.check_where import Report, check_bisect, check_ladder, check_ranges
+from ditf.cli.support.console import (
     BackendOption,
     BundleArgument,
     HostCodeOption,
@@ -30,11 +30,11 @@ from ditf.cli.console import (
     write_json,
 )
 from ditf.runtime import FeatureMap, Model
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.golden_file import Golden, read_golden
+from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.errors import GateFailed, InputError, NoPlan
 from ditf.runtime.files.writing import replacing
-from ditf.runtime.golden_file import Golden, read_golden
-from ditf.runtime.manifest import Manifest
 
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 
@@ -91,7 +91,7 @@ def check(
     if bisect:
         check_bisect(opened, golden, limits, report)
     if polygraphy is not None:
-        from ditf.calib.polygraphy_data import export_polygraphy
+        from ditf.calib.debug.polygraphy_data import export_polygraphy
 
         for path in export_polygraphy(opened, golden, polygraphy):
             show(f"wrote {path}")
@@ -154,7 +154,7 @@ def _check_parity(
         if names:
             told.append(f"{what}: {', '.join(names)}")
     if plot is not None:
-        from ditf.calib.plot_parity import plot_parity
+        from ditf.calib.plots.parity import plot_parity
 
         with replacing(plot) as temporary:
             plot_parity(golden, result, bundle.manifest.grid, limits, temporary)

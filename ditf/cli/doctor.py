@@ -6,7 +6,7 @@ import platform
 from dataclasses import asdict
 
 import ditf
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     JsonOption,
     QuietOption,
     VerboseOption,
@@ -16,8 +16,8 @@ from ditf.cli.console import (
     write_json,
 )
 from ditf.runtime.backends import BACKENDS, Probe, load_backend
+from ditf.runtime.bundles.manifest import tool_versions
 from ditf.runtime.errors import MissingComponent
-from ditf.runtime.manifest import tool_versions
 
 _PACKAGES = {
     "numpy": "",

@@ -16,7 +16,7 @@ from ditf.calib.eval.benchmarks import BENCHMARKS, Benchmark
 from ditf.calib.eval.correspondence import Report
 from ditf.calib.eval.creature_pairs import PAIRS, CreaturePairs
 from ditf.calib.eval.datasets.base import Reading, check_images
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BackendOption,
     FitOption,
     HostCodeOption,
@@ -34,7 +34,7 @@ from ditf.cli.console import (
     tell,
     write_json,
 )
-from ditf.cli.eval_report import (
+from ditf.cli.support.eval_report import (
     Floor,
     Run,
     check_pictures,
@@ -46,7 +46,7 @@ from ditf.cli.eval_report import (
     headline_table,
     write_pictures,
 )
-from ditf.cli.eval_wiring import METHODS, Wiring
+from ditf.cli.support.eval_wiring import METHODS, Wiring
 from ditf.runtime.errors import GateFailed, InputError
 
 _LISTED = 20  # problems of the data that are printed

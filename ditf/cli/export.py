@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, Optional, Union
 import typer
 
 from ditf.cli.build import TargetOption, build_targets
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     FeaturesDtypeOption,
     JsonOption,
     QuietOption,
@@ -26,13 +26,13 @@ from ditf.cli.console import (
     vae_text,
     write_json,
 )
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.backends.flavour import choose
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.files.staging import check_output
-from ditf.runtime.flavour import choose
 
 if TYPE_CHECKING:
-    from ditf.export.options import ExportOptions
+    from ditf.export.planning.options import ExportOptions
 
 
 PromptEmbedsOption = Annotated[
@@ -191,12 +191,12 @@ def export(
     if build:
         choose("auto")  # or fail before the long work
     with needs_exporter():
-        from ditf.export.pretrained import quieten_libraries
+        from ditf.export.checkpoints.loading import quieten_libraries
 
         if not state.verbose:
             quieten_libraries()  # before the exporter imports what warns
         from ditf.export.exporter import export_bundle, stage_count
-        from ditf.export.save_prompt import save_prompt
+        from ditf.export.planning.save_prompt import save_prompt
     if save_prompt_embeds is not None:
         name = save_prompt(options, save_prompt_embeds)
         show(f"{save_prompt_embeds}: embeddings of {name!r}")
@@ -238,7 +238,7 @@ def options_of(values: dict[str, Any]) -> ExportOptions:
     with needs_exporter():
         from pydantic import ValidationError
 
-        from ditf.export.options import ExportOptions
+        from ditf.export.planning.options import ExportOptions
     try:
         return ExportOptions(**values)
     except ValidationError as error:
@@ -277,7 +277,7 @@ def parse_precision(text: Optional[str], fp16: bool) -> str:
         InputError: unknown, or the two contradict each other.
     """
     with needs_exporter():
-        from ditf.export.options import SHORT_NAMES
+        from ditf.export.planning.options import SHORT_NAMES
     if text is None:
         text = "fp16" if fp16 else "fp32"
     if text not in SHORT_NAMES:

@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BundleArgument,
     JsonOption,
     QuietOption,
@@ -27,7 +27,7 @@ from ditf.cli.console import (
 from ditf.engines.triton import RepositoryModel, bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import FLAVOUR, NoEngine, Plans, choose_plans
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError
 
 _MAX_BATCH = 8

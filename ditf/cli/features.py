@@ -10,7 +10,7 @@ from typing import Annotated, Optional
 import numpy as np
 import typer
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BackendOption,
     BundleArgument,
     FeaturesDtypeOption,
@@ -35,13 +35,13 @@ from ditf.cli.console import (
 )
 from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
-from ditf.runtime.extraction import Extraction, extract, image_name
-from ditf.runtime.extraction_ray import Job
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import FITS, SUFFIXES, find_images
-from ditf.runtime.ray_driver import ray_cluster
-from ditf.runtime.store import DTYPES, StoreIdentity, narrowed
-from ditf.runtime.store_writer import StoreWriter
+from ditf.runtime.store.extraction import Extraction, extract, image_name
+from ditf.runtime.store.extraction_ray import Job
+from ditf.runtime.store.feature_store import DTYPES, StoreIdentity, narrowed
+from ditf.runtime.store.ray_driver import ray_cluster
+from ditf.runtime.store.writer import StoreWriter
 
 ENGINES = ("local", "ray")
 _LARGEST_LIST = 256 << 20  # bytes of a list of images

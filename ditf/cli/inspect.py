@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BundleArgument,
     JsonOption,
     QuietOption,
@@ -20,11 +20,11 @@ from ditf.cli.console import (
     vae_text,
     write_json,
 )
-from ditf.runtime.bundle import CONDITIONS
-from ditf.runtime.engines import RECORD, engine_folders, record_content
+from ditf.runtime.backends.engine_records import RECORD, engine_folders, record_content
+from ditf.runtime.bundles.bundle import CONDITIONS
+from ditf.runtime.bundles.manifest import Manifest
+from ditf.runtime.bundles.signing import Trust
 from ditf.runtime.errors import BundleError
-from ditf.runtime.manifest import Manifest
-from ditf.runtime.signing import Trust
 
 
 def inspect(

@@ -11,7 +11,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BackendOption,
     BundleArgument,
     FitOption,
@@ -31,13 +31,13 @@ from ditf.cli.console import (
 from ditf.runtime import FeatureMap, Homography, Matches, Model
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
-from ditf.runtime.flow import Flow
-from ditf.runtime.homography import METHODS as HOMOGRAPHIES
-from ditf.runtime.homography import cell_threshold, find_homography, opencv
 from ditf.runtime.images import SUFFIXES, open_image
-from ditf.runtime.matching import check_points, parse_points
-from ditf.runtime.mutual import check_options, mutual_points
-from ditf.runtime.soft_argmax import check_method
+from ditf.runtime.matching.flow import Flow
+from ditf.runtime.matching.homography import METHODS as HOMOGRAPHIES
+from ditf.runtime.matching.homography import cell_threshold, find_homography, opencv
+from ditf.runtime.matching.mutual import check_options, mutual_points
+from ditf.runtime.matching.points import check_points, parse_points
+from ditf.runtime.matching.soft_argmax import check_method
 
 _ROWS = 40  # of mutual matches that are printed
 

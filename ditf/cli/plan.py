@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ditf.calib.devices import DEVICES, Device, find_device
-from ditf.cli.console import (
+from ditf.cli.export import needs_exporter, options_of, parse_precision
+from ditf.cli.support.console import (
     JsonOption,
     QuietOption,
     VaeOption,
@@ -21,12 +21,12 @@ from ditf.cli.console import (
     table,
     write_json,
 )
-from ditf.cli.export import needs_exporter, options_of, parse_precision
+from ditf.export.estimate.devices import DEVICES, Device, find_device
 from ditf.runtime.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
-    from ditf.export.cost import Cost
-    from ditf.export.plan import Plan
+    from ditf.export.estimate.cost import Cost
+    from ditf.export.planning.plan import Plan
 
 
 def plan(
@@ -72,14 +72,14 @@ def plan(
     }
     options = options_of(values)
     with needs_exporter():
-        from ditf.export.pretrained import quieten_libraries
+        from ditf.export.checkpoints.loading import quieten_libraries
 
         if not state.verbose:
             quieten_libraries()
-        from ditf.export.cost import count_cost
-        from ditf.export.plan import decide
-        from ditf.export.published import open_configs, open_vae_configs
-        from ditf.export.remedies import remedies
+        from ditf.export.estimate.cost import count_cost
+        from ditf.export.estimate.published_configs import open_configs, open_vae_configs
+        from ditf.export.estimate.suggestions import remedies
+        from ditf.export.planning.plan import decide
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_configs(model))
         encoder = None if vae is None else stack.enter_context(open_vae_configs(vae))
@@ -114,7 +114,7 @@ def plan(
 
 
 def _described(plan: Plan, cost: Cost) -> str:
-    from ditf.export.cost import MATCH_IMAGE, MATCH_POINTS, MATCHING, PARTS
+    from ditf.export.estimate.cost import MATCH_IMAGE, MATCH_POINTS, MATCHING, PARTS
 
     (height, width), (h, w) = plan.size, plan.grid
     rows: list[tuple[str, ...]] = [("part", "GFLOP", "bytes moved", "operands")]
@@ -151,7 +151,7 @@ def _row(device: Device, name: str, cost: Cost) -> tuple[str, ...]:
 
 
 def _detailed(device: Device, cost: Cost) -> str:
-    from ditf.export.cost import MATCHING, PARTS
+    from ditf.export.estimate.cost import MATCHING, PARTS
 
     parts = [part for part in (*PARTS, MATCHING) if any(work.part == part for work in cost.work)]
     rows = [("features", _time(device, cost)), *((f"  {p}", _time(device, cost, p)) for p in parts)]
@@ -179,7 +179,7 @@ def _memory(device: Device, cost: Cost) -> str:
 
 
 def _document(plan: Plan, cost: Cost, devices: dict[str, Device]) -> dict[str, Any]:
-    from ditf.export.cost import MATCHING, PARTS
+    from ditf.export.estimate.cost import MATCHING, PARTS
 
     def seconds(device: Device) -> Optional[dict[str, float]]:
         try:

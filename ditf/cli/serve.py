@@ -15,7 +15,7 @@ from typing import Annotated, Optional
 import typer
 from PIL import Image
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BackendOption,
     FitOption,
     HostCodeOption,
@@ -91,11 +91,11 @@ def serve(
     The address is printed when requests are taken. SIGTERM or Ctrl-C: what is in flight is answered first.
     """
     try:
-        from ditf.runtime.serving import logs
-        from ditf.runtime.serving.app import make_app
-        from ditf.runtime.serving.descriptors import fit_connections
-        from ditf.runtime.serving.metrics import Metrics
-        from ditf.runtime.serving.server import LOOPBACK, Server, bind, url
+        from ditf.runtime.serving.http import logs
+        from ditf.runtime.serving.http.app import make_app
+        from ditf.runtime.serving.http.descriptors import fit_connections
+        from ditf.runtime.serving.http.metrics import Metrics
+        from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
         from ditf.runtime.serving.service import Batching, Service
     except ImportError as error:
         raise missing_extra(error.name or "fastapi", "serve") from None

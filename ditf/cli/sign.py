@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BundleArgument,
     JsonOption,
     QuietOption,
@@ -16,12 +16,18 @@ from ditf.cli.console import (
     show,
     write_json,
 )
-from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import RECORD, engine_folders, parse_record, record_content, verify_plans
+from ditf.runtime.backends.engine_records import (
+    RECORD,
+    engine_folders,
+    parse_record,
+    record_content,
+    verify_plans,
+)
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.manifest import NAME, manifest_content, parse_manifest
+from ditf.runtime.bundles.signing import SUFFIX, signature, still_signed
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import write_whole
-from ditf.runtime.manifest import NAME, manifest_content, parse_manifest
-from ditf.runtime.signing import SUFFIX, signature, still_signed
 
 
 def sign(

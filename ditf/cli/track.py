@@ -10,7 +10,7 @@ import numpy as np
 import typer
 from PIL import Image
 
-from ditf.cli.console import (
+from ditf.cli.support.console import (
     BackendOption,
     BundleArgument,
     FitOption,
@@ -33,7 +33,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import list_images, open_image, picture_count
 from ditf.runtime.label_images import read_labels, write_labels
-from ditf.runtime.matching import check_points, parse_points
+from ditf.runtime.matching.points import check_points, parse_points
 
 
 def track(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import current_class, full_config
 from ditf.export.families.auraflow import AuraFlow
 from ditf.export.families.base import Family
 from ditf.export.families.chroma import Chroma
@@ -13,7 +14,6 @@ from ditf.export.families.lumina2 import Lumina2
 from ditf.export.families.pixart import PixArt
 from ditf.export.families.sd3 import SD3
 from ditf.export.families.zimage import ZImage
-from ditf.export.pretrained import current_class, full_config
 from ditf.runtime.errors import InputError
 
 FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, Flux2, AuraFlow, Lumina2, ZImage, Chroma)

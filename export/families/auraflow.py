@@ -10,9 +10,15 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.graph.auraflow import NORM_EPS, AuraFlowJointBlock, AuraFlowSingleBlock, Stream
+from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.graph.blocks.auraflow import NORM_EPS, AuraFlowJointBlock, AuraFlowSingleBlock, Stream
+from ditf.export.graph.blocks.layers import Linear, constant, read_linear
+from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
+from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, NORM_ROWS, JointTrunk
 from ditf.export.graph.condition import (
     MODULATION,
     Conditioner,
@@ -20,13 +26,7 @@ from ditf.export.graph.condition import (
     Projection,
     with_constant_frequencies,
 )
-from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, JointTrunk
-from ditf.export.graph.layers import Linear, constant, read_linear
-from ditf.export.graph.modulation import ModulatedNorm
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.trunk import Given, PatchEmbedder
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
 
 _TEXT_TOKENS = 256  # max_sequence_length of AuraFlowPipeline.encode_prompt
 

@@ -10,11 +10,11 @@ from typing import Any, ClassVar
 
 import torch
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.trunk import Given, Trunk
 from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.trunk import Given, Trunk
-from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError
 
 Condition = Mapping[str, torch.Tensor]

@@ -12,15 +12,15 @@ from diffusers.models.transformers.transformer_chroma import (
 )
 from torch import nn
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
 from ditf.export.families.flux import Flux
 from ditf.export.families.mmdit import stream_rows
+from ditf.export.graph.blocks.layers import Linear, constant, read_linear
+from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
 from ditf.export.graph.condition import MODULATION, Conditioner, with_constant_frequencies
-from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
-from ditf.export.graph.layers import Linear, constant, read_linear
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
 
 _TEXT_TOKENS = 512  # max_sequence_length of ChromaPipeline.encode_prompt
 _MASKED = -10000.0  # added to the logits of a masked token: its weight is exactly 0

@@ -9,9 +9,13 @@ import torch
 from diffusers.models.embeddings import CombinedTimestepLabelEmbeddings
 from torch import nn
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
 from ditf.export.families.sincos import sincos_embedder
+from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.graph.blocks.dit import ROWS, StreamBlock, StreamTrunk
+from ditf.export.graph.blocks.trunk import Given
 from ditf.export.graph.condition import (
     MODULATION,
     Conditioner,
@@ -19,11 +23,7 @@ from ditf.export.graph.condition import (
     Projection,
     with_constant_frequencies,
 )
-from ditf.export.graph.modulation import ModulatedNorm
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.stream import ROWS, StreamBlock, StreamTrunk
-from ditf.export.graph.trunk import Given
-from ditf.export.weights import Weights
 
 _NORM1_EPS = 1e-6  # AdaLayerNormZero fixes it (diffusers/models/normalization.py)
 

@@ -12,21 +12,21 @@ from diffusers.models.embeddings import (
 )
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.mmdit import PooledConditioner, stream_rows
-from ditf.export.graph.condition import Conditioner
-from ditf.export.graph.joint import (
+from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.graph.blocks.layers import Rotary, read_linear
+from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
+from ditf.export.graph.blocks.two_stream import (
     NORM_ROWS,
     JointBlock,
     JointTrunk,
     SingleBlock,
 )
-from ditf.export.graph.layers import Rotary, read_linear
-from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.trunk import Given, PatchEmbedder
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
+from ditf.export.graph.condition import Conditioner
 
 _PACK = 2  # latent pixels along the side of a token: the pipeline packs them, not the transformer
 _EPS = 1e-6  # the blocks fix it

@@ -10,10 +10,22 @@ import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed, Flux2TimestepGuidanceEmbeddings
 from torch import nn
 
-from ditf.export.chat_template import as_template, render_chats
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.chat_template import as_template, render_chats
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.mmdit import stream_rows
+from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.graph.blocks.layers import Linear, Rotary, read_linear
+from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
+from ditf.export.graph.blocks.two_stream import (
+    NORM_ROWS,
+    JointBlock,
+    JointTrunk,
+    SingleBlock,
+    SingleNames,
+)
 from ditf.export.graph.condition import (
     MODULATION,
     Conditioner,
@@ -21,18 +33,6 @@ from ditf.export.graph.condition import (
     Projection,
     with_constant_frequencies,
 )
-from ditf.export.graph.joint import (
-    NORM_ROWS,
-    JointBlock,
-    JointTrunk,
-    SingleBlock,
-    SingleNames,
-)
-from ditf.export.graph.layers import Linear, Rotary, read_linear
-from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.trunk import Given, PatchEmbedder
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
 from ditf.runtime.errors import InputError
 
 _PIPELINE = "Flux2KleinPipeline"

@@ -9,9 +9,15 @@ import torch
 from diffusers.models.embeddings import TimestepEmbedding, Timesteps
 from torch import nn
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
+from ditf.export.graph.blocks.adaln import ModulatedRMSNorm
+from ditf.export.graph.blocks.layers import Rotary, read_linear
+from ditf.export.graph.blocks.pre_post_norm import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
+from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
 from ditf.export.graph.condition import (
     MODULATION,
     Conditioner,
@@ -19,13 +25,7 @@ from ditf.export.graph.condition import (
     Projection,
     with_constant_frequencies,
 )
-from ditf.export.graph.layers import Rotary, read_linear
-from ditf.export.graph.modulation import ModulatedRMSNorm
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.sandwich import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
-from ditf.export.graph.trunk import Given, PatchEmbedder
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
 
 _TEXT_TOKENS = 256  # max_sequence_length of Lumina2Pipeline.encode_prompt, its system prompt among them
 _QK_EPS = 1e-5  # Lumina2TransformerBlock fixes it

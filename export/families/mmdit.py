@@ -7,6 +7,9 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import nn
 
+from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.layers import Linear, read_linear
+from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
 from ditf.export.graph.condition import (
     MODULATION,
     Conditioner,
@@ -14,10 +17,7 @@ from ditf.export.graph.condition import (
     Projection,
     with_constant_frequencies,
 )
-from ditf.export.graph.joint import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
-from ditf.export.graph.layers import Linear, read_linear
 from ditf.export.graph.precision import Precision
-from ditf.export.weights import Weights
 
 
 def stream_rows(layer: int, doubles: int) -> list[int]:

@@ -10,17 +10,17 @@ from diffusers.models.embeddings import PixArtAlphaTextProjection
 from diffusers.models.normalization import AdaLayerNormSingle
 from torch import nn
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.sincos import sincos_embedder
+from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.graph.blocks.dit import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
+from ditf.export.graph.blocks.layers import Linear, constant, read_linear
+from ditf.export.graph.blocks.trunk import Given
 from ditf.export.graph.condition import Conditioner, with_constant_frequencies
-from ditf.export.graph.layers import Linear, constant, read_linear
-from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.stream import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
-from ditf.export.graph.taps import Where
-from ditf.export.graph.trunk import Given
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
+from ditf.export.graph.range_probes import Where
 
 _MASKED = -10000.0  # what diffusers adds to the logits of a masked token: its weight is exactly 0
 _TEXT_LIMIT = {"PixArtAlphaPipeline": 120, "PixArtSigmaPipeline": 300}  # max_sequence_length of encode_prompt

@@ -8,10 +8,10 @@ import torch
 from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import nn
 
+from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.layers import Linear, Rotary, constant, read_linear, rms_norm
+from ditf.export.graph.blocks.pre_post_norm import PADDING_ROTARY, SandwichBlock
 from ditf.export.graph.condition import MODULATION, Conditioner, Projection
-from ditf.export.graph.layers import Linear, Rotary, constant, read_linear, rms_norm
-from ditf.export.graph.sandwich import PADDING_ROTARY, SandwichBlock
-from ditf.export.weights import Weights
 
 _MASKED = -10000.0  # added to the logits of a token that is not there: its weight is exactly 0
 

@@ -9,16 +9,16 @@ from typing import Any
 import torch
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.mmdit import PooledConditioner
 from ditf.export.families.sincos import cropped_embedder
+from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.graph.blocks.trunk import Given
+from ditf.export.graph.blocks.two_stream import DUAL_ROWS, IMAGE_ROWS, NORM_ROWS, JointBlock, JointTrunk
 from ditf.export.graph.condition import Conditioner
-from ditf.export.graph.joint import DUAL_ROWS, IMAGE_ROWS, NORM_ROWS, JointBlock, JointTrunk
-from ditf.export.graph.modulation import ModulatedNorm
-from ditf.export.graph.trunk import Given
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
 
 _CLIP_TOKENS = 77  # come first in prompt_embeds, T5's follow
 _T5_TOKENS = 256  # max_sequence_length of StableDiffusion3Pipeline.encode_prompt

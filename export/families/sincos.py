@@ -7,8 +7,8 @@ from typing import Any
 
 from diffusers.models.embeddings import get_2d_sincos_pos_embed
 
-from ditf.export.graph.trunk import PatchEmbedder
-from ditf.export.weights import Weights
+from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.trunk import PatchEmbedder
 
 
 def sincos_embedder(

@@ -10,10 +10,16 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from torch import nn
 
-from ditf.export.chat_template import as_template, render_chats
-from ditf.export.checkpoint import Checkpoint
+from ditf.export.checkpoints.chat_template import as_template, render_chats
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
+from ditf.export.graph.blocks.adaln import ModulatedRMSNorm
+from ditf.export.graph.blocks.layers import Rotary, read_linear
+from ditf.export.graph.blocks.pre_post_norm import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
+from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
 from ditf.export.graph.condition import (
     MODULATION,
     Conditioner,
@@ -21,13 +27,7 @@ from ditf.export.graph.condition import (
     Projection,
     with_constant_frequencies,
 )
-from ditf.export.graph.layers import Rotary, read_linear
-from ditf.export.graph.modulation import ModulatedRMSNorm
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.sandwich import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
-from ditf.export.graph.trunk import Given, PatchEmbedder
-from ditf.export.pretrained import load_text_pipeline
-from ditf.export.weights import Weights
 
 _TEXT_TOKENS = 512  # max_sequence_length of ZImagePipeline.encode_prompt
 _MULTIPLE = 32  # SEQ_MULTI_OF: text and image are each padded to a multiple of it

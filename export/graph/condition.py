@@ -11,11 +11,11 @@ import torch
 from diffusers.models.embeddings import Timesteps
 from torch import nn
 
-from ditf.export.graph.layers import Linear, constant, read_linear
-from ditf.export.graph.taps import Where, tap
-from ditf.export.graph.trunk import Given
-from ditf.export.noise import NoiseLevel
-from ditf.export.weights import Weights
+from ditf.export.checkpoints.noise_schedule import NoiseLevel
+from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.layers import Linear, constant, read_linear
+from ditf.export.graph.blocks.trunk import Given
+from ditf.export.graph.range_probes import Where, tap
 
 LEVEL = "level"
 MODULATION = "modulation"

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+
 import torch
 from torch import nn
 from torch.nn import functional
 
+from ditf.export.graph.blocks.layers import constant
+from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import ConditionSource
-from ditf.export.graph.layers import constant
-from ditf.export.graph.trunk import Trunk
-from ditf.export.reference import FeatureSettings
 
 NOISE = "noise"
+
+
+@dataclass(frozen=True)
+class FeatureSettings:
+    """The definition of the feature, once the channels are known.
+
+    Attributes:
+        channels: discarded channels, ascending.
+        stage: "before" the norm, or "after" it.
+        adaln: False for plain hidden states.
+    """
+
+    channels: Sequence[int] = ()
+    stage: str = "before"
+    adaln: bool = True
 
 
 class Projection(nn.Module):

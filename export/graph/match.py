@@ -1,6 +1,6 @@
 """The match graph: two feature maps and points in, target pixels and cosines out.
 
-The same mathematics as `ditf.runtime.matching`, in matrix products, for any number of points and any
+The same mathematics as `ditf.runtime.matching.points`, in matrix products, for any number of points and any
 target size; the interpolation matrices are made on the host (`interpolation_inputs`).
 """
 
@@ -9,7 +9,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ditf.runtime.cells import TIE_TOLERANCE, TINY
+from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY
 
 INPUTS = ("source", "target", "point_rows", "point_columns", "rows", "columns")
 OUTPUTS = ("points", "scores")

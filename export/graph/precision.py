@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from ditf.calib.recipe import Recipe, Scale
-from ditf.export.graph.taps import branch_of
+from ditf.export.graph.range_probes import branch_of
 
 KEPT_FLOAT32 = {
     "residual": "grows through the network; massive channels pass 65504 in large models",

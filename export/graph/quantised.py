@@ -18,10 +18,10 @@ import torch
 from onnxscript import opset20
 from torch import nn
 
-from ditf.export.graph.layers import Linear, constant
-from ditf.export.graph.modulation import ModulatedNorm, ModulatedRMSNorm
-from ditf.export.graph.smoothing import Columns, Smoothing
-from ditf.export.graph.stream import FoldedCrossAttention
+from ditf.export.graph.blocks.adaln import ModulatedNorm, ModulatedRMSNorm
+from ditf.export.graph.blocks.dit import FoldedCrossAttention
+from ditf.export.graph.blocks.layers import Linear, constant
+from ditf.export.graph.blocks.smoothing import Columns, Smoothing
 
 ALPHA = 0.5
 _LEVELS = 127.0

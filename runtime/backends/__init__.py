@@ -14,7 +14,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol, cast
 
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import DitfError, InputError, MissingComponent
 
 BACKENDS = {

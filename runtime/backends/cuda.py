@@ -13,8 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from ditf.runtime.backends.gpu import find_gpu, version_text
 from ditf.runtime.errors import DitfError, MissingComponent
-from ditf.runtime.gpu import find_gpu, version_text
 
 _NO_DEVICE = (
     "cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorInitializationError",

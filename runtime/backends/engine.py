@@ -7,13 +7,13 @@ from typing import Any
 
 from ditf.runtime.backends import Probe
 from ditf.runtime.backends.cuda import no_driver, open_cuda
+from ditf.runtime.backends.engine_records import PLANS, EngineRecord, choose_engine, engine_of
 from ditf.runtime.backends.engine_session import EngineSession
-from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import PLANS, EngineRecord, choose_engine, engine_of
+from ditf.runtime.backends.flavour import load
+from ditf.runtime.backends.gpu import Gpu, find_gpu
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, MissingComponent, NoPlan
 from ditf.runtime.files.user_cache import cache_file
-from ditf.runtime.flavour import load
-from ditf.runtime.gpu import Gpu, find_gpu
 
 
 def probe(flavour: str) -> Probe:

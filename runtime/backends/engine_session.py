@@ -19,11 +19,11 @@ from ditf.runtime.backends.cuda import (
     capture,
     open_cuda,
 )
+from ditf.runtime.backends.flavour import Log, has
+from ditf.runtime.backends.graph_loading import refit
+from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, DitfError, InputError
 from ditf.runtime.files.user_cache import read_cache, write_cache
-from ditf.runtime.flavour import Log, has
-from ditf.runtime.graph_loading import refit
-from ditf.runtime.onnx_graph import Graph
 
 logger = logging.getLogger(__name__)
 

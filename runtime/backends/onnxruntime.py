@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 
 from ditf.runtime.backends import Probe
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.onnx_graph import ITEM_BYTES, Graph
 from ditf.runtime.errors import BundleError, MissingComponent
-from ditf.runtime.onnx_graph import ITEM_BYTES, Graph
 
 logger = logging.getLogger(__name__)
 

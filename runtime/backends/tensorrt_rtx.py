@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ditf.runtime.backends import Probe, Session, engine
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundles.bundle import Bundle
 
 _FLAVOUR = "tensorrt-rtx"
 

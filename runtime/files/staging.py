@@ -8,12 +8,12 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+from ditf.runtime.bundles.manifest import LARGEST
+from ditf.runtime.bundles.manifest import NAME as MANIFEST
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
-from ditf.runtime.manifest import LARGEST
-from ditf.runtime.manifest import NAME as MANIFEST
 
 ENGINE, PICTURES = "engine.json", "index.json"
 _MARKS = {

@@ -15,7 +15,8 @@ import numpy as np
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
-from ditf.runtime.matching import CHUNK, Matches, PointsLike, check_points
+from ditf.runtime.matching.points import CHUNK, Matches, PointsLike, check_points
+from ditf.runtime.matching.soft_argmax import check_method
 from ditf.runtime.model import Model
 from ditf.runtime.serving.batching import Worker
 from ditf.runtime.serving.cache import FeatureCache, image_key
@@ -23,7 +24,6 @@ from ditf.runtime.serving.decoding import check_size, decode_image
 from ditf.runtime.serving.errors import DeadlineExceeded, NotFound, TooLarge
 from ditf.runtime.serving.jobs import Observer, Ticket
 from ditf.runtime.serving.limits import Limits
-from ditf.runtime.soft_argmax import check_method
 
 T = TypeVar("T")
 

@@ -16,12 +16,12 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ditf.runtime.backends import Probe, Session
-from ditf.runtime.bundle import CONDITIONS, FEATURES, NOISE, Bundle
+from ditf.runtime.bundles.bundle import CONDITIONS, FEATURES, NOISE, Bundle
 from ditf.runtime.errors import DitfError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.model import Model
-from ditf.runtime.serving.contract import CORRESPOND, MATCH, METHOD, PROMPT
-from ditf.runtime.serving.contract import FEATURES as FEATURES_MODEL
+from ditf.runtime.serving.protocol.contract import CORRESPOND, MATCH, METHOD, PROMPT
+from ditf.runtime.serving.protocol.contract import FEATURES as FEATURES_MODEL
 
 MODEL, FEATURES_GRAPH, MATCH_GRAPH, LARGEST_BATCH = (
     "ditf_model",

@@ -13,7 +13,7 @@ import time
 
 import pytest
 
-from ditf.runtime.manifest import read_manifest
+from ditf.runtime.bundles.manifest import read_manifest
 from tests.checkpoints import planted, save_untrained
 from tests.processes import started
 

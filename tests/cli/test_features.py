@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from ditf.calib.images import procedural_image
-from ditf.runtime.store import FeatureStore, map_files
+from ditf.runtime.store.feature_store import FeatureStore, map_files
 from tests.processes import started
 
 

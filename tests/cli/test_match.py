@@ -10,7 +10,7 @@ from PIL import Image
 
 import ditf as package
 from ditf.calib.images import golden_pair
-from ditf.runtime.homography import cell_threshold, find_homography
+from ditf.runtime.matching.homography import cell_threshold, find_homography
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from ditf.calib.devices import DEVICES
+from ditf.export.estimate.devices import DEVICES
 
 
 def test_a_directory_with_configs_and_no_weights(ditf, checkpoint, tmp_path):

@@ -18,8 +18,8 @@ import numpy as np
 import pytest
 import requests
 
+from tests.runtime.serving.http.test_gate import infer
 from tests.runtime.serving.pictures import encoded
-from tests.runtime.serving.test_gate import infer
 from tests.runtime.serving.tiny import image, mean_colours
 
 

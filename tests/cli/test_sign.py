@@ -15,9 +15,9 @@ import pytest
 from PIL import Image
 
 import ditf as package
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.signing import NAMESPACE, Trust
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
-from ditf.runtime.signing import NAMESPACE, Trust
 
 pytestmark = pytest.mark.skipif(shutil.which("ssh-keygen") is None, reason="ssh-keygen is not installed")
 
@@ -180,7 +180,7 @@ def test_a_key_that_cannot_sign(ditf, copy, tmp_path):
 
 def test_engines_are_signed_too(ditf, signed, keys):
     """An engine that was built after the bundle was signed is none of the signer's."""
-    from ditf.runtime.engines import engine_folders, read_record
+    from ditf.runtime.backends.engine_records import engine_folders, read_record
 
     assert ditf("build", signed, "--target", "sm_89", "--backend", "tensorrt-rtx").returncode == 0
     [folder] = engine_folders(signed)

@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from ditf.cli.termination import Terminated, terminable
+from ditf.cli.support.termination import Terminated, terminable
 
 # A main thread that is in native code for minutes, without the interpreter's lock; and two that lose what the
 # handler raises, as callbacks of native code and finalisers do.
@@ -29,7 +29,7 @@ FINALISER = """
 """
 CODE = """
 import hashlib, sys, time
-from ditf.cli import termination
+from ditf.cli.support import termination
 from ditf.cli.main import run
 from ditf.runtime.files.hashed import HashedFile
 termination._UNWOUND = 0.2

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.runtime.flavour import load
-from ditf.runtime.onnx_graph import Graph
+from ditf.runtime.backends.flavour import load
+from ditf.runtime.bundles.onnx_graph import Graph
 
 
 def build_engine(onnx, target=None, profile=None):

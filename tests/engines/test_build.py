@@ -16,11 +16,11 @@ import pytest
 from ditf.engines.build import build, engine_key, prune, verify_plans
 from ditf.engines.compile import BuildOptions
 from ditf.engines.network import LayerType, Network, audit
-from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import engine_folders, read_record
+from ditf.runtime.backends.engine_records import engine_folders, read_record
+from ditf.runtime.backends.flavour import FLAVOURS, TARGETS, choose, has, load
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
 from ditf.runtime.files.liveness import STALE, file_system_time
-from ditf.runtime.flavour import FLAVOURS, TARGETS, choose, has, load
 from tests.processes import started
 
 RTX = FLAVOURS["tensorrt-rtx"]

@@ -5,8 +5,8 @@ from __future__ import annotations
 import onnx
 import pytest
 
+from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import BundleError, InputError
-from ditf.runtime.manifest import read_manifest
 from tests.engines.rtx import build_engine
 
 

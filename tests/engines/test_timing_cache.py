@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 
 from ditf.engines.timing_cache import TimingCache
+from ditf.runtime.backends.flavour import Log, load
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.user_cache import cache_file, write_cache
-from ditf.runtime.flavour import Log, load
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TensorRT-RTX:DeprecationWarning")
 

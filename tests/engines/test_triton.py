@@ -22,11 +22,11 @@ from ditf.engines.pbtxt import Enum, entries, pbtxt
 from ditf.engines.triton import bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import choose_plans
-from ditf.runtime.bundle import Bundle
-from ditf.runtime.engines import FEATURES_PLAN, MATCH_PLAN, RECORD, EngineRecord, sources
+from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN, RECORD, EngineRecord, sources
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.files import stage_folder
-from ditf.runtime.serving.contract import model_specs
+from ditf.runtime.serving.protocol.contract import model_specs
 from tests.triton_server import ModelError, Server, read_config
 
 CPU = Placement(gpu=False, instances=1, largest_batch=4, usual_batch=4, delay_us=5000)

@@ -10,12 +10,13 @@ import torch
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, worst
-from ditf.export.checkpoint import Checkpoint
-from ditf.export.conditions import encode, trim
-from ditf.export.options import ExportOptions
-from ditf.export.plan import make_plan
-from ditf.export.reference import FeatureSettings, Reference
-from ditf.export.specialise import specialise
+from ditf.export.assemble.features_graph import specialise
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.reference_model import Reference
+from ditf.export.planning.conditions import encode, trim
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import make_plan
 
 SETTINGS = FeatureSettings(channels=(3,))
 PROMPTS = ("a cat", "the head of a dog, seen from the left")

@@ -12,11 +12,11 @@ from ditf.calib.eval.correspondence import evaluate_pairs, matcher
 from ditf.calib.eval.creature_pairs import CreaturePairs
 from ditf.calib.eval.outcomes import totals
 from ditf.export.exporter import export_bundle
-from ditf.export.options import ExportOptions
-from ditf.export.peers import torch_peer
+from ditf.export.measure.torch_baseline import torch_peer
+from ditf.export.planning.options import ExportOptions
+from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.images import fit_image
-from ditf.runtime.manifest import read_manifest
-from ditf.runtime.matching import match_points
+from ditf.runtime.matching.points import match_points
 
 FLOOR = 0.45
 """Of PCK@0.1 on these 400 points; the model card gives it on 2,000."""

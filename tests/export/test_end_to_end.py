@@ -7,17 +7,18 @@ import onnx
 import pytest
 
 import ditf
-from ditf.calib.bisect import bisect
+from ditf.calib.debug.bisect import bisect
+from ditf.calib.debug.onnx_twin import widened
 from ditf.calib.images import golden_pair
-from ditf.calib.onnx_twin import widened
 from ditf.calib.parity import feature_parity, worst
-from ditf.export.checkpoint import Checkpoint
-from ditf.export.conditions import encode
+from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle
-from ditf.export.options import ExportOptions
-from ditf.export.plan import make_plan
-from ditf.export.reference import FeatureSettings, Reference
-from ditf.runtime.bundle import Bundle
+from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.reference_model import Reference
+from ditf.export.planning.conditions import encode
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import make_plan
+from ditf.runtime.bundles.bundle import Bundle
 from tests.engines.rtx import build_engine
 from tests.export.parity import family_named, subjects
 

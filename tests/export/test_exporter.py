@@ -9,13 +9,13 @@ import pytest
 from PIL import Image
 
 import ditf
-from ditf.export import scratch, streaming
-from ditf.export.checkpoint import open_checkpoint
+from ditf.export.checkpoints import offload, weight_spill
+from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.exporter import export_bundle, stage_count
-from ditf.export.options import ExportOptions
-from ditf.export.plan import make_plan
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import make_plan
+from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import DitfError
-from ditf.runtime.manifest import read_manifest
 from tests.checkpoints import UNTRAINED_MASSIVE
 
 
@@ -107,8 +107,8 @@ def test_the_seed_changes_the_noise_only(demo_bundle, tmp_path):
 
 def test_streaming_changes_no_byte(checkpoint, live_bundle, tmp_path, monkeypatch):
     """Everything from disk, reference, encoders and weights, as an export of a large model does."""
-    monkeypatch.setattr(streaming, "RESIDENT", 0)
-    monkeypatch.setattr(scratch, "SMALLEST", 0)
+    monkeypatch.setattr(offload, "RESIDENT", 0)
+    monkeypatch.setattr(weight_spill, "SMALLEST", 0)
     amounts = []
     options = ExportOptions(
         model=str(checkpoint("flux")),

@@ -12,9 +12,9 @@ import torch
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
-from ditf.export.conditions import trim
-from ditf.export.graph.modulation import holds_gate
-from ditf.export.specialise import specialise
+from ditf.export.assemble.features_graph import specialise
+from ditf.export.graph.blocks.adaln import holds_gate
+from ditf.export.planning.conditions import trim
 from tests.export.parity import SETTINGS, module_parity, planned
 
 LAYERS = {

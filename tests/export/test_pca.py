@@ -10,15 +10,16 @@ from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.calib.projection import project
 from ditf.cli.check import golden_metrics
-from ditf.export.checkpoint import Checkpoint
-from ditf.export.conditions import encode
+from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle, stage_count
-from ditf.export.options import ExportOptions
-from ditf.export.plan import make_plan
-from ditf.export.reference import FeatureSettings, Reference
-from ditf.runtime.bundle import Bundle
+from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.reference_model import Reference
+from ditf.export.planning.conditions import encode
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import make_plan
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import BundleError, DitfError
-from ditf.runtime.manifest import read_manifest
 from tests.engines.rtx import build_engine
 from tests.export.parity import family_named, subjects
 
@@ -143,7 +144,7 @@ def test_projections_that_cannot_be(tmp_path, options, message):
 @pytest.mark.parametrize("pca", [None, 4])
 def test_features_without_margin_are_not_float16(tmp_path, pca):
     """Hidden states with a planted channel of 1e5, neither normed nor discarded."""
-    from tests.export.test_rehearsal import plant
+    from tests.export.onnx_writing.test_emulation import plant
 
     model = plant(tmp_path / "planted", "pos_embed.proj", 1e5)
     same = {"model": str(model), "layer": "1", "timestep": 10, "size": (64, 64), "adaln": False, "pca": pca}

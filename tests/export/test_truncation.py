@@ -8,13 +8,13 @@ import onnx
 import pytest
 from safetensors import safe_open
 
-from ditf.export.checkpoint import open_checkpoint
+from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.families import family_of
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT32
-from ditf.export.options import ExportOptions
-from ditf.runtime.manifest import read_manifest
+from ditf.export.planning.options import ExportOptions
+from ditf.runtime.bundles.manifest import read_manifest
 from tests.checkpoints import PIXART_WIDTH
 
 

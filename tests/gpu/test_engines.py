@@ -14,10 +14,10 @@ import ditf
 from ditf.calib.images import procedural_images
 from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
-from ditf.runtime.bundle import Bundle
+from ditf.runtime.backends.flavour import choose
+from ditf.runtime.backends.gpu import find_gpu
+from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import DitfError, InputError, MissingComponent
-from ditf.runtime.flavour import choose
-from ditf.runtime.gpu import find_gpu
 
 pytestmark = [
     pytest.mark.gpu,

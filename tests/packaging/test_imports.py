@@ -33,8 +33,8 @@ def python(code, interpreter=sys.executable, **options):
     [
         "ditf",
         "ditf.runtime",
-        "ditf.runtime.serving.contract",
-        "ditf.runtime.serving.protocol",
+        "ditf.runtime.serving.protocol.contract",
+        "ditf.runtime.serving.protocol.v2",
         "ditf.runtime.serving.service",
         "ditf.calib.parity",
         "ditf.engines.build",
@@ -65,10 +65,11 @@ def bare(tmp_path_factory, root):
 def test_the_runtime_in_a_bare_environment(bare, demo_bundle):
     code = f"""
 import ditf
-from ditf.runtime import FeatureMap, matching
+from ditf.runtime import FeatureMap
+from ditf.runtime.matching.points import points
 import numpy as np
 maps = [FeatureMap(np.random.rand(4, 3, 3).astype("float32"), (9, 9)) for _ in "ab"]
-print(len(matching.match_points(*maps, [[1, 2]]).scores))
+print(len(points.match_points(*maps, [[1, 2]]).scores))
 try:
     ditf.load({str(demo_bundle)!r})
 except ditf.DitfError as error:

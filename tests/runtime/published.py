@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ditf.runtime.cells import TIE_TOLERANCE
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.matching.cells import TIE_TOLERANCE
 
 ROUNDING = 3e-7
 """What float32 sums of a few hundred channels add to a cosine: a few units in the last place of 1."""

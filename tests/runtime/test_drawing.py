@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from ditf.runtime.drawing import draw_matches, scale_colours
-from ditf.runtime.matching import Matches
+from ditf.runtime.matching.points import Matches
 
 
 def drawn(source: tuple[int, int], target: tuple[int, int], count: int) -> Image.Image:

@@ -11,12 +11,12 @@ from PIL import Image
 
 import ditf
 from ditf.calib.images import golden_pair, procedural_images
-from ditf.runtime.bundle import NOISE
+from ditf.runtime.bundles.bundle import NOISE
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 from ditf.runtime.images import fit_image
-from ditf.runtime.matching import match_points
+from ditf.runtime.matching.mutual import mutual_matches
+from ditf.runtime.matching.points import match_points
 from ditf.runtime.model import _crop
-from ditf.runtime.mutual import mutual_matches
 from tests.runtime.published import ROUNDING, accepted, cosines, upsample
 
 SMALL = (90, 120)

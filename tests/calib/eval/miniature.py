@@ -11,7 +11,7 @@ import scipy.io
 from PIL import Image
 
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching import match_points
+from ditf.runtime.matching.points import match_points
 
 CELL, GRID = 4, (8, 10)
 """Toy features: pixels of a cell of the image scaled to 32x40; (h, w) cells."""

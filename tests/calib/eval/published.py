@@ -17,7 +17,7 @@ import torch
 from PIL import Image
 from torch.nn import functional
 
-from ditf.runtime.matching import TIE_TOLERANCE
+from ditf.runtime.matching.points import TIE_TOLERANCE
 
 
 def upsampled(features, size):

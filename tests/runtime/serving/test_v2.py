@@ -11,7 +11,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 import ditf
-from ditf.runtime.matching import match_points
+from ditf.runtime.matching.points import match_points
 from tests.runtime.serving.tiny import image, mean_colours
 
 POINTS = np.array([[3, 5], [40.5, 60], [95, 95]], np.float32)

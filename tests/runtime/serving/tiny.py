@@ -17,10 +17,10 @@ import onnx
 from onnx import TensorProto, helper, numpy_helper
 
 from ditf.runtime.model import Model, load
-from ditf.runtime.serving.app import make_app
+from ditf.runtime.serving.http.app import make_app
+from ditf.runtime.serving.http.metrics import Metrics
+from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
 from ditf.runtime.serving.limits import Limits
-from ditf.runtime.serving.metrics import Metrics
-from ditf.runtime.serving.server import LOOPBACK, Server, bind, url
 from ditf.runtime.serving.service import Batching, Service
 
 SIDE = 96

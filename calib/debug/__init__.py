@@ -1,0 +1,1 @@
+"""Finding where a bundle departs from the unmodified model."""

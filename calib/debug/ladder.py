@@ -1,0 +1,74 @@
+"""`ditf check --ladder`: from the unmodified model to what runs here, one change at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from ditf.calib.debug.onnx_twin import widened
+from ditf.calib.golden import golden_result
+from ditf.calib.parity import Gate, gates
+from ditf.runtime import Model
+from ditf.runtime.bundles.bundle import FEATURES, Bundle
+from ditf.runtime.bundles.golden_file import Golden
+from ditf.runtime.errors import MissingComponent
+from ditf.runtime.runner import FeaturesRunner
+
+
+@dataclass(frozen=True)
+class Rung:
+    """One way to compute the features.
+
+    Attributes:
+        metrics: parity with the unmodified model in float32; None where it did not run, and `note` says why.
+    """
+
+    name: str
+    metrics: Mapping[str, float] | None
+    note: str = ""
+
+    def failed(self, limits: Mapping[str, float]) -> list[Gate]:
+        """Gates that this rung does not pass."""
+        return [] if self.metrics is None else [g for g in gates(self.metrics, limits) if not g.ok]
+
+    def to_json(self, limits: Mapping[str, float]) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "metrics": None if self.metrics is None else dict(self.metrics),
+            "note": self.note,
+            "ok": not self.failed(limits),
+        }
+
+
+def ladder(bundle: Bundle, golden: Golden, backend: str) -> list[Rung]:
+    """The rungs of a bundle, each against golden.npz, which is the rung before the first.
+
+    Args:
+        backend: name of the last one.
+    """
+    precision = bundle.manifest.precision
+    rungs = [
+        Rung(f"PyTorch, {precision}", bundle.manifest.rehearsal, "recorded at export"),
+        Rung("features.onnx, float32 arithmetic", _twin_metrics(bundle, golden, rounded=False)),
+    ]
+    if precision != "float32":
+        name = f"features.onnx, {precision} arithmetic"
+        rungs.append(Rung(name, _twin_metrics(bundle, golden, rounded=True), "every value rounded"))
+    try:
+        with Model(bundle, backend) as model:
+            metrics = golden_result(golden, model.run, model.conditions).metrics
+            rungs.append(Rung(f"{model.backend}", metrics, model.detail))
+    except MissingComponent as error:
+        rungs.append(Rung(backend, None, f"not run: {error.problem}"))
+    return rungs
+
+
+def first_off(rungs: list[Rung], limits: Mapping[str, float]) -> Rung | None:
+    """The first rung that leaves tolerance."""
+    return next((rung for rung in rungs if rung.failed(limits)), None)
+
+
+def _twin_metrics(bundle: Bundle, golden: Golden, rounded: bool) -> dict[str, float]:
+    runner = FeaturesRunner(bundle, widened(bundle.read_graph(FEATURES), rounded).open())
+    return golden_result(golden, runner.run, runner.conditions).metrics

@@ -1,0 +1,53 @@
+"""`ditf check --export-polygraphy`: golden data as Polygraphy's --load-inputs and --load-outputs read it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ditf.calib.debug.onnx_twin import widened
+from ditf.runtime.bundles.bundle import FEATURES, Bundle
+from ditf.runtime.bundles.golden_file import Golden
+from ditf.runtime.errors import missing_extra
+from ditf.runtime.files.writing import replacing
+from ditf.runtime.runner import FeaturesRunner
+
+INPUTS, OUTPUTS = "inputs.json", "outputs.json"
+RUNNER = "ditf-float32"
+
+
+def export_polygraphy(bundle: Bundle, golden: Golden, folder: Path) -> tuple[Path, Path]:
+    """Write inputs.json and outputs.json for features.onnx.
+
+    golden.npz has a sample of token rows, and Polygraphy compares whole outputs: the outputs are those of the
+    file in float32 arithmetic, which `ditf check --ladder` compares with the model.
+
+    Args:
+        folder: made if it is not there.
+
+    Returns:
+        Their paths.
+
+    Raises:
+        MissingComponent: polygraphy, onnx or onnxruntime is not installed.
+    """
+    try:
+        from polygraphy.comparator.struct import IterationResult, RunResults
+        from polygraphy.json import save_json
+    except ImportError:
+        raise missing_extra("polygraphy", "check") from None
+    runner = FeaturesRunner(bundle, widened(bundle.read_graph(FEATURES)).open())
+    feeds = runner.feeds()
+    dtype = np.float32 if bundle.manifest.precision == "float32" or not bundle.manifest.adaln else np.float16
+    inputs, results = [], []
+    for chunk, _ in runner.batches(golden["images"]):
+        inputs.append({"image": chunk, **feeds})
+        outputs = {"features": runner.run(chunk).astype(dtype)}
+        results.append(IterationResult(outputs=outputs, runner_name=RUNNER))
+    folder.mkdir(parents=True, exist_ok=True)
+    with replacing(folder / INPUTS) as temporary:
+        save_json(inputs, str(temporary), description="golden inputs")
+    with replacing(folder / OUTPUTS) as temporary:
+        RunResults([(RUNNER, results)]).save(str(temporary))
+    return folder / INPUTS, folder / OUTPUTS

@@ -1,0 +1,1 @@
+"""Drawing calibrations, latencies and parity."""

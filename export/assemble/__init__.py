@@ -1,0 +1,1 @@
+"""Building the features graph that is traced, and counting its parameters."""

@@ -1,0 +1,93 @@
+"""Where the parameters of a graph are, and what of the checkpoint is in none, for the manifest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import nn
+
+from ditf.export.assemble.features_graph import Specialised
+from ditf.export.checkpoints.weights import Weights
+from ditf.export.planning.plan import Plan
+
+_PARTS = (  # first match wins
+    ("encoder.", "VAE encoder"),
+    ("condition.", "conditioning"),
+    ("trunk.embedder.", "patch and position embedders"),
+    (".gate", "modulation and gates"),
+    (".norm_query", "self-attention"),
+    (".norm_key", "self-attention"),
+    ("norm.", "modulation and gates"),
+    (".norm_", "modulation and gates"),
+    (".cross_attention.", "cross-attention"),
+    (".text.feed_forward", "text stream"),
+    (".text.", "text stream"),
+    ("trunk.text", "text stream"),
+    ("trunk.padding", "patch and position embedders"),
+    ("trunk.cosine", "patch and position embedders"),
+    ("trunk.sine", "patch and position embedders"),
+    (".attention.", "self-attention"),
+    (".project.", "self-attention"),
+    (".dual.", "self-attention"),
+    (".feed_forward", "feed-forward"),
+    (".out.", "self-attention"),
+    ("noise", "noise"),
+    ("keep", "discard mask"),
+    ("projection.", "projection"),
+)
+
+Counts = dict[str, dict[str, int]]
+
+
+def parameter_parts(module: nn.Module) -> dict[str, Counts]:
+    """{part: {dtype: {"parameters": n, "bytes": n}}} of a graph module."""
+    parts: dict[str, Counts] = {}
+    for name, tensor in module.named_parameters():
+        part = next(label for pattern, label in _PARTS if pattern in name)
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        entry = parts.setdefault(part, {}).setdefault(dtype, {"parameters": 0, "bytes": 0})
+        entry["parameters"] += tensor.numel()
+        entry["bytes"] += tensor.numel() * tensor.element_size()
+    return parts
+
+
+def removed_parts(plan: Plan, made: Specialised) -> Counts:
+    """What each step of the export left out, as it is stored in the checkpoint.
+
+    Nothing here knows a tensor by its name: unused is what was not read, and what the conditioner alone
+    read is in the graph only if the conditioner is.
+    """
+    weights = plan.checkpoint.weights("transformer")
+    running = tuple(f"{plan.family.block_name(index)}." for index in range(plan.layer))
+    used = made.read_by_trunk | made.read_by_conditioner
+    unused = weights.shapes.keys() - used
+    dead = {name for name in unused if name.startswith(running)}
+    steps = {
+        f"blocks {plan.layer}.. and the final layer": unused - dead,
+        "text stream of the last block, after it is read": dead,
+    }
+    if plan.options.conditioning != "live":
+        steps["conditioning, now constants"] = made.read_by_conditioner - made.read_by_trunk
+    removed = {step: _count(weights, names) for step, names in steps.items()}
+    encoders = [name for name in plan.checkpoint.index() if name.startswith("text_encoder")]
+    stored = [plan.checkpoint.stored(name) for name in encoders if plan.checkpoint.has(name)]
+    removed["text encoders"] = {
+        "parameters": sum(parameters for parameters, _ in stored),
+        "bytes": sum(size for _, size in stored),
+    }
+    if plan.latents.source is not None:
+        vae = plan.latents.source.weights()
+        encoder = ("encoder.", "quant_conv.", "bn.")
+        removed["VAE decoder"] = _count(vae, (name for name in vae.shapes if not name.startswith(encoder)))
+    if plan.options.vae is not None:
+        own = plan.checkpoint.weights("vae")
+        removed["VAE that --vae replaces"] = _count(own, own.shapes)
+    return {step: count for step, count in removed.items() if count["parameters"]}
+
+
+def _count(weights: Weights, names: Iterable[str]) -> dict[str, int]:
+    listed = list(names)
+    return {
+        "parameters": sum(weights.numel(name) for name in listed),
+        "bytes": sum(weights.bytes_of[name] for name in listed),
+    }

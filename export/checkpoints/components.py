@@ -1,0 +1,93 @@
+"""What a checkpoint may name and bring along: classes that its family lists, plain files, and no code."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.runtime.errors import InputError
+from ditf.runtime.files.json_file import read_json
+from ditf.runtime.files.reading import open_regular
+
+_LIBRARIES = ("diffusers", "transformers")
+_TEXT = ("text_encoder", "tokenizer")
+_TABLES = ("tokenizer.json", "vocab.json")
+_TEMPLATES = "additional_chat_templates"
+_READ = (".json", ".jinja", ".txt", ".model", ".safetensors")  # what diffusers and transformers look for
+_LARGEST_CONFIG, _LARGEST_TABLE = 4 << 20, 64 << 20  # bytes: some tokenizers have 256,000 tokens
+_CODE = re.compile(r"auto_map|custom_pipelines|trust_remote_code|_?(attn|experts)_implementation(_internal)?")
+_REMOVE = "a checkpoint's own code is never run: use one whose classes are in diffusers and transformers"
+
+
+def check_components(checkpoint: Checkpoint, classes: Sequence[str], unneeded: tuple[str, ...] = ()) -> None:
+    """Compare the classes that model_index.json names with those that are supported. Nothing is imported.
+
+    Args:
+        classes: text encoders and tokenizers of transformers that may be named.
+        unneeded: starts of the names of components that are not loaded.
+
+    Raises:
+        InputError: a pipeline or component of another library, or a class that is not listed; or a file of a
+            text encoder or tokenizer that `check_files` refuses.
+    """
+    for name, entry in checkpoint.index().items():
+        if name == "_class_name" and not isinstance(entry, str):
+            raise InputError(f"model_index.json of {checkpoint.id} names a pipeline of its own", _REMOVE)
+        if not isinstance(entry, list) or entry == [None, None] or name.startswith(unneeded):
+            continue
+        library, found = entry if len(entry) == 2 else (None, entry)
+        text = name.startswith(_TEXT)
+        if library not in (_LIBRARIES[1:] if text else _LIBRARIES) or not isinstance(found, str):
+            raise InputError(f"model_index.json of {checkpoint.id} names {name} as {entry!a:.80}", _REMOVE)
+        if text and found not in classes:
+            raise InputError(
+                f"{name} of {checkpoint.id} is of class {found!a:.80}, which is not supported",
+                f"supported: {', '.join(classes)}",
+            )
+        if text and checkpoint.has(name):
+            check_files(checkpoint.path / name)
+
+
+def check_files(folder: Path) -> None:
+    """Look at the files of a component before libraries open them, which wait for FIFOs and read any size.
+
+    Raises:
+        InputError: a file that is not regular, a text file too large to be one, or a configuration that
+            cannot be read or names code.
+    """
+    for path in sorted([*folder.glob("*"), *(folder / _TEMPLATES).glob("*")]):
+        if path.suffix not in _READ or path.is_dir():
+            continue
+        table = path.suffix != ".json" or path.name in _TABLES or ".safetensors.index." in path.name
+        limit = _LARGEST_TABLE if table else _LARGEST_CONFIG
+        try:
+            open_regular(path, None if path.suffix == ".safetensors" else limit).close()
+            if path.name.endswith("config.json"):
+                _check_config(path, read_json(path, _LARGEST_CONFIG))
+        except (OSError, ValueError) as error:
+            reason = error.strerror if isinstance(error, OSError) else error
+            raise InputError(f"{path} cannot be read ({reason})", "download the checkpoint again") from error
+
+
+def _check_config(path: Path, document: Any) -> None:
+    for key, value in _entries(document):
+        if not _CODE.fullmatch(key) or not value:
+            continue
+        if "implementation" in key and "/" not in str(value):  # a name such as "sdpa"; a repository otherwise
+            continue
+        raise InputError(f"{path} names code to run: {key} is {value!a:.60}", _REMOVE)
+
+
+def _entries(value: Any) -> Iterator[tuple[str, Any]]:
+    """All keys of a JSON value with what they hold, at any depth."""
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if isinstance(value, dict):
+            yield from value.items()
+            waiting += value.values()
+        elif isinstance(value, list):
+            waiting += value

@@ -1,0 +1,110 @@
+"""Checkpoints on the Hugging Face hub: the files of one that are needed, and what can go wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path, PurePosixPath
+
+from ditf.export.checkpoints.weight_files import variant_of
+from ditf.runtime.errors import InputError, MissingComponent
+
+_SUFFIXES = (".json", ".safetensors", ".txt", ".model", ".jinja")
+_UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
+
+
+def download(model: str, revision: str | None, variant: str | None, unneeded: tuple[str, ...] = ()) -> Path:
+    """The snapshot of a model; what an earlier call left in the hub's cache is used.
+
+    Args:
+        model: hub id; revision: branch, tag or commit.
+        variant: of the weights.
+        unneeded: starts of the names of components whose weights are left out.
+
+    Raises:
+        InputError: no such model or revision, or a gated one.
+        MissingComponent: the hub cannot be reached and the cache has nothing.
+    """
+    return _snapshot(model, revision, lambda files: wanted_files(files, variant, unneeded))
+
+
+def download_vae(model: str, revision: str | None) -> Path:
+    """The snapshot of a VAE, or of nothing but the VAE of a whole checkpoint.
+
+    Raises:
+        InputError: no such model or revision, or a gated one.
+        MissingComponent: the hub cannot be reached and the cache has nothing.
+    """
+    return _snapshot(model, revision, wanted_vae_files)
+
+
+def _snapshot(model: str, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Path:
+    """The files of a model that `choose` picks.
+
+    Raises:
+        InputError: no such model or revision, or a gated one.
+        MissingComponent: the hub cannot be reached and the cache has nothing.
+    """
+    from huggingface_hub import HfApi, snapshot_download
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+
+    try:
+        files = HfApi().list_repo_files(model, revision=revision)
+        return Path(snapshot_download(model, revision=revision, allow_patterns=choose(files)))
+    except GatedRepoError:
+        raise InputError(
+            f"{model} is gated", "accept its licence on its page, then run: hf auth login"
+        ) from None
+    except RevisionNotFoundError:
+        raise InputError(f"{model} has no revision {revision}", "name a branch, tag or commit") from None
+    except RepositoryNotFoundError:
+        raise InputError(
+            f"{model}: no such directory, and no such model on the hub",
+            "check the spelling; a private model needs: hf auth login",
+        ) from None
+    except Exception as error:  # the network's errors share no base class
+        try:
+            return Path(snapshot_download(model, revision=revision, local_files_only=True))
+        except Exception:
+            raise MissingComponent(
+                f"{model}: no such directory, and the hub cannot be reached ({type(error).__name__})",
+                "connect to the network, or pass a local checkpoint directory",
+            ) from error
+
+
+def wanted_files(files: Iterable[str], variant: str | None, unneeded: tuple[str, ...] = ()) -> list[str]:
+    """The files of a repository that an export reads.
+
+    Weights at the top (a second copy for other programs), pickles, and other variants than the one that
+    is asked for are left out; of a component that lacks the variant the plain weights are taken.
+    """
+    paths = [PurePosixPath(name) for name in files]
+    inside = [
+        path
+        for path in paths
+        if len(path.parts) == 2 and path.suffix in _SUFFIXES and path.parts[0] not in _UNUSED
+    ]
+    wanted = [path for path in paths if str(path) == "model_index.json"]
+    for folder in sorted({path.parts[0] for path in inside}):
+        here = [path for path in inside if path.parts[0] == folder]
+        weights = [path for path in here if ".safetensors" in path.name]
+        variants = {variant_of(Path(path.name)) for path in weights}
+        named = sorted(name for name in variants if name is not None)
+        plain = None if None in variants or not named else named[0]
+        chosen = variant if variant in variants else plain
+        if folder.startswith(unneeded):
+            chosen = "none of them"
+        wanted += [path for path in here if path not in weights or variant_of(Path(path.name)) == chosen]
+    return [str(path) for path in wanted]
+
+
+def wanted_vae_files(files: Iterable[str]) -> list[str]:
+    """The files of a VAE's repository, or of the vae/ of a whole checkpoint's, that an export reads.
+
+    Weights that other programs have a second copy of beside diffusers' own are left out.
+    """
+    listed = list(files)
+    inside = [name for name in listed if name.startswith("vae/")]
+    if inside:
+        return [name for name in wanted_files(inside, None) if name.startswith("vae/")]
+    moved = [f"vae/{name}" for name in listed if name.startswith(("config.json", "diffusion_pytorch_model"))]
+    return [name.removeprefix("vae/") for name in wanted_files(moved, None)]

@@ -1,0 +1,156 @@
+"""A diffusers checkpoint directory: finding it, its configs, and the files its weights are in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from ditf.export.checkpoints.weight_files import variant_of, weight_files
+from ditf.export.checkpoints.weights import SafetensorsWeights
+from ditf.runtime.errors import InputError
+from ditf.runtime.files.json_file import read_json
+
+_LARGEST_CONFIG = 4 << 20  # bytes
+_AGAIN = "download or save the checkpoint again"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A local directory in diffusers' layout.
+
+    Attributes:
+        path: the directory.
+        id: what the user called it.
+        revision: commit hash, for a model from the hub.
+        variant: of the weights that are read, such as "fp16"; None for the plain ones.
+    """
+
+    path: Path
+    id: str
+    revision: str | None = None
+    variant: str | None = None
+
+    def has(self, component: str) -> bool:
+        """Whether a component (transformer, vae, ...) is there."""
+        return (self.path / component).is_dir()
+
+    def config(self, component: str) -> dict[str, Any]:
+        """A component's JSON configuration.
+
+        Raises:
+            InputError: missing or not JSON.
+        """
+        name = "scheduler_config.json" if component == "scheduler" else "config.json"
+        path = self.path / component / name
+        config = _read_json(path)
+        if config is None:
+            raise InputError(
+                f"{self.path} is not a diffusers checkpoint: it has no {component}/{name}",
+                "save one with DiffusionPipeline.save_pretrained",
+            )
+        return config
+
+    def index(self) -> dict[str, Any]:
+        """model_index.json, which names the pipeline and its components; {} where there is none."""
+        return _read_json(self.path / "model_index.json") or {}
+
+    def check_complete(self, unneeded: tuple[str, ...] = ()) -> None:
+        """Whether every component that model_index.json names is there.
+
+        Args:
+            unneeded: starts of the names of those that may be missing.
+
+        Raises:
+            InputError: names the first that is missing: a snapshot that was not downloaded to its end.
+        """
+        for name, entry in self.index().items():
+            named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
+            optional = name in ("safety_checker", "feature_extractor", "image_encoder")
+            optional = optional or name.startswith(unneeded)
+            if named and not optional and not self.has(name):
+                raise InputError(
+                    f"{self.path} is incomplete: its model_index.json names {name}, which is not there",
+                    "give what it made of the prompt with --prompt-embeds, or download it too"
+                    if name.startswith(("text_encoder", "tokenizer"))
+                    else _AGAIN,
+                )
+
+    def check_weights(self, unneeded: tuple[str, ...] = ()) -> None:
+        """Open the weights of VAE and text encoders; no value is read.
+
+        Args:
+            unneeded: as for `check_complete`.
+
+        Raises:
+            InputError: a file is missing, truncated or not safetensors.
+        """
+        encoders = [name for name in self.index() if name.startswith("text_encoder")]
+        for name in ("vae", *encoders):
+            if self.has(name) and not name.startswith(unneeded):
+                self.weights(name)
+
+    def class_names(self) -> dict[str, int]:
+        """{name: number} of the classes, as DiTPipeline reads them; {} where there are none."""
+        labels = self.index().get("id2label") or {}
+        if not isinstance(labels, dict) or not all(
+            number.isdecimal() and len(number) < 10 for number in labels
+        ):
+            raise InputError(f"id2label of {self.path}/model_index.json is no table of classes", _AGAIN)
+        return {
+            name.strip(): int(number) for number, names in labels.items() for name in str(names).split(",")
+        }
+
+    def weights(self, component: str) -> SafetensorsWeights:
+        """A component's weights, read lazily."""
+        return SafetensorsWeights(weight_files(self.path / component, self.variant))
+
+    def stored(self, component: str) -> tuple[int, int]:
+        """Parameters and bytes of a component's weights; (0, 0) where they are no safetensors."""
+        try:
+            weights = self.weights(component)
+        except InputError:
+            return 0, 0
+        parameters = sum(map(weights.numel, weights.shapes))
+        return parameters, sum(weights.bytes_of.values())
+
+    def loading_variant(self, component: str) -> str | None:
+        """The variant to name to `from_pretrained`, which looks for plain files otherwise."""
+        return variant_of(weight_files(self.path / component, self.variant)[0])
+
+
+@dataclass(frozen=True)
+class Part:
+    """One model of a checkpoint.
+
+    Attributes:
+        name: its folder; "." where the checkpoint is nothing but this model.
+    """
+
+    checkpoint: Checkpoint
+    name: str
+
+    def config(self) -> dict[str, Any]:
+        """Its JSON configuration.
+
+        Raises:
+            InputError: missing or not JSON.
+        """
+        return self.checkpoint.config(self.name)
+
+    def weights(self) -> SafetensorsWeights:
+        """Its weights, read lazily."""
+        return self.checkpoint.weights(self.name)
+
+
+def _read_json(path: Path) -> dict[str, Any] | None:
+    try:
+        document = read_json(path, _LARGEST_CONFIG)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise InputError(f"{path} cannot be read ({reason})", "save the checkpoint again") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path} is not a configuration", "save the checkpoint again")
+    return document

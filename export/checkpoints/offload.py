@@ -1,0 +1,98 @@
+"""Unmodified models whose weights stay on disk: each module reads its own, runs, and drops them.
+
+accelerate's hooks do it; what they are given is read in float32 and checked like everything else. A model
+that is small enough is held in memory: reading it again for every image would only cost time.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ditf.export.checkpoints.weights import Weights
+
+RESIDENT = 1 << 30
+"""Bytes, in float32, of the largest model that is held in memory."""
+
+
+def streams(parameters: int) -> bool:
+    """Whether a model of so many parameters stays on disk."""
+    return 4 * parameters > RESIDENT
+
+
+class _Tensors(Mapping[str, torch.Tensor]):
+    """Tensors by name, as accelerate asks for them.
+
+    Args:
+        stored: {name in the model: name in the checkpoint}.
+    """
+
+    def __init__(self, weights: Weights, stored: Mapping[str, str]) -> None:
+        self._weights = weights
+        self._stored = stored
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self._weights.tensor(self._stored[name])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._stored)
+
+    def __len__(self) -> int:
+        return len(self._stored)
+
+
+def stream_model(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
+    """A diffusers model in float32 and eval mode that reads its parameters when they are used.
+
+    Args:
+        config: of the model; weights: of exactly its tensors (see `loading.check_structure`).
+
+    Raises (when made and when run):
+        InputError: a tensor that cannot be read, or holds NaN or infinity.
+    """
+    from accelerate import init_empty_weights
+
+    known = {key: value for key, value in config.items() if not key.startswith("_")}
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # of what diffusers will change in its own classes
+        model: nn.Module = model_class.from_config(known)
+    return _streamed(model, weights, {name: name for name in weights.shapes})
+
+
+def stream_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | None:
+    """The same of a model of transformers; None where its tensors are not stored as it has them."""
+    from accelerate import init_empty_weights
+
+    config = encoder_class.config_class.from_pretrained(folder, local_files_only=True)
+    config.dtype = torch.float32
+    with init_empty_weights(include_buffers=False):
+        model: nn.Module = encoder_class(config)
+    model.tie_weights()  # type: ignore[operator]
+    same: dict[int, str] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        if name in weights:
+            same[id(parameter)] = name
+    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
+    persistent = model.state_dict().keys()
+    stored = {name: same.get(id(tensor), name) for name, tensor in tensors.items() if name in persistent}
+    if any(weights.shapes.get(stored[name]) != tuple(tensors[name].shape) for name in stored):
+        return None
+    return _streamed(model, weights, stored)
+
+
+def _streamed(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
+    from accelerate.hooks import attach_align_device_hook
+
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(weights.tensor(stored[name]))
+    model.eval().requires_grad_(False)
+    attach_align_device_hook(
+        model, execution_device=torch.device("cpu"), offload=True, weights_map=_Tensors(weights, stored)
+    )
+    return model

@@ -1,0 +1,1 @@
+"""Estimating parameters, memory, disk and time from configs."""

@@ -1,0 +1,268 @@
+"""Layers of the traced transformer: float32 in, float32 out, what is between in the graph's precision.
+
+Weights are kept [in, out], so that the graph has no Transpose in front of a MatMul.
+"""
+
+from __future__ import annotations
+
+from dataclasses import KW_ONLY, dataclass
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from ditf.export.checkpoints.weight_spill import spilled
+from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.smoothing import Columns
+from ditf.export.graph.precision import Precision
+from ditf.export.graph.range_probes import Stream, Where, joined, tap
+
+Rotary = tuple[torch.Tensor, torch.Tensor]
+"""Cosines and sines of a rotary position embedding, each [N, D / 2]."""
+
+
+def constant(tensor: torch.Tensor) -> nn.Parameter:
+    """A frozen parameter: named in the graph, counted in the manifest; in the scratch file if one is open."""
+    return nn.Parameter(spilled(tensor.detach()), requires_grad=False)
+
+
+class Linear(nn.Module):
+    """x W + b in the type of W.
+
+    Args:
+        weight: [out, in], as torch.nn.Linear keeps it, float32.
+        bias: [out] float32, or None.
+        dtype: type of the product.
+        where: for the taps; None for what is float32 in any recipe.
+    """
+
+    def __init__(
+        self, weight: torch.Tensor, bias: torch.Tensor | None, dtype: torch.dtype, where: Where | None = None
+    ) -> None:
+        super().__init__()
+        self.where = where
+        self.weight = constant(weight.T.to(dtype))
+        self.bias = None if bias is None else constant(bias.to(dtype))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = tap(self.where, "input", x.to(self.weight.dtype)) @ self.weight
+        tap(self.where, "weight", self.weight)
+        if self.bias is not None:
+            tap(self.where, "weight", self.bias)
+            y = y + self.bias
+        return tap(self.where, "output", y)
+
+
+def read_linear(weights: Weights, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """Weight [out, in] and bias of one linear layer, or of several stacked along out."""
+    weight = torch.cat([weights.tensor(f"{name}.weight") for name in names])
+    if f"{names[0]}.bias" not in weights:
+        return weight, None
+    return weight, torch.cat([weights.tensor(f"{name}.bias") for name in names])
+
+
+def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
+    """[B, N, C] -> [B, H, N, D]."""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def attention(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    where: Where | None,
+    bias: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Multi-head attention [B, H, N, D] x [B, G, M, D] -> [B, N, C].
+
+    With fewer keys than queries, G < H, the queries of a group are rows of one product: no key is repeated.
+    The query is expected to be scaled by head_dim**-0.5 already: folded into its weights, that is
+    free and keeps the logits small in float16. Written out rather than left to torch's exporter,
+    which scales query and key separately.
+
+    Args:
+        where: for the taps.
+        bias: [M], added to the logits.
+    """
+    repeats = query.shape[1] // key.shape[1]
+    if repeats > 1:
+        query = query.unflatten(1, (-1, repeats)).flatten(2, 3)
+    logits = query @ key.transpose(-1, -2)
+    if bias is not None:
+        logits = logits + bias.to(logits.dtype)
+    tap(where, "logits", _ungrouped(logits, repeats))
+    attended = _ungrouped(torch.softmax(logits, dim=-1) @ value, repeats)
+    return tap(where, "attended", attended).transpose(1, 2).flatten(2)
+
+
+def _ungrouped(x: torch.Tensor, repeats: int) -> torch.Tensor:
+    """[B, G, R N, D] -> [B, G R, N, D]."""
+    return x.unflatten(2, (repeats, -1)).flatten(1, 2) if repeats > 1 else x
+
+
+def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """The weighted x / rms(x) over the last dimension, in the type of x."""
+    return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
+
+
+@dataclass(frozen=True)
+class AttentionNames:
+    """Where one stream of an attention has its tensors, and what is done to query and key.
+
+    Attributes:
+        projections: modules of query, key and value.
+        norms: modules of the query's and the key's RMSNorm over a head; None where there is none.
+        centred: they are LayerNorms.
+        rotary: whether query and key are rotated.
+        stream: whose tokens they are.
+    """
+
+    projections: tuple[str, str, str]
+    norms: tuple[str, str] | None = None
+    _: KW_ONLY
+    stream: Stream = "image"
+    centred: bool = False
+    rotary: bool = False
+    eps: float = 1e-6
+
+
+class HeadProjection(nn.Module):
+    """Query, key and value of one stream, as heads: linears, norm, rotary embedding.
+
+    Interleaved pairs are rotated as two halves: the rows of the query's and the key's weights are
+    permuted alike, which no inner product sees. Keys and values may have fewer heads than queries.
+
+    Args:
+        query: False where the stream is only attended to.
+    """
+
+    def __init__(
+        self, weights: Weights, names: AttentionNames, heads: int, precision: Precision, query: bool = True
+    ) -> None:
+        super().__init__()
+        self.heads = heads
+        self.query = query
+        self.eps = names.eps
+        self.centred = names.centred
+        self.rotary = names.rotary
+        self.dtype = precision.of(names.projections[0])
+        used = names.projections if query else names.projections[1:]
+        self.where = Where(joined(used), names.stream)
+        self.norm_query: nn.Parameter | None = None
+        self.norm_key: nn.Parameter | None = None
+        head_dim = weights.shapes[f"{names.projections[0]}.weight"][0] // heads
+        parts = []
+        for role, name in zip("qkv", names.projections, strict=True):
+            if role == "q" and not query:
+                continue
+            weight, bias = read_linear(weights, name)
+            scale = head_dim**-0.5 if role == "q" and names.norms is None else 1.0
+            order = torch.arange(len(weight))
+            if names.rotary and role != "v":
+                order = order.reshape(-1, head_dim // 2, 2).transpose(1, 2).flatten()
+            parts.append((weight[order] * scale, None if bias is None else bias[order] * scale))
+        self.sizes = [len(weight) for weight, _ in parts]
+        self.kv_heads = self.sizes[-1] // head_dim
+        bias_parts = [bias for _, bias in parts if bias is not None]
+        self.linear = Linear(
+            torch.cat([weight for weight, _ in parts]),
+            torch.cat(bias_parts) if bias_parts else None,
+            self.dtype,
+            self.where,
+        )
+        if names.norms is not None:
+            if query:
+                self.norm_query = self._norm_weight(weights, names.norms[0], head_dim, head_dim**-0.5)
+            self.norm_key = self._norm_weight(weights, names.norms[1], head_dim, 1.0)
+
+    @property
+    def channels(self) -> int:
+        """C, of what it reads."""
+        return int(self.linear.weight.shape[0])
+
+    def values(self, path: str) -> Columns:
+        """The linear's columns of the value.
+
+        Args:
+            path: of this module in the block.
+        """
+        return Columns(f"{path}.linear", sum(self.sizes[:-1]))
+
+    def _norm_weight(self, weights: Weights, name: str, head_dim: int, scale: float) -> nn.Parameter:
+        if f"{name}.weight" in weights:
+            weight = weights.tensor(f"{name}.weight")
+        else:
+            weight = torch.ones(head_dim)
+        if self.rotary:
+            weight = weight.reshape(-1, 2).T.flatten()
+        return constant(weight * scale)
+
+    def forward(
+        self, x: torch.Tensor, rotary: Rotary | None = None
+    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+        """[B, N, C] -> query (or None) [B, H, N, D], key and value [B, G, N, D], in the graph's precision.
+
+        Args:
+            rotary: None for tokens at the origin, which a rotation leaves as they are.
+        """
+        *first, key, value = self.linear(x).split(self.sizes, dim=-1)
+        head_query = None
+        if first:
+            query = self._finish(first[0], self.heads, self.norm_query, rotary)
+            head_query = tap(self.where, "query", query)
+        head_key = tap(self.where, "key", self._finish(key, self.kv_heads, self.norm_key, rotary))
+        return head_query, head_key, split_heads(value, self.kv_heads)
+
+    def _finish(
+        self, x: torch.Tensor, heads: int, norm: nn.Parameter | None, rotary: Rotary | None
+    ) -> torch.Tensor:
+        """Normalise and rotate, float32: squares of an un-normalised query pass float16's range."""
+        x = split_heads(x, heads)
+        if norm is None and rotary is None:
+            return x
+        x = x.to(torch.float32)
+        if self.centred:
+            x = x - x.mean(dim=-1, keepdim=True)
+        if norm is not None:
+            x = rms_norm(x, norm, self.eps)
+        if rotary is not None:
+            x = rotate(x, rotary)
+        return x.to(self.dtype)
+
+
+def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
+    """Rotate the two halves of [B, H, N, D] against each other."""
+    cosine, sine = rotary
+    first, second = x.chunk(2, dim=-1)
+    return torch.cat([first * cosine - second * sine, second * cosine + first * sine], dim=-1)
+
+
+class FeedForward(nn.Module):
+    """First half of a diffusers `FeedForward` with gelu-approximate: the hidden activations."""
+
+    def __init__(self, weights: Weights, name: str, precision: Precision, stream: Stream = "image") -> None:
+        super().__init__()
+        self.where = Where(name, stream)
+        self.up = Linear(*read_linear(weights, name), precision.of(name), self.where)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return tap(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))
+
+
+class GatedFeedForward(nn.Module):
+    """silu(x A) * (x B): the hidden activations of a feed-forward whose gate is another linear.
+
+    Args:
+        names: of A and B, or of the one linear that has both, A first.
+    """
+
+    def __init__(
+        self, weights: Weights, names: tuple[str, ...], precision: Precision, stream: Stream = "image"
+    ) -> None:
+        super().__init__()
+        self.where = Where(joined(names), stream)
+        self.up = Linear(*read_linear(weights, *names), precision.of(names[0]), self.where)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        gate, hidden = self.up(x).chunk(2, dim=-1)
+        return tap(self.where, "hidden", functional.silu(gate) * hidden)

@@ -1,0 +1,216 @@
+"""The largest value of everything that a float16 graph would hold, measured on the graph in float32."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import nn
+
+from ditf.calib.parity import feature_parity
+from ditf.calib.recipe import FEATURES, VAE_INNER, VAE_LOGITS, VAE_RESIDUAL, Extent
+from ditf.export.assemble.features_graph import specialise
+from ditf.export.checkpoints.weight_spill import resting
+from ditf.export.graph.blocks.layers import Linear
+from ditf.export.graph.features import FeatureSettings, FeaturesGraph
+from ditf.export.graph.precision import MEASURING
+from ditf.export.graph.range_probes import Where, branch_of, recording
+from ditf.export.graph.vae_encoder import (
+    KLEncoder,
+    TinyEncoder,
+    attentions,
+    residual_writers,
+    tiny_blocks,
+    tiny_convolutions,
+)
+from ditf.export.measure.golden import golden_cases
+from ditf.export.planning.conditions import Entry
+from ditf.export.planning.plan import Plan
+from ditf.runtime.errors import GateFailed
+
+AGREEMENT = 1e-3
+"""Largest relative error of the measured graph's hidden states with the unmodified model's."""
+
+
+@torch.no_grad()
+def measure_ranges(
+    plan: Plan,
+    entries: Sequence[Entry],
+    noise: torch.Tensor,
+    images: Sequence[np.ndarray],
+    hidden_states: np.ndarray,
+    channels: Sequence[int],
+) -> tuple[list[Extent], dict[str, torch.Tensor]]:
+    """Run the graph of a plan in float32 over images; the first one under the golden conditions.
+
+    Gates stay explicit, so that what a linear emits is seen with and without its gate.
+
+    Args:
+        entries: encoded and trimmed.
+        images: uint8 [H, W, 3] at the plan's size.
+        hidden_states: what entered block k of the unmodified model on the first image under the first
+            condition, float32 [N, C]: the graph whose values are measured is the model.
+        channels: discarded before the norm.
+
+    Returns:
+        The extents, and the largest |x| of every input channel [C_in] of the trunk's linears by path.
+
+    Raises:
+        GateFailed: the graph's hidden states are not the model's.
+    """
+    # The graph of hidden states: the norm is applied below, so that one pass serves both.
+    bare = FeatureSettings(adaln=False)
+    seen = _Largest(plan.grid[0] * plan.grid[1])
+    with recording(seen.record):  # what is constant is computed now
+        made = specialise(replace(plan, precision=MEASURING), entries, noise, bare)
+    maxima: dict[str, torch.Tensor] = {}
+    watched = _watching(made.graph.encoder, seen), _watching_inputs(made.graph.trunk, maxima)
+    with recording(seen.record), watched[0], watched[1], resting():
+        for number, image in enumerate(images):
+            for index in golden_cases(len(made.feeds)) if number == 0 else (0,):
+                feeds = made.feeds[index]
+                z = (
+                    made.graph(torch.from_numpy(image.copy())[None], *feeds.values())
+                    .flatten(2)
+                    .transpose(1, 2)
+                )
+                if number == index == 0:
+                    _compare(z[0].numpy(), hidden_states)
+                seen.add(FEATURES, FEATURES, "image", _features(made.graph, z, feeds, channels))
+    return seen.extents(), maxima
+
+
+def _features(
+    graph: FeaturesGraph, z: torch.Tensor, feeds: Mapping[str, torch.Tensor], channels: Sequence[int]
+) -> torch.Tensor:
+    z[:, :, list(channels)] = 0.0
+    given, _, _ = graph.condition(feeds)
+    return graph.trunk.modulate(z, given)
+
+
+def _compare(actual: np.ndarray, expected: np.ndarray) -> None:
+    error = feature_parity(actual, expected)["relative_error"]
+    if not error <= AGREEMENT:
+        raise GateFailed(
+            f"the graph's hidden states differ from the unmodified model's: relative error {error:.3g}",
+            "this is a defect of ditf",
+        )
+
+
+class _Largest:
+    """The largest |x| by what computes it; image and text apart.
+
+    Args:
+        tokens: N, of the image.
+    """
+
+    def __init__(self, tokens: int) -> None:
+        self._tokens = tokens
+        self._found: dict[tuple[str, str, str], float] = {}
+
+    def record(self, where: Where, kind: str, tensor: torch.Tensor) -> None:
+        """A tap's value."""
+        if kind.endswith("weight"):
+            if (where.name, kind, where.stream) not in self._found:
+                self.add(where.name, kind, where.stream, tensor)
+            return
+        text = tensor.shape[-2] - self._tokens if tensor.ndim > 2 and where.stream == "image" else 0
+        if text > 0:  # one sequence, text first
+            self.add(where.name, kind, "text", tensor[..., :text, :])
+            tensor = tensor[..., text:, :]
+        self.add(where.name, kind, where.stream, tensor)
+
+    def add(self, name: str, kind: str, stream: str, tensor: torch.Tensor) -> None:
+        low, high = torch.aminmax(tensor)
+        largest = max(-float(low), float(high))  # NaN stays NaN: the comparisons below keep it
+        key = (name, kind, stream)
+        before = self._found.get(key, 0.0)
+        self._found[key] = largest if not largest <= before else before
+
+    def extents(self) -> list[Extent]:
+        """In the order in which they were first computed."""
+        return [
+            Extent(name, branch_of(name), kind, stream, value)
+            for (name, kind, stream), value in self._found.items()
+        ]
+
+
+@contextmanager
+def _watching(encoder: nn.Module, seen: _Largest) -> Iterator[None]:
+    """Hooks on the layers of a VAE encoder; none on pixels."""
+    handles = []
+
+    def watch(module: nn.Module, name: str, kind: str) -> None:
+        handles.append(
+            module.register_forward_hook(
+                lambda module, args, output: seen.add(f"vae.{name}", kind, "image", output)
+            )
+        )
+
+    if isinstance(encoder, KLEncoder):
+        for name, layer, _ in residual_writers(encoder.encoder):
+            watch(layer, name, VAE_RESIDUAL)
+            watch(encoder.encoder.get_submodule(_owner(name)), _owner(name), VAE_RESIDUAL)
+        for name, module in encoder.encoder.named_modules():
+            if name.endswith(".conv1"):
+                watch(module, name, VAE_INNER)
+        for name, attention in attentions(encoder.encoder):
+            handles += _watch_logits(attention, f"vae.{name}", seen)
+    if isinstance(encoder, TinyEncoder):
+        for name, layer in (*tiny_convolutions(encoder.layers).items(), *tiny_blocks(encoder.layers)):
+            watch(layer, f"layers.{name}", VAE_RESIDUAL)
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watching_inputs(trunk: nn.Module, maxima: dict[str, torch.Tensor]) -> Iterator[None]:
+    """Hooks on the linears of a trunk, which keep the maxima of their input channels."""
+
+    def keep(name: str, x: torch.Tensor) -> None:
+        largest = x.abs().flatten(0, -2).amax(dim=0)
+        maxima[name] = torch.maximum(maxima[name], largest) if name in maxima else largest
+
+    handles = [
+        module.register_forward_pre_hook(lambda module, args, name=name: keep(name, args[0]))
+        for name, module in trunk.named_modules()
+        if isinstance(module, Linear)
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _owner(name: str) -> str:
+    """The block whose output is the residual after a layer; the layer itself where it stands alone."""
+    for suffix in (".conv2", ".conv_shortcut", ".to_out.0"):
+        if name.endswith(suffix):
+            return name.removesuffix(suffix)
+    return name
+
+
+def _watch_logits(attention: nn.Module, name: str, seen: _Largest) -> list[torch.utils.hooks.RemovableHandle]:
+    """Query, key and value, and a bound of the logits: |q . k| <= |q| |k|, since no hook sees them."""
+    norms: list[torch.Tensor] = []
+
+    def query(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        norms[:] = [output.norm(dim=-1).amax()]
+        seen.add(name, VAE_LOGITS, "image", output)
+
+    def key(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        bound = norms[0] * output.norm(dim=-1).amax() * output.shape[-1] ** -0.5
+        seen.add(name, VAE_LOGITS, "image", torch.stack([bound, output.abs().amax()]))
+
+    def value(module: nn.Module, args: object, output: torch.Tensor) -> None:
+        seen.add(name, VAE_LOGITS, "image", output)
+
+    parts = {"to_q": query, "to_k": key, "to_v": value}
+    return [attention.get_submodule(part).register_forward_hook(hook) for part, hook in parts.items()]

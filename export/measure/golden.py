@@ -1,0 +1,186 @@
+"""golden.npz: enough of the unmodified model's answers to check parity where there is no PyTorch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.nn import functional
+
+from ditf.calib.projection import project, projection_cost
+from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.reference_model import Reference
+from ditf.export.planning.conditions import Entry
+from ditf.runtime.matching.cells import TIE_TOLERANCE
+
+POINTS = 64
+MAX_ROWS = 512  # per image
+MAX_CASES = 8
+_ROW_BYTES = 4 << 20  # of all rows; with two 960 px images the file stays below 8 MB
+_OTHER_BYTES = 1 << 20  # of the rows of all conditions but the first
+_HIDDEN_BYTES = 1 << 20  # of what enters the blocks
+_CHANNELS_AT_ONCE = 64
+
+
+@dataclass(frozen=True)
+class Case:
+    """A condition that is checked: its place in the bundle, and itself."""
+
+    index: int
+    entry: Entry
+
+
+@dataclass(frozen=True)
+class Whole:
+    """What a bundle approximates, without the approximation.
+
+    Attributes:
+        entry: the first condition with all its text.
+        x_0: of the two images by the checkpoint's own VAE, float32 [2, c, h', w'], where the bundle has
+            another encoder.
+    """
+
+    entry: Entry
+    x_0: torch.Tensor | None
+
+
+def golden_cases(entries: int) -> list[int]:
+    """Which of many conditions are checked: the first, the last and some between, `MAX_CASES` at most."""
+    return sorted({round(i) for i in np.linspace(0, entries - 1, min(entries, MAX_CASES)).tolist()})
+
+
+def write_golden(
+    path: Path,
+    reference: Reference,
+    images: np.ndarray,
+    settings: FeatureSettings,
+    seed: int,
+    cases: Sequence[Case],
+    whole: Whole | None = None,
+    projection: np.ndarray | None = None,
+) -> tuple[dict[str, Any], dict[str, float]]:
+    """Run the reference on a pair of images and write what a device compares itself with.
+
+    The file holds images uint8 [2, H, W, 3]; rows int64 [2, R], sampled token indices, and features
+    float32 [2, R, C] at them, under the first condition; points float32 [P, 2] in the first image, and
+    match_points [P, 2] and match_scores [P] in the second. For the condition with index i > 0: rows_i
+    [S] and features_i [S, C] of the first image. What enters blocks 0..k on the first image under the
+    first condition: hidden_rows [H] and hidden_states [k + 1, H, C]. Of a bundle that approximates:
+    whole_features [2, R, C] and whole_match_points [P, 2], what the model gives without any approximation.
+
+    Args:
+        whole: what the bundle approximates, if it does.
+        projection: P of --pca, float32 [N, C]: features are then P times what the model gives, in float32.
+
+    Returns:
+        What it holds, for the manifest; and what the projection costs on the pair (`projection_cost`).
+    """
+    full = _maps(reference, cases[0].entry, images, settings)
+    maps = _projected(full, projection)
+    entering: list[np.ndarray] = []
+    reference.trace(images[0], lambda layer, found: entering.append(found.image))
+    channels, h, w = maps[0].shape
+    rng = np.random.default_rng(seed)
+    count = max(1, min(h * w, MAX_ROWS, _ROW_BYTES // (4 * channels * len(maps))))
+    rows = np.stack([np.sort(rng.choice(h * w, count, replace=False)) for _ in maps])
+    height, width = images.shape[1:3]
+    points = np.stack([rng.integers(0, width, POINTS), rng.integers(0, height, POINTS)], axis=1)
+    match_points, match_scores = published_match(maps[0], maps[1], points, (height, width))
+    cost = {}
+    if projection is not None:
+        cost = projection_cost((full[0], full[1]), (maps[0], maps[1]), points, (height, width))
+    arrays = {
+        "images": images,
+        "rows": rows,
+        "features": _take(maps, rows),
+        "points": points.astype(np.float32),
+        "match_points": match_points,
+        "match_scores": match_scores,
+    }
+    few = max(1, min(h * w, _HIDDEN_BYTES // entering[0][0].nbytes // len(entering)))
+    arrays["hidden_rows"] = np.sort(np.random.default_rng(seed).choice(h * w, few, replace=False))
+    arrays["hidden_states"] = np.stack([tokens[arrays["hidden_rows"]] for tokens in entering])
+    if whole is not None:
+        exact = _projected(_maps(reference, whole.entry, images, settings, whole.x_0), projection)
+        arrays["whole_features"] = _take(exact, rows)
+        arrays["whole_match_points"] = published_match(exact[0], exact[1], points, (height, width))[0]
+    others = cases[1:]
+    for case in others:
+        few = max(1, min(count, _OTHER_BYTES // (4 * channels * len(others))))
+        chosen = np.sort(rng.choice(h * w, few, replace=False))
+        arrays[f"rows_{case.index}"] = chosen
+        one = _projected(_maps(reference, case.entry, images[:1], settings), projection)
+        arrays[f"features_{case.index}"] = _take(one, chosen[None])[0]
+    np.savez_compressed(path, allow_pickle=False, **arrays)
+    listed = {
+        "images": "procedural pair",
+        "rows_per_image": count,
+        "points": POINTS,
+        "conditions": [case.index for case in cases],
+    }
+    return listed, cost
+
+
+def _maps(
+    reference: Reference,
+    entry: Entry,
+    images: np.ndarray,
+    settings: FeatureSettings,
+    x_0: torch.Tensor | None = None,
+) -> list[np.ndarray]:
+    reference.under(entry.condition, entry.timestep)
+    if x_0 is None:
+        return [reference.features(reference.hidden_states(image), settings) for image in images]
+    return [reference.features(reference.hidden_states_of(one), settings) for one in x_0.split(1)]
+
+
+def _projected(maps: list[np.ndarray], projection: np.ndarray | None) -> list[np.ndarray]:
+    return maps if projection is None else [project(one, projection) for one in maps]
+
+
+def _take(maps: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
+    """Token rows [n, R, C] of maps [C, h, w]."""
+    return np.stack([m.reshape(len(m), -1).T[r] for m, r in zip(maps, rows, strict=True)])
+
+
+@torch.no_grad()
+def published_match(
+    source: np.ndarray, target: np.ndarray, points: np.ndarray, size: tuple[int, int]
+) -> tuple[np.ndarray, np.ndarray]:
+    """DiTF's published protocol, step by step in PyTorch: upsample, normalise, cosine, argmax.
+
+    Features are upsampled some channels at a time, which changes nothing and keeps memory bounded.
+
+    Args:
+        source, target: float32 [C, h, w].
+        points: integers [N, 2], (x, y) px.
+        size: (H, W) of both images.
+
+    Returns:
+        points float32 [N, 2] and cosines float32 [N]; the first of tied pixels.
+    """
+    x, y = torch.from_numpy(points[:, 0]), torch.from_numpy(points[:, 1])
+    products = torch.zeros(len(points), size[0] * size[1])
+    target_squares = torch.zeros(size[0] * size[1])
+    query_squares = torch.zeros(len(points))
+    for start in range(0, len(source), _CHANNELS_AT_ONCE):
+        chunk = slice(start, start + _CHANNELS_AT_ONCE)
+        queries = _upsample(source[chunk], size)[:, y, x]
+        pixels = _upsample(target[chunk], size).flatten(1)
+        products += queries.T @ pixels
+        target_squares += pixels.square().sum(0)
+        query_squares += queries.square().sum(0)
+    cosines = products / (query_squares[:, None] * target_squares).sqrt().clamp(min=1e-12)
+    best = cosines.amax(dim=1, keepdim=True)
+    index = (cosines >= best - float(TIE_TOLERANCE)).to(torch.uint8).argmax(dim=1)
+    found = torch.stack([index % size[1], index // size[1]], dim=1)
+    return found.to(torch.float32).numpy(), best[:, 0].numpy()
+
+
+def _upsample(array: np.ndarray, size: tuple[int, int]) -> torch.Tensor:
+    maps = torch.from_numpy(np.ascontiguousarray(array))[None]
+    return functional.interpolate(maps, size, mode="bilinear", align_corners=False)[0]

@@ -1,0 +1,1 @@
+"""Writing ONNX files, and checking what their precision does to the values."""

@@ -1,0 +1,118 @@
+"""Running a graph in PyTorch, in its own precision, before it is traced.
+
+ONNX Runtime on a CPU computes most of a float16 graph in float32 and hides overflow; PyTorch does not.
+What this measures is the rounding of this model in this precision: `ditf check` gates against it.
+
+Products are accumulated in float32 and rounded to float16 once, as GPUs do. That is also what makes it
+feasible: most CPUs have no float16 arithmetic, and PyTorch emulates it 40 to 200 times slower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ditf.calib.images import golden_pair
+from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
+from ditf.export.checkpoints.weight_spill import resting
+from ditf.export.graph.features import FeaturesGraph
+from ditf.runtime.errors import GateFailed
+
+_SHORT = {torch.float16, torch.bfloat16}
+
+
+class Float32Accumulation(TorchDispatchMode):
+    """Matrix products and convolutions of 16-bit tensors: float32 inside, the result rounded once."""
+
+    _PRODUCTS = frozenset(
+        {
+            torch.ops.aten.mm.default,
+            torch.ops.aten.bmm.default,
+            torch.ops.aten.addmm.default,
+            torch.ops.aten.baddbmm.default,
+            torch.ops.aten.convolution.default,
+        }
+    )
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        types_given = {arg.dtype for arg in args if isinstance(arg, torch.Tensor)} & _SHORT
+        if func not in self._PRODUCTS or not types_given:
+            return func(*args, **kwargs)
+        wide = (arg.to(torch.float32) if isinstance(arg, torch.Tensor) else arg for arg in args)
+        return func(*wide, **kwargs).to(types_given.pop())
+
+
+@torch.no_grad()
+def rehearse(
+    graph: FeaturesGraph, feeds: Sequence[Mapping[str, torch.Tensor]], golden: Path, precision: str
+) -> dict[str, float]:
+    """Feature parity of the module on the first golden image, the worst of the conditions in golden.npz.
+
+    Args:
+        graph: the module that will be traced.
+        feeds: for each condition, what the graph takes beside the image.
+        golden: golden.npz.
+        precision: its name.
+
+    Raises:
+        GateFailed: the graph is not the reference in this precision; nothing should be shipped.
+    """
+    with np.load(golden) as arrays:
+        image = torch.from_numpy(arrays["images"][:1])
+        cases = {0: (arrays["rows"][0], arrays["features"][0])}
+        for index in range(1, len(feeds)):
+            if f"rows_{index}" in arrays:
+                cases[index] = (arrays[f"rows_{index}"], arrays[f"features_{index}"])
+    measured = []
+    for index, (rows, expected) in cases.items():
+        with resting(), Float32Accumulation():
+            tokens = graph(image, *feeds[index].values())[0].flatten(1).T
+        measured.append(feature_parity(tokens[torch.from_numpy(rows)].numpy(), expected))
+    metrics = worst(measured)
+    limits = {**TOLERANCES[precision], **CEILINGS[precision]}
+    for gate in gates(metrics, limits):
+        if not gate.ok:
+            raise GateFailed(
+                f"the {precision} graph does not match the model: {gate.name} {gate.value:.6g},"
+                f" limit {gate.limit:g}",
+                _fix(precision),
+            )
+    return metrics
+
+
+@torch.no_grad()
+def rehearse_alone(
+    graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], size: tuple[int, int], precision: str
+) -> None:
+    """Run the module where there is nothing to compare it with: it should at least give numbers.
+
+    Args:
+        graph, precision: as for `rehearse`; feeds: of one condition.
+        size: (H, W) of the image.
+
+    Raises:
+        GateFailed: features that are NaN or infinite.
+    """
+    image = torch.from_numpy(golden_pair(size)[:1])
+    with resting(), Float32Accumulation():
+        features = graph(image, *feeds.values())
+    if not torch.isfinite(features).all():
+        raise GateFailed(f"the {precision} graph gives features that are not finite", _fix(precision))
+
+
+def _fix(precision: str) -> str:
+    if precision != "float32":
+        return "export with --precision fp32"
+    return "look at the checkpoint's weights and the embeddings of --prompt-embeds"

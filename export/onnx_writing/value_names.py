@@ -1,0 +1,77 @@
+"""Names of a graph's values: the module that computes them, and what enters each block.
+
+torch's exporter calls values "add_12". Named after their modules they say where something is off: in
+`ditf check --bisect` and `--ranges`, in a TensorRT builder's message, in Polygraphy and Netron.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+
+import onnx_ir as ir
+
+from ditf.runtime.bundles.manifest import hidden_states_name
+
+_SCOPES = "pkg.torch.onnx.name_scopes"
+_BLOCK = re.compile(r"trunk\.(blocks|doubles|singles)\.(\d+)(?=\.|$)")
+_EMBEDDER = "trunk.embedder"
+
+
+def name_values(model: ir.Model) -> dict[str, str]:
+    """Name every node and the values it makes after its module, "trunk.blocks.3.feed_forward.up/MatMul".
+
+    What enters block i, the image's residual, is `hidden_states.<i>`; where text and image are one sequence,
+    text first, it holds both. Graph inputs, outputs and initializers keep their names. Needs the metadata
+    that torch's exporter notes on nodes.
+
+    Returns:
+        {torch's name: name} of the values.
+    """
+    graph = model.graph
+    outputs = {id(value) for value in graph.outputs}
+    boundaries = _boundaries(graph)
+    taken: Counter[str] = Counter()
+    names: dict[str, str] = {}
+    for node in graph:
+        base = "/".join(part for part in (_scope(node), node.op_type) if part)
+        node.name = _unique(base, taken)
+        for index, value in enumerate(node.outputs):
+            if id(value) in outputs or not value.name:
+                continue
+            name = boundaries.get(id(value)) or node.name + (f":{index}" if index else "")
+            names[value.name] = name
+            value.name = name
+    return names
+
+
+def _scope(node: ir.Node) -> str:
+    """Path of the module that a node belongs to."""
+    listed = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
+    scope = listed[-2] if len(listed) > 1 else ""
+    return "" if scope.startswith("_empty") else scope  # torch's word for none
+
+
+def _unique(base: str, taken: Counter[str]) -> str:
+    taken[base] += 1
+    return base if taken[base] == 1 else f"{base}_{taken[base] - 1}"
+
+
+def _boundaries(graph: ir.Graph) -> dict[int, str]:
+    """Names of the residuals that leave the embedder and each block, by the identity of the value."""
+    blocks: dict[int, tuple[str, int]] = {}
+    for node in graph:
+        match = _BLOCK.match(_scope(node))
+        if match is not None:
+            blocks[id(node)] = (match[1], int(match[2]))
+    # Single-stream blocks follow the two-stream ones.
+    offset = 1 + max((number for kind, number in blocks.values() if kind == "doubles"), default=-1)
+    last: dict[int, ir.Value] = {}  # the last value that a block adds up is its residual
+    for node in graph:
+        scope = _scope(node)
+        if scope.startswith(_EMBEDDER):
+            last[0] = node.outputs[0]
+        elif id(node) in blocks and node.op_type == "Add":
+            kind, number = blocks[id(node)]
+            last[1 + number + (offset if kind == "singles" else 0)] = node.outputs[0]
+    return {id(value): hidden_states_name(index) for index, value in last.items()}

@@ -1,0 +1,1 @@
+"""Deciding an export: options, the plan, prompts and their embeddings."""

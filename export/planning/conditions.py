@@ -1,0 +1,225 @@
+"""The conditions of an export: which prompts or classes at which timesteps, and what they are called."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.checkpoints.loading import first_line
+from ditf.export.families.base import Condition, Defaults, Family
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.prompt_embeds import read_embeddings
+from ditf.runtime.errors import DitfError, InputError
+from ditf.runtime.files.reading import read_regular
+
+NULL_CLASS = "null"
+_LARGEST_FILE = 1 << 20  # bytes of a file of prompts
+_MOST_ENTRIES = 1000
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One condition of a bundle.
+
+    Attributes:
+        name: what the runtime calls it.
+        prompt, class_label: one of them; `class_label` None and no prompt is the null class.
+        timestep: diffusion timestep.
+        condition: what the text encoders made of it, once they ran.
+        embeds: sha256 of the file that the condition was read from, where one was given.
+    """
+
+    name: str
+    prompt: str | None
+    class_label: int | None
+    timestep: int
+    condition: Condition
+    embeds: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "name": self.name,
+            "prompt": self.prompt,
+            "class_label": self.class_label,
+            "timestep": self.timestep,
+            **({} if self.embeds is None else {"prompt_embeds": self.embeds}),
+        }
+
+
+def plan_entries(
+    options: ExportOptions, checkpoint: Checkpoint, family: Family, defaults: Defaults
+) -> tuple[Entry, ...]:
+    """The entries an export asks for, not encoded yet: every subject at every timestep.
+
+    Raises:
+        InputError: a prompt for a class-conditional model or the reverse, names that collide, more than
+            one entry to bake, a class out of range.
+    """
+    timesteps = options.timestep or (defaults.timestep,)
+    subjects: list[Entry]
+    if options.prompt_embeds:
+        subjects = _given(options, family)
+    elif family.takes_prompt:
+        subjects = _prompts(options, family, defaults)
+    else:
+        subjects = _classes(options, checkpoint, family)
+    entries = tuple(
+        replace(one, name=f"{one.name}@{t}" if len(timesteps) > 1 else one.name, timestep=t)
+        for one, t in itertools.product(subjects, timesteps)
+    )
+    for name, count in Counter(entry.name for entry in entries).items():
+        if count > 1:
+            raise InputError(f"two conditions are called {name!r:.60}", "give every prompt its own name")
+    if len(entries) > _MOST_ENTRIES:
+        raise InputError(f"{len(entries)} conditions are too many", f"give at most {_MOST_ENTRIES}")
+    if options.conditioning == "bake" and len(entries) > 1:
+        raise InputError(
+            f"{len(entries)} conditions cannot be baked into one graph", "add --conditioning bank"
+        )
+    return entries
+
+
+def _given(options: ExportOptions, family: Family) -> list[Entry]:
+    """Of files of embeddings; each has its prompt's name, or the file's where that does not say it."""
+    if options.prompt or options.prompts is not None or options.class_label:
+        raise InputError(
+            "--prompt-embeds is in place of a prompt: the file says which one it is of",
+            "leave --prompt, --prompts and --class-label out",
+        )
+    if not family.takes_prompt:
+        raise InputError(f"{family.name} reads no text", "leave --prompt-embeds out")
+    entries = []
+    for path in options.prompt_embeds:
+        found = read_embeddings(path, family)
+        name = path.stem if found.prompt is None else found.prompt
+        entries.append(Entry(name, found.prompt, None, 0, found.condition, found.sha256))
+    return entries
+
+
+def _prompts(options: ExportOptions, family: Family, defaults: Defaults) -> list[Entry]:
+    if options.class_label:
+        raise InputError(f"{family.name} is text-conditional and takes no class label", "use --prompt")
+    named = [(prompt, prompt) for prompt in options.prompt]
+    if options.prompts is not None:
+        named += read_prompts(options.prompts)
+    if not named:
+        assert defaults.prompt is not None
+        named = [(defaults.prompt, defaults.prompt)]
+    return [Entry(name, prompt, None, 0, {}) for name, prompt in named]
+
+
+def _classes(options: ExportOptions, checkpoint: Checkpoint, family: Family) -> list[Entry]:
+    if options.prompt or options.prompts is not None:
+        raise InputError(f"{family.name} is class-conditional and takes no prompt", "use --class-label")
+    if not options.class_label:
+        return [Entry(NULL_CLASS, None, None, 0, {})]
+    names = checkpoint.class_names()
+    return [
+        Entry(label, None, _class_number(label, names, family.null_class), 0, {})
+        for label in options.class_label
+    ]
+
+
+def _class_number(label: str, names: Mapping[str, int], last: int) -> int:
+    if label.isdecimal():
+        if int(label) > last:
+            raise InputError(f"class label {label} is out of range", f"choose 0..{last}")
+        return int(label)
+    if label in names:
+        return names[label]
+    known = f"{len(names)} names, such as {next(iter(names))!r}" if names else "numbers only"
+    raise InputError(f"no class is called {label!r}", f"this checkpoint has {known}")
+
+
+def read_prompts(path: Path) -> list[tuple[str, str]]:
+    """(name, prompt) of each line `name: prompt`; empty lines and lines that start with # are left out.
+
+    Raises:
+        InputError: unreadable, a line without a name, or no line.
+    """
+    try:
+        lines = read_regular(path, _LARGEST_FILE).decode("utf-8-sig").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(f"--prompts {path} cannot be read ({reason})", "give a text file") from error
+    named = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip() or line.lstrip().startswith("#"):
+            continue
+        name, colon, prompt = line.partition(":")
+        if not colon or not name.strip() or not prompt.strip():
+            raise InputError(f"{path}, line {number} is not 'name: prompt': {line.strip()[:40]!r}")
+        named.append((name.strip(), prompt.strip()))
+    if not named:
+        raise InputError(f"{path} holds no prompt", "write lines such as: cat: a photo of a cat")
+    return named
+
+
+def encode(
+    entries: Sequence[Entry], family: Family, checkpoint: Checkpoint, guidance: float | None
+) -> tuple[Entry, ...]:
+    """The entries with their conditions. Where embeddings were given, no text encoder is opened.
+
+    Raises:
+        InputError: a prompt too long, an encoder that gives NaN.
+    """
+    if entries[0].embeds is not None:
+        setting = {} if guidance is None else {"guidance": torch.tensor([guidance])}
+        return tuple(replace(entry, condition={**entry.condition, **setting}) for entry in entries)
+    subjects: list[str | int] = []
+    for entry in entries:
+        subject = entry.prompt if entry.prompt is not None else entry.class_label
+        subjects.append(family.null_class if subject is None else subject)
+    unique = list(dict.fromkeys(subjects))
+    try:
+        encoded = family.encode_conditions(checkpoint, unique, guidance)
+    except (DitfError, MemoryError):
+        raise
+    except Exception as error:  # whatever files can provoke in someone else's code
+        raise InputError(
+            f"the text encoders of {checkpoint.id} fail ({first_line(error)})",
+            "download the checkpoint again",
+        ) from error
+    conditions = dict(zip(unique, encoded, strict=True))
+    for subject, condition in conditions.items():
+        for name, tensor in condition.items():
+            if not torch.isfinite(tensor).all():
+                raise InputError(
+                    f"{name} of {subject!r:.60} holds NaN or infinity: the text encoder is damaged",
+                    "download the checkpoint again",
+                )
+    return tuple(
+        replace(entry, condition=conditions[subject])
+        for entry, subject in zip(entries, subjects, strict=True)
+    )
+
+
+def trim(
+    entries: Sequence[Entry], family: Family, live: bool = False, tokens: int | None = None
+) -> tuple[Entry, ...]:
+    """The entries without the text tokens that are masked in all of them, which is exact.
+
+    Args:
+        live: keep the masked ones: another prompt may need them.
+        tokens: of T5, to trim to (--text-tokens), an approximation.
+    """
+    length = family.text_length if live else family.text_tokens
+    longest = max(length(entry.condition) for entry in entries)
+    if tokens is not None:
+        longest = min(longest, family.leading_tokens + tokens)
+    return tuple(replace(entry, condition=family.trim_text(entry.condition, longest)) for entry in entries)
+
+
+def describe(entries: Sequence[Entry]) -> str:
+    """For people: what is encoded."""
+    if len(entries) == 1:
+        return f"the condition {json.dumps(entries[0].name[:60])}"
+    return f"{len(entries)} conditions"

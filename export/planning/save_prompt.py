@@ -1,0 +1,42 @@
+"""`ditf export --save-prompt-embeds`: the text encoders alone, on a machine that has them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from ditf.export.checkpoints.opening import open_checkpoint
+from ditf.export.planning.conditions import encode
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import decide
+from ditf.export.planning.prompt_embeds import write_embeddings
+from ditf.runtime.errors import InputError
+
+_UNNEEDED = ("transformer", "vae")
+
+
+def save_prompt(options: ExportOptions, path: Path) -> str:
+    """Encode the prompt of an export and write it for `--prompt-embeds`.
+
+    Of transformer and VAE the configs are read; their weights need not be there.
+
+    Returns:
+        The prompt.
+
+    Raises:
+        DitfError: as an export; several prompts, or a model that reads none.
+    """
+    if options.prompt_embeds:
+        raise InputError("--prompt-embeds and --save-prompt-embeds exclude each other", "leave one out")
+    with open_checkpoint(options.model, options.revision, options.variant, _UNNEEDED) as checkpoint:
+        plan = decide(options, checkpoint)
+        if not plan.family.takes_prompt:
+            raise InputError(f"{plan.family.name} reads no text", "leave --save-prompt-embeds out")
+        if len({entry.prompt for entry in plan.entries}) > 1:
+            raise InputError("--save-prompt-embeds writes one prompt to a file", "run it once for each")
+        with torch.no_grad():
+            entry = encode(plan.entries[:1], plan.family, checkpoint, plan.guidance)[0]
+    prompt = str(entry.prompt)
+    write_embeddings(path, entry.condition, prompt, checkpoint.id)
+    return prompt

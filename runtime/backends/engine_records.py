@@ -1,0 +1,269 @@
+"""Engines of a bundle: what engine.json says, and which of them fits here. Nothing is deserialised."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Optional, get_type_hints
+
+from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, TARGETS
+from ditf.runtime.backends.gpu import Gpu, version_text
+from ditf.runtime.bundles.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
+from ditf.runtime.bundles.manifest import conforms
+from ditf.runtime.bundles.signing import ANYONE, Trust
+from ditf.runtime.errors import BundleError, NewerSchema
+from ditf.runtime.files.hashed import HashedFile
+from ditf.runtime.files.reading import read_regular
+
+SCHEMA = 1
+ENGINES = "engines"
+RECORD = "engine.json"
+FEATURES_PLAN, MATCH_PLAN = "features.plan", "match.plan"
+PLANS = {FEATURES: FEATURES_PLAN, MATCH: MATCH_PLAN}
+
+POINTS = (1, 16, 16)
+IMAGE_SIDES = (1, 640, 2048)
+"""Ranges of match.plan: points at a time, and rows or columns of the target image; smallest, usual,
+largest. TensorRT may reserve memory for the largest, here 1 GB."""
+
+_BUILD = "build it again: ditf build"
+_RECORD_BYTES = 1 << 20  # the largest engine.json that is read
+_OLDEST_COMPATIBLE = "sm_80"  # what hardware compatibility reaches down to
+
+
+@dataclass(frozen=True)
+class EngineRecord:
+    """Everything that decides whether an engine fits, and how it was made.
+
+    Attributes:
+        key: of what it was made from; its directory's name.
+        flavour: "tensorrt" or "tensorrt-rtx"; version: of the library that built it.
+        target: compute capability, "portable", or "" for the GPU that was there.
+        gpu: that GPU, "NVIDIA Orin sm_87"; driver: the newest CUDA version of its driver, 12060 for 12.6.
+        onnx: {file of the bundle: sha256} of what it was built from.
+        batch: smallest, usual and largest batch of each profile of features.plan.
+        options: of the build.
+        plans: {file: {"bytes": n, "sha256": hex}}.
+        left_out: {plan: why} of what could not be built for the target.
+        seconds: of each plan's build; peak_bytes: of the building process's memory.
+    """
+
+    schema: int
+    key: str
+    flavour: str
+    version: str
+    target: str
+    gpu: Optional[str]
+    driver: Optional[int]
+    onnx: dict[str, str]
+    batch: list[list[int]]
+    options: dict[str, Any]
+    plans: dict[str, dict[str, Any]]
+    left_out: dict[str, str]
+    seconds: dict[str, float]
+    peak_bytes: int
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    def stale(self, bundle: Bundle) -> str:
+        """Why the engine is not of this bundle; "" where it is."""
+        for name, digest in sources(bundle).items():
+            if self.onnx.get(name) != digest:
+                return f"built from another {name}"
+        return ""
+
+    def misfit(self, bundle: Bundle, gpu: Gpu, version: str) -> str:
+        """Why the engine cannot run here; "" where it can.
+
+        Args:
+            version: of the library of its flavour that is installed.
+        """
+        stale = self.stale(bundle)
+        if stale:
+            return stale
+        if self.target not in ("", PORTABLE, gpu.target):
+            return f"built for {self.target}, this GPU is {gpu}"
+        if self.target == "" and self.gpu != str(gpu):
+            newer = _capability(gpu.target) >= _capability(_OLDEST_COMPATIBLE)
+            if not (self.options.get("hardware_compatible") and newer):
+                return f"built on {self.gpu}, this GPU is {gpu}"
+        if self.driver is not None and self.driver > gpu.driver:
+            return (
+                f"built under a driver of CUDA {version_text(self.driver)}, here it is"
+                f" {version_text(gpu.driver)}"
+            )
+        if self.version != version:
+            kept = self.options.get("version_compatible") and _same_major_and_newer(version, self.version)
+            if not kept:
+                return f"built with {self.flavour} {self.version}, installed is {version}"
+        return ""
+
+    def plan(self, folder: Path, name: str) -> HashedFile:
+        """One of the plans, and what this record says of it."""
+        listed = self.plans[name]
+        return HashedFile(folder / name, listed["bytes"], listed["sha256"], f"{_BUILD} --force")
+
+    @property
+    def host_code(self) -> bool:
+        """Whether the plan brings code that runs on the CPU, as a version-compatible one does."""
+        return bool(self.options.get("version_compatible"))
+
+    @property
+    def batch_text(self) -> str:
+        """Batches for people: "1", "1-8", "1 and 8"."""
+        return " and ".join("-".join(map(str, dict.fromkeys((low, high)))) for low, _, high in self.batch)
+
+
+def sources(bundle: Bundle) -> dict[str, str]:
+    """{file: sha256} of what engines are built from."""
+    names = (FEATURES, FEATURES_DATA, MATCH)
+    return {name: bundle.manifest.files[name]["sha256"] for name in names if name in bundle.manifest.files}
+
+
+def read_record(folder: Path, trust: Trust = ANYONE) -> EngineRecord:
+    """The record of one engine; see `parse_record`.
+
+    Raises:
+        BundleError: missing, not signed as it must be, damaged, or of a newer schema.
+    """
+    content = record_content(folder)
+    trust.check(folder / RECORD, content)
+    return parse_record(folder, content)
+
+
+def record_content(folder: Path) -> bytes:
+    """The bytes of an engine's record.
+
+    Raises:
+        BundleError: there is none, or it cannot be read.
+    """
+    path = folder / RECORD
+    try:
+        return read_regular(path, _RECORD_BYTES)
+    except FileNotFoundError:
+        raise BundleError(f"{folder} has no {RECORD}", _BUILD) from None
+    except OSError as error:
+        raise BundleError(f"{path} cannot be read ({error.strerror})", _BUILD) from error
+
+
+def parse_record(folder: Path, content: bytes) -> EngineRecord:
+    """Validate the content of an engine's record.
+
+    Raises:
+        BundleError: damaged, or of a newer schema.
+    """
+    path = folder / RECORD
+    try:
+        document = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} cannot be read ({error})", _BUILD) from error
+    if not isinstance(document, dict) or not isinstance(document.get("schema"), int):
+        raise BundleError(f"{path} is no engine record", _BUILD)
+    if document["schema"] > SCHEMA:
+        raise NewerSchema(
+            f"{folder} has schema {document['schema']}, this ditf reads up to {SCHEMA}",
+            "run: pip install --upgrade ditf",
+        )
+    hints = get_type_hints(EngineRecord)
+    for item in fields(EngineRecord):
+        if item.name not in document or not conforms(document[item.name], hints[item.name]):
+            raise BundleError(f"{path} has no valid {item.name}", _BUILD)
+    record = EngineRecord(**{item.name: document[item.name] for item in fields(EngineRecord)})
+    wrong = _contradiction(folder, record)
+    if wrong:
+        raise BundleError(f"{path} has no valid {wrong}", _BUILD)
+    return record
+
+
+def _contradiction(folder: Path, record: EngineRecord) -> str:
+    """The first field that no build writes; "" where there is none."""
+    texts = (record.key, record.version, record.target, record.gpu or "", *record.left_out.values())
+    valid = {
+        "key": record.key == folder.name,
+        "flavour": record.flavour in FLAVOURS,
+        "version": record.key.startswith(f"{record.flavour}-{record.version}-"),
+        "text": all(text.isprintable() for text in texts),
+        "target": record.target in ("", PORTABLE, *TARGETS),
+        "batch": bool(record.batch)
+        and all(len(one) == 3 and 1 <= one[0] <= one[1] <= one[2] for one in record.batch),
+        "plans": FEATURES_PLAN in record.plans
+        and {*record.plans, *record.left_out} == set(PLANS.values())
+        and all(
+            conforms(listed.get("bytes"), int) and conforms(listed.get("sha256"), str)
+            for listed in record.plans.values()
+        ),
+    }
+    return next((name for name, fine in valid.items() if not fine), "")
+
+
+def verify_plans(folder: Path, record: EngineRecord, contents: bool = True) -> None:
+    """Check an engine's plans against its record, before anything deserialises them.
+
+    Args:
+        contents: compare hashes, not sizes alone.
+
+    Raises:
+        BundleError: one is missing, truncated, or another's.
+    """
+    for name in record.plans:
+        record.plan(folder, name).check(contents)
+
+
+def engine_of(bundle: Bundle, flavour: str) -> bool:
+    """Whether a bundle has an engine of a flavour, fitting or not."""
+    return any(_flavour_of(folder) == flavour for folder in engine_folders(bundle.path))
+
+
+def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple[Path, EngineRecord]:
+    """The engine to run here: of those that fit, one without code for the CPU, then one for this very GPU.
+
+    Raises:
+        BundleError: none fits; says what differs, and the command that builds one.
+    """
+    fix = f"run: ditf build {bundle.path} --backend {flavour}"
+    misfits, fitting = [], []
+    for folder in engine_folders(bundle.path):
+        if _flavour_of(folder) != flavour:
+            continue
+        try:
+            record = read_record(folder, bundle.trust)
+        except BundleError as error:
+            misfits.append(error.problem)
+            continue
+        why = record.misfit(bundle, gpu, version)
+        if why:
+            misfits.append(f"{folder.name} was {why}")
+        elif record.host_code and not bundle.trust.host_code:
+            misfits.append(f"{folder.name} runs code of its own on the CPU (--allow-host-code accepts it)")
+        else:
+            fitting.append((record.host_code, record.target == PORTABLE, folder, record))
+    if not fitting:
+        what = "; ".join(misfits) or "it has none"
+        raise BundleError(f"{bundle.path} has no {flavour} engine that runs here: {what}", fix)
+    *_, folder, record = min(fitting, key=lambda one: one[:3])
+    return folder, record
+
+
+def _flavour_of(folder: Path) -> str | None:
+    """From the directory's name, which begins with it; None if it does not."""
+    return next((f for f in ("tensorrt-rtx", "tensorrt") if folder.name.startswith(f"{f}-")), None)
+
+
+def _capability(target: str) -> int:
+    return int(target.removeprefix("sm_"))
+
+
+def _same_major_and_newer(version: str, built: str) -> bool:
+    here, there = ([int(part) for part in text.split(".")[:3]] for text in (version, built))
+    return here[0] == there[0] and here >= there
+
+
+def engine_folders(bundle: Path) -> list[Path]:
+    """Directories of a bundle's engines, by name; what is no engine, or still being written, is left out."""
+    try:
+        inside = sorted((bundle / ENGINES).iterdir())
+    except OSError:  # there are none, or they cannot be read
+        return []
+    return [path for path in inside if _flavour_of(path) and path.is_dir()]

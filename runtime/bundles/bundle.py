@@ -1,0 +1,130 @@
+"""A bundle directory: its files, and the proof that they are the ones that were exported."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Union
+
+import numpy as np
+
+from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.files import arrays
+from ditf.runtime.files.hashed import HashedFile
+from ditf.runtime.bundles.manifest import NAME, Manifest, manifest_content, parse_manifest
+from ditf.runtime.bundles.onnx_graph import Graph
+from ditf.runtime.bundles.signing import ANYONE, Trust
+
+FEATURES = "features.onnx"
+FEATURES_DATA = "features.onnx.data"
+MATCH = "match.onnx"
+GOLDEN = "golden.npz"
+CALIBRATION = "calibration.json"
+TRACE = "trace.npz"
+NOISE = "noise.npy"  # only with --noise input
+PROJECTION = "projection.npy"  # only with --pca
+CONDITIONS = "conditions.npz"  # only with --conditioning bank or live
+
+_COPY_AGAIN = "copy or export the bundle again"
+_LARGEST_ARRAYS = 1 << 30  # bytes of all arrays of one file; conditions.npz is the largest
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """An opened bundle: where it is, its validated manifest, and what its user accepts of it."""
+
+    path: Path
+    manifest: Manifest
+    trust: Trust = ANYONE
+
+    @classmethod
+    def open(cls, path: Union[str, Path], trust: Trust = ANYONE) -> Bundle:
+        """Read the manifest of a bundle directory, and its signature if one is asked for; no other file.
+
+        Raises:
+            InputError: no such directory.
+            BundleError: not a bundle, one that is not signed as it must be, or one this ditf cannot read.
+        """
+        path = Path(path)
+        if not path.is_dir():
+            raise InputError(f"{path}: no such bundle directory", "make one with ditf-export")
+        content = manifest_content(path)
+        trust.check(path / NAME, content)
+        return cls(path, parse_manifest(path, content), trust)
+
+    def verify(self, names: Iterable[str]) -> None:
+        """Check files against the manifest's sizes and hashes.
+
+        What is used afterwards is read by `read`, which checks the very bytes that it returns.
+
+        Raises:
+            BundleError: a file is missing, truncated, altered or not listed.
+        """
+        for name in names:
+            self.file(name).check()
+
+    def read(self, name: str) -> bytearray:
+        """The content of a file, which has the manifest's size and hash.
+
+        The bytes that are returned are the bytes that were hashed: the file is opened and read once.
+
+        Raises:
+            BundleError: as `verify`.
+        """
+        return self.file(name).read()
+
+    def read_graph(self, name: str) -> Graph:
+        """features.onnx with its weights, or match.onnx.
+
+        Raises:
+            BundleError: as `verify`; or the graph refers to a file that is not its own.
+        """
+        model = bytes(self.read(name))
+        weights = {FEATURES_DATA: self.read(FEATURES_DATA)} if name == FEATURES else {}
+        try:
+            return Graph(self.path / name, model, weights)
+        except ValueError as error:
+            raise BundleError(
+                f"{self.path / name} cannot be used ({str(error)[:120]})", "export the bundle again"
+            ) from error
+
+    def read_array(self, name: str) -> np.ndarray:
+        """A .npy file of the bundle.
+
+        Raises:
+            BundleError: as `verify`; or it holds no array.
+        """
+        with self._arrays(name) as content:
+            return arrays.read_npy(content, name, len(content))
+
+    def read_arrays(self, name: str) -> dict[str, np.ndarray]:
+        """A .npz file of the bundle.
+
+        Raises:
+            BundleError: as `verify`; or it holds no arrays, or more than a bundle's hold.
+        """
+        with self._arrays(name) as content:
+            return arrays.read_npz(content, name, _LARGEST_ARRAYS)
+
+    @contextmanager
+    def _arrays(self, name: str) -> Iterator[bytes]:
+        content = bytes(self.read(name))
+        try:
+            yield content
+        except ValueError as error:
+            raise BundleError(
+                f"{self.path / name} holds no arrays ({str(error)[:80]})", "export the bundle again"
+            ) from error
+
+    def file(self, name: str) -> HashedFile:
+        """A file of the bundle, and what the manifest says of it.
+
+        Raises:
+            BundleError: the manifest does not list it.
+        """
+        listed = self.manifest.files.get(name)
+        if listed is None:
+            raise BundleError(f"{self.path / name} is not listed in the manifest", "export the bundle again")
+        return HashedFile(self.path / name, listed["bytes"], listed["sha256"], _COPY_AGAIN)

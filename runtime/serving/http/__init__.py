@@ -1,0 +1,1 @@
+"""The HTTP server: connections, limits at the door, metrics, logs and the page."""

@@ -1,0 +1,147 @@
+"""Features of many images into a store: what is there is kept, what fails is told, the rest is computed."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from ditf.runtime.bundles.conditions import Feeds
+from ditf.runtime.errors import InputError
+from ditf.runtime.features import FeatureMap
+from ditf.runtime.files.reading import read_regular
+from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image
+from ditf.runtime.model import Model
+from ditf.runtime.store.writer import StoreWriter
+
+_BATCH = 4  # of a bundle that takes any: images are held in memory
+
+
+@dataclass
+class Extraction:
+    """What a run did.
+
+    Attributes:
+        computed, kept: maps that were written, and that were there.
+        failed: why, by name.
+        loss: the worst |stored - computed| / |computed| of a map.
+    """
+
+    computed: int = 0
+    kept: int = 0
+    failed: dict[str, str] = field(default_factory=dict)
+    loss: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pending:
+    """An image that has been read: its name, the hash of its file, and what the engine takes."""
+
+    name: str
+    image_sha256: str
+    image: FittedImage
+
+
+def image_name(path: Path) -> str:
+    """Name of an image in a store: its path as given, without detours such as "./"."""
+    return Path(os.path.normpath(path)).as_posix()
+
+
+def named(images: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
+    """Images by name, and those whose name a store cannot hold, with the reason."""
+    paths = {image_name(path): path for path in images}
+    failed = {}
+    for name, path in paths.items():
+        try:
+            name.encode("utf-8")
+        except UnicodeEncodeError:
+            failed[name] = f"{path}: its name is not UTF-8; rename it"
+    return {name: path for name, path in paths.items() if name not in failed}, failed
+
+
+def extract(
+    model: Model,
+    images: Sequence[Path],
+    writer: StoreWriter,
+    prompt: str | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Extraction:
+    """Compute the maps that a store does not have yet.
+
+    Args:
+        images: an image twice is computed once.
+        writer: opened.
+        prompt: see `Model.features`.
+        progress: called with the name of every image.
+
+    Raises:
+        InputError: a condition that the bundle does not have.
+        OSError: the store cannot be written, on a full disk for example.
+    """
+    feeds = model.feeds(prompt)  # a condition that is not there is no image's failure
+    paths, failed = named(images)
+    size = batch_size(model)
+    result = Extraction(failed=failed)
+    pending: list[Pending] = []
+    for name, path in paths.items():
+        progress(name)
+        try:
+            content = read_regular(path, LARGEST_FILE)
+            digest = hashlib.sha256(content).hexdigest()
+            if writer.has(name, digest):
+                result.kept += 1
+                continue
+            pending.append(Pending(name, digest, model.fitted(decode_image(content, str(path)))))
+        except (InputError, OSError) as error:
+            result.failed[name] = failure_text(path, error)
+        if len(pending) == size:
+            store_batch(model, pending, writer, feeds, result)
+            pending = []
+    store_batch(model, pending, writer, feeds, result)
+    return result
+
+
+def batch_size(model: Model) -> int:
+    """Images to compute at a time."""
+    return model.manifest.batch if isinstance(model.manifest.batch, int) else _BATCH
+
+
+def failure_text(path: Path, error: InputError | OSError) -> str:
+    """Why an image could not be read."""
+    if isinstance(error, FileNotFoundError):
+        return f"{path}: no such image"
+    return f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
+
+
+def store_batch(
+    model: Model, pending: Sequence[Pending], writer: StoreWriter, feeds: Feeds, result: Extraction
+) -> None:
+    """Compute and write a batch; one image whose features cannot be had does not take the others with it.
+
+    Args:
+        feeds: from `Model.feeds`.
+        result: is told of it.
+    """
+    try:
+        maps = model.features_of_fitted([one.image for one in pending], feeds)
+    except InputError as error:
+        if len(pending) > 1:
+            for one in pending:
+                store_batch(model, [one], writer, feeds, result)
+        else:
+            result.failed[pending[0].name] = str(error)
+        return
+    for one, feature_map in zip(pending, maps, strict=True):
+        _put(one, feature_map, writer, result)
+
+
+def _put(one: Pending, feature_map: FeatureMap, writer: StoreWriter, result: Extraction) -> None:
+    try:
+        loss = writer.put(one.name, one.image_sha256, feature_map)
+    except InputError as error:
+        result.failed[one.name] = str(error)
+        return
+    result.loss = max(result.loss, loss)
+    result.computed += 1

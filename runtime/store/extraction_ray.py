@@ -1,0 +1,396 @@
+"""Bulk extraction over a Ray cluster: tasks read images, actors hold the engine, all write to one store.
+
+Ray Data streams from one to the other: images are read, hashed and resized on any CPU, a few batches ahead
+of the engines and no more. (Where nothing has a GPU it makes one step of both.) A map is written by the actor
+that computed it (`store_writer` says why that is safe); rows of text come back. What a killed process had in
+hand is given to another by Ray.
+
+Bundle, images and store are seen by every machine under the same paths, on a shared file system.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import json
+import os
+import platform
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Optional
+
+import numpy as np
+
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.signing import Trust
+from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
+from ditf.runtime.files.liveness import file_system_time
+from ditf.runtime.files.reading import read_regular
+from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image, fitted_image
+from ditf.runtime.model import Model
+from ditf.runtime.store.extraction import (
+    Extraction,
+    Pending,
+    batch_size,
+    failure_text,
+    named,
+    store_batch,
+)
+from ditf.runtime.store.feature_store import PARTIAL, STORE, StoreIdentity, features_hash, map_path
+from ditf.runtime.store.writer import StoreWriter
+
+COMPUTED, KEPT, FAILED, PENDING, FATAL = "computed", "kept", "failed", "pending", "fatal"
+"""What became of an image. Fatal is what no image is to blame for; it ends the run, with its reason."""
+
+_CPUS = 0.5  # of a task that reads, and of an actor: both fit wherever there is a CPU
+_TASK = 32  # images of a task at most: what a lost one takes with it
+_TASKS_A_WORKER = 8  # at least, so that all have something to do until the end
+
+Columns = dict[str, Any]
+"""Columns of a batch of rows, as Ray Data has them: arrays of the same length."""
+
+
+@dataclass(frozen=True)
+class Job:
+    """What every process of the cluster is told.
+
+    Attributes:
+        bundle, store: absolute, the same everywhere; trust: what every process accepts of the bundle.
+        size: (H, W) px of the engine's input.
+        identity: of the store's maps; prompt, fit, backend: see `ditf.runtime.load`.
+        started_ns: when the run began, by the clock of the store's file system.
+    """
+
+    bundle: Path
+    trust: Trust
+    size: tuple[int, int]
+    store: Path
+    identity: StoreIdentity
+    prompt: Optional[str]
+    fit: str
+    backend: str
+    started_ns: int
+
+    @classmethod
+    def of(cls, bundle: Bundle, writer: StoreWriter, prompt: str | None, fit: str, backend: str) -> Job:
+        """A job that starts now.
+
+        Args:
+            bundle: opened, as every worker will open it.
+            writer: opened.
+        """
+        signers = bundle.trust.signers
+        trust = replace(bundle.trust, signers=None if signers is None else signers.resolve())
+        started = file_system_time(writer.path / PARTIAL)
+        store = writer.path.resolve()
+        return cls(
+            bundle.path.resolve(),
+            trust,
+            bundle.manifest.size,
+            store,
+            writer.identity,
+            prompt,
+            fit,
+            backend,
+            started,
+        )
+
+    def writer(self) -> StoreWriter:
+        """For the process that this is called in.
+
+        Raises:
+            InputError: this machine does not see the store.
+        """
+        if not (self.store / STORE).is_file():
+            raise InputError(
+                f"{self.store} is not to be seen from {platform.node()}",
+                "put the store, the images and the bundle on a file system that all machines share",
+            )
+        return StoreWriter(self.store, self.identity)
+
+    def found(self, writer: StoreWriter, name: str, image_sha256: str) -> str | None:
+        """Whether a map is there: kept from an earlier run, or computed in this one, by a lost process."""
+        if not writer.has(name, image_sha256):
+            return None
+        written = map_path(self.store, name).stat().st_mtime_ns
+        return KEPT if written < self.started_ns else COMPUTED
+
+
+_NOTHING: dict[str, Any] = {"image_sha256": "", "pixels": b"", "loss": 0.0}
+_NOTHING |= dict.fromkeys(("height", "width", "rows", "columns"), 0)
+
+
+def _fatal_as_rows(step: Callable[..., Columns]) -> Callable[..., Columns]:
+    """A step whose expected failures come back as rows: of an exception, Ray would bring a text alone."""
+
+    @functools.wraps(step)
+    def careful(*arguments: Any, **options: Any) -> Columns:
+        try:
+            return step(*arguments, **options)
+        except DitfError as error:
+            told = [error.exit_code, error.problem, error.fix]
+        except OSError as error:
+            told = [2, f"{platform.node()}: {error.filename or ''} {error.strerror or error}", ""]
+        batch = next(one for one in arguments if isinstance(one, dict))
+        rows = [{"name": str(name), "state": FATAL, "reason": json.dumps(told)} for name in batch["name"]]
+        return _columns([{**row, **_NOTHING} for row in rows])
+
+    return careful
+
+
+@_fatal_as_rows
+def prepare(batch: Columns, job: Job) -> Columns:
+    """Read images, unless their maps are there.
+
+    Args:
+        batch: `name` and `path` of images.
+
+    Returns:
+        name; state; reason, of what failed; image_sha256; pixels, their bytes at the
+        engine's size; height, width, of the original; rows, columns, of the pixels that it covers.
+    """
+    writer = job.writer()
+    rows = []
+    for name, path in zip(batch["name"], batch["path"], strict=True):
+        row = {"name": str(name), "state": PENDING, "reason": "", **_NOTHING}
+        try:
+            content = read_regular(path, LARGEST_FILE)
+            row["image_sha256"] = hashlib.sha256(content).hexdigest()
+            state = job.found(writer, row["name"], row["image_sha256"])
+            if state is None:
+                image = fitted_image(decode_image(content, str(path)), job.size, job.fit)
+                row |= {"pixels": image.pixels.tobytes(), "height": image.image_size[0]}
+                row |= {"width": image.image_size[1], "rows": image.covered[0], "columns": image.covered[1]}
+            else:
+                row["state"] = state
+        except (InputError, OSError) as error:
+            row |= {"state": FAILED, "reason": failure_text(Path(path), error)}
+        rows.append(row)
+    return _columns(rows)
+
+
+class Extractor:
+    """An actor: an open bundle that computes and stores what `prepare` has read.
+
+    The bundle is opened by the first batch, not when the actor is made: what is wrong then has a reason,
+    where Ray would only say that an actor died.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._model: Model | None = None
+
+    @_fatal_as_rows
+    def __call__(self, batch: Columns) -> Columns:
+        """Compute what is pending.
+
+        Returns:
+            name, state, reason; loss: what rounding cost, of a map that was computed.
+        """
+        if FATAL in batch["state"]:
+            return {name: batch[name] for name in ("name", "state", "reason", "loss")}
+        model = self._opened()
+        writer = self._job.writer()
+        feeds = model.feeds(self._job.prompt)
+        said = zip(batch["name"], batch["state"], batch["reason"], strict=True)
+        rows = [{"name": str(n), "state": str(s), "reason": str(r), "loss": 0.0} for n, s, r in said]
+        pending: list[tuple[dict[str, Any], Pending]] = []
+        for index, row in enumerate(rows):
+            if row["state"] == PENDING:
+                one = _pending(batch, index, model.manifest.size)
+                state = self._job.found(writer, one.name, one.image_sha256)
+                if state is None:
+                    pending.append((row, one))
+                else:
+                    row["state"] = state
+        step = batch_size(model)
+        for start in range(0, len(pending), step):
+            chunk = pending[start : start + step]
+            result = Extraction()
+            store_batch(model, [one for _, one in chunk], writer, feeds, result)
+            for row, one in chunk:
+                failed = one.name in result.failed
+                row |= {"state": FAILED if failed else COMPUTED, "reason": result.failed.get(one.name, "")}
+                row["loss"] = result.loss
+        return _columns(rows)
+
+    def _opened(self) -> Model:
+        if self._model is None:
+            bundle = Bundle.open(self._job.bundle, self._job.trust)
+            if features_hash(bundle) != self._job.identity.features:
+                raise InputError(
+                    f"{bundle.path} on {platform.node()} is another bundle", "copy it there again"
+                )
+            self._model = Model(bundle, self._job.backend, self._job.fit)
+        return self._model
+
+
+def _pending(batch: Columns, index: int, size: tuple[int, int]) -> Pending:
+    """A row of what `prepare` gives."""
+    height, width, rows, columns = (int(batch[n][index]) for n in ("height", "width", "rows", "columns"))
+    pixels = np.frombuffer(batch["pixels"][index], np.uint8).reshape(*size, 3)
+    image = FittedImage(pixels, (rows, columns), (height, width))
+    return Pending(str(batch["name"][index]), str(batch["image_sha256"][index]), image)
+
+
+def extract_with_ray(
+    job: Job,
+    images: Sequence[Path],
+    workers: int | None = None,
+    progress: Callable[[str], None] = lambda name: None,
+) -> Extraction:
+    """Compute the maps that a store does not have yet, on the cluster that is connected.
+
+    Args:
+        images: an image twice is computed once.
+        workers: actors; by default one for each GPU, and where there are none one for each machine, whose
+            cores an engine shares out by itself. More than there are GPUs share them.
+        progress: called with the name of every image, as it is done.
+
+    Returns:
+        What was done. Computed, even if its process did not live to tell, is what was written in this run.
+
+    Raises:
+        InputError: no worker can open the bundle.
+        MissingComponent: a worker lacks something, or Ray failed.
+    """
+    import ray.data
+
+    named_paths, failed = named(images)
+    if not named_paths:
+        return Extraction(failed=failed)
+    paths = {name: str(path.absolute()) for name, path in named_paths.items()}
+    gpus = float(ray.cluster_resources().get("GPU", 0))
+    count = workers or int(gpus) or len([node for node in ray.nodes() if node["Alive"]])
+    task = min(_TASK, max(1, -(-len(paths) // (_TASKS_A_WORKER * count))))
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    rows = [{"name": name, "path": path} for name, path in paths.items()]
+    dataset = ray.data.from_items(rows, override_num_blocks=-(-len(rows) // task))
+    dataset = dataset.map_batches(
+        prepare, fn_kwargs={"job": job}, batch_size=task, num_cpus=_CPUS, zero_copy_batch=True
+    ).map_batches(
+        Extractor,
+        fn_constructor_args=(job,),
+        batch_size=task,
+        compute=ray.data.ActorPoolStrategy(
+            min_size=1, max_size=count, initial_size=min(count, max(1, int(_cpus(ray))))
+        ),
+        num_cpus=_CPUS,
+        num_gpus=min(1.0, gpus / count) if gpus else 0,
+        zero_copy_batch=True,
+    )
+    states: dict[str, tuple[str, str]] = {}
+    loss = 0.0
+    try:
+        for batch in dataset.iter_batches(batch_size=None, prefetch_batches=0):
+            for name, state, reason in zip(batch["name"], batch["state"], batch["reason"], strict=True):
+                if state == FATAL:
+                    raise expected_failure(*json.loads(str(reason)))
+                states[str(name)] = (str(state), str(reason))
+                progress(str(name))
+            loss = max(loss, float(batch["loss"].max()))
+    except ray.exceptions.RayError as error:
+        line = [line for line in str(error).splitlines() if line.strip()][-1:]
+        raise MissingComponent(
+            f"Ray could not finish ({' '.join(line)[:200] or type(error).__name__})",
+            "run it again: what is stored stays; -v shows what Ray says",
+        ) from error
+    return Extraction(
+        computed=sum(state == COMPUTED for state, _ in states.values()),
+        kept=sum(state == KEPT for state, _ in states.values()),
+        failed=failed | {name: states[name][1] for name in paths if states[name][0] == FAILED},
+        loss=loss,
+    )
+
+
+@contextmanager
+def connected(address: str | None, verbose: bool) -> Iterator[str]:
+    """A connection to a Ray cluster, which is closed in the end, with the cluster if it was started here.
+
+    Args:
+        address: of a cluster, as `ray.init` takes it: "auto", "local", "host:port", "ray://host:10001". None
+            is RAY_ADDRESS, else a cluster that runs on this machine, else one that is started.
+        verbose: let Ray say on stderr what it does.
+
+    Yields:
+        What it is, for people.
+
+    Raises:
+        MissingComponent: Ray is not installed.
+        InputError: no cluster answers.
+    """
+    if not verbose:
+        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise missing_extra("ray[data]", "ray") from None
+    _check_answers(address)
+    handler = signal.getsignal(signal.SIGTERM)
+    try:
+        ray.init(
+            address=address,
+            include_dashboard=False,
+            log_to_driver=verbose,
+            logging_level="INFO" if verbose else "ERROR",
+        )
+    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
+        place = address or os.environ.get("RAY_ADDRESS", "this machine")
+        raise _no_cluster(place, " ".join(str(error).split())) from error
+    finally:
+        signal.signal(signal.SIGTERM, handler)  # Ray sets its own, which ends the process as it stands
+    try:
+        nodes = [node for node in ray.nodes() if node["Alive"]]
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        yield f"Ray {ray.__version__}, machines: {len(nodes)}, CPUs: {_cpus(ray):g}, GPUs: {gpus}"
+    finally:
+        waits = "wait_for_processes" in inspect.signature(ray.shutdown).parameters  # not in older ones
+        ray.shutdown(**({"wait_for_processes": True} if waits else {}))
+
+
+def _cpus(ray: Any) -> float:
+    return float(ray.cluster_resources().get("CPU", 0))
+
+
+def expected_failure(code: int, problem: str, fix: str) -> DitfError:
+    """The error that another process told of, by its exit code."""
+    return (MissingComponent if code == MissingComponent.exit_code else InputError)(problem, fix)
+
+
+def _check_answers(address: str | None) -> None:
+    """Whether anything listens where a cluster is said to be: Ray itself waits for minutes.
+
+    Raises:
+        InputError: nothing does.
+    """
+    place = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://")
+    host, colon, port = place.rpartition(":")
+    if not (colon and port.isdigit()):
+        return
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), 10).close()
+    except OSError as error:
+        raise _no_cluster(place, str(error.strerror or error)) from error
+
+
+def _no_cluster(place: str, why: str) -> InputError:
+    return InputError(
+        f"no Ray cluster at {place} ({why[:200]})",
+        "start one with ray start --head, or leave --ray-address out",
+    )
+
+
+def _columns(rows: Sequence[dict[str, Any]]) -> Columns:
+    """Rows as columns."""
+    return {
+        name: np.array([row[name] for row in rows], object if isinstance(rows[0][name], bytes) else None)
+        for name in rows[0]
+    }

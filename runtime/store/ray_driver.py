@@ -1,0 +1,180 @@
+"""Ray in a process of its own, and the process that it works for.
+
+When Ray's core loses the head of its cluster it ends the process it lives in, with exit code 1, after a line
+on stderr. So it lives in one of its own (`main`), which takes pickled requests on stdin and gives a line of
+JSON for each answer on stdout. It ends when stdin does, however the process on the other side ended.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+import textwrap
+import threading
+import traceback
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import asdict
+from importlib.util import find_spec
+from pathlib import Path
+from typing import IO, Any, NoReturn
+
+from ditf.runtime.errors import DitfError, MissingComponent, missing_extra
+from ditf.runtime.store.extraction import Extraction
+from ditf.runtime.store.extraction_ray import Job, connected, expected_failure, extract_with_ray
+
+_START = "import sys; sys.path[:] = sys.argv[1:]; from ditf.runtime.store.ray_driver import main; main()"
+_PREFIX = re.compile(r"^\[[^\]]*\] \S+: ")  # of a line of Ray's log: time, process, place
+_PATIENCE = 30.0  # seconds for the cluster to end
+
+
+class RayCluster:
+    """A Ray cluster that another process is connected to; from `ray_cluster`.
+
+    Attributes:
+        detail: what it is, for people.
+    """
+
+    def __init__(self, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
+        self._process = process
+        self._said = said
+        self.detail = ""
+
+    def connect(self, address: str | None, verbose: bool) -> None:
+        self._ask((address, verbose))
+        self.detail = str(self._answer()["cluster"])
+
+    def extract(
+        self,
+        job: Job,
+        images: Sequence[Path],
+        workers: int | None = None,
+        progress: Callable[[str], None] = lambda name: None,
+    ) -> Extraction:
+        """See `extract_with_ray`.
+
+        Raises:
+            MissingComponent: the cluster's head was lost; in Ray's own words.
+        """
+        self._ask((job, list(images), workers))
+        while "done" not in (answer := self._answer()):
+            progress(answer["progress"])
+        return Extraction(**answer["done"])
+
+    def _ask(self, request: object) -> None:
+        assert self._process.stdin is not None
+        with suppress(BrokenPipeError):  # the answer will say why
+            self._process.stdin.write(pickle.dumps(request))
+            self._process.stdin.flush()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line.endswith(b"\n"):
+            raise MissingComponent(
+                f"the head of the Ray cluster was lost ({self._last_words()})",
+                "start the cluster again, then run this again: what is stored stays",
+            )
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            raise expected_failure(*answer["error"])
+        if "defect" in answer:
+            raise RuntimeError(answer["defect"])
+        return answer
+
+    def _last_words(self) -> str:
+        """The last line that Ray wrote, without its place in Ray's source."""
+        code = self._process.wait()
+        self._said.seek(0)
+        lines = self._said.read().decode("utf-8", "replace").split("\n")
+        spoken = [_PREFIX.sub("", line).strip() for line in lines if line.strip()]
+        if not spoken:
+            return f"its process ended with {code}"
+        return textwrap.shorten(spoken[-1], 160, placeholder=" ...")
+
+
+@contextmanager
+def ray_cluster(address: str | None, verbose: bool) -> Iterator[RayCluster]:
+    """A connection to a Ray cluster, which is closed in the end, with the cluster if it was started here.
+
+    Args:
+        address: see `connected`.
+        verbose: let Ray say on stderr what it does.
+
+    Raises:
+        MissingComponent: Ray is not installed, or it ended its process.
+        InputError: no cluster answers.
+    """
+    try:
+        found = find_spec("ray") is not None
+    except ValueError:  # it is barred
+        found = False
+    if not found:
+        raise missing_extra("ray[data]", "ray")
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            [sys.executable, "-c", _START, *sys.path],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=None if verbose else said,
+            start_new_session=True,  # Ctrl-C is for this process, which then closes stdin
+        )
+        assert process.stdin is not None
+        assert process.stdout is not None
+        try:
+            cluster = RayCluster(process, said)
+            cluster.connect(address, verbose)
+            yield cluster
+        finally:
+            with suppress(BrokenPipeError):
+                process.stdin.close()
+            process.stdout.close()
+            try:
+                process.wait(_PATIENCE)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+            with suppress(ProcessLookupError):  # what Ray started for it, and leaves when the head is lost
+                os.killpg(process.pid, signal.SIGKILL)
+
+
+def main() -> None:
+    """What the process of its own runs."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)  # Ray prints, too
+    signal.signal(signal.SIGTERM, _leave)
+
+    def tell(**answer: object) -> None:
+        print(json.dumps(answer), file=answers, flush=True)
+
+    try:
+        address, verbose = pickle.load(sys.stdin.buffer)
+        with connected(address, verbose) as cluster:
+            tell(cluster=cluster)
+            job, images, workers = pickle.load(sys.stdin.buffer)
+            threading.Thread(target=_end_with_stdin, daemon=True).start()
+            done = extract_with_ray(job, images, workers, lambda name: tell(progress=name))
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        tell(done=asdict(done))
+    except (EOFError, BrokenPipeError):  # nobody is there any more
+        pass
+    except DitfError as error:
+        tell(error=[error.exit_code, error.problem, error.fix])
+    except Exception:
+        tell(defect=traceback.format_exc())
+
+
+def _leave(number: int, frame: object) -> NoReturn:
+    raise SystemExit
+
+
+def _end_with_stdin() -> None:
+    while os.read(0, 1):
+        pass
+    os.kill(os.getpid(), signal.SIGTERM)

@@ -1,0 +1,99 @@
+"""What an export is predicted to need, and that it is said before anything starts."""
+
+from __future__ import annotations
+
+import pytest
+
+from ditf.export.estimate import memory
+from ditf.export.estimate.cost import bundle_bytes, written_bytes
+from ditf.export.estimate.memory import available_bytes, stage_bytes
+from ditf.export.estimate.published_configs import open_configs
+from ditf.export.exporter import export_bundle
+from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.plan import decide
+from ditf.runtime.errors import InputError
+
+GB = 10**9
+
+
+def plan_of(folder, **options):
+    with open_configs(str(folder)) as checkpoint:
+        return decide(ExportOptions(model=str(folder), layer="2", **options), checkpoint)
+
+
+def test_activations_grow_with_size_and_ensemble(checkpoint):
+    folder = checkpoint("flux")
+    small, large, many = (
+        stage_bytes(plan_of(folder, **options))
+        for options in ({"size": (64, 64)}, {"size": (256, 256)}, {"size": (64, 64), "ensemble": 8})
+    )
+    assert small.keys() == large.keys() == many.keys()
+    graph = "running the graph"
+    assert large[graph] > 4 * small[graph]  # logits grow with the square of the tokens
+    assert many[graph] > 2 * small[graph]
+    assert small["folding the weights"] == large["folding the weights"]
+
+
+def test_what_does_not_run_needs_nothing(checkpoint):
+    stages = stage_bytes(plan_of(checkpoint("flux"), golden="none", discard="none"))
+    assert "running the unmodified model" not in stages
+    assert "running the text encoders" in stages
+    assert "running the text encoders" not in stage_bytes(plan_of(checkpoint("dit")))
+
+
+def test_too_little_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
+    options = ExportOptions(
+        model=str(checkpoint("dit")), layer="1", size=(64, 64), ensemble=2, output=tmp_path / "b"
+    )
+    with pytest.raises(InputError, match=r"needs about .* GB of memory, and 0\.0 GB are") as caught:
+        export_bundle(options)
+    assert "a smaller --size or --ensemble 1" in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_where_nobody_says_nothing_is_checked(checkpoint, monkeypatch):
+    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    memory.check_memory(plan_of(checkpoint("dit")))
+
+
+def test_this_machine_says():
+    found = available_bytes()
+    assert found is not None
+    assert 10**7 < found < 10**14
+
+
+@pytest.mark.parametrize(
+    ("files", "expected"),
+    [
+        ({}, None),
+        ({"memory.max": "max", "memory.current": "5", "memory.stat": "inactive_file 1"}, None),
+        (
+            {
+                "memory.max": str(4 * GB),
+                "memory.current": str(3 * GB),
+                "memory.stat": f"anon 7\ninactive_file {GB}\n",
+            },
+            2 * GB,
+        ),
+        ({"memory.max": str(GB), "memory.current": str(2 * GB), "memory.stat": "anon 7"}, 0),
+    ],
+    ids=["none", "unlimited", "limited", "over"],
+)
+def test_a_container(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    assert memory._container(tmp_path) == expected
+
+
+def test_disk_for_the_scratch_file(checkpoint):
+    """Of a 16-bit export the weights are once in float32, before there is a bundle."""
+    folder = checkpoint("flux")
+    plain, half, bank = (
+        plan_of(folder, **options)
+        for options in ({}, {"precision": "float16"}, {"conditioning": "bank", "timestep": (90, 260)})
+    )
+    weights = bundle_bytes(plain) - bundle_bytes(half)  # half of those in float32
+    assert written_bytes(plain, bundle_bytes(plain)) > bundle_bytes(plain) + weights
+    assert written_bytes(half, 0) > 2 * weights
+    assert written_bytes(bank, 0) > written_bytes(plain, 0)  # the AdaLN linears, read once for all rows

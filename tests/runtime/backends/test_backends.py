@@ -1,0 +1,142 @@
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from onnx import TensorProto, helper
+
+from ditf.engines.build import build
+from ditf.engines.compile import BuildOptions
+from ditf.runtime import backends
+from ditf.runtime.backends.cuda import Cuda
+from ditf.runtime.backends.engine_session import invalidity
+from ditf.runtime.backends.flavour import FLAVOURS, Log, load
+from ditf.runtime.backends.gpu import Gpu, find_gpu
+from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
+from ditf.runtime.bundles.bundle import MATCH, Bundle
+from ditf.runtime.bundles.onnx_graph import Graph
+from ditf.runtime.errors import BundleError, InputError, MissingComponent
+
+RTX = "tensorrt-rtx"
+DRIVERLESS = pytest.mark.skipif(find_gpu() is not None, reason="a driver answers here")
+
+
+@pytest.fixture
+def with_engine(demo_bundle, tmp_path):
+    """The demo bundle with an engine for sm_89."""
+    bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    build(bundle, FLAVOURS[RTX], load(RTX), BuildOptions("sm_89"))
+    return bundle
+
+
+def test_auto_says_why(demo_bundle):
+    name, module, reason = backends.choose(Bundle.open(demo_bundle))
+    assert name == "onnxruntime"
+    assert module is backends.load_backend("onnxruntime")
+    assert reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
+
+
+@DRIVERLESS
+def test_auto_passes_over_an_engine_that_cannot_run(with_engine):
+    name, _, reason = backends.choose(with_engine)
+    assert name == "onnxruntime"
+    assert "not tensorrt-rtx: no NVIDIA driver answers" in reason
+
+
+@DRIVERLESS
+@pytest.mark.parametrize("name", ["tensorrt", RTX])
+def test_a_named_backend_without_a_driver(name, demo_bundle):
+    with pytest.raises(MissingComponent, match="no NVIDIA driver answers") as caught:
+        backends.choose(Bundle.open(demo_bundle), name)
+    assert caught.value.exit_code == 3
+    assert "--backend onnxruntime" in caught.value.fix
+    assert not backends.load_backend(name).probe().available
+
+
+@DRIVERLESS
+def test_the_runtime_api_of_cuda_without_a_driver():
+    with pytest.raises(
+        MissingComponent, match=r"no NVIDIA driver answers \(cudaError.* of cudaGetDeviceCount"
+    ):
+        Cuda()
+
+
+def test_without_cuda_python(monkeypatch):
+    monkeypatch.setitem(sys.modules, "cuda", None)
+    monkeypatch.setitem(sys.modules, "cuda.bindings", None)
+    with pytest.raises(MissingComponent, match="cuda-python is not installed") as caught:
+        Cuda()
+    assert caught.value.fix == "run: pip install 'ditf[tensorrt]'"
+
+
+def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
+    """Decided from engine.json: TensorRT-RTX is asked for its version and deserialises nothing."""
+    monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda: Gpu("NVIDIA Other", "sm_120", 13000))
+    with pytest.raises(BundleError, match=r"built for sm_89, this GPU is NVIDIA Other sm_120") as caught:
+        backends.choose(with_engine, RTX)
+    assert caught.value.fix == f"run: ditf build {with_engine.path} --backend tensorrt-rtx"
+
+
+def test_named_backend(demo_bundle):
+    name, module, reason = backends.choose(Bundle.open(demo_bundle), "onnxruntime")
+    assert (name, reason) == ("onnxruntime", "named")
+    assert "CPUExecutionProvider" in module.probe().detail
+
+
+@pytest.mark.parametrize("name", ["", "onnx", "ONNXRuntime", "cuda"])
+def test_unknown_backend(name, demo_bundle):
+    with pytest.raises(InputError, match="unknown backend") as caught:
+        backends.choose(Bundle.open(demo_bundle), name)
+    assert caught.value.exit_code == 2
+    assert "onnxruntime" in caught.value.fix
+
+
+@pytest.mark.parametrize("name", ["auto", "onnxruntime"])
+def test_without_onnxruntime(monkeypatch, name, demo_bundle):
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what an import of a missing package meets
+    with pytest.raises(MissingComponent, match="onnxruntime does not import") as caught:
+        backends.choose(Bundle.open(demo_bundle), name)
+    assert caught.value.exit_code == 3
+    assert "pip install 'ditf[onnxruntime]'" in caught.value.fix
+
+
+def test_open_session_without_onnxruntime(monkeypatch, demo_bundle):
+    module = backends.load_backend("onnxruntime")
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(MissingComponent, match="pip install"):
+        module.open_session(Bundle.open(demo_bundle), MATCH)
+
+
+def test_session(demo_bundle):
+    session = backends.load_backend("onnxruntime").open_session(Bundle.open(demo_bundle), MATCH)
+    assert tuple(session.inputs) == ("source", "target", "point_rows", "point_columns", "rows", "columns")
+    assert session.outputs == {"points": (None, 2), "scores": (None,)}
+    assert "onnxruntime" in session.detail
+    session.close()
+    with pytest.raises(RuntimeError, match="closed"):
+        session.run({"source": np.zeros(1)})
+    session.close()  # twice does no harm
+
+
+def test_a_graph_that_onnx_runtime_refuses():
+    [node] = [helper.make_node("NoSuchOperator", ["x"], ["y"])]
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy")
+    model = helper.make_model(helper.make_graph([node], "g", [x], [y]))
+    with pytest.raises(BundleError, match=r"refuses odd\.onnx") as caught:
+        OnnxRuntimeSession(Graph(Path("odd.onnx"), model.SerializeToString(), {}))
+    assert "\n" not in str(caught.value)
+    assert "export" in caught.value.fix
+
+
+def test_a_plan_is_judged_by_its_header(with_engine):
+    """TensorRT-RTX's own question, which needs no GPU."""
+    trt = load(RTX)
+    log = Log(trt)
+    runtime = trt.Runtime(log.logger)
+    plan = next((with_engine.path / "engines").glob("*/features.plan")).read_bytes()
+    assert invalidity(trt, runtime, plan) == []
+    assert "MALFORMED_ENGINE" in invalidity(trt, runtime, b"no plan" * 100)
+    del runtime

@@ -1,0 +1,119 @@
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from ditf.cli.main import run
+from ditf.cli.support import console
+from ditf.runtime.backends.engine_records import PLANS, EngineRecord, choose_engine, sources
+from ditf.runtime.backends.gpu import Gpu, version_text
+from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.signing import Trust
+from ditf.runtime.errors import BundleError, InputError
+
+ORIN = Gpu("NVIDIA Orin", "sm_87", 12060)
+
+
+@pytest.fixture
+def bundle(demo_bundle) -> Bundle:
+    return Bundle.open(demo_bundle)
+
+
+@pytest.fixture
+def record(bundle) -> EngineRecord:
+    """Built on an Orin."""
+    return EngineRecord(
+        schema=1, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
+        onnx=sources(bundle), batch=[[1, 1, 1]], options={}, plans={}, left_out={}, seconds={}, peak_bytes=0,
+    )  # fmt: skip
+
+
+def test_it_fits_where_it_was_built(bundle, record):
+    assert record.misfit(bundle, ORIN, "10.13.3") == ""
+    assert record.misfit(bundle, replace(ORIN, driver=13000), "10.13.3") == ""  # a newer driver
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "version", "why"),
+    [
+        (
+            {},
+            Gpu("NVIDIA Thor", "sm_110", 13000),
+            "10.13.3",
+            "built on NVIDIA Orin sm_87, this GPU is NVIDIA Thor",
+        ),
+        ({}, replace(ORIN, driver=12020), "10.13.3", "a driver of CUDA 12.6, here it is 12.2"),
+        ({}, ORIN, "10.16.1", "built with tensorrt 10.13.3, installed is 10.16.1"),
+        ({"options": {"version_compatible": True}}, ORIN, "10.3.0", "installed is 10.3.0"),
+        ({"options": {"version_compatible": True}}, ORIN, "11.4.0", "installed is 11.4.0"),
+        ({"options": {"hardware_compatible": True}}, Gpu("T4", "sm_75", 13000), "10.13.3", "this GPU is T4"),
+        ({"target": "sm_89", "gpu": None}, ORIN, "10.13.3", "built for sm_89, this GPU is NVIDIA Orin sm_87"),
+        ({"onnx": {"features.onnx": "0"}}, ORIN, "10.13.3", "built from another features.onnx"),
+    ],
+)
+def test_what_differs_is_named(bundle, record, changes, gpu, version, why):
+    assert why in replace(record, **changes).misfit(bundle, gpu, version)
+
+
+@pytest.mark.parametrize(
+    ("changes", "gpu", "version"),
+    [
+        ({"options": {"version_compatible": True}}, ORIN, "10.16.1"),
+        ({"options": {"hardware_compatible": True}}, Gpu("NVIDIA A10", "sm_86", 12060), "10.13.3"),
+        ({"target": "portable", "gpu": None, "driver": None}, Gpu("any", "sm_120", 12000), "10.13.3"),
+        ({"target": "sm_87", "gpu": None, "driver": None}, ORIN, "10.13.3"),
+    ],
+)
+def test_where_else_it_fits(bundle, record, changes, gpu, version):
+    assert replace(record, **changes).misfit(bundle, gpu, version) == ""
+
+
+def test_batches_for_people(record):
+    assert record.batch_text == "1"
+    assert replace(record, batch=[[1, 4, 8]]).batch_text == "1-8"
+    assert replace(record, batch=[[1, 1, 1], [8, 8, 8]]).batch_text == "1 and 8"
+
+
+def test_cuda_versions():
+    assert [version_text(n) for n in (12060, 13000, 11080)] == ["12.6", "13.0", "11.8"]
+
+
+def written(bundle: Bundle, record: EngineRecord, name: str, **changes: object) -> None:
+    """An engine of a bundle, as far as its record goes: the plans are none."""
+    key = f"tensorrt-10.13.3-{name}"
+    plans = {plan: {"bytes": 1, "sha256": "0" * 64} for plan in PLANS.values()}
+    folder = bundle.path / "engines" / key
+    folder.mkdir(parents=True)
+    (folder / "engine.json").write_text(replace(record, key=key, plans=plans, **changes).to_json())
+
+
+def test_an_engine_with_code_for_the_cpu_is_passed_over(demo_bundle, record, tmp_path):
+    """engine.json says so itself, and cannot switch it on by itself."""
+    careful = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    written(careful, record, "a", options={"version_compatible": True})
+    with pytest.raises(BundleError, match=r"code of its own on the CPU \(--allow-host-code accepts it\)"):
+        choose_engine(careful, "tensorrt", ORIN, "10.13.3")
+    trusting = Bundle.open(careful.path, Trust(host_code=True))
+    assert choose_engine(trusting, "tensorrt", ORIN, "10.13.3")[1].host_code
+    written(careful, record, "b")
+    for bundle in (careful, trusting):
+        assert not choose_engine(bundle, "tensorrt", ORIN, "10.13.3")[1].host_code
+
+
+@pytest.mark.parametrize("flag", [[], ["--allow-host-code"]])
+def test_the_flag_reaches_the_bundle(demo_bundle, flag, monkeypatch, capsys, tmp_path):
+    Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
+    opened = []
+
+    def refuse(bundle, *rest):
+        opened.append(bundle.trust.host_code)
+        raise InputError("far enough")
+
+    monkeypatch.setattr(console, "Model", refuse)
+    picture = str(tmp_path / "a.png")
+    assert run(["match", str(demo_bundle), picture, picture, "--points", "1,1", *flag]) == 2
+    assert "far enough" in capsys.readouterr().err
+    assert opened == [bool(flag)]
