@@ -90,12 +90,6 @@ def test_own_calibration_images(tmp_path):
     assert calibration["images"]["names"] == ["a.png"]
 
 
-def test_exporting_again_gives_the_same_bytes(demo_bundle, tmp_path):
-    again = export_bundle(ExportOptions(layer="block.9", precision="float16", output=tmp_path / "again"))
-    for name in ("features.onnx", "features.onnx.data", "match.onnx", "calibration.json"):
-        assert (again / name).read_bytes() == (demo_bundle / name).read_bytes(), name
-
-
 def test_the_seed_changes_the_noise_only(demo_bundle, tmp_path):
     other = export_bundle(ExportOptions(layer="9", precision="float16", seed=1, output=tmp_path / "other"))
     image = np.load(demo_bundle / "golden.npz")["images"][0]
