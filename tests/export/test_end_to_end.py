@@ -23,8 +23,8 @@ from tests.engines.rtx import build_engine
 from tests.export.parity import family_named, subjects
 
 BUNDLES = [
-    # checkpoint, layer, conditioning, fp16, and what else is unusual. test_parity.py has every combination as a
-    # module; the bundles of conftest.py are checked by `ditf check` and built by TensorRT-RTX.
+    # checkpoint, layer, conditioning, fp16, and what else is unusual; test_parity.py has every combination as
+    # a module, and other tests check the bundles of conftest.py with `ditf check` and build them.
     ("dit", "2", "bake", True, {"size": (48, 80)}),
     ("dit", "1", "bank", False, {"ensemble": 3}),
     ("pixart", "1", "bake", True, {"size": (160, 168)}),  # more tokens than a chunk of the VAE's attention
