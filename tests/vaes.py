@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch.nn import functional
 
 from ditf.calib.images import procedural_images
-from tests.checkpoints import seeded, tiny_vae
+from tests.checkpoint_parts import seeded, tiny_vae
 
 SIDE = 64
 WIDTH = 16
