@@ -5,11 +5,13 @@ What imports torch is imported where it is used: pytest-xdist's controller reads
 
 from __future__ import annotations
 
+import functools
 import io
 import os
 import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
@@ -17,6 +19,7 @@ from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
 if TYPE_CHECKING:
     from tests.vaes import Vaes
@@ -24,6 +27,18 @@ if TYPE_CHECKING:
 ROOT = Path(__file__).parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+settings.register_profile("the same examples in every run", derandomize=True)
+settings.load_profile("the same examples in every run")
+
+
+def pytest_runtest_setup() -> None:
+    """onnxscript parses the source of its 500 operators in every export: here once a process."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("onnxscript._framework_apis.torch_"):
+            operators = getattr(module, "get_torchlib_ops", None)
+            if operators is not None and not hasattr(operators, "cache_info"):
+                module.get_torchlib_ops = functools.cache(operators)
 
 
 @pytest.fixture(scope="session")
