@@ -86,7 +86,7 @@ def test_conditions_of_a_bank_differ(checkpoint, name):
     ids=["no-adaln", "discard-after", "discard-none", "raw"],
 )
 def test_ablations(checkpoint, settings):
-    plan, entries = planned(checkpoint("pixart"), "2", (64, 64), 1, 1, "bake", True)
+    plan, entries = planned(checkpoint("pixart"), "2", (64, 64), 1, 1, "bake", True, adaln=settings.adaln)
     made = specialise(plan, trim(entries, plan.family), plan.noise(), settings)
     image = golden_pair((64, 64))[:1]
     with torch.no_grad(), Float32Accumulation():
