@@ -163,7 +163,7 @@ def _require(trt: Any, name: str, flag: str) -> None:
 
 
 def _monitor(trt: Any, step: Step, stop: Callable[[], object]) -> Any:
-    """A progress monitor of the outermost phase (there are hundreds of inner ones) that can cancel the build."""
+    """A progress monitor that follows the outermost phase (there are hundreds) and can cancel the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:

@@ -150,8 +150,8 @@ def write_models(
     """Write a bundle's models into a repository and replace those that it had there.
 
     The models are written to a stage and then renamed, graphs first, so that a model is never there before
-    the graph that it calls. The stage is beside the repository, because Triton takes every folder inside for a
-    model, hidden ones too (core, src/filesystem/implementations/local.h). It is inside only where the
+    the graph that it calls. The stage is beside the repository, because Triton takes every folder inside for
+    a model, hidden ones too (core, src/filesystem/implementations/local.h). It is inside only where the
     repository is the root of a file system.
 
     Returns:

@@ -111,7 +111,7 @@ def features_config(
 
 
 def match_config(name: str, manifest: Manifest, files: Files, placement: Placement) -> Config:
-    """The config of match.onnx or its plan; the inputs are two maps and the runtime's `interpolation_inputs`."""
+    """The config of match.onnx or its plan, which takes two maps and the `interpolation_inputs`."""
     datatype = _TYPES[model_specs(manifest)[FEATURES].outputs[0].datatype]
     h, w = manifest.grid
     maps = (1, manifest.channels, h, w)
