@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.files.json_file import read_json as read_bounded_json
+from ditf.runtime.files.json_file import read_annotation as read_json
 from ditf.runtime.files.reading import open_regular, read_regular
 
 ImageSource = Union[Path, np.ndarray]
@@ -242,10 +242,10 @@ def reason(error: Exception) -> str:
     return str(getattr(error, "strerror", None) or error)[:80]
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_annotation(path: Path) -> dict[str, Any]:
     """An annotation that is a JSON object; raises BadItem."""
     try:
-        document = read_bounded_json(path, LARGEST)
+        document = read_json(path, LARGEST)
     except FileNotFoundError:
         raise BadItem(f"{path}: no such annotation") from None
     except (OSError, ValueError) as error:

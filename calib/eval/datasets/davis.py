@@ -51,7 +51,7 @@ class Video:
 
     def labels(self, index: int) -> np.ndarray:
         """uint8 [H, W] of a frame: 0 background and void, 1.. objects; raises BadItem."""
-        return read_labels(self.annotations[index])
+        return read_object_labels(self.annotations[index])
 
 
 def read_davis(data: Path, split: str) -> Reading:
@@ -75,7 +75,7 @@ def _read_video(data: Path, name: str) -> Video:
         raise BadItem(f"{data / 'JPEGImages' / '480p' / name}: {len(frames)} frames, 3 are the fewest scored")
     if [path.stem for path in frames] != [path.stem for path in annotations]:
         raise BadItem(f"{name}: {len(frames)} frames, {len(annotations)} annotations, not of the same names")
-    labels = [read_labels(path) for path in annotations]
+    labels = [read_object_labels(path) for path in annotations]
     if labels[0].max() == 0:
         raise BadItem(f"{annotations[0]} has no object")
     if any(one.shape != labels[0].shape for one in labels):
@@ -84,7 +84,7 @@ def _read_video(data: Path, name: str) -> Video:
     return Video(name, frames, annotations, (height, width))
 
 
-def read_labels(path: Path) -> np.ndarray:
+def read_object_labels(path: Path) -> np.ndarray:
     """uint8 [H, W] of an annotation, void as background; raises BadItem."""
     with picture(path) as image:
         mode, labels = image.mode, np.array(image)
