@@ -45,10 +45,10 @@ KEYPOINTS = (
 
 
 def read_ap10k(data: Path, split: str) -> Reading:
-    """The pairs of a split in every setting that is there, sorted by file name in each.
+    """Read the pairs of a split in every available setting, sorted by file name in each.
 
     Raises:
-        InputError: no dataset there, or an empty split.
+        InputError: the dataset is missing or the split is empty.
     """
     pairs = folder(data / "PairAnnotation")
     files = [

@@ -1,4 +1,4 @@
-"""DAVIS 2017 (Pont-Tuset et al., arXiv 1704.00675): videos whose first frame's objects are to be followed.
+"""DAVIS 2017 (Pont-Tuset et al., arXiv 1704.00675): objects of the first frame are followed in a video.
 
     DAVIS/JPEGImages/480p/SEQUENCE/00000.jpg ...
     DAVIS/Annotations/480p/SEQUENCE/00000.png ...     palette PNG: 0 background, 1.. objects, 255 void
@@ -46,19 +46,19 @@ class Video:
         return self.frames
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """All frames have the size of the first annotation; raises BadItem."""
+        """Check that all frames have the size of the first annotation; raises BadItem."""
         check_sizes(self.name, self.frames, sizes, [self.size] * len(self.frames))
 
     def labels(self, index: int) -> np.ndarray:
-        """uint8 [H, W] of a frame: 0 background and void, 1.. objects; raises BadItem."""
+        """Labels uint8 [H, W] of a frame: 0 is background and void, 1.. are objects; raises BadItem."""
         return read_object_labels(self.annotations[index])
 
 
 def read_davis(data: Path, split: str) -> Reading:
-    """The videos of a split, in the order of its list.
+    """Read the videos of a split, in the order of its list.
 
     Raises:
-        InputError: no dataset there, or an empty split.
+        InputError: the dataset is missing or the split is empty.
     """
     for part in ("JPEGImages", "Annotations"):
         folder(data / part / "480p")
@@ -85,7 +85,7 @@ def _read_video(data: Path, name: str) -> Video:
 
 
 def read_object_labels(path: Path) -> np.ndarray:
-    """uint8 [H, W] of an annotation, void as background; raises BadItem."""
+    """Labels uint8 [H, W] of an annotation, with void as background; raises BadItem."""
     with picture(path) as image:
         mode, labels = image.mode, np.array(image)
     if mode not in ("P", "L"):

@@ -33,10 +33,10 @@ SPLITS = ("test", "val", "trn")
 
 
 def read_spair(data: Path, split: str) -> Reading:
-    """The pairs of a split, in the order of its list.
+    """Read the pairs of a split, in the order of its list.
 
     Raises:
-        InputError: no dataset there, or an empty split.
+        InputError: the dataset is missing or the split is empty.
     """
     annotations = folder(data / "PairAnnotation" / split)
     layout = data / "Layout" / "large" / f"{split}.txt"
