@@ -32,7 +32,7 @@ from provenance import (
 )
 
 from ditf.calib.images import golden_pair
-from ditf.calib.recipe import Extent, decide
+from ditf.calib.recipe import Extent, choose_recipe
 from ditf.cli.support.console import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.export.assemble.features_graph import specialise
@@ -93,7 +93,7 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
     expected = [reference.features(reference.hidden_states(image), settings) for image in images]
     del reference
     ranges = ranges_of(plan, observed, (entry,), noise)
-    recipe = decide([Extent.from_json(extent) for extent in ranges["ranges"]])
+    recipe = choose_recipe([Extent.from_json(extent) for extent in ranges["ranges"]])
     maxima = read_maxima(ranges)
     sides = {
         "float32": FLOAT32,

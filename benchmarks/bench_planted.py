@@ -36,7 +36,7 @@ from torch import nn
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.calib.recipe import Extent, Recipe, decide
+from ditf.calib.recipe import Extent, Recipe, choose_recipe
 from ditf.export.assemble.features_graph import specialise
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
@@ -144,7 +144,7 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
         try:
             recipe, maxima = Recipe(), None
             if label in _BY_RECIPE:
-                recipe = decide([Extent.from_json(extent) for extent in document["ranges"]])
+                recipe = choose_recipe([Extent.from_json(extent) for extent in document["ranges"]])
                 result["recipe"] = recipe.exceptions()
             if label == "int8":
                 maxima = read_maxima(document)

@@ -136,7 +136,7 @@ class Recipe:
         return ", ".join(exceptions[:4]) + more if exceptions else "nothing out of float16's range"
 
 
-def decide(extents: Sequence[Extent]) -> Recipe:
+def choose_recipe(extents: Sequence[Extent]) -> Recipe:
     """The recipe for float16.
 
     Raises:

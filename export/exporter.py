@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ditf.calib.parity import tolerances
-from ditf.calib.recipe import FEATURES, decide
+from ditf.calib.recipe import FEATURES, choose_recipe
 from ditf.export.bundle_graphs import match_onnx, write_graph
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
@@ -113,7 +113,7 @@ def _write_bundle(
         extents = read_extents(document)
         if plan.output_dtype != torch.float16:
             extents = [extent for extent in extents if extent.kind != FEATURES]
-        recipe = decide(extents)
+        recipe = choose_recipe(extents)
         maxima = read_maxima(document) if options.precision == "int8" else None
         plan = replace(plan, precision=replace(plan.precision, recipe=recipe, maxima=maxima))
         report(f"recipe: {plan.precision.recipe.summary()}")

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.calib.recipe import INNER, SHOWN, Extent, decide
+from ditf.calib.recipe import INNER, SHOWN, Extent, choose_recipe
 from ditf.cli.export import PromptEmbedsOption, needs_exporter, options_of
 from ditf.cli.support.console import (
     JsonOption,
@@ -162,7 +162,7 @@ def _prediction(document: dict[str, Any]) -> list[str]:
     """What --fp16 would make of the ranges, in lines."""
     extents = [Extent.from_json(entry) for entry in document["ranges"]]
     try:
-        exceptions = decide(extents).exceptions()
+        exceptions = choose_recipe(extents).exceptions()
     except InputError as error:
         return [f"--fp16 would refuse: {error}"]
     if not exceptions:

@@ -12,7 +12,7 @@ from diffusers import AutoencoderKL
 
 from ditf.calib.images import golden_pair, procedural_images
 from ditf.calib.parity import feature_parity
-from ditf.calib.recipe import FEATURES, INNER, SHOWN, Recipe, Scale, decide
+from ditf.calib.recipe import FEATURES, INNER, SHOWN, Recipe, Scale, choose_recipe
 from ditf.export.assemble.features_graph import specialise
 from ditf.export.graph.precision import FLOAT16, FLOAT32
 from ditf.export.graph.vae_encoder import KLEncoder, scale_down
@@ -88,7 +88,7 @@ def test_every_branch_of_every_block_is_measured(checkpoint, name):
         assert ("text" in streams) == (not alone), block
     assert [extent.kind for extent in ranges].count(FEATURES) == 1
     assert {extent.kind for extent in ranges} & {"vae residual", "vae inner", "vae logits"}
-    assert not decide(ranges).exceptions()
+    assert not choose_recipe(ranges).exceptions()
 
 
 def test_text_and_image_of_one_sequence_are_told_apart(checkpoint, tmp_path):
@@ -138,7 +138,7 @@ def test_what_is_planted_is_found_and_survives(checkpoint, tmp_path, name, layer
     folder = planted(checkpoint(name), tmp_path / "planted", "transformer", {where: value})
     one = Measured(folder, layer, mode)
     ranges = one.ranges()
-    recipe = decide(ranges)
+    recipe = choose_recipe(ranges)
     exceptions = {entry["where"]: entry["is"] for entry in recipe.exceptions()}
     hit = [what for place, what in exceptions.items() if where.startswith(place)]
     assert len(hit) == 1
@@ -159,7 +159,7 @@ def test_a_massive_residual_needs_no_exception(checkpoint, tmp_path, name, where
     folder = planted(checkpoint(name), tmp_path / "planted", "transformer", {where: 2e5})
     one = Measured(folder, LAST[name])
     assert np.abs(one.hidden_states).max() > 1e5
-    recipe = decide(one.ranges())
+    recipe = choose_recipe(one.ranges())
     assert not recipe.exceptions()
     assert one.parity(recipe)["cosine_p01"] > 0.99999
 
@@ -176,7 +176,7 @@ VAE_PLANTED = [
 def test_the_encoder_survives_too(checkpoint, tmp_path, biases, where):
     folder = planted(checkpoint("pixart"), tmp_path / "planted", "vae", biases)
     one = Measured(folder, "2")
-    recipe = decide(one.ranges())
+    recipe = choose_recipe(one.ranges())
     assert where in {entry["where"] for entry in recipe.exceptions()}
     assert one.parity(recipe)["cosine_p01"] > 0.9999
     if where != "VAE attention":  # whose bound is an upper one

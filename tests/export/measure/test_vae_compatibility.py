@@ -13,7 +13,7 @@ import ditf
 from ditf.calib.images import golden_pair
 from ditf.calib.latents import same_space
 from ditf.calib.parity import feature_parity
-from ditf.calib.recipe import VAE_RESIDUAL, decide
+from ditf.calib.recipe import VAE_RESIDUAL, choose_recipe
 from ditf.cli.check import golden_metrics
 from ditf.export.checkpoints.opening import DEMO_CHECKPOINT, open_checkpoint
 from ditf.export.exporter import export_bundle, stage_count
@@ -251,7 +251,7 @@ def test_a_tiny_encoder_in_float16_survives_what_is_planted(tmp_path, vaes, wher
     ranges = one.ranges()
     found = max(extent.max_abs for extent in ranges if extent.kind == VAE_RESIDUAL)
     assert found >= 0.5 * value
-    recipe = decide(ranges)
+    recipe = choose_recipe(ranges)
     assert [entry["where"] for entry in recipe.exceptions()] == ["VAE residual"]
     assert one.parity(recipe)["cosine_p01"] > 0.9999
-    assert not one.parity(decide([]))["cosine_p01"] > 0.999
+    assert not one.parity(choose_recipe([]))["cosine_p01"] > 0.999
