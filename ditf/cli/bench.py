@@ -285,9 +285,9 @@ def _open_peer(
 
         if not state.verbose:
             quieten_libraries()
-        from ditf.export.measure.torch_baseline import torch_peer
+        from ditf.export.measure.torch_baseline import torch_baseline
 
-    torch = stack.enter_context(torch_peer(bundle.manifest, peer, model))
+    torch = stack.enter_context(torch_baseline(bundle.manifest, peer, model))
     return lambda index: torch.features(work.fitted[index % _IMAGES]), torch.detail
 
 

@@ -97,9 +97,9 @@ def calibrate(
         if not state.verbose:
             quieten_libraries()
         from ditf.export.measure.calibrate import calibrate as run
-        from ditf.export.measure.calibrate import stage_count
-    with stages(stage_count(options)) as report:
-        document = run(options, report, output.absolute().parent)
+        from ditf.export.measure.calibrate import calibration_stage_count
+    with stages(calibration_stage_count(options)) as report:
+        document = run(options, report, output.absolute().parent).to_json()
     write_whole(output, json.dumps(document, indent=1) + "\n")
     if plot is not None:
         from ditf.calib.plots.activations import plot_calibration
