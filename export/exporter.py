@@ -12,7 +12,7 @@ import numpy as np
 import torch
 
 from ditf.calib.parity import tolerances
-from ditf.calib.recipe import FEATURES, decide
+from ditf.calib.recipe import FEATURES, check_features, decide
 from ditf.export.bundle_graphs import match_onnx, write_graph
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
@@ -109,11 +109,14 @@ def _write_bundle(
         with spilling(folder):
             document.update(ranges_of(plan, observed.found, entries, noise))
         gc.collect()
-    if plan.precision.compute == torch.float16:
+    if plan.precision.compute != torch.float32:
         extents = read_extents(document)
-        if plan.output_dtype != torch.float16:
-            extents = [extent for extent in extents if extent.kind != FEATURES]
-        recipe = decide(extents)
+        shipped = observed.settings.name if plan.features_in_ranges else None
+        for extent in extents:
+            if extent.kind == FEATURES and extent.name == shipped:
+                check_features(extent.max_abs)
+    if plan.precision.compute == torch.float16:
+        recipe = decide([extent for extent in extents if extent.kind != FEATURES])
         maxima = read_maxima(document) if options.precision == "int8" else None
         plan = replace(plan, precision=replace(plan.precision, recipe=recipe, maxima=maxima))
         report(f"recipe: {plan.precision.recipe.summary()}")

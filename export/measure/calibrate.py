@@ -13,9 +13,10 @@ import torch
 
 from ditf.calib.blocks import BlockMeasurement, Entering, degenerate, mismatches
 from ditf.calib.images import COUNT, procedural_images
-from ditf.calib.recipe import Extent
+from ditf.calib.recipe import FEATURES, Extent
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
+from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.activation_ranges import measure_ranges
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import Entry, encode, trim
@@ -93,7 +94,8 @@ def ranges_of(plan: Plan, found: Observed, entries: Sequence[Entry], noise: torc
     """For calibration.json, on its images: `ranges`, and `inputs`, maxima of linears' input channels."""
     _, images = calibration_images(plan.options.calibration_images, plan.size)
     channels = massive_channels(found.document) if plan.discard is None else plan.discard
-    extents, maxima = measure_ranges(plan, entries, noise, images, found.hidden_states, channels)
+    settings = FeatureSettings(channels, plan.options.discard_stage, plan.options.adaln)
+    extents, maxima = measure_ranges(plan, entries, noise, images, found.hidden_states, settings)
     return {
         "ranges": [extent.to_json() for extent in extents],
         "inputs": {
@@ -169,8 +171,10 @@ def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
         if plan.precision.compute != torch.float32:
             if "ranges" not in document:
                 raise InputError(f"--calibration {path} has no ranges: it is a float32 bundle's", fix)
-            read_extents(document)
+            extents = read_extents(document)
             read_maxima(document)
+            if plan.features_in_ranges and not any(extent.name == FEATURES for extent in extents):
+                raise InputError(f"--calibration {path} has the range of another feature", fix)
         if any(not 0 <= channel < plan.family.channels for channel in channels):
             raise ValueError("channels the model does not have")
     except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
