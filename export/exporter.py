@@ -23,7 +23,12 @@ from ditf.export.estimate.cost import bundle_bytes, written_bytes
 from ditf.export.estimate.memory import check_memory
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.calibrate import ObservedBlocks, measure_calibration, observe_blocks
-from ditf.export.measure.calibration import Calibration, feature_settings, read_calibration
+from ditf.export.measure.calibration import (
+    Calibration,
+    check_feature_range,
+    feature_settings,
+    read_calibration,
+)
 from ditf.export.measure.feature_statistics import FeatureStatistics, measure_features
 from ditf.export.measure.golden import ExactCase, GoldenCase, GoldenOutputs, golden_cases, golden_outputs
 from ditf.export.measure.images import CalibrationImages
@@ -204,6 +209,7 @@ class _Export:
             self.calibration = measure_calibration(
                 self.plan, self.observed, self.entries, self.noise, self.images
             )
+        check_feature_range(self.plan, self.calibration)
         gc.collect()
 
     def take_recipe(self) -> None:
@@ -280,9 +286,7 @@ class _Export:
         """What the measured ranges ask for."""
         assert self.calibration is not None
         assert self.calibration.extents is not None
-        half = self.plan.output_dtype == torch.float16
-        extents = self.calibration.extents
-        return choose_recipe([extent for extent in extents if half or extent.kind != FEATURES])
+        return choose_recipe([extent for extent in self.calibration.extents if extent.kind != FEATURES])
 
     @property
     def layer_name(self) -> str:

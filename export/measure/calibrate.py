@@ -137,8 +137,8 @@ def measure_calibration(
     Raises:
         GateFailed: as `measure_ranges`.
     """
-    channels = feature_settings(plan, observed.calibration).channels
-    extents, maxima = measure_ranges(plan, entries, noise, images.arrays, observed.hidden_states, channels)
+    settings = feature_settings(plan, observed.calibration)
+    extents, maxima = measure_ranges(plan, entries, noise, images.arrays, observed.hidden_states, settings)
     return observed.calibration.with_ranges(extents, maxima)
 
 

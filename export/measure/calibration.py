@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from ditf.calib.blocks import mismatches
-from ditf.calib.recipe import Extent
+from ditf.calib.recipe import FEATURES, Extent, check_features
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import InputError
@@ -90,7 +90,7 @@ def read_calibration(path: Path, plan: Plan) -> Calibration:
 
     Raises:
         InputError: the file cannot be read or is no calibration, or it was measured on another model, layer,
-            timestep, condition or size.
+            timestep, condition, size or feature; or as for `check_feature_range`.
     """
     fix = "make one with ditf calibrate"
     try:
@@ -101,9 +101,12 @@ def read_calibration(path: Path, plan: Plan) -> Calibration:
         raise InputError(f"--calibration {path} is no calibration ({error!r:.80})", fix) from error
     if plan.precision.compute != torch.float32 and calibration.extents is None:
         raise InputError(f"--calibration {path} has no ranges: it is a float32 bundle's", fix)
+    if plan.features_in_ranges and not any(extent.name == FEATURES for extent in calibration.extents or ()):
+        raise InputError(f"--calibration {path} has the range of another feature", fix)
     wrong = mismatches(calibration.document, measured_for(plan))
     if wrong:
         raise InputError(f"--calibration {path} has {wrong[0]}", fix)
+    check_feature_range(plan, calibration)
     return calibration
 
 
@@ -139,3 +142,15 @@ def feature_settings(plan: Plan, calibration: Calibration | None) -> FeatureSett
         assert calibration is not None
         channels = tuple(calibration.massive_channels)
     return FeatureSettings(list(channels), plan.options.discard_stage, plan.options.adaln)
+
+
+def check_feature_range(plan: Plan, calibration: Calibration) -> None:
+    """Check that the plan's features fit into float16, if they are float16 and the calibration measured them.
+
+    Raises:
+        InputError: the features leave no margin to float16's largest number.
+    """
+    name = feature_settings(plan, calibration).name
+    for extent in calibration.extents or ():
+        if plan.features_in_ranges and extent.kind == FEATURES and extent.name == name:
+            check_features(extent.max_abs)

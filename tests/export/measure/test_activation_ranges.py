@@ -42,19 +42,22 @@ LAST = {
 class Measured:
     """The ranges of a checkpoint, and the parity of a float16 graph made with a recipe."""
 
-    def __init__(self, folder, layer, mode="bake"):
+    def __init__(self, folder, layer, mode="bake", settings=SETTINGS):
+        self.settings = settings
         self.plan, entries = plan_of(folder, layer, SIZE, 1, 1, mode, True)
         self.entries = trim(entries, self.plan.family, mode == "live")
         self.noise = self.plan.noise()
-        reference = Reference(self.plan.checkpoint, self.plan.family, self.plan.layer, SIZE, self.noise)
+        self.reference = reference = Reference(
+            self.plan.checkpoint, self.plan.family, self.plan.layer, SIZE, self.noise
+        )
         reference.under(self.entries[0].condition, self.entries[0].timestep)
         self.images = [golden_pair(SIZE)[0], *procedural_images(SIZE, 1)]
         self.hidden_states = reference.hidden_states(self.images[0])
-        self.expected = reference.features(self.hidden_states, SETTINGS)
+        self.expected = reference.features(self.hidden_states, settings)
 
     def measure(self):
         return measure_ranges(
-            self.plan, self.entries, self.noise, self.images, self.hidden_states, SETTINGS.channels
+            self.plan, self.entries, self.noise, self.images, self.hidden_states, self.settings
         )
 
     def ranges(self):
@@ -62,7 +65,7 @@ class Measured:
 
     def parity(self, recipe, precision=FLOAT16):
         plan = replace(self.plan, precision=replace(precision, recipe=recipe))
-        made = specialise(plan, self.entries, self.noise, SETTINGS)
+        made = specialise(plan, self.entries, self.noise, self.settings)
         with torch.no_grad(), Float32Accumulation():
             actual = made.graph(torch.from_numpy(self.images[0])[None], *made.feeds[0].values())[0]
         return feature_parity(actual.numpy().transpose(1, 2, 0), self.expected.transpose(1, 2, 0))
