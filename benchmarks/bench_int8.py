@@ -33,7 +33,7 @@ from provenance import (
 
 from ditf.calib.images import golden_pair
 from ditf.calib.recipe import choose_recipe
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.export.assemble.features_graph import specialise
 from ditf.export.checkpoints.layout import Checkpoint

@@ -57,7 +57,7 @@ from provenance import (
 from ditf.calib.images import golden_pair
 from ditf.calib.latents import x_0_agreement
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.export.assemble.features_graph import specialise
 from ditf.export.assemble.parameter_counts import parameter_parts
 from ditf.export.checkpoints.layout import Checkpoint

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from provenance import write_table
 
 from ditf.export.estimate.cost import ATTENTION, GEMMS, VAE, count_cost
@@ -73,7 +75,7 @@ def vae_rows() -> list[tuple[str, ...]]:
         with open_configs(model) as checkpoint, open_vae_configs(vae) as encoder:
             options = ExportOptions(model=model, precision="float16")
             own = count_cost(decide(options, checkpoint))
-            tiny = count_cost(decide(options.model_copy(update={"vae": vae}), checkpoint, encoder))
+            tiny = count_cost(decide(replace(options, vae=vae), checkpoint, encoder))
         work = []
         for cost in (own, tiny):
             share = cost.operations(VAE) / cost.operations()

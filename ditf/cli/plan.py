@@ -3,25 +3,17 @@
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ditf.cli.export import needs_exporter, options_of, parse_precision
-from ditf.cli.support.console import (
-    JsonOption,
-    QuietOption,
-    VaeOption,
-    VerboseOption,
-    bytes_text,
-    check_writable,
-    parse_size,
-    show,
-    state,
-    table,
-    write_json,
-)
+from ditf.cli.support.exporter import needs_exporter
+from ditf.cli.support.options import JsonOption, verb
+from ditf.cli.support.output import bytes_text, show, table, write_json
+from ditf.cli.support.paths import check_writable
 from ditf.export.estimate.devices import DEVICES, Device, find_device
+from ditf.export.planning.options import ExportOptions
 from ditf.runtime.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
@@ -29,53 +21,28 @@ if TYPE_CHECKING:
     from ditf.export.planning.plan import Plan
 
 
+@verb(
+    takes=("model", "vae", "layer", "size", "precision", "ensemble", "text_tokens"),
+    helps={
+        "model": "'demo', a directory with its configs, or a published model's hub id.",
+        "text_tokens": "T5 tokens to keep; all, or a short prompt's, by default.",
+    },
+)
 def plan(
-    model: Annotated[
-        str, typer.Option(help="'demo', a directory with its configs, or a published model's hub id.")
-    ] = "demo",
-    vae: VaeOption = None,
-    layer: Annotated[
-        Optional[str], typer.Option(help="Block whose input is the feature: 9 or single.9.")
-    ] = None,
-    size: Annotated[
-        Optional[str], typer.Option(metavar="HxW", help="Input size in pixels; the model's own by default.")
-    ] = None,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
-    precision: Annotated[
-        Optional[str],
-        typer.Option(metavar="fp32|fp16|bf16|int8", help="Of weights, GEMMs and attention; fp32 by default."),
-    ] = None,
-    ensemble: Annotated[int, typer.Option(help="Noises averaged inside the graph.")] = 1,
+    *,
+    options: ExportOptions,
     batch: Annotated[int, typer.Option(help="Images in one call.")] = 1,
-    text_tokens: Annotated[
-        Optional[int], typer.Option(help="T5 tokens to keep; all, or a short prompt's, by default.")
-    ] = None,
     device: Annotated[
         Optional[str], typer.Option(metavar="|".join(DEVICES), help="One device in detail; all by default.")
     ] = None,
     json_file: JsonOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Say what an export would cost, before weights are there: exit 1 if the device's memory is too small."""
     check_writable(json_file)
     chosen = DEVICES if device is None else {device: find_device(device)}
-    values: dict[str, Any] = {
-        "model": model,
-        "vae": vae,
-        "layer": layer,
-        "precision": parse_precision(precision, fp16),
-        "size": None if size is None else parse_size(size),
-        "ensemble": ensemble,
-        "batch": batch,
-        "text_tokens": text_tokens,
-    }
-    options = options_of(values)
+    options = replace(options, batch=batch)
+    model, vae = options.model, options.vae
     with needs_exporter():
-        from ditf.export.checkpoints.loading import quieten_libraries
-
-        if not state.verbose:
-            quieten_libraries()
         from ditf.export.estimate.cost import count_cost
         from ditf.export.estimate.published_configs import open_configs, open_vae_configs
         from ditf.export.estimate.suggestions import remedies

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.runtime.errors import InputError
 
-DEMO = "demo"
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model"
 """The demo: transformer/ in float16, and scheduler/. It works in pixels, so it has no VAE."""
 

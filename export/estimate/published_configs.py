@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import full_config
-from ditf.export.checkpoints.opening import DEMO, DEMO_CHECKPOINT, vae_part
+from ditf.export.checkpoints.opening import DEMO_CHECKPOINT, vae_part
 from ditf.export.families import FAMILIES
 from ditf.export.families.base import Condition, Family
 from ditf.runtime.errors import InputError

@@ -77,7 +77,7 @@ def _smaller_sizes(plan: Plan) -> Iterator[tuple[int, int]]:
 
 
 def _with(plan: Plan, **options: Any) -> Plan:
-    return replace(plan, options=plan.options.model_copy(update=options))
+    return replace(plan, options=replace(plan.options, **options))
 
 
 def _fits(plan: Plan, memory: int) -> bool:

@@ -8,11 +8,12 @@ from pathlib import Path
 import torch
 
 from ditf.calib.images import COUNT
+from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.components import check_components
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import check_structure
 from ditf.export.checkpoints.noise_schedule import draw_noise, noise_level, noise_levels
-from ditf.export.checkpoints.opening import DEMO, open_vae
+from ditf.export.checkpoints.opening import open_vae
 from ditf.export.checkpoints.vae import LatentSpace
 from ditf.export.families import family_of
 from ditf.export.families.base import Defaults, Family
