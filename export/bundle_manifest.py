@@ -20,7 +20,7 @@ from ditf.export.planning.plan import Plan
 from ditf.runtime.bundles.manifest import SCHEMA, Manifest, tool_versions
 from ditf.runtime.files.hashed import sha256
 
-_RECORDED = {field.name for field in fields(Manifest)} & ExportOptions.model_fields.keys()
+_RECORDED = {field.name for field in fields(Manifest)} & {field.name for field in fields(ExportOptions)}
 """Options that the manifest has a field for; they are recorded as given, unless the plan decides them."""
 
 
