@@ -109,6 +109,8 @@ class _Export:
         calibrates = reference and options.calibration is None
         measures = options.precision != "float32" and calibrates
         chooses = options.precision in ("float16", "int8")
+        learned = "measuring the range" if options.pca is None else f"learning {options.pca} channels"
+        against = " against the reference" if reference else ""
         stages = [
             Stage(lambda: f"opening {options.model}", self.open),
             Stage(
@@ -128,7 +130,7 @@ class _Export:
                 runs=reference and not calibrates,
             ),
             Stage(
-                lambda: f"{self.learned} of the unmodified model's features",
+                lambda: f"{learned} of the unmodified model's features",
                 self.measure_features,
                 runs=reference and options.surveys,
             ),
@@ -141,7 +143,7 @@ class _Export:
             ),
             Stage(lambda: f"recipe: {self.recipe.summary()}", self.take_recipe, runs=chooses),
             Stage(lambda: f"reading and folding the weights of {self.blocks}", self.fold_weights),
-            Stage(lambda: f"rehearsing {self.blocks} in {options.precision}{self.against}", self.emulate),
+            Stage(lambda: f"rehearsing {self.blocks} in {options.precision}{against}", self.emulate),
             Stage(lambda: f"tracing {self.blocks} in {options.precision}", self.trace),
             Stage(lambda: "tracing the matcher", self.trace_matcher),
             Stage(lambda: "writing the manifest", self.write_manifest),
@@ -299,12 +301,3 @@ class _Export:
     @property
     def discarding(self) -> str:
         return f"discarding channels {list(self.settings.channels) or 'none'}"
-
-    @property
-    def learned(self) -> str:
-        pca = self.options.pca
-        return "measuring the range" if pca is None else f"learning {pca} channels"
-
-    @property
-    def against(self) -> str:
-        return "" if self.golden is None else " against the reference"

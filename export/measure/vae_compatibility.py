@@ -16,7 +16,7 @@ from ditf.export.measure.images import CalibrationImages
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import InputError
 
-CALIBRATION_IMAGES = 2
+COMPARED_IMAGES = 2
 """How many calibration images are compared, beside the golden pair."""
 
 _ALIKE = 0.9  # least correlation of channels that differ by nothing but a shift and a scale
@@ -41,12 +41,12 @@ def compare_vaes(plan: Plan, pair: np.ndarray, images: CalibrationImages) -> Vae
     Args:
         plan: has a replacement VAE.
         pair: the golden pair, uint8 [2, H, W, 3].
-        images: the first `CALIBRATION_IMAGES` of them are encoded too.
+        images: the first `COMPARED_IMAGES` of them are encoded too.
 
     Raises:
         InputError: the VAEs do not share a latent space; the message has the figures.
     """
-    compared = np.stack([*pair, *images.arrays[:CALIBRATION_IMAGES]])
+    compared = np.stack([*pair, *images.arrays[:COMPARED_IMAGES]])
     own, other = (_encode(space, compared) for space in (plan.own_latents, plan.latents))
     agreement = x_0_agreement(other.numpy(), own.numpy())
     if not same_space(agreement):
