@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ditf.calib.images import golden_pair
-from ditf.export.assemble.features_graph import Specialised, specialise
+from ditf.export.assemble.features_graph import AssembledGraph, assemble
 from ditf.export.assemble.parameter_counts import Counts, parameter_parts, removed_parts
 from ditf.export.graph.blocks.adaln import gate_counts, scales, subnormal_weights
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
@@ -48,7 +48,7 @@ def write_graph(
 ) -> Written:
     """features.onnx with its weights, trace.npz and conditions.npz."""
     report(f"reading and folding the weights of {plan.layer} blocks")
-    made = specialise(plan, entries, noise, observed.settings, observed.projection)
+    made = assemble(plan, entries, noise, observed.settings, observed.projection)
     against = " against the reference" if observed.golden else ""
     report(f"rehearsing {plan.layer} blocks in {plan.precision.name}{against}")
     measured: dict[str, float] = {}
@@ -72,7 +72,7 @@ def write_graph(
     return Written(described, parts, removed_parts(plan, made), measured)
 
 
-def _write_features(folder: Path, plan: Plan, made: Specialised, progress: Progress) -> list[str]:
+def _write_features(folder: Path, plan: Plan, made: AssembledGraph, progress: Progress) -> list[str]:
     """features.onnx, and what its program computes on the first golden image; its float32 products."""
     dynamic = plan.options.batch == "dynamic"
     batch = DYNAMIC_EXAMPLE if plan.options.batch == "dynamic" else plan.options.batch
@@ -91,7 +91,7 @@ def _write_features(folder: Path, plan: Plan, made: Specialised, progress: Progr
     return traced.float32_products
 
 
-def _write_conditions(folder: Path, made: Specialised) -> None:
+def _write_conditions(folder: Path, made: AssembledGraph) -> None:
     """The rows of a bank, or the embeddings for a live graph."""
     arrays = {
         key(index, name): made.feeds[index][name].numpy()

@@ -16,8 +16,7 @@ from ditf.calib.recipe import FEATURES, check_features, decide
 from ditf.export.bundle_graphs import match_onnx, write_graph
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
-from ditf.export.estimate.cost import bundle_bytes, written_bytes
-from ditf.export.estimate.memory import check_memory
+from ditf.export.estimate.estimate import Estimate
 from ditf.export.measure.calibrate import ranges_of, read_calibration, read_extents, read_maxima
 from ditf.export.measure.golden import Whole
 from ditf.export.measure.run_reference import Report, run_reference, without_reference
@@ -64,9 +63,10 @@ def export_bundle(
     with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
         plan = make_plan(options, checkpoint)
         check_output(plan.output, options.inputs)
-        weights = bundle_bytes(plan)
-        check_space(plan.output, written_bytes(plan, weights))
-        check_memory(plan)
+        estimate = Estimate(plan)
+        check_space(plan.output, estimate.written_bytes)
+        estimate.check_memory()
+        weights = estimate.bundle_bytes
         if options.calibration is not None:
             read_calibration(options.calibration, plan)
         swap = None
