@@ -35,7 +35,7 @@ from ditf.calib.images import golden_pair
 from ditf.calib.recipe import choose_recipe
 from ditf.cli.support.output import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.features import FeatureSettings
@@ -139,7 +139,7 @@ def write_graph(
     expected: list[np.ndarray],
 ) -> dict[str, float]:
     """Write the graph of a side; its accuracy."""
-    graph = specialise(replace(plan, precision=precision), (entry,), noise, settings).graph
+    graph = assemble(replace(plan, precision=precision), (entry,), noise, settings).graph
 
     @torch.no_grad()
     def features(image: np.ndarray) -> np.ndarray:

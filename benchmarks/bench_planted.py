@@ -37,7 +37,7 @@ from torch import nn
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, match_parity
 from ditf.calib.recipe import Recipe, choose_recipe
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.features import FeatureSettings
@@ -162,7 +162,7 @@ def graph_of(
     plan: Plan, entry: Entry, noise: torch.Tensor, settings: FeatureSettings
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Image -> features [C, h, w], in the arithmetic of the plan's precision."""
-    graph = specialise(plan, (entry,), noise, settings).graph
+    graph = assemble(plan, (entry,), noise, settings).graph
 
     @torch.no_grad()
     def features(image: np.ndarray) -> np.ndarray:

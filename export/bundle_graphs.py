@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditf.export.assemble.features_graph import Specialised
+from ditf.export.assemble.features_graph import AssembledGraph
 from ditf.export.assemble.parameter_counts import Counts, parameter_parts, removed_parts
 from ditf.export.graph.blocks.adaln import gate_counts, scales, subnormal_weights
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
@@ -34,7 +34,7 @@ class FeaturesRecord:
 
 
 def write_features(
-    folder: Path, plan: Plan, made: Specialised, golden: GoldenOutputs | None, progress: Progress
+    folder: Path, plan: Plan, made: AssembledGraph, golden: GoldenOutputs | None, progress: Progress
 ) -> FeaturesRecord:
     """Trace the features graph and write features.onnx with its weights, trace.npz and conditions.npz.
 
@@ -59,7 +59,7 @@ def write_features(
 
 
 def _trace(
-    folder: Path, plan: Plan, made: Specialised, golden: GoldenOutputs | None, progress: Progress
+    folder: Path, plan: Plan, made: AssembledGraph, golden: GoldenOutputs | None, progress: Progress
 ) -> Traced:
     """Write features.onnx, and trace.npz: what its program computes on the first golden image."""
     dynamic = plan.options.batch == "dynamic"
@@ -77,7 +77,7 @@ def _trace(
     return traced
 
 
-def _write_conditions(folder: Path, made: Specialised) -> None:
+def _write_conditions(folder: Path, made: AssembledGraph) -> None:
     """Write conditions.npz: the rows of a bank, or the embeddings that a live graph takes."""
     arrays = {
         key(index, name): made.feeds[index][name].numpy()

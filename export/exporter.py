@@ -14,13 +14,12 @@ import torch
 
 from ditf.calib.images import golden_pair
 from ditf.calib.recipe import FEATURES, Recipe, choose_recipe
-from ditf.export.assemble.features_graph import Specialised, specialise
+from ditf.export.assemble.features_graph import AssembledGraph, assemble
 from ditf.export.bundle_graphs import FeaturesRecord, match_onnx, write_features
 from ditf.export.bundle_manifest import make_manifest
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
-from ditf.export.estimate.cost import bundle_bytes, written_bytes
-from ditf.export.estimate.memory import check_memory
+from ditf.export.estimate.estimate import Estimate
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.calibrate import ObservedBlocks, measure_calibration, observe_blocks
 from ditf.export.measure.calibration import (
@@ -88,7 +87,7 @@ class _Export:
     entries: tuple[Entry, ...]
     reference: Reference
     observed: ObservedBlocks
-    made: Specialised
+    made: AssembledGraph
     features: FeaturesRecord
 
     def __init__(self, options: ExportOptions, progress: Progress = lambda done, total: None) -> None:
@@ -155,9 +154,10 @@ class _Export:
         opened = open_checkpoint(options.model, options.revision, options.variant, options.unneeded)
         self.plan = plan = make_plan(options, self.resources.enter_context(opened))
         check_output(plan.output, options.inputs)
-        self.bundle_bytes = bundle_bytes(plan)
-        check_space(plan.output, written_bytes(plan, self.bundle_bytes))
-        check_memory(plan)
+        estimate = Estimate(plan)
+        check_space(plan.output, estimate.written_bytes)
+        estimate.check_memory()
+        self.bundle_bytes = estimate.bundle_bytes
         if options.calibration is not None:
             self.calibration = read_calibration(options.calibration, plan)
         self.images = CalibrationImages(options.calibration_images, plan.size)
@@ -223,7 +223,7 @@ class _Export:
         del self.images  # a folder of them may be large
         folding = spilling(self.folder, lambda written: self.progress(written, self.bundle_bytes))
         self.spill.enter_context(folding)
-        self.made = specialise(self.plan, self.entries, self.noise, self.settings, self.statistics.projection)
+        self.made = assemble(self.plan, self.entries, self.noise, self.settings, self.statistics.projection)
 
     def emulate(self) -> None:
         made, precision = self.made, self.options.precision

@@ -17,7 +17,7 @@ from ditf.export.planning.options import ExportOptions
 from ditf.runtime.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
-    from ditf.export.estimate.cost import Cost
+    from ditf.export.estimate.estimate import Estimate
     from ditf.export.planning.plan import Plan
 
 
@@ -43,19 +43,19 @@ def plan(
     options = replace(options, batch=batch)
     model, vae = options.model, options.vae
     with needs_exporter():
-        from ditf.export.estimate.cost import count_cost
+        from ditf.export.estimate.estimate import Estimate
         from ditf.export.estimate.published_configs import open_configs, open_vae_configs
-        from ditf.export.estimate.suggestions import remedies
-        from ditf.export.planning.plan import decide
+        from ditf.export.estimate.suggestions import suggest
+        from ditf.export.planning.plan import plan_from_configs
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_configs(model))
         encoder = None if vae is None else stack.enter_context(open_vae_configs(vae))
-        decided = decide(options, checkpoint, encoder)
-        cost = count_cost(decided)
+        decided = plan_from_configs(options, checkpoint, encoder)
+        cost = Estimate(decided)
         if device is not None:
             cost.seconds(chosen[device])  # or say that its rate is not published, before anything is shown
         ok = device is None or cost.memory_bytes <= chosen[device].memory_bytes
-        advice = [] if device is None or ok else remedies(decided, chosen[device].memory_bytes)
+        advice = [] if device is None or ok else suggest(decided, chosen[device].memory_bytes)
     show(_described(decided, cost))
     if device is None:
         show(
@@ -80,8 +80,8 @@ def plan(
         )
 
 
-def _described(plan: Plan, cost: Cost) -> str:
-    from ditf.export.estimate.cost import MATCH_IMAGE, MATCH_POINTS, MATCHING, PARTS
+def _described(plan: Plan, cost: Estimate) -> str:
+    from ditf.export.estimate.work import MATCH_IMAGE, MATCH_POINTS, MATCHING, PARTS
 
     (height, width), (h, w) = plan.size, plan.grid
     rows: list[tuple[str, ...]] = [("part", "GFLOP", "bytes moved", "operands")]
@@ -113,12 +113,12 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 10**8 else f"{parameters / 1e6:.2f} M"
 
 
-def _row(device: Device, name: str, cost: Cost) -> tuple[str, ...]:
+def _row(device: Device, name: str, cost: Estimate) -> tuple[str, ...]:
     return name, _time(device, cost), _memory(device, cost)
 
 
-def _detailed(device: Device, cost: Cost) -> str:
-    from ditf.export.estimate.cost import MATCHING, PARTS
+def _detailed(device: Device, cost: Estimate) -> str:
+    from ditf.export.estimate.work import MATCHING, PARTS
 
     parts = [part for part in (*PARTS, MATCHING) if any(work.part == part for work in cost.work)]
     rows = [("features", _time(device, cost)), *((f"  {p}", _time(device, cost, p)) for p in parts)]
@@ -131,7 +131,7 @@ def _detailed(device: Device, cost: Cost) -> str:
     )
 
 
-def _time(device: Device, cost: Cost, *parts: str) -> str:
+def _time(device: Device, cost: Estimate, *parts: str) -> str:
     try:
         milliseconds = 1e3 * cost.seconds(device, *parts)
     except InputError:
@@ -139,14 +139,14 @@ def _time(device: Device, cost: Cost, *parts: str) -> str:
     return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.3g} s"
 
 
-def _memory(device: Device, cost: Cost) -> str:
+def _memory(device: Device, cost: Estimate) -> str:
     share = cost.memory_bytes / device.memory_bytes
     verdict = "" if share <= 1 else ": does not fit"
     return f"{bytes_text(cost.memory_bytes)} of {device.memory:g} GB, {share:.0%}{verdict}"
 
 
-def _document(plan: Plan, cost: Cost, devices: dict[str, Device]) -> dict[str, Any]:
-    from ditf.export.estimate.cost import MATCHING, PARTS
+def _document(plan: Plan, cost: Estimate, devices: dict[str, Device]) -> dict[str, Any]:
+    from ditf.export.estimate.work import MATCHING, PARTS
 
     def seconds(device: Device) -> Optional[dict[str, float]]:
         try:

@@ -13,7 +13,7 @@ from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import full_config
 from ditf.export.checkpoints.opening import DEMO_CHECKPOINT, vae_part
 from ditf.export.families import FAMILIES
-from ditf.export.families.base import Condition, Family
+from ditf.export.families.base import Family
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.unfinished import scratch_folder
 
@@ -183,25 +183,3 @@ def _write_configs(folder: Path, name: str) -> None:
     for file, config in configs.items():
         (folder / file).parent.mkdir()
         (folder / file).write_text(json.dumps(config), "utf-8")
-
-
-def prompt_tokens(family: Family, text_tokens: int | None) -> int | None:
-    """Text tokens that an export would keep, for `example_condition`; of a short prompt where the rest goes.
-
-    Args:
-        text_tokens: of --text-tokens.
-    """
-    if not family.takes_prompt:
-        return None
-    tokens = family.short_text or family.text_length(family.example_condition())
-    return tokens if text_tokens is None else min(tokens, family.leading_tokens + text_tokens)
-
-
-def example_condition(family: Family, text_tokens: int | None = None) -> Condition:
-    """Tensors of the shapes that a model's text encoders give, filled with zeros.
-
-    Args:
-        text_tokens: unmasked text tokens; all by default.
-    """
-    condition = family.example_condition()
-    return condition if text_tokens is None else family.trim_text(condition, text_tokens)

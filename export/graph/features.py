@@ -1,7 +1,7 @@
 """The definition of the feature, and the features graph: uint8 image in, DiTF features out.
 
-ditf defines the feature here only (docs/design.md, "The feature"). The graph that is traced, the measurement
-of ranges and the estimates all use `FeaturesGraph`. The reference (`ditf.export.measure.reference_model`) does
+ditf defines the feature here only (docs/design.md, "The feature"): the traced graph, the measurement of
+ranges and the estimates all use `FeaturesGraph`. The reference (`ditf.export.measure.reference_model`) does
 not: there the unmodified model computes the feature, in code that is not ditf's.
 """
 

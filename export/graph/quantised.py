@@ -11,7 +11,7 @@ the residual.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -97,6 +97,18 @@ class QuantisedLinear(nn.Module):
         return (y if self.bias is None else y + self.bias).to(self.dtype)
 
 
+def quantisable(trunk: nn.Module) -> Iterator[tuple[str, Linear]]:
+    """The linears of a trunk that int8 quantises, by path: those in float16.
+
+    Linears that the recipe keeps in float32 are not quantised, nor is the folded cross-attention, whose
+    softmax over few tokens needs more than 8 bits.
+    """
+    kept = tuple(f"{name}." for name, m in trunk.named_modules() if isinstance(m, FoldedCrossAttention))
+    for name, module in trunk.named_modules():
+        if isinstance(module, Linear) and module.weight.dtype == torch.float16 and not name.startswith(kept):
+            yield name, module
+
+
 @torch.no_grad()
 def quantise(trunk: nn.Module, maxima: InputMaxima, smooth: bool = True) -> list[str]:
     """Replace the linears of a trunk's blocks by quantised ones, in place.
@@ -114,17 +126,11 @@ def quantise(trunk: nn.Module, maxima: InputMaxima, smooth: bool = True) -> list
         for name, block in trunk.named_modules():
             for smoothing in getattr(block, "smoothings", tuple)():
                 _apply(block, f"{name}." if name else "", smoothing, largest)
-    quantised = []
-    # A softmax over few tokens needs more levels than 128 of them.
-    kept = tuple(f"{name}." for name, m in trunk.named_modules() if isinstance(m, FoldedCrossAttention))
-    for name, linear in list(trunk.named_modules()):
-        if not isinstance(linear, Linear) or name not in largest or name.startswith(kept):
-            continue
-        if linear.weight.dtype == torch.float16:
-            parent, _, child = name.rpartition(".")
-            setattr(trunk.get_submodule(parent), child, QuantisedLinear(linear, float(largest[name].max())))
-            quantised.append(name)
-    return quantised
+    quantised = [(name, linear) for name, linear in quantisable(trunk) if name in largest]
+    for name, linear in quantised:
+        parent, _, child = name.rpartition(".")
+        setattr(trunk.get_submodule(parent), child, QuantisedLinear(linear, float(largest[name].max())))
+    return [name for name, _ in quantised]
 
 
 def _apply(block: nn.Module, prefix: str, smoothing: Smoothing, largest: dict[str, torch.Tensor]) -> None:

@@ -12,7 +12,7 @@ from torch import nn
 
 from ditf.calib.parity import feature_parity
 from ditf.calib.recipe import FEATURES, VAE_INNER, VAE_LOGITS, VAE_RESIDUAL, Extent
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.weight_spill import resting
 from ditf.export.graph.blocks.layers import Linear
 from ditf.export.graph.features import FeatureSettings
@@ -63,7 +63,7 @@ def measure_ranges(
     """
     seen = _Largest(plan.grid[0] * plan.grid[1])
     with recording(seen.record):  # what is constant is computed now
-        made = specialise(replace(plan, precision=MEASURING), entries, noise, settings)
+        made = assemble(replace(plan, precision=MEASURING), entries, noise, settings)
     maxima: dict[str, torch.Tensor] = {}
     watched = _watching(made.graph.encoder, seen), _watching_inputs(made.graph.trunk, maxima)
     with recording(seen.record), watched[0], watched[1], resting():

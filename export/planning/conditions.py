@@ -218,6 +218,28 @@ def trim(
     return tuple(replace(entry, condition=family.trim_text(entry.condition, longest)) for entry in entries)
 
 
+def example_condition(family: Family, text_tokens: int | None = None) -> Condition:
+    """Tensors of the shapes that a model's text encoders give, filled with zeros.
+
+    Args:
+        text_tokens: number of unmasked text tokens; all of them by default.
+    """
+    condition = family.example_condition()
+    return condition if text_tokens is None else family.trim_text(condition, text_tokens)
+
+
+def usual_text_tokens(family: Family, text_tokens: int | None) -> int | None:
+    """How many text tokens an export of a short prompt keeps, or None for a model that reads no text.
+
+    Args:
+        text_tokens: the value of --text-tokens.
+    """
+    if not family.takes_prompt:
+        return None
+    tokens = family.short_text or family.text_length(family.example_condition())
+    return tokens if text_tokens is None else min(tokens, family.leading_tokens + text_tokens)
+
+
 def describe(entries: Sequence[Entry]) -> str:
     """For people: what is encoded."""
     if len(entries) == 1:

@@ -9,7 +9,7 @@ import torch
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.planning.conditions import encode
 from ditf.export.planning.options import ExportOptions
-from ditf.export.planning.plan import decide
+from ditf.export.planning.plan import plan_from_configs
 from ditf.export.planning.prompt_embeds import write_embeddings
 from ditf.runtime.errors import InputError
 
@@ -30,7 +30,7 @@ def save_prompt(options: ExportOptions, path: Path) -> str:
     if options.prompt_embeds:
         raise InputError("--prompt-embeds and --save-prompt-embeds exclude each other", "leave one out")
     with open_checkpoint(options.model, options.revision, options.variant, _UNNEEDED) as checkpoint:
-        plan = decide(options, checkpoint)
+        plan = plan_from_configs(options, checkpoint)
         if not plan.family.takes_prompt:
             raise InputError(f"{plan.family.name} reads no text", "leave --save-prompt-embeds out")
         if len({entry.prompt for entry in plan.entries}) > 1:

@@ -13,7 +13,7 @@ from diffusers import AutoencoderKL
 from ditf.calib.images import golden_pair, procedural_images
 from ditf.calib.parity import feature_parity
 from ditf.calib.recipe import FEATURES, INNER, SHOWN, Recipe, Scale, choose_recipe
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.graph.precision import FLOAT16, FLOAT32
 from ditf.export.graph.vae_encoder import KLEncoder, scale_down
 from ditf.export.measure.activation_ranges import measure_ranges
@@ -65,7 +65,7 @@ class Measured:
 
     def parity(self, recipe, precision=FLOAT16):
         plan = replace(self.plan, precision=replace(precision, recipe=recipe))
-        made = specialise(plan, self.entries, self.noise, self.settings)
+        made = assemble(plan, self.entries, self.noise, self.settings)
         with torch.no_grad(), Float32Accumulation():
             actual = made.graph(torch.from_numpy(self.images[0])[None], *made.feeds[0].values())[0]
         return feature_parity(actual.numpy().transpose(1, 2, 0), self.expected.transpose(1, 2, 0))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -107,4 +108,4 @@ def test_a_calibration_has_the_range_of_one_feature(shifted, tmp_path):
     with pytest.raises(InputError, match=r"calibration\.json has the range of another feature"):
         export_bundle(options_of(shifted, tmp_path / "c", **same, **file))
     with pytest.raises(InputError, match=r"float16 features need their range, and --golden none"):
-        export_bundle(again.model_copy(update={"golden": "none"}))
+        export_bundle(replace(again, golden="none"))

@@ -157,7 +157,7 @@ def test_a_bundle_beside_the_plain_one(vaes):
     assert plan_of(vaes.checkpoint).output.name == "checkpoint-l2-fp32"
     with pytest.raises(InputError, match="--vae-revision is for hub ids"):
         plan_of(vaes.checkpoint, vaes.tiny, vae_revision="main")
-    with pytest.raises(InputError, match="--vae-revision is of --vae"):
+    with pytest.raises(InputError, match="--vae-revision requires --vae"):
         plan_of(vaes.checkpoint, vae_revision="main")
 
 
