@@ -19,7 +19,7 @@ import torch
 
 from ditf.export.checkpoints.components import check_components, check_files
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.offload import stream_encoder, streams
+from ditf.export.checkpoints.offload import is_offloaded, offload_encoder
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
 from ditf.runtime.files.unfinished import register
@@ -242,17 +242,17 @@ def _load_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Any:
         "use_safetensors": True,
         **_LOCAL,
     }
-    if not streams(checkpoint.stored(name)[0]):
+    if not is_offloaded(checkpoint.stored(name)[0]):
         return _from_pretrained(encoder_class, folder, **options).eval()
     try:
-        streamed = stream_encoder(encoder_class, folder, checkpoint.weights(name))
+        offloaded = offload_encoder(encoder_class, folder, checkpoint.weights(name))
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise InputError(
             f"{encoder_class.__name__} cannot be made of {folder}/config.json ({first_line(error)})",
             "download or save the checkpoint again",
         ) from error
-    if streamed is not None:
-        return streamed
+    if offloaded is not None:
+        return offloaded
     # The tensors have an older layout. from_pretrained converts them and writes the result to this folder.
     rewritten = tempfile.mkdtemp(prefix="ditf-encoder-")
     remove = partial(shutil.rmtree, rewritten, ignore_errors=True)

@@ -20,7 +20,7 @@ RESIDENT = 1 << 30
 """Size in float32, in bytes, of the largest model that is held in memory."""
 
 
-def streams(parameters: int) -> bool:
+def is_offloaded(parameters: int) -> bool:
     """Whether the weights of a model with so many parameters stay on disk."""
     return 4 * parameters > RESIDENT
 
@@ -47,7 +47,7 @@ class _Tensors(Mapping[str, torch.Tensor]):
         return len(self._stored)
 
 
-def stream_model(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
+def offload_model(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
     """A diffusers model in float32 and eval mode that reads its parameters when they are used.
 
     Args:
@@ -64,10 +64,10 @@ def stream_model(model_class: Any, config: Mapping[str, Any], weights: Weights) 
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # diffusers announces changes of its own classes
         model: nn.Module = model_class.from_config(known)
-    return _streamed(model, weights, {name: name for name in weights.shapes})
+    return _offloaded(model, weights, {name: name for name in weights.shapes})
 
 
-def stream_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | None:
+def offload_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | None:
     """The same for a model of transformers; None if the checkpoint stores its tensors in another layout."""
     from accelerate import init_empty_weights
 
@@ -85,10 +85,10 @@ def stream_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | 
     stored = {name: same.get(id(tensor), name) for name, tensor in tensors.items() if name in persistent}
     if any(weights.shapes.get(stored[name]) != tuple(tensors[name].shape) for name in stored):
         return None
-    return _streamed(model, weights, stored)
+    return _offloaded(model, weights, stored)
 
 
-def _streamed(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
+def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
     from accelerate.hooks import attach_align_device_hook
 
     for name, buffer in model.named_buffers():

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.offload import streams
+from ditf.export.checkpoints.offload import is_offloaded
 from ditf.export.graph.features import FeaturesGraph
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import InputError
@@ -35,7 +35,7 @@ def stage_bytes(plan: Plan, graph: FeaturesGraph, activations: int) -> dict[str,
     fold = vae + _COPIES * largest
     needs = {"folding the weights": fold, "running the graph": vae + largest + activations}
     if plan.options.golden != "none":
-        held = largest if streams(parameters) else 4 * parameters
+        held = largest if is_offloaded(parameters) else 4 * parameters
         needs["running the unmodified model"] = 2 * vae + held + activations
         needs["recording what the graph computes"] = vae + largest + _TRACED * activations
     if plan.family.takes_prompt and not plan.options.prompt_embeds:
@@ -50,7 +50,7 @@ def _encoder_bytes(checkpoint: Checkpoint) -> int:
         if name.startswith("text_encoder") and checkpoint.has(name):
             weights = checkpoint.weights(name)
             sizes = [4 * weights.numel(tensor) for tensor in weights.shapes]
-            if streams(sum(sizes) // 4):
+            if is_offloaded(sum(sizes) // 4):
                 largest = max(largest, *sizes)
             else:
                 held += sum(sizes)

@@ -22,7 +22,7 @@ from ditf.calib.blocks import Entering
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_model
 from ditf.export.checkpoints.noise_schedule import ddpm_scheduler
-from ditf.export.checkpoints.offload import stream_model, streams
+from ditf.export.checkpoints.offload import is_offloaded, offload_model
 from ditf.export.checkpoints.vae import LatentSpace
 from ditf.export.families.base import Condition, Family
 from ditf.export.graph.features import FeatureSettings
@@ -65,11 +65,11 @@ class Reference:
         self._family = family
         self._layer = layer
         self._transformer: Any
-        if resident or not streams(checkpoint.stored("transformer")[0]):
+        if resident or not is_offloaded(checkpoint.stored("transformer")[0]):
             self._transformer = load_model(transformer_class, checkpoint, "transformer")
         else:
             weights = checkpoint.weights("transformer")
-            self._transformer = stream_model(transformer_class, family.config, weights)
+            self._transformer = offload_model(transformer_class, family.config, weights)
         self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels)
         self._vae = self._latents.load_vae() if self._latents.vae else None
         self._scheduler = checkpoint.config("scheduler")
