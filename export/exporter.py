@@ -33,7 +33,7 @@ from ditf.export.measure.golden import ExactCase, GoldenCase, GoldenOutputs, gol
 from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.measure.vae_compatibility import VaeComparison, compare_vaes
-from ditf.export.onnx_writing.emulation import rehearse, rehearse_alone
+from ditf.export.onnx_writing.emulation import check_against_golden, check_finite
 from ditf.export.onnx_writing.onnx_file import Progress
 from ditf.export.planning.conditions import Entry, describe, encode, trim
 from ditf.export.planning.options import ExportOptions, check_opset
@@ -228,9 +228,9 @@ class _Export:
     def emulate(self) -> None:
         made, precision = self.made, self.options.precision
         if self.golden is None:
-            rehearse_alone(made.graph, made.feeds[0], self.golden_images[0], precision)
+            check_finite(made.graph, made.feeds[0], self.golden_images[0], precision)
         else:
-            self.emulated = rehearse(made.graph, made.feeds, self.golden.arrays, precision)
+            self.emulated = check_against_golden(made.graph, made.feeds, self.golden.arrays, precision)
 
     def trace(self) -> None:
         self.features = write_features(self.folder, self.plan, self.made, self.golden, self.progress)

@@ -1,10 +1,11 @@
-"""Running a graph in PyTorch, in its own precision, before it is traced.
+"""Runs a graph in PyTorch, in its own precision, before it is traced, and checks what it gives.
 
-ONNX Runtime on a CPU computes most of a float16 graph in float32 and hides overflow; PyTorch does not.
-What this measures is the rounding of this model in this precision: `ditf check` gates against it.
+ONNX Runtime computes most of a float16 graph in float32 on a CPU, which hides overflow; PyTorch does not. The
+result is how much this model is rounded in this precision, and `ditf check` derives its gates from it. The
+manifest calls it the rehearsal.
 
-Products are accumulated in float32 and rounded to float16 once, as GPUs do. That is also what makes it
-feasible: most CPUs have no float16 arithmetic, and PyTorch emulates it 40 to 200 times slower.
+Products are accumulated in float32 and rounded to float16 once, as GPUs do. This is also fast enough: most
+CPUs have no float16 arithmetic, and PyTorch's emulation of it is 40 to 200 times slower.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ _SHORT = {torch.float16, torch.bfloat16}
 
 
 class Float32Accumulation(TorchDispatchMode):
-    """Matrix products and convolutions of 16-bit tensors: float32 inside, the result rounded once."""
+    """Computes matrix products and convolutions of 16-bit tensors in float32, and rounds the result once."""
 
     _PRODUCTS = frozenset(
         {
@@ -53,22 +54,25 @@ class Float32Accumulation(TorchDispatchMode):
 
 
 @torch.no_grad()
-def rehearse(
+def check_against_golden(
     graph: FeaturesGraph,
     feeds: Sequence[Mapping[str, torch.Tensor]],
     golden: Mapping[str, np.ndarray],
     precision: str,
 ) -> dict[str, float]:
-    """Feature parity of the module on the first golden image, the worst of the conditions in golden.npz.
+    """Compare the graph's features on the first golden image with the unmodified model's.
 
     Args:
         graph: the module that will be traced.
         feeds: for each condition, what the graph takes beside the image.
         golden: the arrays of golden.npz.
-        precision: its name.
+        precision: the name of the graph's precision.
+
+    Returns:
+        The metrics of `feature_parity`, each the worst over the conditions that golden.npz has.
 
     Raises:
-        GateFailed: the graph is not the reference in this precision; nothing should be shipped.
+        GateFailed: the features differ by more than this precision explains.
     """
     image = torch.from_numpy(golden["images"][:1])
     cases = {0: (golden["rows"][0], golden["features"][0])}
@@ -93,17 +97,17 @@ def rehearse(
 
 
 @torch.no_grad()
-def rehearse_alone(
+def check_finite(
     graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], image: np.ndarray, precision: str
 ) -> None:
-    """Run the module where there is nothing to compare it with: it should at least give numbers.
+    """Check that the graph's features are finite, where there is nothing to compare them with.
 
     Args:
-        graph, precision: as for `rehearse`; feeds: of one condition.
+        graph, precision: as for `check_against_golden`; feeds: of one condition.
         image: uint8 [H, W, 3].
 
     Raises:
-        GateFailed: features that are NaN or infinite.
+        GateFailed: a feature is NaN or infinite.
     """
     with resting(), Float32Accumulation():
         features = graph(torch.from_numpy(image)[None], *feeds.values())
