@@ -26,7 +26,7 @@ from ditf.export.planning.size import Size
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images
 
-_MOST_BLOCKS = 1000  # no published model has a tenth; a damaged config should not be built
+_MOST_BLOCKS = 1000  # no published model has a tenth of it; a damaged config is not built
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""`ditf export --save-prompt-embeds`: the text encoders alone, on a machine that has them."""
+"""`ditf export --save-prompt-embeds`: runs the text encoders only, on a machine that has them."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _UNNEEDED = ("transformer", "vae")
 def save_prompt(options: ExportOptions, path: Path) -> str:
     """Encode the prompt of an export and write it for `--prompt-embeds`.
 
-    Of transformer and VAE the configs are read; their weights need not be there.
+    Transformer and VAE need their configs only, not their weights.
 
     Returns:
         The prompt.
 
     Raises:
-        DitfError: as an export; several prompts, or a model that reads none.
+        DitfError: as an export; or there are several prompts, or the model reads none.
     """
     if options.prompt_embeds:
         raise InputError("--prompt-embeds and --save-prompt-embeds exclude each other", "leave one out")
