@@ -131,7 +131,7 @@ class _Export:
             Stage(
                 lambda: f"{learned} of the unmodified model's features",
                 self.measure_features,
-                runs=reference and options.surveys,
+                runs=reference and options.measures_features,
             ),
             Stage(lambda: f"{self.discarding}; recording golden outputs", self.record_golden, runs=reference),
             Stage(lambda: f"{self.discarding}; no golden outputs", runs=not reference),

@@ -70,8 +70,10 @@ class FeatureSettings:
         return f"{self.tap.name} discarded after the norm" if after else self.tap.name
 
 
-class Projection(nn.Module):
-    """P F in float32, as a 1x1 convolution: TensorRT-RTX has no float32 matrix product for Turing.
+class FeatureProjection(nn.Module):
+    """Projects features to P F in float32 (--pca).
+
+    It is a 1x1 convolution, because TensorRT-RTX has no float32 matrix product for Turing.
 
     Args:
         matrix: P, float32 [N, C].
@@ -126,7 +128,7 @@ class FeaturesGraph(nn.Module):
         self.settings = settings
         self.grid = grid
         self.output = output
-        self.projection = nn.Identity() if projection is None else Projection(projection)
+        self.projection = nn.Identity() if projection is None else FeatureProjection(projection)
         self.keep: nn.Parameter | None = None
         if settings.channels:
             keep = torch.ones(trunk.channels)

@@ -224,7 +224,7 @@ class ExportOptions:
         return [path for path in (*named, *given) if path is not None and path.exists()]
 
     @property
-    def surveys(self) -> bool:
+    def measures_features(self) -> bool:
         """Whether the unmodified model has to run over the images once more, to see its features.
 
         It learns --pca from them, or it measures the range of float16 features. A graph that is not float32

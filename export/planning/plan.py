@@ -84,7 +84,7 @@ class Plan:
     @property
     def features_in_ranges(self) -> bool:
         """Whether the measured ranges have to show that the features fit into float16."""
-        return self.output_dtype == torch.float16 and not self.options.surveys
+        return self.output_dtype == torch.float16 and not self.options.measures_features
 
     @property
     def channels(self) -> int:
@@ -256,7 +256,7 @@ def _check_golden(plan: Plan) -> None:
         raise InputError(
             "--pca is learned from the model, and --golden none leaves it out", "give one of them"
         )
-    if options.surveys:
+    if options.measures_features:
         raise InputError(
             "float16 features need their range, and --golden none measures nothing",
             "leave it out, or add --features-dtype float32",

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ditf.export.estimate import memory
+from ditf.export.estimate import estimate, memory
 from ditf.export.estimate.estimate import Estimate
 from ditf.export.estimate.memory import available_bytes
 from ditf.export.estimate.published_configs import open_configs
@@ -84,6 +84,23 @@ def test_a_container(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     assert memory._container(tmp_path) == expected
+
+
+@pytest.mark.parametrize(("precision", "graphs"), [("float32", 1), ("float16", 2)])
+def test_a_graph_is_assembled_once_for_each_precision(checkpoint, monkeypatch, precision, graphs):
+    calls = []
+
+    def assemble_shapes(plan, condition=None):
+        calls.append(plan.precision)
+        return original(plan, condition)
+
+    original = estimate.assemble_shapes
+    monkeypatch.setattr(estimate, "assemble_shapes", assemble_shapes)
+    found = estimate_of(checkpoint("dit"), precision=precision)
+    for figure in ("work", "memory_bytes", "bundle_bytes", "written_bytes", "stage_bytes", "parameters"):
+        assert getattr(found, figure)
+    found.check_memory()
+    assert len(calls) == graphs
 
 
 def test_disk_for_the_scratch_file(checkpoint):

@@ -103,7 +103,7 @@ def test_a_calibration_has_the_range_of_one_feature(shifted, tmp_path):
     made = export_bundle(options_of(shifted, tmp_path / "a", discard_stage="after", **same))
     file = {"calibration": made / "calibration.json"}
     again = options_of(shifted, tmp_path / "b", discard_stage="after", **same, **file)
-    assert again.surveys
+    assert again.measures_features
     assert export_bundle(again).exists()
     with pytest.raises(InputError, match=r"calibration\.json has the range of another feature"):
         export_bundle(options_of(shifted, tmp_path / "c", **same, **file))
