@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -114,7 +114,7 @@ def assemble_shapes(plan: Plan, condition: Condition | None = None) -> Assembled
         InputError: no model can be made of a config.
     """
     options = plan.options
-    mode = "live" if options.conditioning == "live" else "bake"
+    mode: Literal["bake", "live"] = "live" if options.conditioning == "live" else "bake"
     constant = replace(options, conditioning=mode, noise="baked")
     shapes = model_shapes(plan.family.transformer_class, plan.family.config)
     source = _Source(
