@@ -16,7 +16,7 @@ from typing import Any
 from bench_features import GEOMETRIES, export, write_checkpoint
 from provenance import in_child, pin_threads, provenance, say, write_result, write_table
 
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
 from ditf.export.checkpoints.loading import quieten_libraries

@@ -49,7 +49,7 @@ from provenance import (
 from torch import nn
 
 from ditf.calib.parity import feature_parity
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.loading import full_config, model_shapes, quieten_libraries
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Family, TrunkSpec

@@ -29,7 +29,7 @@ from provenance import RESULTS, pin_threads, provenance, say, write_result, writ
 from safetensors.torch import save_file
 
 from ditf.calib.images import procedural_images
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.loading import model_shapes
 
 NAME = "export-memory"

@@ -58,7 +58,7 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 from ditf.calib.images import procedural_images
 from ditf.calib.parity import feature_parity
 from ditf.cli.check import golden_metrics
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.checkpoints.noise_schedule import ddpm_scheduler, draw_noise

@@ -32,15 +32,16 @@ from provenance import (
 )
 
 from ditf.calib.images import golden_pair
-from ditf.calib.recipe import Extent, decide
-from ditf.cli.support.console import bytes_text
+from ditf.calib.recipe import choose_recipe
+from ditf.cli.support.output import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8, Precision
-from ditf.export.measure.calibrate import massive_channels, observe, ranges_of, read_maxima
+from ditf.export.measure.calibrate import measure_calibration, observe_blocks
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.onnx_writing.onnx_file import write_onnx
@@ -87,14 +88,15 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
     noise = plan.noise()
     reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
     reference.under(entry.condition, entry.timestep)
-    observed = observe(plan, reference)
-    settings = FeatureSettings(channels=massive_channels(observed.document))
+    calibration_images = CalibrationImages(None, plan.size)
+    observed = observe_blocks(plan, reference, calibration_images)
+    settings = FeatureSettings(channels=observed.calibration.massive_channels)
     images = golden_pair(plan.size)
     expected = [reference.features(reference.hidden_states(image), settings) for image in images]
     del reference
-    ranges = ranges_of(plan, observed, (entry,), noise)
-    recipe = decide([Extent.from_json(extent) for extent in ranges["ranges"]])
-    maxima = read_maxima(ranges)
+    calibration = measure_calibration(plan, observed, (entry,), noise, calibration_images)
+    recipe = choose_recipe(calibration.extents or ())
+    maxima = calibration.maxima
     sides = {
         "float32": FLOAT32,
         FLOAT16_SIDE: replace(FLOAT16, recipe=recipe),
@@ -137,7 +139,7 @@ def write_graph(
     expected: list[np.ndarray],
 ) -> dict[str, float]:
     """Write the graph of a side; its accuracy."""
-    graph = specialise(replace(plan, precision=precision), (entry,), noise, settings).graph
+    graph = assemble(replace(plan, precision=precision), (entry,), noise, settings).graph
 
     @torch.no_grad()
     def features(image: np.ndarray) -> np.ndarray:

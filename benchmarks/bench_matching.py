@@ -32,7 +32,7 @@ from provenance import (
     write_result,
 )
 
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.runtime import FeatureMap
 from ditf.runtime.matching.points import match_points
 

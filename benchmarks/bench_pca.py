@@ -39,7 +39,7 @@ import ditf
 from ditf.calib.images import procedural_images
 from ditf.calib.parity import match_parity
 from ditf.calib.projection import SecondMoment, project_features
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
 from ditf.export.planning.options import ExportOptions

@@ -36,14 +36,15 @@ from torch import nn
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.calib.recipe import Extent, Recipe, decide
-from ditf.export.assemble.features_graph import specialise
+from ditf.calib.recipe import Recipe, choose_recipe
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import BFLOAT16, FLOAT16, INT8, Precision
-from ditf.export.measure.calibrate import massive_channels, observe, ranges_of, read_maxima
-from ditf.export.measure.golden import POINTS, published_match
+from ditf.export.measure.calibrate import measure_calibration, observe_blocks
+from ditf.export.measure.golden import POINTS, reference_match
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import Entry
@@ -127,16 +128,17 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
     noise = plan.noise()
     reference = Reference(plan.checkpoint, plan.family, LAYER, SIZE, noise)
     reference.under(entry.condition, entry.timestep)
-    observed = observe(plan, reference)
-    settings = FeatureSettings(channels=massive_channels(observed.document))
+    calibration_images = CalibrationImages(None, plan.size)
+    observed = observe_blocks(plan, reference, calibration_images)
+    settings = FeatureSettings(channels=observed.calibration.massive_channels)
     images = golden_pair(SIZE)
     expected = [reference.features(reference.hidden_states(image), settings) for image in images]
     del reference
-    document = {**observed.document, **ranges_of(plan, observed, (entry,), noise)}
+    calibration = measure_calibration(plan, observed, (entry,), noise, calibration_images)
     result: dict[str, Any] = {
         "place": place.label if place else "",
         "value": value,
-        "found": None if place is None else place.found(document, value),
+        "found": None if place is None else place.found(calibration.to_json(), value),
         "discarded": list(settings.channels),
         "sides": {},
     }
@@ -144,10 +146,10 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
         try:
             recipe, maxima = Recipe(), None
             if label in _BY_RECIPE:
-                recipe = decide([Extent.from_json(extent) for extent in document["ranges"]])
+                recipe = choose_recipe(calibration.extents or ())
                 result["recipe"] = recipe.exceptions()
             if label == "int8":
-                maxima = read_maxima(document)
+                maxima = calibration.maxima
             side = replace(precision, recipe=recipe, maxima=maxima)
             graph = graph_of(replace(plan, precision=side), entry, noise, settings)
             result["sides"][label] = accuracy(graph, images, expected, SIZE)
@@ -160,7 +162,7 @@ def graph_of(
     plan: Plan, entry: Entry, noise: torch.Tensor, settings: FeatureSettings
 ) -> Callable[[np.ndarray], np.ndarray]:
     """Image -> features [C, h, w], in the arithmetic of the plan's precision."""
-    graph = specialise(plan, (entry,), noise, settings).graph
+    graph = assemble(plan, (entry,), noise, settings).graph
 
     @torch.no_grad()
     def features(image: np.ndarray) -> np.ndarray:
@@ -185,7 +187,7 @@ def accuracy(
         return {"cosine_p01": math.nan, "matches_within_1px": math.nan}
     rng = np.random.default_rng(0)
     points = np.stack([rng.integers(0, size[1], POINTS), rng.integers(0, size[0], POINTS)], axis=1)
-    found, wanted = (published_match(maps[0], maps[1], points, size)[0] for maps in (actual, expected))
+    found, wanted = (reference_match(maps[0], maps[1], points, size)[0] for maps in (actual, expected))
     cell = (size[0] / actual[0].shape[1], size[1] / actual[0].shape[2])
     return metrics | match_parity(found, wanted, cell)
 

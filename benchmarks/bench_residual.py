@@ -38,7 +38,7 @@ from provenance import (
 )
 
 from ditf.calib.parity import feature_parity
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.export.checkpoints.loading import model_shapes, quieten_libraries
 from ditf.export.families.base import TrunkSpec

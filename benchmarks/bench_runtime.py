@@ -48,7 +48,7 @@ def compare(repeats: int) -> None:
     """Run both sides in turns, and write the result."""
     from provenance import pin_threads, provenance, say, write_result
 
-    from ditf.cli.support.console import bytes_text
+    from ditf.cli.support.output import bytes_text
     from ditf.export.checkpoints.loading import quieten_libraries
     from ditf.export.exporter import export_bundle
     from ditf.export.planning.options import ExportOptions

@@ -146,7 +146,7 @@ def main() -> None:
 
 def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
     """What was measured, for people."""
-    from ditf.cli.support.console import bytes_text
+    from ditf.cli.support.output import bytes_text
 
     rounds, steady, overload = result["rounds"], result["steady"], result["overload"]
     rows = [("", "requests a second", "p50", "p99", "images a call", "wrong answers")]

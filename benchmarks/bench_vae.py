@@ -57,8 +57,8 @@ from provenance import (
 from ditf.calib.images import golden_pair
 from ditf.calib.latents import x_0_agreement
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.cli.support.console import bytes_text
-from ditf.export.assemble.features_graph import specialise
+from ditf.cli.support.output import bytes_text
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.assemble.parameter_counts import parameter_parts
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
@@ -70,7 +70,7 @@ from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.conditions import Entry, encode, trim
 from ditf.export.planning.options import DEFAULT_OPSET, SHORT_NAMES, ExportOptions
-from ditf.export.planning.plan import Plan, decide
+from ditf.export.planning.plan import Plan, plan_from_configs
 from ditf.runtime import FeatureMap
 from ditf.runtime.bundles.bundle import FEATURES
 from ditf.runtime.bundles.manifest import hidden_states_name
@@ -163,7 +163,7 @@ def planned(folder: Path, encoder: str, precision: str, layer: int) -> tuple[Pla
         discard="none",
     )
     checkpoint = Checkpoint(folder / "checkpoint", options.model)
-    plan = decide(options, checkpoint, None if options.vae is None else open_vae(options.vae))
+    plan = plan_from_configs(options, checkpoint, None if options.vae is None else open_vae(options.vae))
     with torch.no_grad():
         encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
     return plan, trim(encoded, plan.family)[0]
@@ -180,7 +180,7 @@ def write_graphs(folder: Path, geometry: Geometry) -> None:
             say(f"writing {target.name}")
             target.mkdir(exist_ok=True)
             plan, entry = planned(folder, encoder, precision, geometry.layer)
-            graph = specialise(plan, (entry,), plan.noise(), FeatureSettings()).graph
+            graph = assemble(plan, (entry,), plan.noise(), FeatureSettings()).graph
             counts = parameter_parts(graph)["VAE encoder"].values()
             (target / "bytes").write_text(str(sum(count["bytes"] for count in counts)))
             image = torch.zeros((1, *plan.size, 3), dtype=torch.uint8)

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from ditf.calib.machine import machine, peak_bytes, resident_bytes  # noqa: F401  (benchmarks take them here)
-from ditf.cli.support.console import table
+from ditf.cli.support.output import table
 
 RESULTS = Path(__file__).parent / "results"
 PACKAGES = ("ditf", "torch", "diffusers", "transformers", "numpy", "onnx", "onnxscript", "onnxruntime")

@@ -16,27 +16,12 @@ from PIL import Image
 from ditf.calib.images import procedural_images
 from ditf.calib.latency import Change, Row, compare, measure
 from ditf.calib.machine import machine, peak_bytes, resident_bytes
-from ditf.cli.export import needs_exporter
-from ditf.cli.support.console import (
-    SCHEMA,
-    BackendOption,
-    BundleArgument,
-    HostCodeOption,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_picture,
-    check_writable,
-    open_bundle,
-    parse_size,
-    say,
-    show,
-    state,
-    table,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.exporter import needs_exporter
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import SCHEMA, bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_picture, check_writable
+from ditf.export.planning.options import parse_size
 from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.manifest import NAME
@@ -54,6 +39,7 @@ _MOST_PIXELS = 50_000_000
 _SAME = ("cpu", "cores", "gpu", "power_mode")  # what a baseline must share
 
 
+@verb(SIGNATURE, HOST_CODE)
 def bench(
     bundle: BundleArgument,
     backend: BackendOption = "auto",
@@ -80,10 +66,6 @@ def bench(
     ] = None,
     plot: Annotated[Optional[Path], typer.Option(metavar="PNG", help="Draw the distributions.")] = None,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Time preprocessing, features, matching and all of it; gate it against a baseline: exit 1 if slower."""
     check_writable(json_file, plot, inputs=(bundle,))
@@ -105,9 +87,8 @@ def bench(
     at_start = resident_bytes()
     start = time.perf_counter()
     with ExitStack() as stack:
-        opened_model = stack.enter_context(Model(opened, backend))
+        opened_model = stack.enter_context(open_model(opened, backend))
         load = time.perf_counter() - start
-        say(f"{bundle} on {opened_model.detail} ({opened_model.reason})")
         work = _Work(opened_model, size, points)
         start = time.perf_counter()
         work.end_to_end(0)
@@ -281,13 +262,9 @@ def _open_peer(
         feeds = other.feeds()
         return lambda index: next(other.maps(work.fitted[index % _IMAGES][None], feeds)), other.detail
     with needs_exporter():
-        from ditf.export.checkpoints.loading import quieten_libraries
+        from ditf.export.measure.torch_baseline import torch_baseline
 
-        if not state.verbose:
-            quieten_libraries()
-        from ditf.export.measure.torch_baseline import torch_peer
-
-    torch = stack.enter_context(torch_peer(bundle.manifest, peer, model))
+    torch = stack.enter_context(torch_baseline(bundle.manifest, peer, model))
     return lambda index: torch.features(work.fitted[index % _IMAGES]), torch.detail
 
 

@@ -8,21 +8,11 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.cli.support.console import (
-    BundleArgument,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_writable,
-    open_bundle,
-    say,
-    show,
-    steps,
-    table,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle
+from ditf.cli.support.options import SIGNATURE, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_writable
+from ditf.cli.support.progress import steps
 from ditf.engines.build import Built, prune
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
@@ -42,6 +32,7 @@ TargetOption = Annotated[
 ]
 
 
+@verb(SIGNATURE)
 def build(
     bundle: BundleArgument,
     backend: Annotated[
@@ -75,9 +66,6 @@ def build(
     strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan without weights.")] = False,
     force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Build TensorRT engines of a bundle: the second time there is nothing to do."""
     check_writable(json_file, inputs=(bundle,))
@@ -124,12 +112,10 @@ engines = typer.Typer(help="List a bundle's engines, or remove those that do not
 
 
 @engines.command("list")
+@verb(SIGNATURE)
 def list_engines(
     bundle: BundleArgument,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """What engines a bundle has, for which GPU and version, and whether they are of its graphs."""
     check_writable(json_file, inputs=(bundle,))
@@ -158,12 +144,10 @@ def list_engines(
 
 
 @engines.command("prune")
+@verb(SIGNATURE)
 def prune_engines(
     bundle: BundleArgument,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Remove engines that are damaged, or of other graphs than the bundle's."""
     check_writable(json_file, inputs=(bundle,))

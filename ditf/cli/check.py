@@ -11,24 +11,11 @@ import typer
 
 from ditf.calib.golden_parity import GoldenResult, golden_result, image_size
 from ditf.calib.parity import METRICS, TOLERANCES, WHOLE, Gate, gates, match_parity
+from ditf.cli.support.bundles import open_bundle, open_model, vae_text
 from ditf.cli.support.check_where import Report, check_bisect, check_ladder, check_ranges
-from ditf.cli.support.console import (
-    BackendOption,
-    BundleArgument,
-    HostCodeOption,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_picture,
-    check_writable,
-    open_bundle,
-    say,
-    show,
-    table,
-    vae_text,
-    write_json,
-)
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import say, show, table, write_json
+from ditf.cli.support.paths import check_picture, check_writable
 from ditf.runtime import FeatureMap, Model
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.golden_file import Golden, read_golden
@@ -39,6 +26,7 @@ from ditf.runtime.files.writing import replacing
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 
 
+@verb(SIGNATURE, HOST_CODE)
 def check(
     bundle: BundleArgument,
     backend: BackendOption = "auto",
@@ -63,10 +51,6 @@ def check(
         typer.Option("--export-polygraphy", metavar="DIR", help="Write golden data as Polygraphy reads it."),
     ] = None,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Run the golden images through a bundle and gate the result: exit 1 if it is off."""
     check_writable(json_file, plot, inputs=(bundle,))
@@ -122,8 +106,7 @@ def _check_parity(
     report: Report,
 ) -> None:
     """Parity of the backend, and its pictures; `asked`: the limits that are the user's."""
-    with Model(bundle, backend) as model:
-        say(f"{bundle.path} on {model.detail} ({model.reason})")
+    with open_model(bundle, backend) as model:
         known, checked = len(model.conditions), len(bundle.manifest.golden.get("conditions", [0]))
         if known > 1:
             say(f"features under {checked} of {known} conditions; the worst of each metric counts")

@@ -16,24 +16,7 @@ from ditf.calib.eval.benchmarks import BENCHMARKS, Benchmark
 from ditf.calib.eval.correspondence import Report
 from ditf.calib.eval.creature_pairs import PAIRS, CreaturePairs
 from ditf.calib.eval.datasets.base import Reading, check_images
-from ditf.cli.support.console import (
-    BackendOption,
-    FitOption,
-    HostCodeOption,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_writable,
-    load,
-    open_bundle,
-    say,
-    show,
-    stages,
-    steps,
-    tell,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle, open_model
 from ditf.cli.support.eval_report import (
     Floor,
     Run,
@@ -47,12 +30,17 @@ from ditf.cli.support.eval_report import (
     write_pictures,
 )
 from ditf.cli.support.eval_wiring import METHODS, Wiring
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, FitOption, JsonOption, verb
+from ditf.cli.support.output import say, show, tell, write_json
+from ditf.cli.support.paths import check_writable
+from ditf.cli.support.progress import stages, steps
 from ditf.runtime.errors import GateFailed, InputError
 
 _LISTED = 20  # problems of the data that are printed
 _CREATURES = "creatures"
 
 
+@verb(SIGNATURE, HOST_CODE)
 def evaluate_bundle(
     name: Annotated[str, typer.Argument(metavar="BENCHMARK", help=", ".join(BENCHMARKS))],
     bundles: Annotated[
@@ -99,10 +87,6 @@ def evaluate_bundle(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Measure a benchmark by its own protocol (docs/eval.md): PCK, or what takes its place."""
     benchmark = _benchmark(name, alpha)
@@ -232,8 +216,7 @@ def _run(
     fit: str,
 ) -> Run:
     """A bundle over all items."""
-    with load(path, backend, fit) as model, _progress(path.name) as report:
-        say(f"{path} on {model.detail} ({model.reason})")
+    with open_model(open_bundle(path), backend, fit) as model, _progress(path.name) as report:
         wiring = Wiring(model, prompt, cache, method)
         if prompt is not None:
             wiring.check_prompts(item.category for item in reading.items)

@@ -9,21 +9,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from ditf.cli.support.console import (
-    BundleArgument,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_outside,
-    check_writable,
-    open_bundle,
-    say,
-    show,
-    table,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle
+from ditf.cli.support.options import SIGNATURE, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_outside, check_writable
 from ditf.engines.triton import RepositoryModel, bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import FLAVOUR, NoEngine, Plans, choose_plans
@@ -33,6 +22,7 @@ from ditf.runtime.errors import InputError
 _MAX_BATCH = 8
 
 
+@verb(SIGNATURE)
 def export_triton(
     bundle: BundleArgument,
     repository: Annotated[
@@ -69,9 +59,6 @@ def export_triton(
         ),
     ] = None,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Write a bundle's models into a Triton model repository: features, match and correspond.
 

@@ -10,29 +10,21 @@ from typing import Annotated, Optional
 import numpy as np
 import typer
 
-from ditf.cli.support.console import (
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.options import (
+    HOST_CODE,
+    SIGNATURE,
     BackendOption,
     BundleArgument,
-    FeaturesDtypeOption,
     FitOption,
-    HostCodeOption,
     JsonOption,
     PromptOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_outside,
-    check_writable,
-    load,
-    open_bundle,
-    say,
-    show,
-    stages,
-    state,
-    table,
-    write_json,
+    verb,
 )
+from ditf.cli.support.output import bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_outside, check_writable
+from ditf.cli.support.progress import stages
+from ditf.cli.support.state import state
 from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.writing import replacing
@@ -47,6 +39,7 @@ ENGINES = ("local", "ray")
 _LARGEST_LIST = 256 << 20  # bytes of a list of images
 
 
+@verb(SIGNATURE, HOST_CODE)
 def features(
     bundle: BundleArgument,
     output: Annotated[
@@ -72,15 +65,13 @@ def features(
         Optional[int],
         typer.Option(metavar="N", min=1, max=4096, help="Ray actors; one a GPU, or one a machine."),
     ] = None,
-    features_dtype: FeaturesDtypeOption = None,
+    features_dtype: Annotated[
+        Optional[str], typer.Option(metavar="float16|float32", help="Type the features are given in.")
+    ] = None,
     prompt: PromptOption = None,
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Write the features of images.
 
@@ -120,8 +111,7 @@ def features(
                 job = Job.of(opened, writer, prompt, fit, backend)
                 done = cluster.extract(job, paths, workers, progress)
     else:
-        with load(bundle, backend, fit) as model:
-            say(f"{bundle} on {model.detail} ({model.reason})")
+        with open_model(opened, backend, fit) as model:
             model.feeds(prompt)
             with writer, stages(count) as progress:
                 done = extract(model, paths, writer, prompt, progress)
@@ -216,8 +206,7 @@ def _write_npz(
     backend: str,
     json_file: Optional[Path],
 ) -> None:
-    with load(bundle, backend, fit) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
+    with open_model(open_bundle(bundle), backend, fit) as model:
         maps = model.features_of(images, prompt=prompt)
     arrays: dict[str, np.ndarray] = {"names": np.array([str(path) for path in images])}
     rows: list[tuple[str, ...]] = [("image", "pixels", "features", "type")]

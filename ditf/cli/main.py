@@ -30,7 +30,8 @@ from ditf.cli import (
     sign,
     track,
 )
-from ditf.cli.support.console import state, tell
+from ditf.cli.support.output import tell
+from ditf.cli.support.state import state
 from ditf.cli.support.termination import EXIT_CODE, MESSAGE, Terminated, exit_now, terminable
 from ditf.runtime.errors import DitfError
 from ditf.runtime.printable import PrintableFormatter

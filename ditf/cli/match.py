@@ -11,23 +11,19 @@ import numpy as np
 import typer
 from PIL import Image
 
-from ditf.cli.support.console import (
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.options import (
+    HOST_CODE,
+    SIGNATURE,
     BackendOption,
     BundleArgument,
     FitOption,
-    HostCodeOption,
     JsonOption,
     PromptOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_writable,
-    load,
-    say,
-    show,
-    table,
-    write_json,
+    verb,
 )
+from ditf.cli.support.output import say, show, table, write_json
+from ditf.cli.support.paths import check_writable
 from ditf.runtime import FeatureMap, Homography, Matches, Model
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
@@ -69,6 +65,7 @@ class _Answer:
     back: Flow | None
 
 
+@verb(SIGNATURE, HOST_CODE)
 def match(
     bundle: BundleArgument,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points are in.")],
@@ -130,10 +127,6 @@ def match(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Match points of SOURCE to TARGET at full resolution."""
     check_writable(output, flow, draw_flow, heat_map, json_file, inputs=(bundle, source, target))
@@ -174,8 +167,7 @@ def match(
         flow=bool(flow or draw_flow),
         flow_back=draw_flow is not None,
     )
-    with load(bundle, backend, fit) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
+    with open_model(open_bundle(bundle), backend, fit) as model:
         start = time.perf_counter()
         source_map, target_map = (model.features(image, prompt=prompt) for image in (left, right))
         extracted = time.perf_counter()

@@ -15,17 +15,10 @@ from typing import Annotated, Optional
 import typer
 from PIL import Image
 
-from ditf.cli.support.console import (
-    BackendOption,
-    FitOption,
-    HostCodeOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    load,
-    show,
-    state,
-)
+from ditf.cli.support.bundles import open_bundle
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, FitOption, verb
+from ditf.cli.support.output import show
+from ditf.cli.support.state import state
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.files.reading import open_regular
@@ -39,6 +32,7 @@ _CLOSING_S = 5.0  # for a call of the engine that runs when all else has ended
 _log = logging.getLogger("ditf.serve")
 
 
+@verb(SIGNATURE, HOST_CODE)
 def serve(
     bundles: Annotated[
         list[Path], typer.Argument(metavar="BUNDLE...", help="Directories made by ditf-export.")
@@ -81,10 +75,6 @@ def serve(
     ] = "auto",
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Serve bundles over HTTP: the Open Inference Protocol at /v2, and routes for curl.
 
@@ -124,7 +114,7 @@ def serve(
             _log.warning(f"anyone who reaches {host} can use this server; set {KEY_VARIABLE}")
         models: dict[str, Model] = {}
         for name, path in names.items():
-            models[name] = model = load(path, backend, fit)
+            models[name] = model = Model(open_bundle(path), backend, fit)
             _tell("opened", bundle=str(path), backend=model.detail, reason=model.reason)
         metrics = Metrics()
         service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)

@@ -7,15 +7,9 @@ from typing import Annotated
 
 import typer
 
-from ditf.cli.support.console import (
-    BundleArgument,
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    check_writable,
-    show,
-    write_json,
-)
+from ditf.cli.support.options import BundleArgument, JsonOption, verb
+from ditf.cli.support.output import show, write_json
+from ditf.cli.support.paths import check_writable
 from ditf.runtime.backends.engine_records import (
     RECORD,
     engine_folders,
@@ -30,6 +24,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import write_whole
 
 
+@verb()
 def sign(
     bundle: BundleArgument,
     key: Annotated[
@@ -39,8 +34,6 @@ def sign(
         ),
     ],
     json_file: JsonOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Sign a bundle and its engines, for those who open them with --require-signature.
 

@@ -10,24 +10,20 @@ import numpy as np
 import typer
 from PIL import Image
 
-from ditf.cli.support.console import (
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.options import (
+    HOST_CODE,
+    SIGNATURE,
     BackendOption,
     BundleArgument,
     FitOption,
-    HostCodeOption,
     JsonOption,
     PromptOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_writable,
-    load,
-    say,
-    show,
-    stages,
-    table,
-    write_json,
+    verb,
 )
+from ditf.cli.support.output import say, show, table, write_json
+from ditf.cli.support.paths import check_writable
+from ditf.cli.support.progress import stages
 from ditf.runtime import Matches, Model, Propagator
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
@@ -36,6 +32,7 @@ from ditf.runtime.label_images import read_labels, write_labels
 from ditf.runtime.matching.points import check_points, parse_points
 
 
+@verb(SIGNATURE, HOST_CODE)
 def track(
     bundle: BundleArgument,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points or labels are of.")],
@@ -63,10 +60,6 @@ def track(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Follow points or labels of SOURCE through FRAMEs."""
     given = [] if labels is None else [labels]
@@ -92,8 +85,7 @@ def track(
         written = [output / f"{index:06d}.png" for index in range(len(frames))]
         check_writable(*written, inputs=(bundle, source, *frames, *given))
     document: dict[str, Any] = {"bundle": str(bundle), "source": str(source)}
-    with load(bundle, backend, fit) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
+    with open_model(open_bundle(bundle), backend, fit) as model:
         if mask is not None and output is not None:
             document |= _labels(model, image, mask, frames, output, prompt)
         else:

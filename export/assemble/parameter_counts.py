@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ditf.export.assemble.features_graph import Specialised
+from ditf.export.assemble.features_graph import AssembledGraph
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.planning.plan import Plan
 
@@ -51,7 +51,7 @@ def parameter_parts(module: nn.Module) -> dict[str, Counts]:
     return parts
 
 
-def removed_parts(plan: Plan, made: Specialised) -> Counts:
+def removed_parts(plan: Plan, made: AssembledGraph) -> Counts:
     """What each step of the export left out, as it is stored in the checkpoint.
 
     Nothing here knows a tensor by its name: unused is what was not read, and what the conditioner alone

@@ -1,13 +1,18 @@
-"""What the user asks of an export, checked before anything heavy starts."""
+"""The options of an export: each is declared here once, for Python and for the command line.
+
+Nothing heavy is imported: `ditf --help` reads the declarations.
+"""
 
 from __future__ import annotations
 
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
 from pathlib import Path
-from typing import Any, Literal, Optional, Union
+from typing import Annotated, Any, Literal, Optional, Union, get_type_hints
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
-
-from ditf.export.checkpoints.opening import DEMO
+from ditf.export.checkpoints import DEMO
 from ditf.runtime.errors import InputError
 
 DEFAULT_OPSET = 20
@@ -17,66 +22,199 @@ SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8":
 """Precisions by their names on the command line and in a bundle's."""
 
 
-class ExportOptions(BaseModel):
+@dataclass(frozen=True)
+class Flag:
+    """How an option is written on the command line, and which values it takes.
+
+    Its name is that of the field, with dashes. A field of type bool that is true by default is turned off by
+    --no-NAME; one of type tuple is given several times.
+
+    Attributes:
+        help: its line in `--help`.
+        metavar: what stands for the value there; the choices of a Literal, or the type, by default.
+        parse: makes the value of what was typed; None where the type says how.
+        aliases: other names of the flag, such as "-o".
+        shorthands: {flag without a value: what it is short for}.
+        limits: `ge`, `lt` and the like, as `pydantic.Field` takes them.
+    """
+
+    help: str
+    metavar: Optional[str] = None
+    parse: Optional[Callable[[str], Any]] = None
+    aliases: tuple[str, ...] = ()
+    shorthands: Mapping[str, str] = field(default_factory=dict)
+    limits: Mapping[str, Any] = field(default_factory=dict)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Parse "HxW" in pixels.
+
+    Raises:
+        InputError: not two positive integers.
+    """
+    match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.lower())
+    if not match:
+        raise InputError(f"size {text!r} is not HxW", "for example --size 512x768")
+    return int(match[1]), int(match[2])
+
+
+def parse_precision(text: str) -> str:
+    """Parse a short name of a precision."""
+    if text not in SHORT_NAMES:
+        raise InputError(
+            f"--precision {text!r} is not {', '.join(SHORT_NAMES)}", "for example --precision fp16"
+        )
+    return SHORT_NAMES[text]
+
+
+def parse_discard(text: str) -> Union[str, tuple[int, ...]]:
+    """Parse "auto", "published", "none" or channels such as "5,41"."""
+    if text in ("auto", "published", "none"):
+        return text
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise InputError(
+            f"--discard {text!r} is not auto, published, none or channels", "for example 5,41"
+        ) from None
+
+
+def parse_batch(text: str) -> Union[int, str]:
+    """Parse a number or "dynamic"."""
+    if text == "dynamic":
+        return text
+    if not text.isdecimal():
+        raise InputError(f"--batch {text!r} is not a number or dynamic", "for example --batch 4")
+    return int(text)
+
+
+@dataclass(frozen=True)
+class ExportOptions:
     """Options of one export; None or () means the family's default.
 
     Attributes:
-        model: "demo", a checkpoint directory or a hub id.
-        revision: of a hub model; variant: of the weights, such as "fp16".
-        vae: another encoder of the same latent space, a directory or a hub id; vae_revision: of a hub id.
-        layer: "9" or "double.9".
-        precision: of weights, GEMMs and attention.
-        conditioning: "bake", "bank" or "live".
-        timestep, prompt, class_label: one or, with a bank, several; class labels by number or name.
-        prompts: a file of lines `name: prompt`.
-        prompt_embeds: files of embeddings (`ditf.export.planning.prompt_embeds`) in place of prompts.
-        guidance: for guidance-distilled models.
-        text_tokens: T5 tokens to keep, an approximation.
-        discard: "auto" measures, "published" takes the family's, "none", or channels.
+        precision: by its long name; on the command line by a name of `SHORT_NAMES`.
+        timestep, prompt, class_label, prompt_embeds: a tuple, or one value, which becomes a tuple of one.
         size: (H, W) in pixels.
-        pca: channels that a projection learned at export leaves; None for all.
-        features_dtype: of the output; None for float16, or float32 where the precision is or with adaln off.
-        batch: images in one call of the graph, or "dynamic".
-        calibration: what `ditf calibrate` wrote; "auto" takes its channels.
-        calibration_images: folder of images instead of the built-in ones.
-        golden: "none" leaves the unmodified model out: nothing is measured, and nothing recorded for a check.
-        output: bundle directory, bundles/<model>-l<k>-<precision> by default.
-        command: recorded in the manifest.
+        adaln: whether the feature is taken after the block's norm and modulation.
+        command: the command line that the manifest records.
+
+    Raises:
+        InputError: a value of the wrong type or out of range; it names the first such flag.
     """
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str = DEMO
-    revision: Optional[str] = None
-    variant: Optional[str] = None
-    vae: Optional[str] = None
-    vae_revision: Optional[str] = None
-    layer: Optional[str] = None
-    precision: Literal["float32", "float16", "bfloat16", "int8"] = "float32"
-    conditioning: Literal["bake", "bank", "live"] = "bake"
-    timestep: tuple[int, ...] = ()
-    prompt: tuple[str, ...] = ()
-    prompts: Optional[Path] = None
-    prompt_embeds: tuple[Path, ...] = ()
-    class_label: tuple[str, ...] = ()
-    guidance: Optional[float] = Field(None, ge=0, le=100, allow_inf_nan=False)
-    text_tokens: Optional[int] = Field(None, ge=1)
-    size: Optional[tuple[int, int]] = None
-    seed: int = Field(0, ge=0, lt=2**63)
-    ensemble: int = Field(1, ge=1, le=64)
-    noise: Literal["baked", "input"] = "baked"
-    adaln: bool = True
-    discard: Union[Literal["auto", "published", "none"], tuple[int, ...]] = "auto"
-    discard_stage: Literal["before", "after"] = "before"
-    pca: Optional[int] = Field(default=None, ge=1)
-    features_dtype: Optional[Literal["float16", "float32"]] = None
-    batch: Union[int, Literal["dynamic"]] = 1
-    opset: int = DEFAULT_OPSET
-    calibration: Optional[Path] = None
-    calibration_images: Optional[Path] = None
-    golden: Literal["reference", "none"] = "reference"
-    output: Optional[Path] = None
+    model: Annotated[str, Flag("'demo', a directory saved by diffusers, or a hub id.")] = DEMO
+    revision: Annotated[Optional[str], Flag("Branch, tag or commit of a hub id.")] = None
+    variant: Annotated[Optional[str], Flag("Of the weights, such as fp16; the plain ones by default.")] = None
+    vae: Annotated[
+        Optional[str],
+        Flag("Another encoder of the same latent space, such as madebyollin/taesd.", metavar="ID|DIR"),
+    ] = None
+    vae_revision: Annotated[Optional[str], Flag("Branch, tag or commit of --vae, where it is a hub id.")] = (
+        None
+    )
+    layer: Annotated[Optional[str], Flag("Block whose input is the feature: 9 or single.9.")] = None
+    precision: Annotated[
+        Literal["float32", "float16", "bfloat16", "int8"],
+        Flag(
+            "Of weights, GEMMs and attention; fp32 by default.",
+            metavar="|".join(SHORT_NAMES),
+            parse=parse_precision,
+            shorthands={"--fp16": "fp16"},
+        ),
+    ] = "float32"
+    conditioning: Annotated[
+        Literal["bake", "bank", "live"],
+        Flag("The condition: a constant, one of several chosen by name, or an input."),
+    ] = "bake"
+    timestep: Annotated[tuple[int, ...], Flag("Diffusion timestep, 0..999; repeat it for a bank.")] = ()
+    prompt: Annotated[tuple[str, ...], Flag("For text-conditional models; repeat it for a bank.")] = ()
+    prompts: Annotated[
+        Optional[Path], Flag("Prompts for a bank, in lines 'name: prompt'.", metavar="FILE")
+    ] = None
+    prompt_embeds: Annotated[
+        tuple[Path, ...],
+        Flag(
+            "Embeddings instead of a prompt: text encoders need not be there; repeat for a bank.",
+            metavar="FILE",
+        ),
+    ] = ()
+    class_label: Annotated[
+        tuple[str, ...], Flag("For class-conditional models, number or name; the null class by default.")
+    ] = ()
+    guidance: Annotated[
+        Optional[float],
+        Flag(
+            "For guidance-distilled models (FLUX.1-dev).", limits={"ge": 0, "le": 100, "allow_inf_nan": False}
+        ),
+    ] = None
+    text_tokens: Annotated[
+        Optional[int], Flag("T5 tokens to keep: an approximation; all by default.", limits={"ge": 1})
+    ] = None
+    size: Annotated[
+        Optional[tuple[int, int]],
+        Flag("Input size in pixels; the model's own by default.", metavar="HxW", parse=parse_size),
+    ] = None
+    seed: Annotated[int, Flag("Of the noise.", limits={"ge": 0, "lt": 2**63})] = 0
+    ensemble: Annotated[int, Flag("Noises averaged inside the graph.", limits={"ge": 1, "le": 64})] = 1
+    discard: Annotated[
+        Union[Literal["auto", "published", "none"], tuple[int, ...]],
+        Flag(
+            "Massive channels to zero; auto measures them, published takes DiTF's.",
+            metavar="auto|published|none|I,J",
+            parse=parse_discard,
+        ),
+    ] = "auto"
+    discard_stage: Annotated[Literal["before", "after"], Flag("Zero them before or after the norm.")] = (
+        "before"
+    )
+    noise: Annotated[Literal["baked", "input"], Flag("A constant, or an input of the graph.")] = "baked"
+    adaln: Annotated[bool, Flag("Ablation: hidden states without the norm; output in float32.")] = True
+    pca: Annotated[
+        Optional[int],
+        Flag("Project the features to N channels, learned from the images.", metavar="N", limits={"ge": 1}),
+    ] = None
+    features_dtype: Annotated[
+        Optional[Literal["float16", "float32"]], Flag("Type the features are given in.")
+    ] = None
+    batch: Annotated[
+        Union[int, Literal["dynamic"]], Flag("Images in one call.", metavar="N|dynamic", parse=parse_batch)
+    ] = 1
+    opset: Annotated[int, Flag(f"ONNX opset, {OPSETS[0]}..{OPSETS[-1]}.")] = DEFAULT_OPSET
+    calibration: Annotated[
+        Optional[Path], Flag("What ditf calibrate wrote, for --discard auto.", metavar="FILE")
+    ] = None
+    calibration_images: Annotated[
+        Optional[Path], Flag("For --discard auto and --pca; built-in by default.", metavar="DIR")
+    ] = None
+    golden: Annotated[
+        Literal["reference", "none"],
+        Flag("Run the unmodified model, which ditf check compares with; none leaves it out."),
+    ] = "reference"
+    output: Annotated[
+        Optional[Path],
+        Flag("bundles/<model>-l<k>-<precision>[-<vae>] by default.", metavar="DIR", aliases=("-o",)),
+    ] = None
     command: str = ""
+
+    def __post_init__(self) -> None:
+        from pydantic import ValidationError
+
+        given = dict(vars(self))
+        for name in ("timestep", "prompt", "class_label", "prompt_embeds"):
+            value = () if given[name] is None else given[name]
+            given[name] = tuple(value) if isinstance(value, (tuple, list)) else (value,)
+        given["class_label"] = tuple(map(str, given["class_label"]))
+        try:
+            checked = _checks().model_validate(given)
+        except ValidationError as error:
+            first = error.errors()[0]
+            flag = "--" + str(first["loc"][0]).replace("_", "-")
+            raise InputError(
+                f"{flag} {first['input']}: {first['msg'].lower()}", "see ditf export --help"
+            ) from None
+        for name in given:
+            object.__setattr__(self, name, getattr(checked, name))
 
     @property
     def inputs(self) -> list[Path]:
@@ -86,23 +224,47 @@ class ExportOptions(BaseModel):
         return [path for path in (*named, *given) if path is not None and path.exists()]
 
     @property
-    def surveys(self) -> bool:
-        """Whether the features have to be looked at before the graph is made, which takes another pass."""
-        unseen = self.precision == "float32" or not self.adaln  # else their range is measured with all others
-        return self.pca is not None or (self.features_dtype == "float16" and unseen)
+    def measures_features(self) -> bool:
+        """Whether the unmodified model has to run over the images once more, to see its features.
+
+        It learns --pca from them, or it measures the range of float16 features. A graph that is not float32
+        has all its ranges measured anyway, the features' among them; a given calibration has that of the
+        default feature only.
+        """
+        default = self.adaln and self.discard_stage == "before"
+        measured = self.precision != "float32" and (self.calibration is None or default)
+        normed = self.features_dtype is None and self.adaln and self.precision != "float32"
+        float16 = self.features_dtype == "float16" or normed
+        return self.pca is not None or (float16 and not measured)
 
     @property
     def unneeded(self) -> tuple[str, ...]:
         """Components of the checkpoint, by the start of their names, that need not be there."""
         return ("text_encoder", "tokenizer") if self.prompt_embeds else ()
 
-    @field_validator("timestep", "prompt", "class_label", "prompt_embeds", mode="before")
-    @classmethod
-    def _one_or_several(cls, value: Any, info: ValidationInfo) -> Any:
-        if value is None:
-            return ()
-        values = tuple(value) if isinstance(value, (tuple, list)) else (value,)
-        return tuple(map(str, values)) if info.field_name == "class_label" else values
+
+def flags_of(options: type) -> dict[str, Flag]:
+    """Flags of a class's fields, by the fields' names and in their order."""
+    hints = get_type_hints(options, include_extras=True)
+    return {
+        name: flag
+        for name, hint in hints.items()
+        for flag in getattr(hint, "__metadata__", ())
+        if isinstance(flag, Flag)
+    }
+
+
+@cache
+def _checks() -> Any:
+    """A pydantic model with the types and limits of `ExportOptions`."""
+    from pydantic import Field, create_model
+
+    flags = flags_of(ExportOptions)
+    fields: dict[str, Any] = {
+        name: (kind, Field(**flags[name].limits if name in flags else {}))
+        for name, kind in get_type_hints(ExportOptions).items()
+    }
+    return create_model("Checked", **fields)
 
 
 def check_opset(opset: int) -> None:

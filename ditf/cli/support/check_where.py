@@ -11,7 +11,7 @@ from ditf.calib.debug.ladder import first_off, ladder
 from ditf.calib.debug.widened_graph import widen
 from ditf.calib.golden_parity import golden_result
 from ditf.calib.parity import gates
-from ditf.cli.support.console import show, table
+from ditf.cli.support.output import show, table
 from ditf.runtime.backends.engine_records import engine_folders
 from ditf.runtime.bundles.bundle import FEATURES, Bundle
 from ditf.runtime.bundles.golden_file import Golden

@@ -22,7 +22,7 @@ from ditf.calib.eval.outcomes import (
     difference,
     totals,
 )
-from ditf.cli.support.console import table
+from ditf.cli.support.output import table
 from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.staging import PICTURES as INDEX

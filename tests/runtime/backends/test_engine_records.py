@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ditf.cli.main import run
-from ditf.cli.support import console
+from ditf.cli.support import bundles
 from ditf.runtime.backends.engine_records import PLANS, EngineRecord, choose_engine, sources
 from ditf.runtime.backends.gpu import Gpu, version_text
 from ditf.runtime.bundles.bundle import Bundle
@@ -112,7 +112,7 @@ def test_the_flag_reaches_the_bundle(demo_bundle, flag, monkeypatch, capsys, tmp
         opened.append(bundle.trust.host_code)
         raise InputError("far enough")
 
-    monkeypatch.setattr(console, "Model", refuse)
+    monkeypatch.setattr(bundles, "Model", refuse)
     picture = str(tmp_path / "a.png")
     assert run(["match", str(demo_bundle), picture, picture, "--points", "1,1", *flag]) == 2
     assert "far enough" in capsys.readouterr().err
