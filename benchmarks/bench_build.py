@@ -6,15 +6,13 @@ width costs is shown by PixArt-XL/2's geometry with random weights (--xl, minute
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
 from bench_features import GEOMETRIES, export, write_checkpoint
-from provenance import in_child, pin_threads, provenance, say, write_result, write_table
+from harness import ROOT, Bench, Rows, in_child, say, workplace
 
 from ditf.cli.support.output import bytes_text
 from ditf.engines.build import build
@@ -27,7 +25,7 @@ from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, TARGETS, load
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(ROOT))
 from tests.checkpoints import SAVE
 
 THREADS = 2
@@ -38,17 +36,14 @@ PROFILE = [(1, 4, 8)]
 
 def main() -> None:
     """Export, build, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--xl", action="store_true", help="PixArt-XL/2's geometry too")
-    arguments = parser.parse_args()
-    pin_threads(THREADS)
+    bench = Bench(__doc__, THREADS)
+    bench.parser.add_argument("--xl", action="store_true", help="PixArt-XL/2's geometry too")
+    arguments = bench.parse()
     quieten_libraries()
-    origin = provenance(THREADS)
-    origin["versions"] |= {"tensorrt-rtx": load(RTX.name).__version__}
+    bench.start(**{"tensorrt-rtx": load(RTX.name).__version__})
     rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
-        for family, save in SAVE.items():
+    with workplace() as folder:
+        for family, save in list(SAVE.items())[: 1 if bench.smoke else None]:
             with contextlib.redirect_stdout(sys.stderr):
                 save(folder / family)
             for precision in ("float16", "float32"):
@@ -59,7 +54,7 @@ def main() -> None:
                         output=folder / "bundle",
                     )  # fmt: skip
                     rows.append(one(family, export_bundle(options), TARGET))
-        for precision in ("float16", "float32"):
+        for precision in () if bench.smoke else ("float16", "float32"):
             bundle = export_bundle(ExportOptions(layer="9", precision=precision, output=folder / "demo"))
             rows += [one("demo, layer 9", bundle, target) for target in (*TARGETS, PORTABLE)]
         if arguments.xl:
@@ -68,10 +63,9 @@ def main() -> None:
             for short in ("fp16", "fp32"):
                 in_child(export, folder / short, folder / "xl", geometry.layer)
                 rows.append(one("PixArt-XL/2, layer 9, 512 px", folder / short, TARGET))
-    table = [("graphs", "precision", "batch", "target", FEATURES_PLAN, MATCH_PLAN)]
+    table: Rows = [("graphs", "precision", "batch", "target", FEATURES_PLAN, MATCH_PLAN)]
     table += [cells(row) for row in rows]
-    write_result("build", origin, {"rows": rows}, table)
-    write_table("engines.md", "builds", document(rows))
+    bench.write("build", {"rows": rows}, table, {("engines.md", "builds"): document(rows)})
 
 
 def one(name: str, path: Path, target: str) -> dict[str, Any]:
@@ -124,14 +118,14 @@ def plan_text(row: dict[str, Any], plan: str) -> str:
     return f"{row['seconds'][plan]:.1f} s, {bytes_text(row['bytes'][plan])}"
 
 
-def document(rows: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def document(rows: list[dict[str, Any]]) -> Rows:
     """The same for docs/engines.md, a line for graphs and target."""
     kinds = [(precision, batch) for precision in ("float16", "float32") for batch in (1, "dynamic")]
     found: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
     for row in rows:
         found.setdefault((row["name"], row["target"]), {})[(row["precision"], row["batch"])] = row
     head = [f"{precision}, batch {'1-8' if batch == 'dynamic' else batch}" for precision, batch in kinds]
-    lines: list[tuple[str, ...]] = [("graphs", "target", *head, "match.plan, float16")]
+    lines: Rows = [("graphs", "target", *head, "match.plan, float16")]
     for (name, target), by_kind in found.items():
         cell = [plan_text(by_kind[kind], FEATURES_PLAN) if kind in by_kind else "" for kind in kinds]
         lines.append((name, target, *cell, plan_text(by_kind[kinds[0]], MATCH_PLAN)))

@@ -17,11 +17,9 @@ the sides must agree.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
-import tempfile
 import time
 import zlib
 from collections.abc import Mapping
@@ -33,21 +31,22 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 import torch
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
+    graph_bytes,
     in_child,
     interleave,
     open_session,
     paired_ratio,
-    peak_bytes,
-    pin_threads,
-    provenance,
     say,
     summary,
     wait_until_idle,
-    write_result,
+    workplace,
 )
 from torch import nn
 
+from ditf.calib.machine import peak_bytes
 from ditf.calib.parity import feature_parity
 from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.loading import full_config, model_shapes, quieten_libraries
@@ -191,45 +190,27 @@ GEOMETRIES = {
 
 def main() -> None:
     """Write the graphs, time them in turns, compare them, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="full")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="keep the graphs here, and use those here")
-    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for an idle machine")
-    arguments = parser.parse_args()
-    cases = GEOMETRIES[arguments.geometry]
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ditf-bench-")))
-        apart = arguments.geometry == "full"
-        exports = {
-            case.label: {side: prepare(folder, case, side, apart) for side in case.sides} for case in cases
-        }
+    bench = Bench(__doc__, THREADS, repeats=5, keeps=True)
+    arguments = bench.parse()
+    cases = GEOMETRIES["small" if bench.smoke else "full"]
+    with workplace(arguments.folder) as folder:
+        exports = {case.label: {side: prepare(folder, case, side) for side in case.sides} for case in cases}
         wait_until_idle(arguments.wait)
-        origin = provenance(THREADS)
-        pin_threads(THREADS)
+        bench.start()
         results = []
         for case in cases:
             say(f"{case.label}: timing, {arguments.repeats} rounds after a warm-up")
             timed = in_child(measure, folder, case, arguments.repeats)
             results.append({**case.to_json(), **timed, "export": exports[case.label]})
-    name = "conditioning" if arguments.geometry == "full" else f"conditioning-{arguments.geometry}"
-    write_result(name, origin, {"dtype": "float32", "cases": results}, rows(results))
+    bench.write("conditioning", {"dtype": "float32", "cases": results}, rows(results))
 
 
-def prepare(folder: Path, case: Case, side: str, apart: bool) -> dict[str, Any]:
-    """Write a graph, or find it; seconds and peak memory of the process that wrote it.
-
-    Args:
-        apart: in a process of its own, which gives all of its memory back.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare(folder: Path, case: Case, side: str) -> dict[str, Any]:
+    """Write a graph, or find it; seconds and peak memory of the process that wrote it."""
     record = graph_file(folder, case, side).with_suffix(".json")
     if not record.exists():
         say(f"{case.label}: writing {side}")
-        written = in_child(write_graph, folder, case, side) if apart else write_graph(folder, case, side)
-        record.write_text(json.dumps(written))
+        record.write_text(json.dumps(in_child(write_graph, folder, case, side)))
     found: dict[str, Any] = json.loads(record.read_text())
     return found
 
@@ -380,19 +361,14 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
-def graph_bytes(path: Path) -> int:
-    """Of a graph and its weights."""
-    return path.stat().st_size + path.with_name(f"{path.name}.data").stat().st_size
-
-
 def nodes(path: Path) -> int:
     """Nodes of a graph as it is written, before the runtime fuses any."""
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 
-def rows(cases: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def rows(cases: list[dict[str, Any]]) -> Rows:
     """The table: a line for each side of each case."""
-    lines: list[tuple[str, ...]] = [
+    lines: Rows = [
         ("", "", "transformer", "x of bake", "graph", "x of bake", "nodes", "cosine min, relative error")
     ]
     for case in cases:

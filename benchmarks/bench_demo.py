@@ -8,8 +8,6 @@ the demo were chosen on other pairs.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from harness import Bench, Rows, say, workplace
 from PIL import Image
-from provenance import provenance, say, write_result, write_table
 from train_demo import new_model
 from train_demo_data import PATCH, SIZE
 
@@ -49,9 +47,9 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure, print and write all tables."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=200, help="in species, and as many across")
-    arguments = parser.parse_args()
+    bench = Bench(__doc__, torch.get_num_threads())
+    bench.parser.add_argument("--pairs", type=int, default=200, help="in species, and as many across")
+    arguments = bench.parse(pairs=2)
     quieten_libraries()
     drawn = CreaturePairs(arguments.pairs)[:]
     groups = {"in species": drawn[: arguments.pairs], "across species": drawn[arguments.pairs :]}
@@ -67,30 +65,34 @@ def main() -> None:
 
     def bundle_scores(**options: Any) -> dict[str, float]:
         say(str(options))
-        with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
-            bundle = export_bundle(ExportOptions(output=Path(folder) / "bundle", **options))
+        with workplace() as folder:
+            bundle = export_bundle(ExportOptions(output=folder / "bundle", **options))
             with ditf.load(bundle, "onnxruntime") as model:
                 return scores(matcher(model))
 
-    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
-        write_untrained(Path(folder))
+    with workplace() as folder:
+        write_untrained(folder)
         recipe = {
             "points that do not move": scores(lambda pair: pair.points),
             "raw RGB patches": scores(by_map(rgb_patches)),
             "the same model before training": bundle_scores(
-                model=folder, layer=str(DEMO_DEFAULTS.layer), timestep=(DEMO_DEFAULTS.timestep,)
+                model=str(folder), layer=str(DEMO_DEFAULTS.layer), timestep=(DEMO_DEFAULTS.timestep,)
             ),
         }
-    recipe |= {name: bundle_scores(**options) for name, options in RECIPE.items()}
-    layers = {str(layer): bundle_scores(layer=str(layer)) for layer in LAYERS}
-    timesteps = {str(timestep): bundle_scores(timestep=(timestep,)) for timestep in TIMESTEPS}
+    last = 1 if bench.smoke else None
+    recipe |= {name: bundle_scores(**options) for name, options in list(RECIPE.items())[:last]}
+    layers = {str(layer): bundle_scores(layer=str(layer)) for layer in LAYERS[:last]}
+    timesteps = {str(timestep): bundle_scores(timestep=(timestep,)) for timestep in TIMESTEPS[:last]}
     result = {"pairs": arguments.pairs, "recipe": recipe, "layers": layers, "timesteps": timesteps}
-    write_result("demo", provenance(torch.get_num_threads()), result, score_rows("PCK@0.1", recipe))
-    for name, rows in (("PCK@0.1", recipe), ("layer", layers), ("timestep", timesteps)):
-        write_table("demo.md", name, score_rows(name, rows))
+    tables = {
+        ("demo.md", mark): score_rows(mark, scored)
+        for mark, scored in (("PCK@0.1", recipe), ("layer", layers), ("timestep", timesteps))
+    }
+    bench.start()
+    bench.write("demo", result, score_rows("PCK@0.1", recipe), tables)
 
 
-def score_rows(head: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
+def score_rows(head: str, rows: dict[str, dict[str, float]]) -> Rows:
     """Scores as a table."""
     return [
         (head, *next(iter(rows.values()))),

@@ -19,12 +19,10 @@ Weights are random: time and size do not depend on them, and the accuracy is the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,22 +38,22 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
 )
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
     in_child,
     interleave,
     open_session,
     paired_ratio,
-    peak_bytes,
-    pin_threads,
-    provenance,
     say,
     summary,
     wait_until_idle,
-    write_result,
+    workplace,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from ditf.calib.images import procedural_images
+from ditf.calib.machine import peak_bytes
 from ditf.calib.parity import feature_parity
 from ditf.cli.check import golden_metrics
 from ditf.cli.support.output import bytes_text
@@ -103,32 +101,25 @@ PARTS = ("VAE", "transformer")
 
 def main() -> None:
     """Make the checkpoint, export, time, check, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="xl")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="keep checkpoint and bundles here, and use those here")
-    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for an idle machine")
-    arguments = parser.parse_args()
-    geometry = GEOMETRIES[arguments.geometry]
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ditf-bench-")))
+    bench = Bench(__doc__, THREADS, repeats=5, keeps=True)
+    arguments = bench.parse()
+    name = "small" if bench.smoke else "xl"
+    geometry = GEOMETRIES[name]
+    with workplace(arguments.folder) as folder:
         exports = prepare(folder, geometry)
         wait_until_idle(arguments.wait)
-        origin = provenance(THREADS)
-        pin_threads(THREADS)
+        bench.start()
         say(f"timing, {arguments.repeats} rounds after a warm-up")
         timed = in_child(measure, folder, geometry, arguments.repeats)
         say("checking the bundles against their golden outputs")
         result = {
-            "geometry": {"name": arguments.geometry, "pixels": geometry.pixels, **asdict(geometry)},
+            "geometry": {"name": name, "pixels": geometry.pixels, **asdict(geometry)},
             **timed,
             "golden": in_child(check, folder),
             "bytes": sizes(folder),
             "export": exports,
         }
-    write_result(f"features-{arguments.geometry}", origin, result, rows(result))
+    bench.write(f"features-{name}", result, rows(result))
 
 
 def prepare(folder: Path, geometry: Geometry) -> dict[str, Any]:
@@ -194,8 +185,8 @@ def export(bundle: Path, checkpoint: Path, layer: int) -> dict[str, Any]:
         model=str(checkpoint),
         layer=str(layer),
         precision=SHORT_NAMES[bundle.name],
-        timestep=TIMESTEP,
-        prompt=PROMPT,
+        timestep=(TIMESTEP,),
+        prompt=(PROMPT,),
         seed=SEED,
         discard="none",
         output=bundle,
@@ -214,11 +205,17 @@ def split(bundle: Path) -> None:
     parts = parts_of(bundle)
     parts.mkdir()
     (parts / FEATURES_DATA).hardlink_to(bundle / FEATURES_DATA)
-    model = onnx.load(bundle / FEATURES, load_external_data=False)
+    cut(bundle / FEATURES, PARTS, parts)
+
+
+def cut(features: Path, names: Sequence[str], folder: Path, *between: str) -> None:
+    """Cut a features.onnx into <folder>/<name>.onnx: where the noise was added, and at values `between`."""
+    model = onnx.load(features, load_external_data=False)
     x_t = next(node.input[0] for node in model.graph.node if "trunk.embedder.weight" in node.input)
+    edges = ["image", x_t, *between, "features"]
     extractor = onnx.utils.Extractor(model)
-    for name, ends in zip(PARTS, ((["image"], [x_t]), ([x_t], ["features"])), strict=True):
-        onnx.save(extractor.extract_model(*ends), parts / f"{name}.onnx")
+    for name, source, made in zip(names, edges[:-1], edges[1:], strict=True):
+        onnx.save(extractor.extract_model([source], [made]), folder / f"{name}.onnx")
 
 
 def parts_of(bundle: Path) -> Path:
@@ -239,11 +236,12 @@ class Peer:
         self.scheduler = ddpm_scheduler(checkpoint.config("scheduler"))
         side = geometry.sample_size
         self.noise = draw_noise(1, (4, side, side), SEED)
-        family = PixArt(checkpoint.config("transformer"))
-        condition = family.encode_condition(checkpoint, PROMPT, None)
-        self.text_tokens = int(condition["encoder_attention_mask"].sum())
-        self.inputs = family.reference_inputs(condition, TIMESTEP, (geometry.pixels,) * 2, 1)
         self.grid = (side // 2, side // 2)
+        family = PixArt(checkpoint.config("transformer"))
+        (condition,) = family.encode_conditions(checkpoint, [PROMPT], None)
+        self.text_tokens = family.text_tokens(condition)
+        pixels = (geometry.pixels, geometry.pixels)
+        self.inputs = family.reference_inputs(condition, TIMESTEP, pixels, self.grid, 1)
         self.stop = False
         self.seen = torch.empty(0)
         self.parts: list[tuple[float, float]] = []  # seconds of the VAE and of the transformer, each call
@@ -358,7 +356,7 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: sum(path.stat().st_size for path in paths) for name, paths in files.items()}
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+def rows(result: dict[str, Any]) -> Rows:
     """The table: a line for each side."""
     labels = {
         "hook": f"diffusers {diffusers.__version__}, hook, whole transformer",
@@ -368,7 +366,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     }
     checkpoint = result["bytes"]["transformer"] + result["bytes"]["vae"]
     heading = ("", "end to end", "x", "VAE", "x", "transformer", "x")
-    lines: list[tuple[str, ...]] = [(*heading, "weights or bundle", "export peak", "cosine min, mean")]
+    lines: Rows = [(*heading, "weights or bundle", "export peak", "cosine min, mean")]
     for name, label in labels.items():
         line = [label]
         for part in ("end to end", *PARTS):

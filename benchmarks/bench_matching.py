@@ -16,22 +16,13 @@ make strips of pixels tie exactly, which only ditf breaks by rule.
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import numpy as np
-from provenance import (
-    in_child,
-    peak_bytes,
-    pin_threads,
-    provenance,
-    reset_peak_memory,
-    resident_bytes,
-    say,
-    write_result,
-)
+from harness import Bench, in_child, reset_peak_memory, say
 
+from ditf.calib.machine import peak_bytes, resident_bytes
 from ditf.cli.support.output import bytes_text
 from ditf.runtime import FeatureMap
 from ditf.runtime.matching.points import match_points
@@ -47,13 +38,13 @@ PUBLISHED, BY_CHANNELS, DITF = "published", "by channels", "ditf"
 
 def main() -> None:
     """Run every case, compare positions, write the result."""
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
-    pin_threads(THREADS)
-    origin = provenance(THREADS)
+    bench = Bench(__doc__, THREADS)
+    bench.parse()
+    bench.start()
     cases = []
-    for size, grid in IMAGES.items():
-        for channels in CHANNELS:
-            for count in COUNTS:
+    for size, grid in ({(48, 64): (4, 4)} if bench.smoke else IMAGES).items():
+        for channels in CHANNELS[: 1 if bench.smoke else None]:
+            for count in COUNTS[: 2 if bench.smoke else None]:
                 case = measure(channels, grid, size, count)
                 say(" | ".join(row_of(case)))
                 cases.append(case)
@@ -77,7 +68,7 @@ def main() -> None:
         "smaller",
         "same",
     )
-    write_result("matching", origin, result, [heading, *(row_of(case) for case in cases)])
+    bench.write("matching", result, [heading, *(row_of(case) for case in cases)])
 
 
 def measure(channels: int, grid: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Any]:

@@ -12,8 +12,6 @@ pictures, never from the photographs.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -23,17 +21,16 @@ import skimage.data
 import torch
 from bench_int8 import write_checkpoint
 from demo import errors_to_truth
-from PIL import Image
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
     interleave,
     paired_ratio,
-    pin_threads,
-    provenance,
     say,
     summary,
-    write_result,
-    write_table,
+    workplace,
 )
+from PIL import Image
 
 import ditf
 from ditf.calib.images import procedural_images
@@ -63,33 +60,34 @@ Maps = list[tuple[FeatureMap, FeatureMap]]
 
 def main() -> None:
     """All three parts."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--bundles", type=Path, help="exports are kept and found there")
-    arguments = parser.parse_args()
+    bench = Bench(__doc__, THREADS, repeats=7)
+    bench.parser.add_argument("--bundles", type=Path, help="exports are kept and found there")
+    arguments = bench.parse()
     quieten_libraries()
-    pin_threads(THREADS)
+    bench.start()
     torch.set_num_threads(THREADS)
-    origin = provenance(THREADS)
     pairs = photographs()
-    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as name:
-        folder = arguments.bundles or Path(name)
+    with workplace() as temporary:
+        folder = arguments.bundles or temporary
         say("the demo bundle")
-        demo = projected_bundles(folder, {"layer": "9", "precision": "float16"}, DEMO, pairs)
+        counts = DEMO[-1:] if bench.smoke else DEMO
+        demo = projected_bundles(folder, {"layer": "9", "precision": "float16"}, counts, pairs)
         say("bases made otherwise")
         bases = other_bases(folder / "all", pairs)
         say("width 1152")
         if not (folder / "wide").is_dir():
-            write_checkpoint(folder / "wide", HEADS, planted=False)
+            write_checkpoint(folder / "wide", 1 if bench.smoke else HEADS, planted=False)
         same = {"model": str(folder / "wide"), "layer": "4", "precision": "float16", "class_label": ("0",)}
         wide = projected_bundles(folder / "wide-bundles", same, WIDE, pairs)
         say("matching")
-        matching = match_times(Path(name), folder / "wide-bundles" / "all", pairs, arguments.repeats)
+        matching = match_times(temporary, folder / "wide-bundles" / "all", pairs, arguments.repeats)
     result = {"demo": demo, "bases": bases, "wide": wide, "matching": matching}
-    write_result("pca", origin, result, agreement_rows(demo, wide))
-    for title, table_rows in (("pca", agreement_rows(demo, wide)), ("pca-bases", basis_rows(bases)),
-                              ("pca-matching", matching_rows(matching))):  # fmt: skip
-        write_table("features.md", title, table_rows)
+    tables = {
+        ("features.md", "pca"): agreement_rows(demo, wide),
+        ("features.md", "pca-bases"): basis_rows(bases),
+        ("features.md", "pca-matching"): matching_rows(matching),
+    }
+    bench.write("pca", result, agreement_rows(demo, wide), tables)
 
 
 def photographs() -> dict[str, Pair]:
@@ -253,9 +251,9 @@ def from_store(path: Path, points: np.ndarray) -> np.ndarray:
     return match_points(store["source"], store["target"], points).points
 
 
-def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> Rows:
     """Of the bundles."""
-    lines: list[tuple[str, ...]] = [
+    lines: Rows = [
         ("model", "channels", "energy kept", "at export", "motorcycle", "astronaut, chelsea, coffee",
          "motorcycle to the truth: median, within 5, 16 px"),
     ]  # fmt: skip
@@ -277,20 +275,18 @@ def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> list[tup
     return lines
 
 
-def basis_rows(bases: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def basis_rows(bases: Mapping[str, Any]) -> Rows:
     """Of bases made otherwise."""
-    lines: list[tuple[str, ...]] = [
-        ("64 channels of", "motorcycle", "astronaut", "chelsea", "coffee", "mean")
-    ]
+    lines: Rows = [("64 channels of", "motorcycle", "astronaut", "chelsea", "coffee", "mean")]
     for side, found in bases.items():
         shares = list(found["within_1px"].values())
         lines.append((side, *(f"{share:.0%}" for share in (*shares, float(np.mean(shares))))))
     return lines
 
 
-def matching_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
+def matching_rows(found: Mapping[str, Any]) -> Rows:
     """Of bytes and time."""
-    lines: list[tuple[str, ...]] = [("channels", "bytes of a map", f"{POINTS} points", "from a store")]
+    lines: Rows = [("channels", "bytes of a map", f"{POINTS} points", "from a store")]
     for channels in (LARGE, SMALL):
         times = [
             found["seconds"][f"{channels}, {where}"]["median"] for where in ("in memory", "from a store")

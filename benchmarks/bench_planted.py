@@ -15,10 +15,8 @@ model's own. Writes benchmarks/results/planted.json and the table in docs/precis
 
 from __future__ import annotations
 
-import argparse
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,12 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from provenance import provenance, say, write_result, write_table
+from harness import (
+    Bench,
+    Rows,
+    say,
+    workplace,
+)
 from torch import nn
 
 from ditf.calib.images import golden_pair
@@ -100,39 +103,32 @@ PLACES = (
 
 def main() -> None:
     """Plant, calibrate, run, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--values", type=float, nargs="+", default=VALUES)
-    arguments = parser.parse_args()
+    bench = Bench(__doc__, threads=1)
+    bench.parser.add_argument("--values", type=float, nargs="+", default=VALUES)
+    arguments = bench.parse(values=VALUES[-1:])
     quieten_libraries()
+    bench.start()
     torch.set_num_threads(1)
-    origin = provenance(1)
     cases = []
-    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
-        for place in (None, *PLACES):
+    with workplace() as folder:
+        for place in (None, *PLACES)[: 2 if bench.smoke else None]:
             for value in arguments.values if place else (0.0,):
                 say(f"{place.label if place else 'nothing planted'} {value:g}")
-                cases.append(run(Path(folder), place, value))
-    write_result("planted", origin, {"layer": LAYER, "size": SIZE, "cases": cases}, rows(cases))
-    write_table("precision.md", "planted", rows(cases))
+                cases.append(run(folder, place, value))
+    result = {"layer": LAYER, "size": SIZE, "cases": cases}
+    bench.write("planted", result, rows(cases), {("precision.md", "planted"): rows(cases)})
 
 
 def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
     """One model: what was found, what was decided, and the accuracy of every side."""
     write_checkpoint(folder, place, value)
     options = ExportOptions(
-        model=str(folder), layer=str(LAYER), size=SIZE, prompt="a cat", precision="float16"
+        model=str(folder), layer=str(LAYER), size=SIZE, prompt=("a cat",), precision="float16"
     )
     plan = make_plan(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition=random_condition())
-    noise = plan.noise()
-    reference = Reference(plan.checkpoint, plan.family, LAYER, SIZE, noise)
-    reference.under(entry.condition, entry.timestep)
-    observed = observe(plan, reference)
-    settings = FeatureSettings(channels=massive_channels(observed.document))
-    images = golden_pair(SIZE)
-    expected = [reference.features(reference.hidden_states(image), settings) for image in images]
-    del reference
-    document = {**observed.document, **ranges_of(plan, observed, (entry,), noise)}
+    known = calibrated(plan, entry)
+    document, settings = known.document, known.settings
     result: dict[str, Any] = {
         "place": place.label if place else "",
         "value": value,
@@ -149,36 +145,51 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
             if label == "int8":
                 maxima = read_maxima(document)
             side = replace(precision, recipe=recipe, maxima=maxima)
-            graph = graph_of(replace(plan, precision=side), entry, noise, settings)
-            result["sides"][label] = accuracy(graph, images, expected, SIZE)
+            graph = specialise(replace(plan, precision=side), (entry,), plan.noise(), settings).graph
+            result["sides"][label] = accuracy(graph, known)
         except DitfError as error:
             result["sides"][label] = {"refused": str(error)}
     return result
 
 
-def graph_of(
-    plan: Plan, entry: Entry, noise: torch.Tensor, settings: FeatureSettings
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Image -> features [C, h, w], in the arithmetic of the plan's precision."""
-    graph = specialise(plan, (entry,), noise, settings).graph
+@dataclass(frozen=True)
+class Calibrated:
+    """What the unmodified model gives.
 
-    @torch.no_grad()
-    def features(image: np.ndarray) -> np.ndarray:
-        with Float32Accumulation():
-            answer: np.ndarray = graph(torch.from_numpy(image.copy())[None])[0].to(torch.float32).numpy()
-        return answer
+    Attributes:
+        document: channels and ranges of a calibration.
+        settings: discard its massive channels.
+        images: the golden pair; expected: their features, each [C, h, w].
+    """
 
-    return features
+    document: Mapping[str, Any]
+    settings: FeatureSettings
+    images: np.ndarray
+    expected: list[np.ndarray]
 
 
-def accuracy(
-    graph: Callable[[np.ndarray], np.ndarray],
-    images: np.ndarray,
-    expected: Sequence[np.ndarray],
-    size: tuple[int, int],
-) -> dict[str, float]:
-    """Features and matches of a side against the model's."""
-    actual = [graph(image) for image in images]
+def calibrated(plan: Plan, entry: Entry) -> Calibrated:
+    """Run the unmodified model under a condition."""
+    noise = plan.noise()
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
+    reference.under(entry.condition, entry.timestep)
+    observed = observe(plan, reference)
+    settings = FeatureSettings(channels=massive_channels(observed.document))
+    images = golden_pair(plan.size)
+    expected = [reference.features(reference.hidden_states(image), settings) for image in images]
+    del reference
+    document = {**observed.document, **ranges_of(plan, observed, (entry,), noise)}
+    return Calibrated(document, settings, images, expected)
+
+
+@torch.no_grad()
+def accuracy(graph: nn.Module, known: Calibrated) -> dict[str, float]:
+    """Features and matches of a graph, in its own arithmetic in PyTorch, against the model's."""
+    expected, size = known.expected, known.images.shape[1:3]
+    with Float32Accumulation():
+        actual = [
+            graph(torch.from_numpy(image.copy())[None])[0].to(torch.float32).numpy() for image in known.images
+        ]
     tokens = [np.stack(maps).reshape(2, len(maps[0]), -1).transpose(0, 2, 1) for maps in (actual, expected)]
     metrics = feature_parity(*tokens)
     if not np.isfinite(tokens[0]).all():
@@ -251,9 +262,9 @@ def _block(name: str) -> str:
     return ".".join(part for part in name.removeprefix("vae.").split(".") if part != "encoder")[:20]
 
 
-def rows(cases: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
+def rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
     """The table: a line for each model."""
-    lines: list[tuple[str, ...]] = [("planted in", "value", "found", "recipe", *SIDES)]
+    lines: Rows = [("planted in", "value", "found", "recipe", *SIDES)]
     for case in cases:
         exceptions = case.get("recipe", [])
         counted = [

@@ -8,10 +8,7 @@ timed. Accuracy: the module in its own arithmetic in PyTorch against float32.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import onnx
@@ -21,20 +18,19 @@ from bench_conditioning import (
     Case,
     RandomWeights,
     Transformer,
-    graph_bytes,
     make_feeds,
     make_latents,
 )
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
+    graph_bytes,
     interleave,
     open_session,
     paired_ratio,
-    pin_threads,
-    provenance,
     say,
     summary,
-    write_result,
-    write_table,
+    workplace,
 )
 
 from ditf.calib.parity import feature_parity
@@ -55,24 +51,21 @@ SIDES = {"float32 residual": FLOAT16, "float16 residual": replace(FLOAT16, resid
 
 def main() -> None:
     """Write both graphs, count, time and compare."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="full")
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
-    case = GEOMETRIES[arguments.geometry][0]
+    bench = Bench(__doc__, THREADS, repeats=5)
+    arguments = bench.parse()
+    case = GEOMETRIES["small" if bench.smoke else "full"][0]
     quieten_libraries()
-    pin_threads(THREADS)
+    bench.start()
     torch.set_num_threads(THREADS)
-    origin = provenance(THREADS)
     latents = make_latents(case, case.make_family())
     with torch.no_grad():
         expected = make_module(case, FLOAT32)(latents[0]).numpy()
-    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
+    with workplace() as folder:
         results: dict[str, dict[str, Any]] = {}
         sessions = {}
         for side, precision in SIDES.items():
             say(side)
-            path = Path(folder) / f"{side.replace(' ', '-')}.onnx"
+            path = folder / f"{side.replace(' ', '-')}.onnx"
             module = make_module(case, precision)
             with torch.no_grad(), Float32Accumulation():
                 actual = module(latents[0]).to(torch.float32).numpy()
@@ -101,10 +94,7 @@ def main() -> None:
     first, second = (seconds[side] for side in SIDES)
     ratio = paired_ratio(first, second)
     result = {"case": case.to_json(), "timing": disturbance, "sides": results, "seconds_ratio": ratio}
-    name = "residual" if arguments.geometry == "full" else f"residual-{arguments.geometry}"
-    write_result(name, origin, result, rows(results))
-    if arguments.geometry == "full":
-        write_table("precision.md", "residual", rows(results))
+    bench.write("residual", result, rows(results), {("precision.md", "residual"): rows(results)})
 
 
 @torch.no_grad()
@@ -124,9 +114,9 @@ def make_module(case: Case, precision: Precision) -> Transformer:
     return Transformer(trunk, None).eval()
 
 
-def rows(results: dict[str, dict[str, Any]]) -> list[tuple[str, ...]]:
+def rows(results: dict[str, dict[str, Any]]) -> Rows:
     """The table."""
-    lines: list[tuple[str, ...]] = [
+    lines: Rows = [
         ("", "nodes", "casts", "bytes", "RTX layers", "RTX plan", "ONNX Runtime", "1 - cosine p01", "error")
     ]
     for side, found in results.items():

@@ -8,7 +8,6 @@ ends by itself.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import statistics
@@ -104,24 +103,24 @@ class Server:
 
 def main() -> None:
     """Measure, and write the result."""
-    from provenance import pin_threads, provenance, say, write_result, write_table
+    from harness import Bench, say, workplace
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=288, help="of a mode in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steady", type=int, default=10_000, help="requests for memory")
-    parser.add_argument("--overload-seconds", type=float, default=10.0)
-    arguments = parser.parse_args()
-    pin_threads(THREADS)
-    origin = provenance(THREADS)
-    with tempfile.TemporaryDirectory() as name:
-        bundle = Path(name) / "demo"
+    bench = Bench(__doc__, THREADS)
+    bench.parser.add_argument("--requests", type=int, default=288, help="of a mode in a round")
+    bench.parser.add_argument("--rounds", type=int, default=3)
+    bench.parser.add_argument("--steady", type=int, default=10_000, help="requests for memory")
+    bench.parser.add_argument("--overload-seconds", type=float, default=10.0)
+    arguments = bench.parse(requests=16, rounds=1, steady=40, overload_seconds=0.5)
+    bench.start()
+    modes = dict(list(MODES.items())[-1:]) if bench.smoke else MODES
+    with workplace() as folder:
+        bundle = folder / "demo"
         command = [sys.executable, "-m", "ditf", "export", "--layer", "9", "--fp16", "--batch", "dynamic"]
         subprocess.run([*command, "-q", "-o", str(bundle)], check=True)
-        expected = expectations(bundle)
-        rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+        expected = expectations(bundle, 4 if bench.smoke else FRAMES)
+        rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
         for number in range(arguments.rounds):
-            for mode, options in MODES.items():
+            for mode, options in modes.items():
                 say(f"round {number + 1} of {arguments.rounds}: {mode}")
                 with serving(bundle, *options) as server:
                     ask(server, expected, CLIENTS, FRAMES)
@@ -140,8 +139,7 @@ def main() -> None:
             overload = shed(server, expected, arguments.overload_seconds)
     result = {"rounds": rounds, "steady": steady, "overload": overload, "clients": CLIENTS, "frames": FRAMES}
     rows = table_of(result)
-    write_result("serve", origin, result, rows)
-    write_table("serving.md", "serve", rows)
+    bench.write("serve", result, rows, {("serving.md", "serve"): rows})
 
 
 def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
@@ -193,14 +191,14 @@ def median(entries: Sequence[dict[str, Any]], key: str) -> float:
     return statistics.median(one[key] for one in entries)
 
 
-def expectations(bundle: Path) -> list[Expected]:
+def expectations(bundle: Path, count: int) -> list[Expected]:
     """A request for each frame, and the runtime's own answer."""
     import tritonclient.http as triton
 
     import ditf
     from ditf.calib.images import procedural_images
 
-    template, *frames = procedural_images(SIZE, FRAMES + 1)
+    template, *frames = procedural_images(SIZE, count + 1)
     height, width = SIZE
     points = np.random.default_rng(0).integers(0, (width, height), (16, 2)).astype(np.float32)
     expected = []

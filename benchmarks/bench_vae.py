@@ -23,39 +23,35 @@ Apart from that: the attention of the full encoder as diffusers writes it, and i
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
-import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx.utils
 import torch
-from bench_features import PROMPT, SEED, TIMESTEP, Geometry, write_checkpoint
+from bench_features import PROMPT, SEED, TIMESTEP, Geometry, cut, write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
-from provenance import (
+from harness import (
+    ROOT,
+    Bench,
+    Rows,
     in_child,
     interleave,
     open_session,
     paired_ratio,
-    peak_bytes,
-    pin_threads,
-    provenance,
     say,
     summary,
     wait_until_idle,
-    write_result,
-    write_table,
+    workplace,
 )
 
 from ditf.calib.images import golden_pair
 from ditf.calib.latents import x_0_agreement
+from ditf.calib.machine import peak_bytes
 from ditf.calib.parity import feature_parity, match_parity
 from ditf.cli.support.output import bytes_text
 from ditf.export.assemble.features_graph import specialise
@@ -76,7 +72,7 @@ from ditf.runtime.bundles.bundle import FEATURES
 from ditf.runtime.bundles.manifest import hidden_states_name
 from ditf.runtime.matching.points import match_points
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(ROOT))
 from tests.vaes import fit_tiny, make_learnable, pixels
 
 THREADS = 1
@@ -95,35 +91,26 @@ ATTENTION_SIDES = {512: 64, 960: 120}
 
 def main() -> None:
     """Make the checkpoints and graphs, time, compare, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="xl")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="keep checkpoint and graphs here, and use those here")
-    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for an idle machine")
-    arguments = parser.parse_args()
-    geometry = GEOMETRIES[arguments.geometry]
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ditf-bench-")))
-        pin_threads(THREADS)
+    bench = Bench(__doc__, THREADS, repeats=3, keeps=True)
+    arguments = bench.parse()
+    name = "small" if bench.smoke else "xl"
+    geometry = GEOMETRIES[name]
+    with workplace(arguments.folder) as folder:
         in_child(prepare, folder, geometry)
         in_child(write_graphs, folder, geometry)
         wait_until_idle(arguments.wait)
-        origin = provenance(THREADS)
+        bench.start()
         say("timing the attention")
-        attention = attention_results(folder)
+        attention = attention_results(folder, {64: 8} if bench.smoke else ATTENTION_SIDES)
         say(f"timing, {arguments.repeats} rounds after a warm-up")
         timed = in_child(measure, folder, geometry, arguments.repeats)
     result = {
-        "geometry": {"name": arguments.geometry, "pixels": geometry.pixels, "layer": geometry.layer},
+        "geometry": {"name": name, "pixels": geometry.pixels, "layer": geometry.layer},
         **timed,
         "attention": attention,
     }
-    write_result(f"vae-{arguments.geometry}", origin, result, rows(result))
-    if arguments.geometry == "xl":
-        write_table("vae.md", "encoders", rows(result))
-        write_table("vae.md", "attention", attention_rows(attention))
+    tables = {("vae.md", "encoders"): rows(result), ("vae.md", "attention"): attention_rows(attention)}
+    bench.write(f"vae-{name}", result, rows(result), tables)
 
 
 def prepare(folder: Path, geometry: Geometry) -> None:
@@ -157,8 +144,8 @@ def planned(folder: Path, encoder: str, precision: str, layer: int) -> tuple[Pla
         vae=str(folder / "tiny") if encoder == "tiny" else None,
         layer=str(layer),
         precision=SHORT_NAMES[precision],
-        timestep=TIMESTEP,
-        prompt=PROMPT,
+        timestep=(TIMESTEP,),
+        prompt=(PROMPT,),
         seed=SEED,
         discard="none",
     )
@@ -185,17 +172,7 @@ def write_graphs(folder: Path, geometry: Geometry) -> None:
             (target / "bytes").write_text(str(sum(count["bytes"] for count in counts)))
             image = torch.zeros((1, *plan.size, 3), dtype=torch.uint8)
             write_onnx(graph, {"image": image}, ["features"], target / FEATURES, DEFAULT_OPSET)
-            split(target, geometry.layer)
-
-
-def split(target: Path, layer: int) -> None:
-    """Cut features.onnx where the noise was added and before block k."""
-    model = onnx.load(target / FEATURES, load_external_data=False)
-    x_t = next(node.input[0] for node in model.graph.node if "trunk.embedder.weight" in node.input)
-    edges = ["image", x_t, hidden_states_name(layer), "features"]
-    extractor = onnx.utils.Extractor(model)
-    for name, source, made in zip(PARTS, edges[:-1], edges[1:], strict=True):
-        onnx.save(extractor.extract_model([source], [made]), target / f"{name}.onnx")
+            cut(target / FEATURES, PARTS, target, hidden_states_name(geometry.layer))
 
 
 class Eager:
@@ -302,10 +279,14 @@ def _parity(
     return feature_parity(*rows) | match_parity(matched(actual), matched(expected), (cell, cell))
 
 
-def attention_results(folder: Path) -> list[dict[str, Any]]:
-    """The full encoder's attention at once and in chunks: seconds in turns, peak memory, difference."""
+def attention_results(folder: Path, sides: Mapping[int, int]) -> list[dict[str, Any]]:
+    """The full encoder's attention at once and in chunks: seconds in turns, peak memory, difference.
+
+    Args:
+        sides: of the middle block, by the image's.
+    """
     found = []
-    for pixels_, side in ATTENTION_SIDES.items():
+    for pixels_, side in sides.items():
         paths = in_child(write_attention, folder, side)
         seconds, difference = in_child(time_attention, paths, side)
         found.append(
@@ -366,11 +347,11 @@ def attention_peak(path: Path, side: int) -> int:
     return peak_bytes() - before
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
+def rows(result: dict[str, Any]) -> Rows:
     """The table: a line for each side."""
     names = {"eager": "PyTorch eager", "fp32": "ditf, float32", "fp16": "ditf, float16"}
     heading = ("VAE", "", "end to end", *PARTS, "encoder's bytes", "graph: cosine min", "choice: cosine mean")
-    lines: list[tuple[str, ...]] = [(*heading, "choice: matches within a cell, 1 px")]
+    lines: Rows = [(*heading, "choice: matches within a cell, 1 px")]
     for encoder in ENCODERS:
         for name, label in names.items():
             side = f"{encoder}-{name}"
@@ -397,11 +378,9 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
-def attention_rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def attention_rows(found: list[dict[str, Any]]) -> Rows:
     """The table of the full encoder's attention."""
-    lines: list[tuple[str, ...]] = [
-        ("image", "tokens", "at once", "in chunks", "faster", "memory", "largest difference")
-    ]
+    lines: Rows = [("image", "tokens", "at once", "in chunks", "faster", "memory", "largest difference")]
     for one in found:
         times = [f"{one['seconds'][name]['median']:.2f} s" for name in ("whole", "chunks")]
         peaks = " to ".join(bytes_text(one["peak_bytes"][name]) for name in ("whole", "chunks"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from provenance import write_table
+from harness import write_table
 
 from ditf.export.estimate.cost import ATTENTION, GEMMS, VAE, count_cost
 from ditf.export.estimate.devices import DEVICES
