@@ -27,14 +27,13 @@ from harness import (
     workplace,
 )
 
-from ditf.calib.recipe import Extent, decide
+from ditf.calib.recipe import choose_recipe
 from ditf.cli.support.output import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.export.assemble.features_graph import specialise
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8
-from ditf.export.measure.calibrate import read_maxima
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.options import DEFAULT_OPSET, ExportOptions
 from ditf.export.planning.plan import make_plan
@@ -73,8 +72,8 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
     plan = make_plan(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition={"class_labels": torch.tensor([1])})
     known = calibrated(plan, entry)
-    recipe = decide([Extent.from_json(extent) for extent in known.document["ranges"]])
-    maxima = read_maxima(known.document)
+    recipe = choose_recipe(known.calibration.extents or ())
+    maxima = known.calibration.maxima
     sides = {
         "float32": FLOAT32,
         FLOAT16_SIDE: replace(FLOAT16, recipe=recipe),

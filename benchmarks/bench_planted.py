@@ -39,14 +39,16 @@ from torch import nn
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.calib.recipe import Extent, Recipe, decide
+from ditf.calib.recipe import Recipe, choose_recipe
 from ditf.export.assemble.features_graph import specialise
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import BFLOAT16, FLOAT16, INT8, Precision
-from ditf.export.measure.calibrate import massive_channels, observe, ranges_of, read_maxima
-from ditf.export.measure.golden import POINTS, published_match
+from ditf.export.measure.calibrate import measure_calibration, observe_blocks
+from ditf.export.measure.calibration import Calibration
+from ditf.export.measure.golden import POINTS, reference_match
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import Entry
@@ -128,11 +130,11 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
     plan = make_plan(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition=random_condition())
     known = calibrated(plan, entry)
-    document, settings = known.document, known.settings
+    calibration, settings = known.calibration, known.settings
     result: dict[str, Any] = {
         "place": place.label if place else "",
         "value": value,
-        "found": None if place is None else place.found(document, value),
+        "found": None if place is None else place.found(calibration.to_json(), value),
         "discarded": list(settings.channels),
         "sides": {},
     }
@@ -140,10 +142,10 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
         try:
             recipe, maxima = Recipe(), None
             if label in _BY_RECIPE:
-                recipe = decide([Extent.from_json(extent) for extent in document["ranges"]])
+                recipe = choose_recipe(calibration.extents or ())
                 result["recipe"] = recipe.exceptions()
             if label == "int8":
-                maxima = read_maxima(document)
+                maxima = calibration.maxima
             side = replace(precision, recipe=recipe, maxima=maxima)
             graph = specialise(replace(plan, precision=side), (entry,), plan.noise(), settings).graph
             result["sides"][label] = accuracy(graph, known)
@@ -157,12 +159,12 @@ class Calibrated:
     """What the unmodified model gives.
 
     Attributes:
-        document: channels and ranges of a calibration.
-        settings: discard its massive channels.
+        calibration: its massive channels and the ranges of its values.
+        settings: those channels are discarded.
         images: the golden pair; expected: their features, each [C, h, w].
     """
 
-    document: Mapping[str, Any]
+    calibration: Calibration
     settings: FeatureSettings
     images: np.ndarray
     expected: list[np.ndarray]
@@ -173,13 +175,14 @@ def calibrated(plan: Plan, entry: Entry) -> Calibrated:
     noise = plan.noise()
     reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
     reference.under(entry.condition, entry.timestep)
-    observed = observe(plan, reference)
-    settings = FeatureSettings(channels=massive_channels(observed.document))
+    calibration_images = CalibrationImages(None, plan.size)
+    observed = observe_blocks(plan, reference, calibration_images)
+    settings = FeatureSettings(channels=observed.calibration.massive_channels)
     images = golden_pair(plan.size)
     expected = [reference.features(reference.hidden_states(image), settings) for image in images]
     del reference
-    document = {**observed.document, **ranges_of(plan, observed, (entry,), noise)}
-    return Calibrated(document, settings, images, expected)
+    calibration = measure_calibration(plan, observed, (entry,), noise, calibration_images)
+    return Calibrated(calibration, settings, images, expected)
 
 
 @torch.no_grad()
@@ -196,7 +199,7 @@ def accuracy(graph: nn.Module, known: Calibrated) -> dict[str, float]:
         return {"cosine_p01": math.nan, "matches_within_1px": math.nan}
     rng = np.random.default_rng(0)
     points = np.stack([rng.integers(0, size[1], POINTS), rng.integers(0, size[0], POINTS)], axis=1)
-    found, wanted = (published_match(maps[0], maps[1], points, size)[0] for maps in (actual, expected))
+    found, wanted = (reference_match(maps[0], maps[1], points, size)[0] for maps in (actual, expected))
     cell = (size[0] / actual[0].shape[1], size[1] / actual[0].shape[2])
     return metrics | match_parity(found, wanted, cell)
 

@@ -262,9 +262,9 @@ def _open_peer(
         feeds = other.feeds()
         return lambda index: next(other.maps(work.fitted[index % _IMAGES][None], feeds)), other.detail
     with needs_exporter():
-        from ditf.export.measure.torch_baseline import torch_peer
+        from ditf.export.measure.torch_baseline import torch_baseline
 
-    torch = stack.enter_context(torch_peer(bundle.manifest, peer, model))
+    torch = stack.enter_context(torch_baseline(bundle.manifest, peer, model))
     return lambda index: torch.features(work.fitted[index % _IMAGES]), torch.detail
 
 

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.calib.recipe import INNER, SHOWN, Extent, decide
+from ditf.calib.recipe import INNER, SHOWN, Extent, choose_recipe
 from ditf.cli.support.exporter import needs_exporter
 from ditf.cli.support.options import JsonOption, verb
 from ditf.cli.support.output import say, show, table, write_json
@@ -60,9 +60,9 @@ def calibrate(
         check_picture(plot, "export")
     with needs_exporter():
         from ditf.export.measure.calibrate import calibrate as run
-        from ditf.export.measure.calibrate import stage_count
-    with stages(stage_count(options)) as report:
-        document = run(options, report, output.absolute().parent)
+        from ditf.export.measure.calibrate import calibration_stage_count
+    with stages(calibration_stage_count(options)) as report:
+        document = run(options, report, output.absolute().parent).to_json()
     write_whole(output, json.dumps(document, indent=1) + "\n")
     if plot is not None:
         from ditf.calib.plots.activations import plot_calibration
@@ -125,7 +125,7 @@ def _prediction(document: dict[str, Any]) -> list[str]:
     """What --fp16 would make of the ranges, in lines."""
     extents = [Extent.from_json(entry) for entry in document["ranges"]]
     try:
-        exceptions = decide(extents).exceptions()
+        exceptions = choose_recipe(extents).exceptions()
     except InputError as error:
         return [f"--fp16 would refuse: {error}"]
     if not exceptions:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -15,7 +15,7 @@ from ditf.calib.recipe import FEATURES, VAE_INNER, VAE_LOGITS, VAE_RESIDUAL, Ext
 from ditf.export.assemble.features_graph import specialise
 from ditf.export.checkpoints.weight_spill import resting
 from ditf.export.graph.blocks.layers import Linear
-from ditf.export.graph.features import FeatureSettings, FeaturesGraph
+from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import MEASURING
 from ditf.export.graph.range_probes import Where, branch_of, recording
 from ditf.export.graph.vae_encoder import (
@@ -42,7 +42,7 @@ def measure_ranges(
     noise: torch.Tensor,
     images: Sequence[np.ndarray],
     hidden_states: np.ndarray,
-    channels: Sequence[int],
+    settings: FeatureSettings,
 ) -> tuple[list[Extent], dict[str, torch.Tensor]]:
     """Run the graph of a plan in float32 over images; the first one under the golden conditions.
 
@@ -53,7 +53,7 @@ def measure_ranges(
         images: uint8 [H, W, 3] at the plan's size.
         hidden_states: what entered block k of the unmodified model on the first image under the first
             condition, float32 [N, C]: the graph whose values are measured is the model.
-        channels: discarded before the norm.
+        settings: the feature that ships.
 
     Returns:
         The extents, and the largest |x| of every input channel [C_in] of the trunk's linears by path.
@@ -61,34 +61,20 @@ def measure_ranges(
     Raises:
         GateFailed: the graph's hidden states are not the model's.
     """
-    # The graph of hidden states: the norm is applied below, so that one pass serves both.
-    bare = FeatureSettings(adaln=False)
     seen = _Largest(plan.grid[0] * plan.grid[1])
     with recording(seen.record):  # what is constant is computed now
-        made = specialise(replace(plan, precision=MEASURING), entries, noise, bare)
+        made = specialise(replace(plan, precision=MEASURING), entries, noise, settings)
     maxima: dict[str, torch.Tensor] = {}
     watched = _watching(made.graph.encoder, seen), _watching_inputs(made.graph.trunk, maxima)
     with recording(seen.record), watched[0], watched[1], resting():
         for number, image in enumerate(images):
             for index in golden_cases(len(made.feeds)) if number == 0 else (0,):
                 feeds = made.feeds[index]
-                z = (
-                    made.graph(torch.from_numpy(image.copy())[None], *feeds.values())
-                    .flatten(2)
-                    .transpose(1, 2)
-                )
+                z, given = made.graph.hidden_states(torch.from_numpy(image.copy())[None], *feeds.values())
                 if number == index == 0:
                     _compare(z[0].numpy(), hidden_states)
-                seen.add(FEATURES, FEATURES, "image", _features(made.graph, z, feeds, channels))
+                seen.add(settings.name, FEATURES, "image", made.graph.features(z, given))
     return seen.extents(), maxima
-
-
-def _features(
-    graph: FeaturesGraph, z: torch.Tensor, feeds: Mapping[str, torch.Tensor], channels: Sequence[int]
-) -> torch.Tensor:
-    z[:, :, list(channels)] = 0.0
-    given, _, _ = graph.condition(feeds)
-    return graph.trunk.modulate(z, given)
 
 
 def _compare(actual: np.ndarray, expected: np.ndarray) -> None:

@@ -10,14 +10,12 @@ feasible: most CPUs have no float16 arithmetic, and PyTorch emulates it 40 to 20
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditf.calib.images import golden_pair
 from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
 from ditf.export.checkpoints.weight_spill import resting
 from ditf.export.graph.features import FeaturesGraph
@@ -56,25 +54,27 @@ class Float32Accumulation(TorchDispatchMode):
 
 @torch.no_grad()
 def rehearse(
-    graph: FeaturesGraph, feeds: Sequence[Mapping[str, torch.Tensor]], golden: Path, precision: str
+    graph: FeaturesGraph,
+    feeds: Sequence[Mapping[str, torch.Tensor]],
+    golden: Mapping[str, np.ndarray],
+    precision: str,
 ) -> dict[str, float]:
     """Feature parity of the module on the first golden image, the worst of the conditions in golden.npz.
 
     Args:
         graph: the module that will be traced.
         feeds: for each condition, what the graph takes beside the image.
-        golden: golden.npz.
+        golden: the arrays of golden.npz.
         precision: its name.
 
     Raises:
         GateFailed: the graph is not the reference in this precision; nothing should be shipped.
     """
-    with np.load(golden) as arrays:
-        image = torch.from_numpy(arrays["images"][:1])
-        cases = {0: (arrays["rows"][0], arrays["features"][0])}
-        for index in range(1, len(feeds)):
-            if f"rows_{index}" in arrays:
-                cases[index] = (arrays[f"rows_{index}"], arrays[f"features_{index}"])
+    image = torch.from_numpy(golden["images"][:1])
+    cases = {0: (golden["rows"][0], golden["features"][0])}
+    for index in range(1, len(feeds)):
+        if f"rows_{index}" in golden:
+            cases[index] = (golden[f"rows_{index}"], golden[f"features_{index}"])
     measured = []
     for index, (rows, expected) in cases.items():
         with resting(), Float32Accumulation():
@@ -94,20 +94,19 @@ def rehearse(
 
 @torch.no_grad()
 def rehearse_alone(
-    graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], size: tuple[int, int], precision: str
+    graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], image: np.ndarray, precision: str
 ) -> None:
     """Run the module where there is nothing to compare it with: it should at least give numbers.
 
     Args:
         graph, precision: as for `rehearse`; feeds: of one condition.
-        size: (H, W) of the image.
+        image: uint8 [H, W, 3].
 
     Raises:
         GateFailed: features that are NaN or infinite.
     """
-    image = torch.from_numpy(golden_pair(size)[:1])
     with resting(), Float32Accumulation():
-        features = graph(image, *feeds.values())
+        features = graph(torch.from_numpy(image)[None], *feeds.values())
     if not torch.isfinite(features).all():
         raise GateFailed(f"the {precision} graph gives features that are not finite", _fix(precision))
 

@@ -225,9 +225,17 @@ class ExportOptions:
 
     @property
     def surveys(self) -> bool:
-        """Whether the features have to be looked at before the graph is made, which takes another pass."""
-        unseen = self.precision == "float32" or not self.adaln  # else their range is measured with all others
-        return self.pca is not None or (self.features_dtype == "float16" and unseen)
+        """Whether the unmodified model has to run over the images once more, to see its features.
+
+        It learns --pca from them, or it measures the range of float16 features. A graph that is not float32
+        has all its ranges measured anyway, the features' among them; a given calibration has that of the
+        default feature only.
+        """
+        default = self.adaln and self.discard_stage == "before"
+        measured = self.precision != "float32" and (self.calibration is None or default)
+        normed = self.features_dtype is None and self.adaln and self.precision != "float32"
+        float16 = self.features_dtype == "float16" or normed
+        return self.pca is not None or (float16 and not measured)
 
     @property
     def unneeded(self) -> tuple[str, ...]:

@@ -74,6 +74,11 @@ class Plan:
         return self.precision.output if self.options.adaln else torch.float32
 
     @property
+    def features_in_ranges(self) -> bool:
+        """Whether the measured ranges have to show that the features fit into float16."""
+        return self.output_dtype == torch.float16 and not self.options.surveys
+
+    @property
     def channels(self) -> int:
         """Of the features that the graph gives."""
         return self.family.channels if self.options.pca is None else self.options.pca
@@ -201,8 +206,8 @@ def _check_golden(options: ExportOptions) -> None:
         )
     if options.surveys:
         raise InputError(
-            "--features-dtype float16 needs the features' range, and --golden none measures nothing",
-            "leave one of them out",
+            "float16 features need their range, and --golden none measures nothing",
+            "leave it out, or add --features-dtype float32",
         )
     if options.calibration is None and options.discard == "auto":
         raise InputError(

@@ -12,10 +12,12 @@ import ditf
 from ditf.export.checkpoints import offload, weight_spill
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.exporter import export_bundle, stage_count
+from ditf.export.measure import images
 from ditf.export.planning.options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import DitfError
+from ditf.runtime.images import open_image
 from tests.checkpoints import UNTRAINED_MASSIVE
 
 
@@ -88,6 +90,27 @@ def test_own_calibration_images(tmp_path):
     assert calibration["layers"][1]["image"]["images"] == 1
     assert calibration["images"]["source"] == str(folder)
     assert calibration["images"]["names"] == ["a.png"]
+
+
+def test_calibration_images_are_read_once(tmp_path, monkeypatch):
+    """Three stages use them: the blocks, the features and the ranges are measured on them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 20), "red").save(folder / f"{name}.png")
+    read = []
+    monkeypatch.setattr(images, "open_image", lambda path: read.append(path.name) or open_image(path))
+    export_bundle(
+        ExportOptions(
+            layer="1",
+            size=(64, 64),
+            precision="float16",
+            pca=4,
+            calibration_images=folder,
+            output=tmp_path / "b",
+        )
+    )
+    assert read == ["a.png", "b.png"]
 
 
 def test_exporting_again_gives_the_same_bytes(demo_bundle, tmp_path):
