@@ -71,8 +71,8 @@ class Model:
             raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
         self.bundle = bundle
         self.fit = fit
-        self.backend, self._module, self.reason = backends.choose(bundle, backend)
-        self._features = self._module.open_session(bundle, FEATURES)
+        self.backend, self._opened_by, self.reason = backends.choose_backend(bundle, backend)
+        self._features = self._opened_by.open_session(bundle, FEATURES)
         self._runner = FeaturesRunner(bundle, self._features)
         if "features" not in self._features.outputs:
             raise BundleError(f"{bundle.path}: {FEATURES} gives no features", "export the bundle again")
@@ -285,7 +285,7 @@ class Model:
             if self._closed:
                 raise RuntimeError("the model is closed")
             if self._match is None:
-                self._match = self._module.open_session(self.bundle, MATCH)
+                self._match = self._opened_by.open_session(self.bundle, MATCH)
             return self._match
 
     def close(self) -> None:

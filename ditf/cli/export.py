@@ -26,7 +26,7 @@ from ditf.cli.support.console import (
     vae_text,
     write_json,
 )
-from ditf.runtime.backends.flavour import choose
+from ditf.runtime.backends.flavour import choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.files.staging import check_output
@@ -189,7 +189,7 @@ def export(
     if target is not None and not build:
         raise InputError("--target is of an engine", "add --build")
     if build:
-        choose("auto")  # or fail before the long work
+        choose_flavour("auto")  # or fail before the long work
     with needs_exporter():
         from ditf.export.checkpoints.loading import quieten_libraries
 

@@ -29,6 +29,7 @@ largest. TensorRT may reserve memory for the largest, here 1 GB."""
 
 _BUILD = "build it again: ditf build"
 _RECORD_BYTES = 1 << 20  # the largest engine.json that is read
+_LONGEST_FIRST = sorted(FLAVOURS, key=len, reverse=True)  # one name begins with the other
 _OLDEST_COMPATIBLE = "sm_80"  # what hardware compatibility reaches down to
 
 
@@ -211,7 +212,7 @@ def verify_plans(folder: Path, record: EngineRecord, contents: bool = True) -> N
         record.plan(folder, name).check(contents)
 
 
-def engine_of(bundle: Bundle, flavour: str) -> bool:
+def has_engine(bundle: Bundle, flavour: str) -> bool:
     """Whether a bundle has an engine of a flavour, fitting or not."""
     return any(_flavour_of(folder) == flavour for folder in engine_folders(bundle.path))
 
@@ -248,7 +249,7 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
 
 def _flavour_of(folder: Path) -> str | None:
     """From the directory's name, which begins with it; None if it does not."""
-    return next((f for f in ("tensorrt-rtx", "tensorrt") if folder.name.startswith(f"{f}-")), None)
+    return next((one for one in _LONGEST_FIRST if folder.name.startswith(f"{one}-")), None)
 
 
 def _capability(target: str) -> int:

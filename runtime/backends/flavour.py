@@ -48,7 +48,7 @@ FLAVOURS = {
 """In the order in which `auto` prefers them."""
 
 
-def load(name: str) -> Any:
+def load_flavour(name: str) -> Any:
     """The module of a flavour.
 
     Raises:
@@ -71,18 +71,18 @@ def load(name: str) -> Any:
     return module
 
 
-def choose(name: str) -> tuple[Flavour, Any]:
+def choose_flavour(name: str) -> tuple[Flavour, Any]:
     """A flavour and its module; "auto" takes the first that loads.
 
     Raises:
-        InputError, MissingComponent: see `load`; of "auto" where none loads.
+        InputError, MissingComponent: see `load_flavour`; of "auto" where none loads.
     """
     if name != "auto":
-        return FLAVOURS.get(name, next(iter(FLAVOURS.values()))), load(name)
+        return FLAVOURS.get(name, next(iter(FLAVOURS.values()))), load_flavour(name)
     reasons = []
     for flavour in FLAVOURS.values():
         try:
-            return flavour, load(flavour.name)
+            return flavour, load_flavour(flavour.name)
         except MissingComponent as error:
             reasons.append(error.problem)
     last = FLAVOURS["tensorrt-rtx"]

@@ -19,31 +19,31 @@ _INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for
 _WANTED = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
-def probe() -> Probe:
-    """Whether ONNX Runtime imports, and the providers it was built with."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        return Probe(False, f"onnxruntime does not import ({error})", _INSTALL)
-    providers = [p for p in _WANTED if p in onnxruntime.get_available_providers()]
-    return Probe(True, f"onnxruntime {onnxruntime.__version__}, {', '.join(providers)}")
+class OnnxRuntimeBackend:
+    """ONNX Runtime; see `ditf.runtime.backends.Backend`."""
 
+    def probe(self) -> Probe:
+        """Find out whether ONNX Runtime imports, and which providers it was built with."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            return Probe(False, f"onnxruntime does not import ({error})", _INSTALL)
+        providers = [p for p in _WANTED if p in onnxruntime.get_available_providers()]
+        return Probe(True, f"onnxruntime {onnxruntime.__version__}, {', '.join(providers)}")
 
-def prepared(bundle: Bundle) -> bool:
-    """It runs the bundle's own graphs."""
-    return True
+    def prepared(self, bundle: Bundle) -> bool:
+        """Every bundle is prepared: ONNX Runtime runs the bundle's own graphs."""
+        return True
 
+    def ready(self, bundle: Bundle) -> None:
+        """Raise MissingComponent if ONNX Runtime does not import."""
+        found = self.probe()
+        if not found.available:
+            raise MissingComponent(f"backend onnxruntime does not open here: {found.detail}", found.fix)
 
-def ready(bundle: Bundle) -> None:
-    """Raise MissingComponent if it does not open here."""
-    found = probe()
-    if not found.available:
-        raise MissingComponent(f"backend onnxruntime does not open here: {found.detail}", found.fix)
-
-
-def open_session(bundle: Bundle, graph: str) -> OnnxRuntimeSession:
-    """Open a graph with its weights, from the bytes that were verified."""
-    return OnnxRuntimeSession(bundle.read_graph(graph))
+    def open_session(self, bundle: Bundle, graph: str) -> OnnxRuntimeSession:
+        """Open a graph and its weights from the bytes that were verified."""
+        return OnnxRuntimeSession(bundle.read_graph(graph))
 
 
 class OnnxRuntimeSession:

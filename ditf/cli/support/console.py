@@ -18,6 +18,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
+from ditf.runtime.backends import BACKENDS
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.signing import ANYONE
 from ditf.runtime.errors import InputError, missing_extra
@@ -74,7 +75,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Director
 BackendOption = Annotated[
     str,
     typer.Option(
-        metavar="auto|tensorrt|tensorrt-rtx|onnxruntime",
+        metavar="|".join(("auto", *BACKENDS)),
         help="What runs it; a named one that is missing is an error.",
     ),
 ]

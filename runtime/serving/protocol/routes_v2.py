@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 import ditf
+from ditf.runtime.backends import BACKENDS
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.soft_argmax import METHODS
@@ -100,8 +101,7 @@ class V2Routes:
 
     async def model_metadata(self, request: Request) -> Response:
         name, bundle, spec = self._found(request)
-        backend = self._service.models[bundle].backend
-        platform = "onnxruntime_onnx" if backend == "onnxruntime" else "tensorrt_plan"
+        platform = BACKENDS[self._service.models[bundle].backend].platform
         return JSONResponse(
             {
                 "name": name,
