@@ -27,9 +27,9 @@ from ditf.export.planning.conditions import Entry, describe, encode, trim
 from ditf.export.planning.options import ExportOptions, check_opset
 from ditf.export.planning.plan import Plan, make_plan
 from ditf.runtime.bundles import bundle as files
-from ditf.runtime.bundles.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
+from ditf.runtime.bundles.manifest import MANIFEST, SCHEMA, Manifest, read_manifest, tool_versions
+from ditf.runtime.bundles.staging import check_output, check_space, staged
 from ditf.runtime.files.hashed import sha256
-from ditf.runtime.files.staging import check_output, check_space, staged
 
 _STAGES = {"float32": 9, "bfloat16": 9, "float16": 10, "int8": 10}
 
@@ -181,7 +181,7 @@ def _write_bundle(
             for path in sorted(folder.iterdir())
         },
     )
-    (folder / NAME).write_text(manifest.to_json(), "utf-8")
+    (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
 
 
 def _tolerances(plan: Plan, rehearsal: dict[str, float]) -> dict[str, float]:

@@ -13,7 +13,7 @@ from ditf.runtime.files.reading import open_regular
 from ditf.runtime.images import LARGEST_FILE, decoding
 
 
-def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
+def read_label_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
     """Labels of an image, and the colours they are shown in.
 
     Args:
@@ -47,7 +47,7 @@ def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
     return labels, bytes(palette or []).ljust(768, b"\0") if palette else _palette()
 
 
-def write_labels(path: Path, labels: np.ndarray, palette: bytes) -> None:
+def write_label_image(path: Path, labels: np.ndarray, palette: bytes) -> None:
     """Write labels, uint8 [H, W], as an indexed PNG."""
     image = Image.fromarray(labels)
     image.putpalette(palette)

@@ -19,13 +19,13 @@ from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.bundles.signing import Trust
 from ditf.runtime.errors import BundleError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
+from ditf.runtime.features_runner import FeaturesRunner
 from ditf.runtime.images import FITS, FittedImage, ImageLike, fitted_image
 from ditf.runtime.matching.flow import Flow, dense_flow
 from ditf.runtime.matching.match_graph import run_match_graph
 from ditf.runtime.matching.mutual import MutualMatches, mutual_matches
 from ditf.runtime.matching.points import Matches, PointMatcher, PointsLike, heat_map
 from ditf.runtime.matching.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method
-from ditf.runtime.runner import FeaturesRunner
 from ditf.runtime.tracking import Tracker
 
 logger = logging.getLogger(__name__)

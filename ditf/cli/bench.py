@@ -39,7 +39,7 @@ from ditf.cli.support.console import (
 )
 from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import Bundle
-from ditf.runtime.bundles.manifest import NAME
+from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.json_file import read_json
@@ -151,7 +151,7 @@ def bench(
         json_file,
         {
             "bundle": str(bundle),
-            "bundle_sha256": sha256(opened.path / NAME),
+            "bundle_sha256": sha256(opened.path / MANIFEST),
             "backend": name,
             "detail": detail,
             "image_size": list(size),

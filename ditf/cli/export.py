@@ -28,8 +28,8 @@ from ditf.cli.support.console import (
 )
 from ditf.runtime.backends.flavour import choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.staging import check_output
 from ditf.runtime.errors import InputError, missing_extra
-from ditf.runtime.files.staging import check_output
 
 if TYPE_CHECKING:
     from ditf.export.planning.options import ExportOptions

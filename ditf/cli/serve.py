@@ -94,7 +94,7 @@ def serve(
         from ditf.runtime.serving.http import logs
         from ditf.runtime.serving.http.app import make_app
         from ditf.runtime.serving.http.descriptors import fit_connections
-        from ditf.runtime.serving.http.metrics import Metrics
+        from ditf.runtime.serving.http.metrics import ServerMetrics
         from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
         from ditf.runtime.serving.service import Batching, Service
     except ImportError as error:
@@ -126,7 +126,7 @@ def serve(
         for name, path in names.items():
             models[name] = model = load(path, backend, fit)
             _tell("opened", bundle=str(path), backend=model.detail, reason=model.reason)
-        metrics = Metrics()
+        metrics = ServerMetrics()
         service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)
         try:
             service.warm_up()

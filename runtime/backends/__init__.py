@@ -1,8 +1,8 @@
 """The registry of backends: what can run a bundle's graphs, and how each one is opened.
 
-A backend is one file and one entry of `BACKENDS`. The file holds a class with the four methods of `Backend`. It
-is imported when the backend is asked for, and the library that the backend drives when a session opens. The two
-TensorRT backends share a file and differ in an argument.
+A backend is one file and one entry of `BACKENDS`. The file holds a class with the four methods of `Backend`.
+The file is imported when the backend is asked for, and the library that it drives when a session opens. The
+two TensorRT backends share a file and differ in an argument.
 """
 
 from __future__ import annotations

@@ -17,12 +17,12 @@ from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.reading import read_regular
 
 SCHEMA = 1
-ENGINES = "engines"
+ENGINES_FOLDER = "engines"
 RECORD = "engine.json"
 FEATURES_PLAN, MATCH_PLAN = "features.plan", "match.plan"
 PLANS = {FEATURES: FEATURES_PLAN, MATCH: MATCH_PLAN}
 
-POINTS = (1, 16, 16)
+MATCH_PLAN_POINTS = (1, 16, 16)
 IMAGE_SIDES = (1, 640, 2048)
 """Ranges of match.plan: points at a time, and rows or columns of the target image; smallest, usual,
 largest. TensorRT may reserve memory for the largest, here 1 GB."""
@@ -264,7 +264,7 @@ def _same_major_and_newer(version: str, built: str) -> bool:
 def engine_folders(bundle: Path) -> list[Path]:
     """Directories of a bundle's engines, by name; what is no engine, or still being written, is left out."""
     try:
-        inside = sorted((bundle / ENGINES).iterdir())
+        inside = sorted((bundle / ENGINES_FOLDER).iterdir())
     except OSError:  # there are none, or they cannot be read
         return []
     return [path for path in inside if _flavour_of(path) and path.is_dir()]

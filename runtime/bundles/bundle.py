@@ -13,7 +13,7 @@ import numpy as np
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.files import arrays
 from ditf.runtime.files.hashed import HashedFile
-from ditf.runtime.bundles.manifest import NAME, Manifest, manifest_content, parse_manifest
+from ditf.runtime.bundles.manifest import MANIFEST, Manifest, manifest_content, parse_manifest
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.bundles.signing import ANYONE, Trust
 
@@ -51,7 +51,7 @@ class Bundle:
         if not path.is_dir():
             raise InputError(f"{path}: no such bundle directory", "make one with ditf-export")
         content = manifest_content(path)
-        trust.check(path / NAME, content)
+        trust.check(path / MANIFEST, content)
         return cls(path, parse_manifest(path, content), trust)
 
     def verify(self, names: Iterable[str]) -> None:

@@ -9,7 +9,7 @@ import numpy as np
 from ditf.runtime.bundles.bundle import GOLDEN, Bundle
 from ditf.runtime.errors import BundleError
 
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 Golden = Mapping[str, np.ndarray]
 """The arrays of golden.npz; `ditf.export.measure.golden` writes them."""
 
@@ -33,7 +33,7 @@ def _contradiction(arrays: Mapping[str, np.ndarray], bundle: Bundle) -> str:
     cells = manifest.grid[0] * manifest.grid[1]
     (height, width), channels = manifest.size, manifest.channels
     rows, points = _length(arrays.get("rows"), 1), _length(arrays.get("points"), 0)
-    wanted: dict[str, tuple[str, Shape, tuple[int, int] | None]] = {
+    wanted: dict[str, tuple[str, _Shape, tuple[int, int] | None]] = {
         "images": ("u1", (2, height, width, 3), None),
         "rows": ("i8", (2, rows), (0, cells - 1)),
         "features": ("f4", (2, rows, channels), None),

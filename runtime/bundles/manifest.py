@@ -17,8 +17,8 @@ from ditf.runtime.files.reading import read_regular
 SCHEMA = 1
 DYNAMIC_EXAMPLE = 2
 """Batch that a graph with a dynamic one is traced at: torch.export would specialise 1."""
-NAME = "manifest.json"
-LARGEST = 16 << 20
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 << 20
 """Bytes of a manifest that is read; those of bundles have a few tens of thousands."""
 
 
@@ -120,12 +120,12 @@ def manifest_content(bundle: Path) -> bytes:
     Raises:
         BundleError: there is none, or it cannot be read.
     """
-    path = bundle / NAME
+    path = bundle / MANIFEST
     try:
-        return read_regular(path, LARGEST)
+        return read_regular(path, LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{bundle} is not a bundle: it has no {NAME}", "make one with ditf-export"
+            f"{bundle} is not a bundle: it has no {MANIFEST}", "make one with ditf-export"
         ) from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror})", "export the bundle again") from error
@@ -140,7 +140,7 @@ def parse_manifest(bundle: Path, content: bytes) -> Manifest:
     Raises:
         BundleError: not JSON, of a newer schema, or with fields missing or mistyped.
     """
-    path = bundle / NAME
+    path = bundle / MANIFEST
     try:
         document = json.loads(content, parse_int=_number)
     except (ValueError, RecursionError) as error:
@@ -229,7 +229,7 @@ def _check_values(manifest: Manifest) -> None:
     if manifest.conditioning != "bake" and not manifest.conditions:
         raise ValueError("conditions are missing")
     for name, entry in manifest.files.items():
-        if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
+        if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
             raise ValueError(f"files names {name!r:.60}, which is no file of a bundle")
         if not (conforms(entry.get("bytes"), int) and conforms(entry.get("sha256"), str)):
             raise ValueError(f"files[{name!r}] is {entry!r:.60}")

@@ -16,7 +16,7 @@ from typing import Optional
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 from ditf.runtime.files.reading import read_regular
 
-SUFFIX = ".sig"
+SIGNATURE_SUFFIX = ".sig"
 NAMESPACE = "ditf-bundle"
 """What a signature is for: one that was made for mail or for git is none of a bundle."""
 
@@ -54,7 +54,7 @@ class Trust:
         if self.signers is None:
             return
         keys = _public_keys(self.signers)
-        signature = path.with_name(path.name + SUFFIX)
+        signature = path.with_name(path.name + SIGNATURE_SUFFIX)
         try:
             signed = read_regular(signature, _LARGEST)
         except OSError as error:

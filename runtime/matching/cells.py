@@ -6,7 +6,7 @@ import numpy as np
 
 from ditf.runtime.features import FeatureMap
 
-TINY = 1e-24
+TINY_SQUARE = 1e-24
 """Smallest squared norm; a zero vector has cosine 0 with everything."""
 
 TIE_TOLERANCE = np.float32(1e-6)
@@ -21,7 +21,7 @@ def unit_cells(features: FeatureMap) -> np.ndarray:
     """
     cells = features.array.reshape(features.channels, -1).T.astype(np.float32, order="C")
     squared = np.einsum("nc,nc->n", cells, cells, dtype=np.float64)
-    cells /= np.sqrt(np.maximum(squared, TINY)).astype(np.float32)[:, None]
+    cells /= np.sqrt(np.maximum(squared, TINY_SQUARE)).astype(np.float32)[:, None]
     return cells
 
 

@@ -68,7 +68,7 @@ def dense_flow(source: FeatureMap, target: FeatureMap, method: str = "argmax") -
     return Flow(field, np.clip(confidence, -1.0, 1.0, out=confidence))
 
 
-def warp(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
+def warp_image(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
     """An image looked up where a flow points: with the flow from A to B, B as A sees it.
 
     Args:

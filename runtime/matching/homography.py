@@ -11,7 +11,7 @@ from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.cells import cell_side
 
-METHODS = ("usac", "ransac", "lmeds")
+HOMOGRAPHY_METHODS = ("usac", "ransac", "lmeds")
 
 _FEWEST = 4
 
@@ -48,8 +48,8 @@ def find_homography(
             made of agree with; bad arrays or options.
         MissingComponent: OpenCV is not installed.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}", f"choose one of {', '.join(METHODS)}")
+    if method not in HOMOGRAPHY_METHODS:
+        raise InputError(f"unknown method {method!r}", f"choose one of {', '.join(HOMOGRAPHY_METHODS)}")
     if not 0 < threshold < np.inf:
         raise InputError(f"threshold is {threshold:g} px", "it is a positive number")
     start, end = (np.asarray(array, np.float64) for array in (source_points, points))
@@ -72,7 +72,7 @@ def find_homography(
     if matrix is None or not np.isfinite(matrix).all() or matrix.shape != (3, 3):
         raise refused
     inliers = mask.ravel().astype(bool)
-    projected = project(matrix, start[inliers])
+    projected = project_points(matrix, start[inliers])
     # Any four matches agree with some homography: where there were more, four alone say nothing.
     if inliers.sum() < min(len(start), _FEWEST + 1) or not np.isfinite(projected).all():
         raise refused
@@ -90,7 +90,7 @@ def cell_threshold(target: FeatureMap) -> float:
     return max(3.0, cell_side(target) / 2)
 
 
-def project(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+def project_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
     """Points [N, 2] through a homography [3, 3]; infinite where they go to infinity."""
     homogeneous = np.concatenate([points, np.ones((len(points), 1))], axis=1) @ matrix.T
     with np.errstate(divide="ignore", invalid="ignore"):

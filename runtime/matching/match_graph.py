@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ditf.runtime.backends import Session
-from ditf.runtime.backends.engine_records import POINTS
+from ditf.runtime.backends.engine_records import MATCH_PLAN_POINTS
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap, not_finite
 from ditf.runtime.matching.points import (
@@ -44,7 +44,7 @@ def run_match_graph(
     }
     point_rows, point_columns = _widen(point_rows, grid[0]), _widen(point_columns, grid[1])
     found, scores = [np.zeros((0, 2), np.float32)], [np.zeros(0, np.float32)]
-    step = POINTS[-1]
+    step = MATCH_PLAN_POINTS[-1]
     for start in range(0, len(checked), step):
         chunk = slice(start, start + step)
         output = session.run(

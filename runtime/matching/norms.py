@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ditf.runtime.matching.cells import TINY
+from ditf.runtime.matching.cells import TINY_SQUARE
 from ditf.runtime.matching.interpolation import quadratic_matrix
 
 _TILE = 1 << 17  # pixels computed at a time, float64: 1 MiB
@@ -21,7 +21,7 @@ def inverse_norms(array: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> n
     step = max(1, _TILE // len(columns))
     for y in range(0, len(rows), step):  # in tiles: 32 megapixels of float64 would take a gigabyte
         squared = left[y : y + step] @ right
-        inverse[y : y + step] = 1.0 / np.sqrt(np.maximum(squared, TINY))
+        inverse[y : y + step] = 1.0 / np.sqrt(np.maximum(squared, TINY_SQUARE))
     return inverse
 
 

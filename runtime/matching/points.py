@@ -16,7 +16,7 @@ import numpy as np
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY, to_pixels, unit_cells
+from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY_SQUARE, to_pixels, unit_cells
 from ditf.runtime.matching.interpolation import sample_rows, upsampling_matrix
 from ditf.runtime.matching.norms import inverse_norms
 from ditf.runtime.matching.pruning import Pruner
@@ -248,7 +248,7 @@ def _sample(array: np.ndarray, point_rows: np.ndarray, point_columns: np.ndarray
     weights = (point_rows[:, :, None] * point_columns[:, None, :]).reshape(-1, h * w)
     queries = weights @ array.reshape(channels, h * w).astype(np.float32).T
     squared = np.einsum("nc,nc->n", queries, queries)
-    return queries / np.sqrt(np.maximum(squared, TINY))[:, None]
+    return queries / np.sqrt(np.maximum(squared, TINY_SQUARE))[:, None]
 
 
 def _pruned_argmax(

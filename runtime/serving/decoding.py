@@ -25,7 +25,7 @@ _PLAIN_PPM = (b"P1", b"P2", b"P3")
 _RLE = (1, 2)  # compression of a BMP
 
 
-def decode_image(data: bytes, limits: Limits) -> Image.Image:
+def decode_upload(data: bytes, limits: Limits) -> Image.Image:
     """An encoded image as RGB; see `open_image`.
 
     Args:

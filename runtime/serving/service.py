@@ -20,7 +20,7 @@ from ditf.runtime.matching.soft_argmax import check_method
 from ditf.runtime.model import Model
 from ditf.runtime.serving.batching import Worker
 from ditf.runtime.serving.cache import FeatureCache, image_key
-from ditf.runtime.serving.decoding import check_size, decode_image
+from ditf.runtime.serving.decoding import check_size, decode_upload
 from ditf.runtime.serving.errors import DeadlineExceeded, NotFound, TooLarge
 from ditf.runtime.serving.jobs import Observer, Ticket
 from ditf.runtime.serving.limits import Limits
@@ -267,7 +267,7 @@ class Service:
         if kept is not None:
             return _Prepared(key, kept.image_size, kept)
         if isinstance(picture, bytes):
-            fitted = self.models[bundle].fitted(decode_image(picture, self.limits))
+            fitted = self.models[bundle].fitted(decode_upload(picture, self.limits))
         else:
             check_size((picture.shape[0], picture.shape[1]), self.limits)
             fitted = self.models[bundle].fitted(picture)

@@ -20,8 +20,14 @@ from ditf.runtime.bundles.bundle import CONDITIONS, FEATURES, NOISE, Bundle
 from ditf.runtime.errors import DitfError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.model import Model
-from ditf.runtime.serving.protocol.contract import CORRESPOND, MATCH, METHOD, PROMPT
-from ditf.runtime.serving.protocol.contract import FEATURES as FEATURES_MODEL
+from ditf.runtime.serving.protocol.contract import (
+    METHOD,
+    PROMPT,
+    SERVED_CORRESPOND,
+    SERVED_FEATURES,
+    SERVED_MATCH,
+    Results,
+)
 
 MODEL, FEATURES_GRAPH, MATCH_GRAPH, LARGEST_BATCH = (
     "ditf_model",
@@ -36,8 +42,6 @@ PIXELS = 32_000_000
 """Of an image that is matched, at most."""
 
 _POINTS = 100_000
-
-Results = dict[str, np.ndarray]
 
 
 def graph_inputs(bundle: Bundle) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
@@ -229,8 +233,12 @@ def _check_size(name: str, height: int, width: int) -> None:
 
 
 _ANSWERS: dict[str, Callable[[Model, Results, Mapping[str, Any]], Results]] = {
-    FEATURES_MODEL: _features,
-    MATCH: _match,
-    CORRESPOND: _correspond,
+    SERVED_FEATURES: _features,
+    SERVED_MATCH: _match,
+    SERVED_CORRESPOND: _correspond,
 }
-_OUTPUTS = {FEATURES_MODEL: ("features",), MATCH: ("matches", "scores"), CORRESPOND: ("matches", "scores")}
+_OUTPUTS = {
+    SERVED_FEATURES: ("features",),
+    SERVED_MATCH: ("matches", "scores"),
+    SERVED_CORRESPOND: ("matches", "scores"),
+}

@@ -51,12 +51,12 @@ _CPUS = 0.5  # of a task that reads, and of an actor: both fit wherever there is
 _TASK = 32  # images of a task at most: what a lost one takes with it
 _TASKS_A_WORKER = 8  # at least, so that all have something to do until the end
 
-Columns = dict[str, Any]
-"""Columns of a batch of rows, as Ray Data has them: arrays of the same length."""
+_Columns = dict[str, Any]
+"""_Columns of a batch of rows, as Ray Data has them: arrays of the same length."""
 
 
 @dataclass(frozen=True)
-class Job:
+class ExtractionJob:
     """What every process of the cluster is told.
 
     Attributes:
@@ -77,7 +77,9 @@ class Job:
     started_ns: int
 
     @classmethod
-    def of(cls, bundle: Bundle, writer: StoreWriter, prompt: str | None, fit: str, backend: str) -> Job:
+    def of(
+        cls, bundle: Bundle, writer: StoreWriter, prompt: str | None, fit: str, backend: str
+    ) -> ExtractionJob:
         """A job that starts now.
 
         Args:
@@ -125,11 +127,11 @@ _NOTHING: dict[str, Any] = {"image_sha256": "", "pixels": b"", "loss": 0.0}
 _NOTHING |= dict.fromkeys(("height", "width", "rows", "columns"), 0)
 
 
-def _fatal_as_rows(step: Callable[..., Columns]) -> Callable[..., Columns]:
+def _fatal_as_rows(step: Callable[..., _Columns]) -> Callable[..., _Columns]:
     """A step whose expected failures come back as rows: of an exception, Ray would bring a text alone."""
 
     @functools.wraps(step)
-    def careful(*arguments: Any, **options: Any) -> Columns:
+    def careful(*arguments: Any, **options: Any) -> _Columns:
         try:
             return step(*arguments, **options)
         except DitfError as error:
@@ -144,7 +146,7 @@ def _fatal_as_rows(step: Callable[..., Columns]) -> Callable[..., Columns]:
 
 
 @_fatal_as_rows
-def prepare(batch: Columns, job: Job) -> Columns:
+def prepare(batch: _Columns, job: ExtractionJob) -> _Columns:
     """Read images, unless their maps are there.
 
     Args:
@@ -181,12 +183,12 @@ class Extractor:
     where Ray would only say that an actor died.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ExtractionJob) -> None:
         self._job = job
         self._model: Model | None = None
 
     @_fatal_as_rows
-    def __call__(self, batch: Columns) -> Columns:
+    def __call__(self, batch: _Columns) -> _Columns:
         """Compute what is pending.
 
         Returns:
@@ -230,7 +232,7 @@ class Extractor:
         return self._model
 
 
-def _pending(batch: Columns, index: int, size: tuple[int, int]) -> Pending:
+def _pending(batch: _Columns, index: int, size: tuple[int, int]) -> Pending:
     """A row of what `prepare` gives."""
     height, width, rows, columns = (int(batch[n][index]) for n in ("height", "width", "rows", "columns"))
     pixels = np.frombuffer(batch["pixels"][index], np.uint8).reshape(*size, 3)
@@ -239,7 +241,7 @@ def _pending(batch: Columns, index: int, size: tuple[int, int]) -> Pending:
 
 
 def extract_with_ray(
-    job: Job,
+    job: ExtractionJob,
     images: Sequence[Path],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
@@ -388,7 +390,7 @@ def _no_cluster(place: str, why: str) -> InputError:
     )
 
 
-def _columns(rows: Sequence[dict[str, Any]]) -> Columns:
+def _columns(rows: Sequence[dict[str, Any]]) -> _Columns:
     """Rows as columns."""
     return {
         name: np.array([row[name] for row in rows], object if isinstance(rows[0][name], bytes) else None)

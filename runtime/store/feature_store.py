@@ -35,10 +35,10 @@ STORE = "store.json"
 INDEX = "index.json"
 MAPS = "maps"
 PARTIAL = "partial"
-SUFFIX = ".safetensors"
-DTYPES = ("float16", "float32")
+_SUFFIX = ".safetensors"
+STORE_DTYPES = ("float16", "float32")
 
-_MAP = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
+_MAP = re.compile(rf"[0-9a-f]{{32}}{re.escape(_SUFFIX)}")
 _LARGEST_IDENTITY = 1 << 20  # bytes
 
 
@@ -67,8 +67,8 @@ class StoreIdentity:
         Raises:
             InputError: a type that a store does not hold.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"--features-dtype {dtype!r} is not {' or '.join(DTYPES)}", "leave it out")
+        if dtype not in STORE_DTYPES:
+            raise InputError(f"--features-dtype {dtype!r} is not {' or '.join(STORE_DTYPES)}", "leave it out")
         manifest = bundle.manifest
         if prompt is None and manifest.conditions:
             prompt = manifest.conditions[0]["name"]
@@ -167,7 +167,7 @@ class FeatureStore(Mapping[str, FeatureMap]):
 
 
 def narrowed(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array in a type of `DTYPES`.
+    """An array in a type of `STORE_DTYPES`.
 
     Raises:
         InputError: values that the type does not hold.
@@ -188,12 +188,12 @@ def features_hash(bundle: Bundle) -> str:
 def map_path(store: Path, name: str) -> Path:
     """Where the map of an image is."""
     digest = _digest(name)[:32]
-    return store / MAPS / digest[:2] / f"{digest}{SUFFIX}"
+    return store / MAPS / digest[:2] / f"{digest}{_SUFFIX}"
 
 
 def map_files(store: Path) -> list[Path]:
     """Every map's file: what has such a name."""
-    return sorted(path for path in (store / MAPS).glob(f"*/*{SUFFIX}") if is_map_name(path))
+    return sorted(path for path in (store / MAPS).glob(f"*/*{_SUFFIX}") if is_map_name(path))
 
 
 def is_map_name(path: Path) -> bool:

@@ -1,8 +1,9 @@
 """Ray in a process of its own, and the process that it works for.
 
-When Ray's core loses the head of its cluster it ends the process it lives in, with exit code 1, after a line
-on stderr. So it lives in one of its own (`main`), which takes pickled requests on stdin and gives a line of
-JSON for each answer on stdout. It ends when stdin does, however the process on the other side ended.
+When Ray's core loses the head of its cluster, it writes a line to stderr and ends its process with exit
+code 1. Ray therefore runs in a process of its own (`run_driver`), which reads pickled requests from stdin and
+writes one line of JSON for each answer to stdout. That process ends when its stdin closes, however the other
+side ended.
 """
 
 from __future__ import annotations
@@ -27,9 +28,9 @@ from typing import IO, Any, NoReturn
 
 from ditf.runtime.errors import DitfError, MissingComponent, missing_extra
 from ditf.runtime.store.extraction import Extraction
-from ditf.runtime.store.extraction_ray import Job, connected, expected_failure, extract_with_ray
+from ditf.runtime.store.extraction_ray import ExtractionJob, connected, expected_failure, extract_with_ray
 
-_START = "import sys; sys.path[:] = sys.argv[1:]; from ditf.runtime.store.ray_driver import main; main()"
+_START = "import sys; sys.path[:] = sys.argv[1:]; import ditf.runtime.store.ray_driver as d; d.run_driver()"
 _PREFIX = re.compile(r"^\[[^\]]*\] \S+: ")  # of a line of Ray's log: time, process, place
 _PATIENCE = 30.0  # seconds for the cluster to end
 
@@ -52,7 +53,7 @@ class RayCluster:
 
     def extract(
         self,
-        job: Job,
+        job: ExtractionJob,
         images: Sequence[Path],
         workers: int | None = None,
         progress: Callable[[str], None] = lambda name: None,
@@ -144,7 +145,7 @@ def ray_cluster(address: str | None, verbose: bool) -> Iterator[RayCluster]:
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def main() -> None:
+def run_driver() -> None:
     """What the process of its own runs."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
     os.dup2(2, 1)  # Ray prints, too

@@ -20,7 +20,7 @@ from ditf.calib.eval.homography import evaluate_homographies
 from ditf.calib.eval.outcomes import Outcome
 from ditf.calib.eval.segmentation import evaluate_videos
 from ditf.runtime import Model
-from ditf.runtime.bundles.manifest import NAME as MANIFEST
+from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.flow import dense_flow

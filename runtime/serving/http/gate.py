@@ -41,7 +41,7 @@ class Watcher(Protocol):
     def stage(self, name: str, seconds: float) -> None: ...
 
 
-class Gate:
+class RequestGate:
     """The outermost application.
 
     Args:

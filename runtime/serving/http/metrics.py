@@ -18,7 +18,7 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics:
+class ServerMetrics:
     """A registry of its own, and an `Observer` of the worker and the service."""
 
     def __init__(self) -> None:

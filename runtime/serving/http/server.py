@@ -13,7 +13,7 @@ import uvicorn
 from ditf.runtime.errors import InputError
 from ditf.runtime.serving.http.connections import Connections, bounded_protocol
 from ditf.runtime.serving.http.descriptors import ACCEPTED_AT_ONCE
-from ditf.runtime.serving.http.gate import Gate
+from ditf.runtime.serving.http.gate import RequestGate
 from ditf.runtime.serving.limits import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
@@ -56,7 +56,7 @@ class Server(uvicorn.Server):
     after `limits.drain_s`; on a second one at once.
     """
 
-    def __init__(self, gate: Gate, limits: Limits) -> None:
+    def __init__(self, gate: RequestGate, limits: Limits) -> None:
         self.connections = Connections(limits)
         super().__init__(
             uvicorn.Config(

@@ -11,16 +11,21 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ditf.runtime.bundles.manifest import Manifest
 
-FEATURES = "features"
-MATCH = "match"
-CORRESPOND = "correspond"
+SERVED_FEATURES = "features"
+SERVED_MATCH = "match"
+SERVED_CORRESPOND = "correspond"
 VERSION = "1"  # of every model: a bundle that changes is another bundle
 
 METHOD = "method"
 PROMPT = "prompt"
 """Request parameters of ditf serve beside tensors: how to match, and which of the bundle's conditions."""
+
+Results = dict[str, np.ndarray]
+"""A model's outputs by name."""
 
 
 @dataclass(frozen=True)
@@ -68,13 +73,13 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
     found = (TensorSpec("matches", "FP32", (-1, 2)), TensorSpec("scores", "FP32", (-1,)))
     models = (
         ModelSpec(
-            FEATURES,
+            SERVED_FEATURES,
             (TensorSpec("image", "UINT8", (-1, height, width, 3)),),
             (TensorSpec("features", datatype, (-1, *features)),),
             (PROMPT,),
         ),
         ModelSpec(
-            MATCH,
+            SERVED_MATCH,
             (
                 TensorSpec("source", datatype, features),
                 TensorSpec("target", datatype, features),
@@ -86,7 +91,7 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
             (METHOD,),
         ),
         ModelSpec(
-            CORRESPOND,
+            SERVED_CORRESPOND,
             (
                 TensorSpec("source", "UINT8", (-1, -1, 3)),
                 TensorSpec("target", "UINT8", (-1, -1, 3)),

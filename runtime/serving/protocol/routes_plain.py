@@ -11,11 +11,11 @@ from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from ditf.runtime.drawing import draw_matches
-from ditf.runtime.drawing_dense import draw_heat_map, heat_colours
+from ditf.runtime.drawing.heat_map import draw_heat_map, heat_colours
+from ditf.runtime.drawing.matches import draw_matches
 from ditf.runtime.matching.points import parse_points
 from ditf.runtime.matching.soft_argmax import METHODS
-from ditf.runtime.serving.decoding import decode_image
+from ditf.runtime.serving.decoding import decode_upload
 from ditf.runtime.serving.http.gate import TICKET
 from ditf.runtime.serving.service import Service
 
@@ -140,8 +140,8 @@ def plain_routes(service: Service) -> APIRouter:
                     "draw",
                     lambda: _png(
                         draw_matches(
-                            decode_image(pictures[0], limits),
-                            decode_image(pictures[1], limits),
+                            decode_upload(pictures[0], limits),
+                            decode_upload(pictures[1], limits),
                             found.points,
                             found.matches,
                         )
@@ -200,7 +200,7 @@ def plain_routes(service: Service) -> APIRouter:
                 "draw",
                 lambda: _png(
                     draw_heat_map(
-                        decode_image(pictures[0], limits), decode_image(pictures[1], limits), asked, heat
+                        decode_upload(pictures[0], limits), decode_upload(pictures[1], limits), asked, heat
                     )
                 ),
                 ticket,

@@ -19,13 +19,14 @@ from ditf.runtime.serving.errors import NotFound
 from ditf.runtime.serving.http.gate import TICKET
 from ditf.runtime.serving.jobs import Ticket
 from ditf.runtime.serving.protocol.contract import (
-    CORRESPOND,
-    FEATURES,
-    MATCH,
     METHOD,
     PROMPT,
+    SERVED_CORRESPOND,
+    SERVED_FEATURES,
+    SERVED_MATCH,
     VERSION,
     ModelSpec,
+    Results,
     model_specs,
 )
 from ditf.runtime.serving.protocol.json_numbers import MEMORY, TEXT
@@ -42,8 +43,6 @@ HEALTH_PATHS = LIVE, READY = "/v2/health/live", "/v2/health/ready"
 
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _EXTENSIONS = ["binary_tensor_data", "parameters"]
-
-Results = dict[str, np.ndarray]
 
 
 class V2Routes:
@@ -106,7 +105,7 @@ class V2Routes:
             {
                 "name": name,
                 "versions": [VERSION],
-                "platform": platform if spec.name == FEATURES else "ditf",
+                "platform": platform if spec.name == SERVED_FEATURES else "ditf",
                 "inputs": [asdict(tensor) for tensor in spec.inputs],
                 "outputs": [asdict(tensor) for tensor in spec.outputs],
             }
@@ -196,7 +195,7 @@ async def _correspond(service: Service, bundle: str, asked: InferRequest, ticket
 
 
 _RUN: dict[str, Callable[[Service, str, InferRequest, Ticket], Awaitable[Results]]] = {
-    FEATURES: _features,
-    MATCH: _match,
-    CORRESPOND: _correspond,
+    SERVED_FEATURES: _features,
+    SERVED_MATCH: _match,
+    SERVED_CORRESPOND: _correspond,
 }

@@ -22,7 +22,7 @@ from ditf.runtime.serving.errors import TooLarge
 from ditf.runtime.serving.protocol.contract import ModelSpec, TensorSpec
 from ditf.runtime.serving.protocol.json_numbers import cut_data, read_numbers, write_numbers
 
-DTYPES = {"UINT8": "u1", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4"}
+NUMPY_TYPES = {"UINT8": "u1", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4"}
 """numpy's names for the protocol's types, of those that the models use."""
 
 BINARY_SIZE = "binary_data_size"
@@ -156,10 +156,10 @@ def encode_response(
     secret, numbers = secrets.token_hex(16), dict[bytes, bytes]()
     for name, binary in request.outputs:
         array = results[name]
-        datatype = next(key for key, dtype in DTYPES.items() if np.dtype(dtype) == array.dtype)
+        datatype = next(key for key, dtype in NUMPY_TYPES.items() if np.dtype(dtype) == array.dtype)
         entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
-            data = array.astype(DTYPES[datatype], copy=False).tobytes()
+            data = array.astype(NUMPY_TYPES[datatype], copy=False).tobytes()
             entry["parameters"] = {BINARY_SIZE: len(data)}
             tail.append(data)
         elif array.size > _JSON_ELEMENTS:
@@ -183,10 +183,10 @@ def _raw_request(body: bytes, model: ModelSpec) -> InferRequest:
     if len(model.inputs) != 1 or not wanted:
         raise InputError(f"{model.name} has no single input to be sent raw", "send a JSON header with it")
     spec = wanted[0]
-    item = np.dtype(DTYPES[spec.datatype]).itemsize * math.prod(n for n in spec.shape if n != -1)
+    item = np.dtype(NUMPY_TYPES[spec.datatype]).itemsize * math.prod(n for n in spec.shape if n != -1)
     if not body or len(body) % item:
         raise InputError(f"{len(body):,} bytes are no multiple of {item:,}, one {spec.name} of {model.name}")
-    array = np.frombuffer(body, DTYPES[spec.datatype]).reshape(spec.shape)
+    array = np.frombuffer(body, NUMPY_TYPES[spec.datatype]).reshape(spec.shape)
     return InferRequest(None, {spec.name: array}, _outputs(None, True, model), {}, None)
 
 
@@ -208,18 +208,18 @@ def _inputs(
         shape = _shape(entry.get("shape"), spec)
         size = _size(entry, name)
         if size is None:
-            dtype = np.dtype(DTYPES[spec.datatype])
+            dtype = np.dtype(NUMPY_TYPES[spec.datatype])
             arrays[name] = read_numbers(entry.get("data"), data, name, shape, dtype)
             continue
         count = math.prod(shape)
-        needed = count * np.dtype(DTYPES[spec.datatype]).itemsize
+        needed = count * np.dtype(NUMPY_TYPES[spec.datatype]).itemsize
         if size != needed:
             raise InputError(
                 f"{name} of shape {list(shape)} has {needed:,} bytes, not the {size:,} announced"
             )
         if offset + size > len(binary):
             raise InputError(f"{name} has {size:,} bytes, of which {len(binary) - offset:,} arrived")
-        arrays[name] = np.frombuffer(binary, DTYPES[spec.datatype], count, offset).reshape(shape)
+        arrays[name] = np.frombuffer(binary, NUMPY_TYPES[spec.datatype], count, offset).reshape(shape)
         offset += size
     missing = specs.keys() - arrays.keys()
     if missing:

@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ditf.runtime.bundles.manifest import LARGEST
-from ditf.runtime.bundles.manifest import NAME as MANIFEST
+from ditf.runtime.bundles.manifest import LARGEST_MANIFEST, MANIFEST
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
@@ -115,7 +114,7 @@ def _replaceable(place: Path, marker: str) -> bool:
     if marker == ENGINE:  # a damaged record is replaced too: the folder's name is ditf's, in a bundle
         return place.is_dir() and {path.name for path in place.iterdir()} <= ENGINE_FILES
     try:
-        document = read_json(place / marker, LARGEST)
+        document = read_json(place / marker, LARGEST_MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(document, dict) and document.keys() >= _MARKS[marker]

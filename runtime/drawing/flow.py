@@ -1,50 +1,12 @@
-"""Pictures of what is known at every pixel: the heat map of one query, and dense flow."""
+"""Drawing dense flow."""
 
 from __future__ import annotations
-
-from collections.abc import Sequence
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ditf.runtime.drawing import GAP, draw_scale, fit, fitted_size, scale_colours, side_by_side
-from ditf.runtime.matching.flow import warp
-
-
-def draw_heat_map(
-    source: Image.Image, target: Image.Image, point: Sequence[float] | np.ndarray, heat: np.ndarray
-) -> Image.Image:
-    """The point in the source, and beside it the target under the cosines with it, its best pixel marked.
-
-    Args:
-        source, target: RGB.
-        point: (x, y) px in the source.
-        heat: float32 [H, W] of the target's size; its highest value is yellow, its median and what is below
-            it dark violet: on most pixels a query's cosine says little.
-    """
-    left, right = fit(source), fit(target)
-    colours, low, high = heat_colours(heat)
-    shown = Image.blend(right.convert("L").convert("RGB"), colours, 0.6)
-    canvas = side_by_side([left, shown])
-    _mark(canvas, (np.asarray(point) + 0.5) * left.width / source.width)
-    best = np.array(np.unravel_index(heat.argmax(), heat.shape)[::-1])
-    _mark(canvas, (best + 0.5) * right.width / target.width + (left.width + GAP, 0))
-    draw_scale(canvas, "cosine", low, high)
-    return canvas
-
-
-def heat_colours(heat: np.ndarray) -> tuple[Image.Image, float, float]:
-    """A heat map's colours, and the cosines of the darkest and the brightest.
-
-    Args:
-        heat: float32 [H, W].
-
-    Returns:
-        RGB, as large as `fit` makes an image of H x W; the median and the maximum.
-    """
-    low, high = float(np.median(heat)), float(heat.max())
-    small = np.asarray(Image.fromarray(heat).resize(fitted_size(heat.shape[::-1]), Image.Resampling.BILINEAR))
-    return Image.fromarray(scale_colours((small - low) / max(high - low, 1e-6))), low, high
+from ditf.runtime.drawing.canvas import GAP, fit, side_by_side
+from ditf.runtime.matching.flow import warp_image
 
 
 def draw_flow(source: Image.Image, target: Image.Image, field: np.ndarray, back: np.ndarray) -> Image.Image:
@@ -61,7 +23,7 @@ def draw_flow(source: Image.Image, target: Image.Image, field: np.ndarray, back:
     """
     length = float(np.percentile(np.linalg.norm(field, axis=2), 95))
     flow = fit(Image.fromarray(flow_colours(field, length)))
-    warped = Image.fromarray(warp(np.asarray(source), back))
+    warped = Image.fromarray(warp_image(np.asarray(source), back))
     over = fit(Image.blend(target, warped, 0.5))
     rows = [side_by_side([fit(source), fit(target)]), side_by_side([flow, over])]
     canvas = Image.new("RGB", (rows[0].width, sum(row.height for row in rows) + GAP), "white")
@@ -80,14 +42,6 @@ def flow_colours(field: np.ndarray, length: float) -> np.ndarray:
     strength = np.clip(np.linalg.norm(field, axis=2) / max(length, 1e-6), 0.0, 1.0)
     channels = [np.rint(channel * 255).astype(np.uint8) for channel in (angle, strength, np.ones_like(angle))]
     return np.asarray(Image.merge("HSV", [Image.fromarray(channel) for channel in channels]).convert("RGB"))
-
-
-def _mark(canvas: Image.Image, place: np.ndarray) -> None:
-    """A white ring with a black border around a place."""
-    draw = ImageDraw.Draw(canvas)
-    x, y = place
-    for radius, colour, width in ((8, "black", 4), (7, "white", 2)):
-        draw.ellipse((x - radius, y - radius, x + radius, y + radius), outline=colour, width=width)
 
 
 def _caption(canvas: Image.Image, place: tuple[int, int], text: str) -> None:
