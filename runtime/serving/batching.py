@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.feature_cache import FeatureCache
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
 from ditf.runtime.model import Model
-from ditf.runtime.serving.cache import FeatureCache
 from ditf.runtime.serving.errors import EngineError, Overloaded
 from ditf.runtime.serving.jobs import ImageJob, Job, Observer, SlicedJob, Ticket
 

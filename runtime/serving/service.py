@@ -13,13 +13,13 @@ from typing import TypeVar, Union
 import numpy as np
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.feature_cache import FeatureCache, image_key
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
 from ditf.runtime.matching.points import CHUNK, Matches, PointsLike, check_points
 from ditf.runtime.matching.soft_argmax import check_method
 from ditf.runtime.model import Model
 from ditf.runtime.serving.batching import Worker
-from ditf.runtime.serving.cache import FeatureCache, image_key
 from ditf.runtime.serving.decoding import check_size, decode_upload
 from ditf.runtime.serving.errors import DeadlineExceeded, NotFound, TooLarge
 from ditf.runtime.serving.jobs import Observer, Ticket

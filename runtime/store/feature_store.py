@@ -140,9 +140,8 @@ class FeatureStore(Mapping[str, FeatureMap]):
         if self.verify and not stored.whole(path):
             what = "has no digest" if stored.digest is None else "is not what was written"
             raise InputError(f"{path} {what}", AGAIN)
-        array = np.memmap(path, stored.dtype, "r", stored.offset, stored.shape)
         try:
-            return FeatureMap(array, stored.image_size, stored.extent)
+            return stored.features(path)
         except InputError as error:
             raise InputError(f"{path}: {error.problem}", f"remove it and {AGAIN}") from error
 

@@ -66,6 +66,15 @@ class StoredMap:
                 hashed.update(chunk)
         return bool(hashed.hexdigest() == self.digest)
 
+    def features(self, path: Path) -> FeatureMap:
+        """The map, memory-mapped from its file. Its values are read once, to see that they are finite.
+
+        Raises:
+            InputError: the values hold NaN or infinity.
+        """
+        array = np.memmap(path, self.dtype, "r", self.offset, self.shape)
+        return FeatureMap(array, self.image_size, self.extent)
+
 
 def map_file(name: str, image_sha256: str, feature_map: FeatureMap, stored: np.ndarray, key: str) -> bytes:
     """A map's file, as `read_stored` reads it.
