@@ -23,7 +23,7 @@ from ditf.runtime.serving.batching import Worker
 from ditf.runtime.serving.decoding import check_size, decode_upload
 from ditf.runtime.serving.errors import DeadlineExceeded, NotFound, TooLarge
 from ditf.runtime.serving.jobs import Observer, Ticket
-from ditf.runtime.serving.limits import Limits
+from ditf.runtime.serving.limits import Batching, Limits
 
 T = TypeVar("T")
 
@@ -32,19 +32,6 @@ Picture = Union[bytes, np.ndarray]
 
 
 _SLICE_SCORES = 100_000_000  # points times pixels between which others get the engine: up to half a second
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How images are put together.
-
-    Attributes:
-        delay_s: how long an image waits for others.
-        images: at most, of a bundle with a dynamic batch; one with a static batch has its own.
-    """
-
-    delay_s: float = 0.005
-    images: int = 8
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from ditf.runtime.bundles.bundle import CONDITIONS, FEATURES, NOISE, Bundle
 from ditf.runtime.errors import DitfError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.model import Model
+from ditf.runtime.serving.limits import Limits
 from ditf.runtime.serving.protocol.contract import (
     METHOD,
     PROMPT,
@@ -37,9 +38,6 @@ MODEL, FEATURES_GRAPH, MATCH_GRAPH, LARGEST_BATCH = (
 )
 """Parameters of a Python model's config.pbtxt: which of the contract's models it is; the names of the models
 that run features.onnx and match.onnx (without the latter, numpy matches); images that the former takes."""
-
-PIXELS = 32_000_000
-"""Of an image that is matched, at most."""
 
 _POINTS = 100_000
 
@@ -226,9 +224,9 @@ def _matched(
 
 
 def _check_size(name: str, height: int, width: int) -> None:
-    if height < 1 or width < 1 or height * width > PIXELS:
+    if height < 1 or width < 1 or height * width > Limits.pixels:
         raise InputError(
-            f"{name} is {height}x{width}, (height, width) in pixels", f"at most {PIXELS:,} pixels"
+            f"{name} is {height}x{width}, (height, width) in pixels", f"at most {Limits.pixels:,} pixels"
         )
 
 

@@ -20,8 +20,8 @@ from ditf.runtime.model import Model, load
 from ditf.runtime.serving.http.app import make_app
 from ditf.runtime.serving.http.metrics import ServerMetrics
 from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
-from ditf.runtime.serving.limits import Limits
-from ditf.runtime.serving.service import Batching, Service
+from ditf.runtime.serving.limits import Batching, Limits
+from ditf.runtime.serving.service import Service
 
 SIDE = 96
 CELLS = 12

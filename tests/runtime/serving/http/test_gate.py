@@ -22,8 +22,7 @@ from tritonclient.utils import InferenceServerException
 
 from ditf.runtime.serving.http.gate import RequestGate
 from ditf.runtime.serving.http.metrics import ServerMetrics
-from ditf.runtime.serving.limits import Limits
-from ditf.runtime.serving.service import Batching
+from ditf.runtime.serving.limits import Batching, Limits
 from tests.runtime.serving.pictures import encoded
 from tests.runtime.serving.tiny import image, mean_colours, serving
 
