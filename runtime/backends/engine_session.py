@@ -13,17 +13,16 @@ import numpy as np
 
 from ditf.runtime.backends.cuda import (
     DeviceArray,
-    OutOfDeviceMemory,
     Pinned,
     Stopwatch,
     capture,
     open_cuda,
 )
+from ditf.runtime.backends.engine_contexts import ContextFactory
 from ditf.runtime.backends.flavour import Log, has
-from ditf.runtime.backends.graph_loading import refit
+from ditf.runtime.backends.plan_loading import load_plan
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, DitfError, InputError
-from ditf.runtime.files.user_cache import read_cache, write_cache
 
 logger = logging.getLogger(__name__)
 
@@ -87,8 +86,8 @@ class EngineSession:
         self._watch = Stopwatch(self._cuda, self._stream)
         self._runtime = trt.Runtime(self._log.logger)
         self._runtime.engine_host_code_allowed = host_code
-        self._engine = self._deserialise(plan, graph)
-        self._settings: _Settings | None = _Settings(trt, self._engine, kernels)
+        self._engine = load_plan(trt, self._runtime, self._log, path, plan, graph, self._cuda.free_bytes)
+        self._contexts: ContextFactory | None = ContextFactory(trt, self._engine, kernels)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self._dtypes = {name: _dtype(self._engine.get_tensor_dtype(name).name) for name in names}
@@ -148,8 +147,8 @@ class EngineSession:
                 return
             self._closed = True
             self._forget()
-            assert self._settings is not None
-            self._settings.keep()
+            assert self._contexts is not None
+            self._contexts.save_kernels()
             for pinned in self._pinned.values():
                 pinned.close()
             for address, _ in (*self._buffers.values(), self._scratch):
@@ -159,37 +158,7 @@ class EngineSession:
             self._cuda.trim()
             self._watch.close()
             self._cuda("cudaStreamDestroy", self._stream)
-            self._engine = self._settings = self._runtime = None  # in this order: TensorRT wants it
-
-    def _deserialise(self, content: bytes, graph: Graph | None) -> Any:
-        needed = len(content)
-        free = self._cuda.free_bytes
-        wrong = invalidity(self._trt, self._runtime, content)
-        if wrong and "INSUFFICIENT_GPU_MEMORY" not in wrong:
-            raise BundleError(
-                f"{self._trt.__name__} cannot run {self._plan} here ({', '.join(wrong)})",
-                "build it again on this machine: ditf build --force",
-            )
-        engine = None if wrong else self._runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            if wrong or needed > free:
-                raise OutOfDeviceMemory(
-                    f"{self._plan} needs more than {needed / 1e6:.0f} MB of GPU memory,"
-                    f" {free / 1e6:.0f} MB are free",
-                    "free some, or export a smaller bundle: an earlier --layer, --precision int8",
-                )
-            raise BundleError(
-                f"{self._trt.__name__} refuses {self._plan} ({self._log.last})",
-                "build it again on this machine: ditf build --force",
-            )
-        if graph is not None:
-            refitter = self._trt.Refitter(engine, self._log.logger)
-            if not (refit(self._trt, refitter, self._log.logger, graph) and refitter.refit_cuda_engine()):
-                raise BundleError(
-                    f"the weights of {graph.path} do not fit {self._plan} ({self._log.last})",
-                    "build it again without --strip-weights",
-                )
-        return engine
+            self._engine = self._contexts = self._runtime = None  # in this order: TensorRT wants it
 
     def _profile(self, index: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
         """{input: (smallest, largest shape)}."""
@@ -217,8 +186,8 @@ class EngineSession:
         if index is None:
             given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise InputError(f"{self._plan} was not built for {given}", "build it with another --batch")
-        assert self._settings is not None  # not closed
-        context = self._settings.context()
+        assert self._contexts is not None  # not closed
+        context = self._contexts.context()
         if context is None:
             raise BundleError(
                 f"{self._plan} gives no execution context ({self._log.last})",
@@ -333,66 +302,6 @@ class _Binding:
         self.graph: Any = None
         self.capturable = True
         self.runs = 0
-
-
-class _Settings:
-    """How contexts are made: with scratch memory of ours; TensorRT-RTX's own kernels are kept on disk."""
-
-    def __init__(self, trt: Any, engine: Any, kernels: Path | None) -> None:
-        self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._engine = engine
-        self._config: Any = None
-        self._kernels = kernels
-        self._kernel_cache: Any = None
-        keeps = has(trt, "IRuntimeCache")
-        keeps = keeps and has(trt, "IRuntimeConfig.create_runtime_cache")
-        keeps = keeps and has(trt, "IRuntimeConfig.set_runtime_cache")
-        if kernels is not None and keeps:
-            self._config = engine.create_runtime_config()
-            self._config.set_execution_context_allocation_strategy(self._strategy)
-            self._kernel_cache = self._config.create_runtime_cache()
-            try:
-                content = read_cache(kernels)
-            except OSError as error:
-                content = None
-                logger.warning(
-                    "%s cannot be used (%s): kernels are compiled anew", error.filename, error.strerror
-                )
-            if content is not None and not self._kernel_cache.deserialize(content):
-                logger.warning(
-                    "%s is of another GPU or version, or damaged: kernels are compiled anew", kernels
-                )
-                self._kernel_cache.reset()
-            self._config.set_runtime_cache(self._kernel_cache)
-
-    def context(self) -> Any:
-        if self._config is not None:
-            return self._engine.create_execution_context(self._config)
-        return self._engine.create_execution_context(self._strategy)
-
-    def keep(self) -> None:
-        """Write the kernels; that they cannot be written is no failure."""
-        if self._kernel_cache is None or self._kernels is None:
-            return
-        try:
-            write_cache(self._kernels, bytes(self._kernel_cache.serialize()))
-        except OSError as error:
-            logger.warning(
-                "%s cannot be written (%s): kernels are compiled again", self._kernels, error.strerror
-            )
-
-
-def invalidity(trt: Any, runtime: Any, plan: bytes) -> list[str]:
-    """What a plan's header says against running it here, as TensorRT-RTX names it; nothing is deserialised.
-
-    Full TensorRT has no such question: engine.json answers it.
-    """
-    if not has(trt, "Runtime.get_engine_validity") or not has(trt, "EngineInvalidityDiagnostics"):
-        return []
-    _, found = runtime.get_engine_validity(plan)
-    diagnostics = trt.EngineInvalidityDiagnostics
-    names = [name for name in dir(diagnostics) if name.isupper()]
-    return [name for name in names if int(found) & int(getattr(diagnostics, name))]
 
 
 def _within(shapes: Shapes, profile: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -10,12 +10,12 @@ from typing import Union
 
 import numpy as np
 
-from ditf.runtime.errors import BundleError, InputError
-from ditf.runtime.files import arrays
-from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.bundles.manifest import MANIFEST, Manifest, manifest_content, parse_manifest
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.bundles.signing import ANYONE, Trust
+from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.files import arrays
+from ditf.runtime.files.hashed import HashedFile
 
 FEATURES = "features.onnx"
 FEATURES_DATA = "features.onnx.data"

@@ -12,14 +12,9 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
-import os
 import platform
-import signal
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -28,7 +23,7 @@ import numpy as np
 
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.signing import Trust
-from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
+from ditf.runtime.errors import DitfError, InputError, MissingComponent
 from ditf.runtime.files.liveness import file_system_time
 from ditf.runtime.files.reading import read_regular
 from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image, fitted_image
@@ -42,6 +37,7 @@ from ditf.runtime.store.extraction import (
     store_batch,
 )
 from ditf.runtime.store.feature_store import PARTIAL, STORE, StoreIdentity, features_hash, map_path
+from ditf.runtime.store.ray_connection import cpus
 from ditf.runtime.store.writer import StoreWriter
 
 COMPUTED, KEPT, FAILED, PENDING, FATAL = "computed", "kept", "failed", "pending", "fatal"
@@ -282,7 +278,7 @@ def extract_with_ray(
         fn_constructor_args=(job,),
         batch_size=task,
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=count, initial_size=min(count, max(1, int(_cpus(ray))))
+            min_size=1, max_size=count, initial_size=min(count, max(1, int(cpus(ray))))
         ),
         num_cpus=_CPUS,
         num_gpus=min(1.0, gpus / count) if gpus else 0,
@@ -312,82 +308,9 @@ def extract_with_ray(
     )
 
 
-@contextmanager
-def connected(address: str | None, verbose: bool) -> Iterator[str]:
-    """A connection to a Ray cluster, which is closed in the end, with the cluster if it was started here.
-
-    Args:
-        address: of a cluster, as `ray.init` takes it: "auto", "local", "host:port", "ray://host:10001". None
-            is RAY_ADDRESS, else a cluster that runs on this machine, else one that is started.
-        verbose: let Ray say on stderr what it does.
-
-    Yields:
-        What it is, for people.
-
-    Raises:
-        MissingComponent: Ray is not installed.
-        InputError: no cluster answers.
-    """
-    if not verbose:
-        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise missing_extra("ray[data]", "ray") from None
-    _check_answers(address)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level="INFO" if verbose else "ERROR",
-        )
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        place = address or os.environ.get("RAY_ADDRESS", "this machine")
-        raise _no_cluster(place, " ".join(str(error).split())) from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray sets its own, which ends the process as it stands
-    try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        yield f"Ray {ray.__version__}, machines: {len(nodes)}, CPUs: {_cpus(ray):g}, GPUs: {gpus}"
-    finally:
-        waits = "wait_for_processes" in inspect.signature(ray.shutdown).parameters  # not in older ones
-        ray.shutdown(**({"wait_for_processes": True} if waits else {}))
-
-
-def _cpus(ray: Any) -> float:
-    return float(ray.cluster_resources().get("CPU", 0))
-
-
 def expected_failure(code: int, problem: str, fix: str) -> DitfError:
     """The error that another process told of, by its exit code."""
     return (MissingComponent if code == MissingComponent.exit_code else InputError)(problem, fix)
-
-
-def _check_answers(address: str | None) -> None:
-    """Whether anything listens where a cluster is said to be: Ray itself waits for minutes.
-
-    Raises:
-        InputError: nothing does.
-    """
-    place = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://")
-    host, colon, port = place.rpartition(":")
-    if not (colon and port.isdigit()):
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), 10).close()
-    except OSError as error:
-        raise _no_cluster(place, str(error.strerror or error)) from error
-
-
-def _no_cluster(place: str, why: str) -> InputError:
-    return InputError(
-        f"no Ray cluster at {place} ({why[:200]})",
-        "start one with ray start --head, or leave --ray-address out",
-    )
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> _Columns:

@@ -28,7 +28,8 @@ from typing import IO, Any, NoReturn
 
 from ditf.runtime.errors import DitfError, MissingComponent, missing_extra
 from ditf.runtime.store.extraction import Extraction
-from ditf.runtime.store.extraction_ray import ExtractionJob, connected, expected_failure, extract_with_ray
+from ditf.runtime.store.extraction_ray import ExtractionJob, expected_failure, extract_with_ray
+from ditf.runtime.store.ray_connection import connected
 
 _START = "import sys; sys.path[:] = sys.argv[1:]; import ditf.runtime.store.ray_driver as d; d.run_driver()"
 _PREFIX = re.compile(r"^\[[^\]]*\] \S+: ")  # of a line of Ray's log: time, process, place

@@ -12,10 +12,10 @@ from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
 from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
-from ditf.runtime.backends.engine_session import invalidity
 from ditf.runtime.backends.flavour import FLAVOURS, Log, load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
 from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
+from ditf.runtime.backends.plan_loading import invalidity
 from ditf.runtime.bundles.bundle import MATCH, Bundle
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError, MissingComponent

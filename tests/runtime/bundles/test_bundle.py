@@ -16,10 +16,10 @@ import pytest
 import ditf
 from ditf.runtime.bundles import bundle as files
 from ditf.runtime.bundles.bundle import Bundle
-from ditf.runtime.errors import BundleError, InputError
-from ditf.runtime.files.hashed import sha256
 from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.bundles.onnx_graph import Graph
+from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.files.hashed import sha256
 
 
 @pytest.fixture
@@ -190,7 +190,9 @@ def test_a_manifest_without_end(copy):
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("name", ["../other/x.bin", "/etc/passwd", "engines/x", "..", MANIFEST, "a\0b", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../other/x.bin", "/etc/passwd", "engines/x", "..", MANIFEST, "a\0b", "a\\b"]
+)
 def test_a_manifest_that_lists_what_is_outside(copy, name):
     document = json.loads((copy / MANIFEST).read_text())
     document["files"][name] = {"bytes": 1, "sha256": "0" * 64}

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ditf.runtime.bundles.bundle import GOLDEN, Bundle
-from ditf.runtime.errors import BundleError
 from ditf.runtime.bundles.golden_file import Golden, read_golden
 from ditf.runtime.bundles.manifest import MANIFEST
+from ditf.runtime.errors import BundleError
 
 Change = Callable[[dict[str, np.ndarray]], object]
 

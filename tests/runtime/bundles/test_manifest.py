@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditf.runtime.errors import BundleError
 from ditf.runtime.bundles.manifest import MANIFEST, SCHEMA, Manifest, read_manifest, tool_versions
+from ditf.runtime.errors import BundleError
 
 # Bundles of earlier versions have none.
 OPTIONAL = ("conditions", "guidance", "text_tokens", "removed", "features_dtype", "pca", "vae")

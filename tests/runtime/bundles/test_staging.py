@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ditf.runtime.bundles.staging import check_output, staged
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.liveness import STALE, file_system_time
 from ditf.runtime.files.stage_folder import clear, exchange
-from ditf.runtime.bundles.staging import check_output, staged
 
 
 def manifest(text):
