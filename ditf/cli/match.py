@@ -308,7 +308,7 @@ def _draw(
     draw_flow: Path | None,
 ) -> None:
     """The pictures that were asked for."""
-    from ditf.runtime.drawing.flow import draw_flow
+    from ditf.runtime.drawing import flow as flow_picture
     from ditf.runtime.drawing.heat_map import draw_heat_map
     from ditf.runtime.drawing.matches import draw_matches
 
@@ -319,7 +319,7 @@ def _draw(
         picture = draw_heat_map(left, right, first, answer.heat)
         pictures.append((heat_map, picture))
     if draw_flow is not None and answer.flow is not None and answer.back is not None:
-        picture = draw_flow(left, right, answer.flow.field, answer.back.field)
+        picture = flow_picture.draw_flow(left, right, answer.flow.field, answer.back.field)
         pictures.append((draw_flow, picture))
     for path, picture in pictures:
         with replacing(path) as temporary:

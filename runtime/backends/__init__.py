@@ -51,12 +51,12 @@ BACKENDS = {entry.name: entry for entry in _ENTRIES}
 
 @dataclass(frozen=True)
 class Probe:
-    """What a backend finds of itself on this machine.
+    """Whether a backend works on this machine.
 
     Attributes:
-        available: it can open sessions.
-        detail: version and devices, or why it cannot open.
-        fix: the line that installs what is missing; empty when available.
+        available: whether it can open sessions.
+        detail: its version and devices, or the reason why it cannot open.
+        fix: the line that installs what is missing; empty if the backend is available.
     """
 
     available: bool
@@ -65,15 +65,15 @@ class Probe:
 
 
 class Session(Protocol):
-    """One opened graph.
+    """An opened graph.
 
     Attributes:
-        inputs, outputs: {name: shape} in the graph's order; None for a dynamic dimension.
-        detail: what runs it, for people: version and device.
-        batches: (smallest, largest) number of images, one for each profile; () where
-            any size does that `inputs` allows.
-        device_seconds: of the last run by the device's own clock; None where it has none.
-        device_bytes: of the device's memory that it holds; None where it does not know.
+        inputs, outputs: {name: shape} in the graph's order; a dynamic dimension is None.
+        detail: the version and device that run it, for people.
+        batches: the (smallest, largest) number of images of each profile; () if every size that `inputs`
+            allows will do.
+        device_seconds: the duration of the last run by the device's own clock; None if there is none.
+        device_bytes: the device memory that the session holds; None if it is not known.
     """
 
     inputs: dict[str, tuple[int | None, ...]]
@@ -93,12 +93,12 @@ class Session(Protocol):
         """Run the graph. Safe to call from several threads.
 
         Args:
-            feeds: arrays in host memory, or as an earlier run kept them.
-            keep: outputs that may stay in the device's memory: they have `shape`, `dtype` and `numpy()`.
+            feeds: arrays in host memory, or arrays that an earlier run kept in device memory.
+            keep: names of outputs that may stay in device memory; they have `shape`, `dtype` and `numpy()`.
         """
 
     def close(self) -> None:
-        """Free what the session holds. Running it afterwards is an error."""
+        """Free what the session holds. It must not be run afterwards."""
 
 
 class Backend(Protocol):

@@ -1,4 +1,4 @@
-"""Running a plan of TensorRT or TensorRT-RTX: buffers that stay, one stream, a CUDA graph a shape."""
+"""Running a plan of TensorRT or TensorRT-RTX, with buffers that stay and a CUDA graph for each shape."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8",
     "INT8": "int8", "BOOL": "bool",
 }  # fmt: skip
-_SHAPES_KEPT = 4  # contexts and graphs of the shapes used last
+_SHAPES_KEPT = 4  # contexts and graphs are kept for the shapes used last
 _ALIGNMENT = 256  # of scratch memory, bytes
 
 
@@ -41,23 +41,24 @@ class EngineSession:
     """A deserialised plan; see `ditf.runtime.backends.Session`.
 
     Each combination of input shapes has an execution context of its own, because a captured graph is tied
-    to its context. They share one scratch memory: a lock lets one run at a time.
+    to its context. All contexts share one scratch memory, so a lock lets only one run at a time.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        path: of the plan, for messages; plan: its bytes, verified, of an engine that fits this machine.
+        path: the plan's file, for messages.
+        plan: the plan's verified bytes, of an engine that fits this machine.
         detail: what runs it, for people.
-        graph: what a plan without weights is refitted from; None for a plan that has them.
-        kernels: where TensorRT-RTX keeps the kernels that it compiles on this machine.
-        host_code: let the plan run code of its own on the CPU, as a version-compatible one does.
+        graph: the graph that a plan without weights is refitted from; None for a plan that has its weights.
+        kernels: the file in which TensorRT-RTX keeps the kernels that it compiles on this machine.
+        host_code: allow the plan to run code of its own on the CPU, as a version-compatible plan does.
 
     Attributes:
-        device_seconds: of the last run by the GPU's clock, copies included.
-        device_bytes: of GPU memory: scratch and buffers, without the plan's weights.
+        device_seconds: the duration of the last run by the GPU's clock, copies included.
+        device_bytes: the GPU memory for scratch and buffers, without the plan's weights.
 
     Raises:
-        BundleError: the plan is refused.
-        OutOfDeviceMemory: it does not fit.
+        BundleError: TensorRT refuses the plan.
+        OutOfDeviceMemory: the engine does not fit into the GPU's memory.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class EngineSession:
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """Smallest and largest number of images, or of whatever the first input holds, for each profile."""
+        """The (smallest, largest) batch of each profile, by its image input or else its first input."""
         first = "image" if "image" in self.inputs else next(iter(self.inputs))
         return tuple((profile[first][0][0], profile[first][1][0]) for profile in self.profiles)
 
@@ -114,11 +115,11 @@ class EngineSession:
         """Run the plan.
 
         Args:
-            feeds: arrays in host memory, or in the GPU's as an earlier run kept them.
-            keep: outputs to leave in the GPU's memory, as `DeviceArray`s.
+            feeds: arrays in host memory, or `DeviceArray`s that an earlier run kept.
+            keep: names of outputs to leave in GPU memory, as `DeviceArray`s.
 
         Raises:
-            InputError: shapes or types that the plan does not take.
+            InputError: the plan does not take these shapes or types.
             DitfError: the GPU failed, or has too little memory. The session can be used again.
         """
         with self._lock:
@@ -141,7 +142,7 @@ class EngineSession:
             }
 
     def close(self) -> None:
-        """Free everything. Arrays that were kept stay valid."""
+        """Free all that the session holds. Arrays that were kept stay valid."""
         with self._lock:
             if self._closed:
                 return
@@ -158,10 +159,10 @@ class EngineSession:
             self._cuda.trim()
             self._watch.close()
             self._cuda("cudaStreamDestroy", self._stream)
-            self._engine = self._contexts = self._runtime = None  # in this order: TensorRT wants it
+            self._engine = self._contexts = self._runtime = None  # TensorRT requires this order
 
     def _profile(self, index: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """{input: (smallest, largest shape)}."""
+        """{input: (smallest shape, largest shape)} of a profile."""
         shapes = {}
         for name in self.inputs:
             smallest, _, largest = self._engine.get_tensor_profile_shape(name, index)
@@ -176,7 +177,7 @@ class EngineSession:
                 raise InputError(f"{name} must be {self._dtypes[name]}, got {feeds[name].dtype}")
 
     def _binding(self, shapes: Shapes) -> _Binding:
-        """The context of these shapes, with every address set."""
+        """The context for these input shapes, with every address set."""
         key = tuple(shapes.values())
         known = self._bindings.get(key)
         if known is not None:
@@ -201,7 +202,7 @@ class EngineSession:
         outputs = {name: tuple(int(n) for n in context.get_tensor_shape(name)) for name in self.outputs}
         grown = [self._reserve(name, shape) for name, shape in {**shapes, **outputs}.items()]
         if any([*grown, self._reserve_scratch(context.update_device_memory_size_for_shapes())]):
-            self._forget()  # graphs and contexts hold the old addresses
+            self._forget()  # existing graphs and contexts hold the old addresses
         for name in (*self.inputs, *self.outputs):
             context.set_tensor_address(name, self._buffers[name][0])
         if has(self._trt, "IExecutionContext.set_device_memory"):
@@ -215,7 +216,7 @@ class EngineSession:
         return binding
 
     def _execute(self, binding: _Binding) -> None:
-        """Launch the graph; the first run of a shape is plain, and the second captures."""
+        """Run a context: the first time directly, from the second time on as a captured CUDA graph."""
 
         def enqueue() -> None:
             if not binding.context.execute_async_v3(self._handle):
@@ -261,7 +262,7 @@ class EngineSession:
         return array
 
     def _reserve(self, name: str, shape: tuple[int, ...]) -> bool:
-        """See that a tensor's buffer is large enough; whether it moved."""
+        """Make a tensor's buffer large enough. Returns whether an existing buffer moved."""
         nbytes = max(1, int(np.prod(shape)) * self._dtypes[name].itemsize)
         address, had = self._buffers.get(name, (0, 0))
         if nbytes <= had:
@@ -294,7 +295,7 @@ class EngineSession:
 
 
 class _Binding:
-    """An execution context with its shapes and addresses set, and its CUDA graph once there is one."""
+    """An execution context with its shapes and addresses set, and its CUDA graph once it is captured."""
 
     def __init__(self, context: Any, outputs: Shapes) -> None:
         self.context = context

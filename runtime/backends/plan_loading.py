@@ -59,9 +59,9 @@ def load_plan(
 
 
 def invalidity(trt: Any, runtime: Any, plan: bytes) -> list[str]:
-    """What a plan's header says against running it here, as TensorRT-RTX names it; nothing is deserialised.
+    """The reasons in a plan's header why it cannot run here, as TensorRT-RTX names them.
 
-    Full TensorRT has no such question: engine.json answers it.
+    Nothing is deserialised. Full TensorRT has no such query: the list is empty, and engine.json decides.
     """
     if not has(trt, "Runtime.get_engine_validity") or not has(trt, "EngineInvalidityDiagnostics"):
         return []

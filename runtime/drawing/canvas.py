@@ -17,19 +17,19 @@ _SCALE = np.array(
 
 
 def fit(image: Image.Image) -> Image.Image:
-    """An image no larger than a picture holds."""
+    """Scale an image down to the largest size that a picture holds; a smaller one keeps its size."""
     return image.resize(fitted_size(image.size), Image.Resampling.LANCZOS)
 
 
 def fitted_size(size: Sequence[int]) -> tuple[int, int]:
-    """(width, height) that `fit` gives an image of (width, height)."""
+    """The (width, height) that `fit` gives to an image of (width, height)."""
     width, height = size
     scale = min(1.0, _HEIGHT / height, 2 * _HEIGHT / width)
     return max(1, round(width * scale)), max(1, round(height * scale))
 
 
 def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
-    """Images in a row, aligned at the top, on white."""
+    """Put images in a row on white, aligned at the top."""
     width = sum(image.width for image in images) + GAP * (len(images) - 1)
     canvas = Image.new("RGB", (width, max(image.height for image in images)), "white")
     left = 0
@@ -40,7 +40,7 @@ def side_by_side(images: Sequence[Image.Image]) -> Image.Image:
 
 
 def scale_colours(values: np.ndarray) -> np.ndarray:
-    """Numbers in 0..1 as colours from dark violet to yellow, uint8 [..., 3]."""
+    """Map numbers in 0..1 to colours from dark violet to yellow, uint8 [..., 3]."""
     position = np.clip(values, 0.0, 1.0) * (len(_SCALE) - 1)
     lower = np.minimum(position.astype(np.int64), len(_SCALE) - 2)
     weight = (position - lower)[..., None].astype(np.float32)
@@ -49,7 +49,7 @@ def scale_colours(values: np.ndarray) -> np.ndarray:
 
 
 def draw_scale(picture: Image.Image, what: str, low: float, high: float) -> None:
-    """What the colours mean, in the lower left corner; a picture too small for it stays as it is."""
+    """Draw the colour scale into the lower left corner. A picture too small for it is left as it is."""
     width, height = _LEGEND
     if picture.width < width + 12 or picture.height < 3 * height:
         return

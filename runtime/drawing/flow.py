@@ -10,15 +10,15 @@ from ditf.runtime.matching.flow import warp_image
 
 
 def draw_flow(source: Image.Image, target: Image.Image, field: np.ndarray, back: np.ndarray) -> Image.Image:
-    """Four images: source and target, and below them the flow and the source warped over the target.
+    """Draw source and target, and below them the flow and the source warped over the target.
 
-    In the flow's colours the hue is the direction (red is to the right, green down), the strength how far:
-    full at the length that a twentieth of the pixels exceed, which the caption gives. Where the flow is
-    right, the warped source, half transparent, falls onto the target.
+    In the flow's picture the hue is the direction (red is to the right, green down) and the saturation is the
+    length. A twentieth of the pixels is longer than the length of full saturation, which the caption gives.
+    Where the flow is right, the half-transparent warped source falls onto the target.
 
     Args:
-        source, target: RGB.
-        field: float32 [H, W, 2], flow from the source to the target.
+        source, target: RGB images.
+        field: float32 [H, W, 2], flow from the source to the target in pixels.
         back: the same from the target to the source.
     """
     length = float(np.percentile(np.linalg.norm(field, axis=2), 95))
@@ -37,7 +37,7 @@ def draw_flow(source: Image.Image, target: Image.Image, field: np.ndarray, back:
 
 
 def flow_colours(field: np.ndarray, length: float) -> np.ndarray:
-    """Flow as colours: the hue is the direction, the saturation its length over `length`; uint8 [H, W, 3]."""
+    """Colour a flow, uint8 [H, W, 3]: the hue is its direction, the saturation its length over `length`."""
     angle = np.arctan2(field[..., 1], field[..., 0]) / (2 * np.pi) % 1.0
     strength = np.clip(np.linalg.norm(field, axis=2) / max(length, 1e-6), 0.0, 1.0)
     channels = [np.rint(channel * 255).astype(np.uint8) for channel in (angle, strength, np.ones_like(angle))]
@@ -45,7 +45,7 @@ def flow_colours(field: np.ndarray, length: float) -> np.ndarray:
 
 
 def _caption(canvas: Image.Image, place: tuple[int, int], text: str) -> None:
-    """Text on white, its lower left corner at a place."""
+    """Write text on white, with its lower left corner at a place."""
     draw, font = ImageDraw.Draw(canvas), ImageFont.load_default(12)
     left, top, right, bottom = draw.textbbox(place, text, font, "ls")
     draw.rectangle((left - 4, top - 4, right + 4, bottom + 4), fill="white")

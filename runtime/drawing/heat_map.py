@@ -13,13 +13,15 @@ from ditf.runtime.drawing.canvas import GAP, draw_scale, fit, fitted_size, scale
 def draw_heat_map(
     source: Image.Image, target: Image.Image, point: Sequence[float] | np.ndarray, heat: np.ndarray
 ) -> Image.Image:
-    """The point in the source, and beside it the target under the cosines with it, its best pixel marked.
+    """Draw the source with the point marked, and beside it the target coloured by its cosines with the point.
+
+    The target's best pixel is marked. The highest cosine is yellow; the median and all below it are dark
+    violet, because a query's cosine says little on most pixels.
 
     Args:
-        source, target: RGB.
-        point: (x, y) px in the source.
-        heat: float32 [H, W] of the target's size; its highest value is yellow, its median and what is below
-            it dark violet: on most pixels a query's cosine says little.
+        source, target: RGB images.
+        point: (x, y) in pixels of the source.
+        heat: float32 [H, W] of the target's size, cosines.
     """
     left, right = fit(source), fit(target)
     colours, low, high = heat_colours(heat)
@@ -33,13 +35,14 @@ def draw_heat_map(
 
 
 def heat_colours(heat: np.ndarray) -> tuple[Image.Image, float, float]:
-    """A heat map's colours, and the cosines of the darkest and the brightest.
+    """Colour a heat map.
 
     Args:
-        heat: float32 [H, W].
+        heat: float32 [H, W], cosines.
 
     Returns:
-        RGB, as large as `fit` makes an image of H x W; the median and the maximum.
+        An RGB image, as large as `fit` makes an image of H x W; and the cosines of its darkest and brightest
+        colour, which are the median and the maximum.
     """
     low, high = float(np.median(heat)), float(heat.max())
     small = np.asarray(Image.fromarray(heat).resize(fitted_size(heat.shape[::-1]), Image.Resampling.BILINEAR))
@@ -47,7 +50,7 @@ def heat_colours(heat: np.ndarray) -> tuple[Image.Image, float, float]:
 
 
 def _mark(canvas: Image.Image, place: np.ndarray) -> None:
-    """A white ring with a black border around a place."""
+    """Draw a white ring with a black border around a place."""
     draw = ImageDraw.Draw(canvas)
     x, y = place
     for radius, colour, width in ((8, "black", 4), (7, "white", 2)):

@@ -16,15 +16,15 @@ _LABELLED = 40  # with more matches than this, no score is written beside them
 def draw_matches(
     source: Image.Image, target: Image.Image, points: np.ndarray, matches: Matches
 ) -> Image.Image:
-    """Both images side by side, each point and its match in one colour, lines coloured by score.
+    """Draw both images side by side, with a line from each point to its match.
 
-    Up to 40 matches have colours of their own and scores beside them; of more, the colour says where in the
-    source the point is.
+    A point and its match have the same colour, and the line's colour shows the score. Up to 40 matches get a
+    colour each and their score as text. With more matches, a point's colour shows where in the source it is.
 
     Args:
-        source, target: RGB.
-        points: [N, 2], (x, y) px in the source.
-        matches: in the target.
+        source, target: RGB images.
+        points: [N, 2], (x, y) in pixels of the source.
+        matches: the matches of these points in the target.
 
     Returns:
         An RGB picture at most 640 px high.
@@ -40,11 +40,11 @@ def draw_matches(
     overlay = Image.new("RGBA", canvas.size)
     draw = ImageDraw.Draw(overlay)
     faint = round(min(150, max(40, 20_000 / max(len(points), 1))))
-    order = np.argsort(matches.scores, kind="stable")  # the best on top
+    order = np.argsort(matches.scores, kind="stable")  # the best matches are drawn last, on top
     for index in order:
         line = (*starts[index], *ends[index])
         if few:
-            draw.line(line, fill=(255, 255, 255, 110), width=4)  # else dark lines vanish on dark images
+            draw.line(line, fill=(255, 255, 255, 110), width=4)  # keeps dark lines visible on dark images
         draw.line(line, fill=(*lines[index], 255 if few else faint), width=2 if few else 1)
     radius = 4 if few else 3
     for index in order:
@@ -71,7 +71,7 @@ def _hue(index: int, count: int) -> tuple[int, int, int]:
 
 
 def _place(point: np.ndarray, size: tuple[int, int]) -> tuple[int, int, int]:
-    """A colour that changes over the image: the hue to the right, paler downwards."""
+    """A colour for a place in the image: the hue changes to the right, and colours get paler downwards."""
     x, y = (point + 0.5) / size
     red, green, blue = colorsys.hsv_to_rgb(0.85 * x, 1.0 - 0.65 * y, 1.0)
     return round(red * 255), round(green * 255), round(blue * 255)
