@@ -1,11 +1,11 @@
-"""Bulk extraction over a Ray cluster: tasks read images, actors hold the engine, all write to one store.
+"""Extraction over a Ray cluster: tasks read images, actors hold engines, and all actors write to one store.
 
-Ray Data streams from one to the other: images are read, hashed and resized on any CPU, a few batches ahead
-of the engines and no more. (Where nothing has a GPU it makes one step of both.) A map is written by the actor
-that computed it (`store_writer` says why that is safe); rows of text come back. What a killed process had in
-hand is given to another by Ray.
+Ray Data streams from the tasks to the actors. Images are read, hashed and resized on any CPU, only a few
+batches ahead of the engines. (Without GPUs, Ray Data fuses both steps.) The actor that computes a map also
+writes it, which is safe because maps appear whole (see `writer`); only rows of text come back. If a process
+is killed, Ray gives its rows to another.
 
-Bundle, images and store are seen by every machine under the same paths, on a shared file system.
+All machines must see the bundle, the images and the store under the same paths, on a shared file system.
 """
 
 from __future__ import annotations
@@ -41,24 +41,27 @@ from ditf.runtime.store.ray_connection import cpus
 from ditf.runtime.store.writer import StoreWriter
 
 COMPUTED, KEPT, FAILED, PENDING, FATAL = "computed", "kept", "failed", "pending", "fatal"
-"""What became of an image. Fatal is what no image is to blame for; it ends the run, with its reason."""
+"""The states of an image. Fatal stands for a failure that is not due to an image; it ends the run."""
 
-_CPUS = 0.5  # of a task that reads, and of an actor: both fit wherever there is a CPU
-_TASK = 32  # images of a task at most: what a lost one takes with it
-_TASKS_A_WORKER = 8  # at least, so that all have something to do until the end
+_CPUS = 0.5  # CPUs of a reading task, and of an actor, so that both fit on one CPU
+_TASK = 32  # the most images of a task, which are lost if the task is
+_TASKS_A_WORKER = 8  # at least so many, so that all workers are busy until the end
 
 _Columns = dict[str, Any]
-"""_Columns of a batch of rows, as Ray Data has them: arrays of the same length."""
+"""A batch of rows as Ray Data represents it: {column: array}, all of the same length."""
 
 
 @dataclass(frozen=True)
 class ExtractionJob:
-    """What every process of the cluster is told.
+    """What every process of the cluster needs to know.
 
     Attributes:
-        bundle, store: absolute, the same everywhere; trust: what every process accepts of the bundle.
-        size: (H, W) px of the engine's input.
-        identity: of the store's maps; prompt, fit, backend: see `ditf.runtime.load`.
+        bundle, store: absolute paths, the same on all machines.
+        trust: what every process accepts of the bundle.
+        size: the size (H, W) of the engine's input in pixels.
+        identity: what the store's maps have in common.
+        prompt: see `Model.features`.
+        fit, backend: see `ditf.runtime.load`.
         started_ns: when the run began, by the clock of the store's file system.
     """
 
@@ -79,8 +82,8 @@ class ExtractionJob:
         """A job that starts now.
 
         Args:
-            bundle: opened, as every worker will open it.
-            writer: opened.
+            bundle: the opened bundle; every worker will open it in the same way.
+            writer: the opened store.
         """
         signers = bundle.trust.signers
         trust = replace(bundle.trust, signers=None if signers is None else signers.resolve())
@@ -99,7 +102,7 @@ class ExtractionJob:
         )
 
     def writer(self) -> StoreWriter:
-        """For the process that this is called in.
+        """The store's writer in this process.
 
         Raises:
             InputError: this machine does not see the store.
@@ -112,7 +115,7 @@ class ExtractionJob:
         return StoreWriter(self.store, self.identity)
 
     def found(self, writer: StoreWriter, name: str, image_sha256: str) -> str | None:
-        """Whether a map is there: kept from an earlier run, or computed in this one, by a lost process."""
+        """KEPT if an earlier run wrote the map, COMPUTED if a lost process of this run did, else None."""
         if not writer.has(name, image_sha256):
             return None
         written = map_path(self.store, name).stat().st_mtime_ns
@@ -124,7 +127,7 @@ _NOTHING |= dict.fromkeys(("height", "width", "rows", "columns"), 0)
 
 
 def _fatal_as_rows(step: Callable[..., _Columns]) -> Callable[..., _Columns]:
-    """A step whose expected failures come back as rows: of an exception, Ray would bring a text alone."""
+    """Return a step's expected failures as rows, because Ray would reduce an exception to its text."""
 
     @functools.wraps(step)
     def careful(*arguments: Any, **options: Any) -> _Columns:
@@ -143,14 +146,15 @@ def _fatal_as_rows(step: Callable[..., _Columns]) -> Callable[..., _Columns]:
 
 @_fatal_as_rows
 def prepare(batch: _Columns, job: ExtractionJob) -> _Columns:
-    """Read images, unless their maps are there.
+    """Read images whose maps are not there yet.
 
     Args:
-        batch: `name` and `path` of images.
+        batch: the columns `name` and `path` of images.
 
     Returns:
-        name; state; reason, of what failed; image_sha256; pixels, their bytes at the
-        engine's size; height, width, of the original; rows, columns, of the pixels that it covers.
+        The columns name; state; reason, for images that failed; image_sha256; pixels, the bytes at the
+        engine's size; height and width of the original; rows and columns of the pixels that the image
+        covers.
     """
     writer = job.writer()
     rows = []
@@ -173,10 +177,10 @@ def prepare(batch: _Columns, job: ExtractionJob) -> _Columns:
 
 
 class Extractor:
-    """An actor: an open bundle that computes and stores what `prepare` has read.
+    """An actor that holds an open bundle, and computes and stores the images that `prepare` has read.
 
-    The bundle is opened by the first batch, not when the actor is made: what is wrong then has a reason,
-    where Ray would only say that an actor died.
+    The bundle is opened with the first batch and not when the actor is made, so that a failure can be
+    reported with its reason. Otherwise Ray would only report that an actor died.
     """
 
     def __init__(self, job: ExtractionJob) -> None:
@@ -185,10 +189,10 @@ class Extractor:
 
     @_fatal_as_rows
     def __call__(self, batch: _Columns) -> _Columns:
-        """Compute what is pending.
+        """Compute the pending images.
 
         Returns:
-            name, state, reason; loss: what rounding cost, of a map that was computed.
+            The columns name, state, reason, and loss, the rounding error of the maps that were computed.
         """
         if FATAL in batch["state"]:
             return {name: batch[name] for name in ("name", "state", "reason", "loss")}
@@ -229,7 +233,7 @@ class Extractor:
 
 
 def _pending(batch: _Columns, index: int, size: tuple[int, int]) -> Pending:
-    """A row of what `prepare` gives."""
+    """The image in one row of the result of `prepare`."""
     height, width, rows, columns = (int(batch[n][index]) for n in ("height", "width", "rows", "columns"))
     pixels = np.frombuffer(batch["pixels"][index], np.uint8).reshape(*size, 3)
     image = FittedImage(pixels, (rows, columns), (height, width))
@@ -242,20 +246,21 @@ def extract_with_ray(
     workers: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Extraction:
-    """Compute the maps that a store does not have yet, on the cluster that is connected.
+    """Compute the maps that a store does not have yet, on the connected cluster.
 
     Args:
-        images: an image twice is computed once.
-        workers: actors; by default one for each GPU, and where there are none one for each machine, whose
-            cores an engine shares out by itself. More than there are GPUs share them.
-        progress: called with the name of every image, as it is done.
+        images: the image files; one that is listed twice is computed once.
+        workers: the number of actors. The default is one for each GPU, or without GPUs one for each machine,
+            because an engine uses all cores by itself. If there are more actors than GPUs, they share them.
+        progress: called with the name of every image when it is done.
 
     Returns:
-        What was done. Computed, even if its process did not live to tell, is what was written in this run.
+        The result. All maps that were written in this run count as computed, even if the process that wrote
+        one was killed before it could report.
 
     Raises:
         InputError: no worker can open the bundle.
-        MissingComponent: a worker lacks something, or Ray failed.
+        MissingComponent: a worker lacks a component, or Ray failed.
     """
     import ray.data
 
@@ -309,12 +314,12 @@ def extract_with_ray(
 
 
 def expected_failure(code: int, problem: str, fix: str) -> DitfError:
-    """The error that another process told of, by its exit code."""
+    """Rebuild the error that another process reported, from its exit code and texts."""
     return (MissingComponent if code == MissingComponent.exit_code else InputError)(problem, fix)
 
 
 def _columns(rows: Sequence[dict[str, Any]]) -> _Columns:
-    """Rows as columns."""
+    """Turn rows into columns."""
     return {
         name: np.array([row[name] for row in rows], object if isinstance(rows[0][name], bytes) else None)
         for name in rows[0]

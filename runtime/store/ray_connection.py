@@ -15,15 +15,15 @@ from ditf.runtime.errors import InputError, missing_extra
 
 @contextmanager
 def connected(address: str | None, verbose: bool) -> Iterator[str]:
-    """A connection to a Ray cluster, which is closed in the end, with the cluster if it was started here.
+    """Connect to a Ray cluster while the block runs. A cluster that is started here is stopped at the end.
 
     Args:
-        address: of a cluster, as `ray.init` takes it: "auto", "local", "host:port", "ray://host:10001". None
-            is RAY_ADDRESS, else a cluster that runs on this machine, else one that is started.
-        verbose: let Ray say on stderr what it does.
+        address: the cluster, as `ray.init` takes it: "auto", "local", "host:port" or "ray://host:10001". None
+            stands for RAY_ADDRESS, else a cluster that runs on this machine, else a new one.
+        verbose: let Ray write its log to stderr.
 
     Yields:
-        What it is, for people.
+        A description of the cluster, for people.
 
     Raises:
         MissingComponent: Ray is not installed.
@@ -49,13 +49,13 @@ def connected(address: str | None, verbose: bool) -> Iterator[str]:
         place = address or os.environ.get("RAY_ADDRESS", "this machine")
         raise _no_cluster(place, " ".join(str(error).split())) from error
     finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray sets its own, which ends the process as it stands
+        signal.signal(signal.SIGTERM, handler)  # Ray sets a handler that ends the process at once
     try:
         nodes = [node for node in ray.nodes() if node["Alive"]]
         gpus = int(ray.cluster_resources().get("GPU", 0))
         yield f"Ray {ray.__version__}, machines: {len(nodes)}, CPUs: {cpus(ray):g}, GPUs: {gpus}"
     finally:
-        waits = "wait_for_processes" in inspect.signature(ray.shutdown).parameters  # not in older ones
+        waits = "wait_for_processes" in inspect.signature(ray.shutdown).parameters  # older versions lack it
         ray.shutdown(**({"wait_for_processes": True} if waits else {}))
 
 
@@ -65,10 +65,10 @@ def cpus(ray: Any) -> float:
 
 
 def _check_answers(address: str | None) -> None:
-    """Whether anything listens where a cluster is said to be: Ray itself waits for minutes.
+    """Check that something listens at a cluster's address, because Ray itself would wait for minutes.
 
     Raises:
-        InputError: nothing does.
+        InputError: nothing listens.
     """
     place = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://")
     host, colon, port = place.rpartition(":")

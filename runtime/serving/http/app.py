@@ -1,4 +1,4 @@
-"""The application: routes, failures as JSON, and the gate around them."""
+"""Assembling the web application: the routes, errors as JSON, and the gate around them."""
 
 from __future__ import annotations
 
@@ -30,18 +30,19 @@ _DESCRIPTION = (
 def make_app(
     service: Service, metrics: ServerMetrics, api_key: str | None = None, hosts: Collection[str] | None = None
 ) -> RequestGate:
-    """The ASGI application of a service.
+    """Make the ASGI application of a service.
 
     Args:
-        service: what is served; metrics: its observer.
+        service: the service.
+        metrics: the service's observer.
         api_key, hosts: see `RequestGate`.
     """
-    MultiPartParser.spool_max_size = service.limits.body_bytes  # bodies are in memory already
+    MultiPartParser.spool_max_size = service.limits.body_bytes  # bodies are already in memory
     app = FastAPI(
         title="ditf",
         version=ditf.__version__,
         description=_DESCRIPTION,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
         exception_handlers={
             DitfError: _expected,

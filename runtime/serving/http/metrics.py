@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
 class ServerMetrics:
-    """A registry of its own, and an `Observer` of the worker and the service."""
+    """Metrics in a registry of their own. It is the `Observer` of the worker and the service."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -68,15 +68,15 @@ class ServerMetrics:
         self._failures.inc()
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         self._requests.labels(endpoint, str(status)).inc()
         self._request.labels(endpoint).observe(seconds)
 
     def text(self, **gauges: float) -> bytes:
-        """The exposition.
+        """The metrics in Prometheus' text format.
 
         Args:
-            gauges: their values now, without the prefix.
+            gauges: the current values of the gauges, by name without the prefix.
         """
         for name, value in gauges.items():
             self._gauges[f"ditf_{name}"].set(value)

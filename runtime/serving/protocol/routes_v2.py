@@ -52,7 +52,7 @@ class V2Routes:
     are also called without its name.
 
     Args:
-        ready: whether requests are let in.
+        ready: returns whether requests are let in.
     """
 
     def __init__(self, service: Service, ready: Callable[[], bool]) -> None:
@@ -67,11 +67,11 @@ class V2Routes:
 
     @property
     def names(self) -> list[str]:
-        """Of all models."""
+        """The names of all models."""
         return list(self._models)
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the routes. They are not in the OpenAPI document: the protocol has its own."""
+        """Add the routes. They are left out of the OpenAPI document, because the protocol has its own."""
         model = "/v2/models/{model}"
         routes: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
             (LIVE, self.live, "GET"),
@@ -148,10 +148,10 @@ class V2Routes:
         )
 
     def _found(self, request: Request) -> tuple[str, str, ModelSpec]:
-        """Name, bundle and tensors of the model that a path names.
+        """The name, bundle and tensors of the model that a path names.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such model.
         """
         name, version = request.path_params["model"], request.path_params.get("version", VERSION)
         if name not in self._models:
