@@ -21,7 +21,7 @@ from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
 from ditf.export.planning.options import ExportOptions
 from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN
-from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, TARGETS, load
+from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, TARGETS, load_flavour
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError
 
@@ -40,7 +40,7 @@ def main() -> None:
     bench.parser.add_argument("--xl", action="store_true", help="PixArt-XL/2's geometry too")
     arguments = bench.parse()
     quieten_libraries()
-    bench.start(**{"tensorrt-rtx": load(RTX.name).__version__})
+    bench.start(**{"tensorrt-rtx": load_flavour(RTX.name).__version__})
     rows: list[dict[str, Any]] = []
     with workplace() as folder:
         for family, save in list(SAVE.items())[: 1 if bench.smoke else None]:
@@ -81,7 +81,7 @@ def measure(path: Path, target: str) -> dict[str, Any]:
     bundle = Bundle.open(path)
     batch = PROFILE if bundle.manifest.batch == "dynamic" else []
     try:
-        record = build(bundle, RTX, load(RTX.name), BuildOptions(target), batch, force=True).record
+        record = build(bundle, RTX, load_flavour(RTX.name), BuildOptions(target), batch, force=True).record
     except BundleError as error:
         return {"refused": error.problem}
     sizes = {plan: listed["bytes"] for plan, listed in record.plans.items()}

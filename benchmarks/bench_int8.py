@@ -37,7 +37,7 @@ from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.options import DEFAULT_OPSET, ExportOptions
 from ditf.export.planning.plan import make_plan
-from ditf.runtime.backends.flavour import load
+from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.onnx_graph import Graph
 
 THREADS = 1
@@ -92,7 +92,7 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
         found[side] = {"metrics": accuracy(graph, known), "bytes": graph_bytes(path)}
         if precision.maxima is not None:
             found[side]["rtx_bytes"] = len(
-                compile_plan(load("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89")).plan
+                compile_plan(load_flavour("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89")).plan
             )
         disabled = () if precision.maxima is None else ("MatMulAddFusion",)  # as the runtime opens int8
         sessions[side] = open_session(path, THREADS, disabled)

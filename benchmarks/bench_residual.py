@@ -42,7 +42,7 @@ from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.options import DEFAULT_OPSET
-from ditf.runtime.backends.flavour import load
+from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.onnx_graph import Graph
 
 THREADS = 1
@@ -71,7 +71,7 @@ def main() -> None:
                 actual = module(latents[0]).to(torch.float32).numpy()
             write_onnx(module, {"latents": latents[0]}, ["features"], path, DEFAULT_OPSET)
             del module
-            engine = compile_plan(load("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89"))
+            engine = compile_plan(load_flavour("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89"))
             kinds = [node.op_type for node in onnx.load(path, load_external_data=False).graph.node]
             results[side] = {
                 "nodes": len(kinds),

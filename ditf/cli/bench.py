@@ -24,7 +24,7 @@ from ditf.cli.support.paths import check_picture, check_writable
 from ditf.export.planning.options import parse_size
 from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import Bundle
-from ditf.runtime.bundles.manifest import NAME
+from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.json_file import read_json
@@ -132,7 +132,7 @@ def bench(
         json_file,
         {
             "bundle": str(bundle),
-            "bundle_sha256": sha256(opened.path / NAME),
+            "bundle_sha256": sha256(opened.path / MANIFEST),
             "backend": name,
             "detail": detail,
             "image_size": list(size),

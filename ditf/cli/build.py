@@ -17,7 +17,7 @@ from ditf.engines.build import Built, prune
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
 from ditf.runtime.backends.engine_records import engine_folders, read_record, verify_plans
-from ditf.runtime.backends.flavour import PORTABLE, TARGETS, choose
+from ditf.runtime.backends.flavour import PORTABLE, TARGETS, choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
 
@@ -92,7 +92,7 @@ def build_targets(
 ) -> list[Built]:
     """Build for every target of a comma-separated list, and say what came of it."""
     targets = parse_targets(target)
-    flavour, trt = choose(backend)
+    flavour, trt = choose_flavour(backend)
     say(f"{flavour.name} {trt.__version__}" + (" (auto)" if backend == "auto" else ""))
     built = []
     for one in targets:

@@ -15,10 +15,10 @@ from ditf.cli.support.output import bytes_text, show, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import stages
 from ditf.export.planning.options import ExportOptions
-from ditf.runtime.backends.flavour import choose
+from ditf.runtime.backends.flavour import choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.staging import check_output
 from ditf.runtime.errors import InputError
-from ditf.runtime.files.staging import check_output
 
 
 @verb()
@@ -40,7 +40,7 @@ def export(
     if target is not None and not build:
         raise InputError("--target is of an engine", "add --build")
     if build:
-        choose("auto")  # or fail before the long work
+        choose_flavour("auto")  # or fail before the long work
     with needs_exporter():
         from ditf.export.exporter import export_bundle, stage_count
         from ditf.export.planning.save_prompt import save_prompt

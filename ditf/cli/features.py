@@ -30,8 +30,8 @@ from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import FITS, SUFFIXES, find_images
 from ditf.runtime.store.extraction import Extraction, extract, image_name
-from ditf.runtime.store.extraction_ray import Job
-from ditf.runtime.store.feature_store import DTYPES, StoreIdentity, narrowed
+from ditf.runtime.store.extraction_ray import ExtractionJob
+from ditf.runtime.store.feature_store import STORE_DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store.ray_driver import ray_cluster
 from ditf.runtime.store.writer import StoreWriter
 
@@ -79,8 +79,10 @@ def features(
     .npz file, which holds, for image i: features_i [C, h, w], image_size_i (H, W) and extent_i, the rows and
     columns of the map that the image covers; and `names`, in order.
     """
-    if features_dtype is not None and features_dtype not in DTYPES:
-        raise InputError(f"--features-dtype {features_dtype!r} is not {' or '.join(DTYPES)}", "leave it out")
+    if features_dtype is not None and features_dtype not in STORE_DTYPES:
+        raise InputError(
+            f"--features-dtype {features_dtype!r} is not {' or '.join(STORE_DTYPES)}", "leave it out"
+        )
     if engine not in ENGINES:
         raise InputError(f"unknown engine {engine!r}", f"choose one of {', '.join(ENGINES)}")
     if engine != "ray" and (ray_address is not None or workers is not None):
@@ -102,13 +104,13 @@ def features(
         raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
     paths = _listed(images or (), inputs or ())
     opened = open_bundle(bundle)
-    writer = StoreWriter(output, StoreIdentity.of(opened, fit, prompt, features_dtype or DTYPES[0]))
+    writer = StoreWriter(output, StoreIdentity.of(opened, fit, prompt, features_dtype or STORE_DTYPES[0]))
     count = len({image_name(path) for path in paths})
     if engine == "ray":
         with ray_cluster(ray_address, state.verbose) as cluster:
             say(f"{bundle} on {cluster.detail}")
             with writer, stages(count) as progress:
-                job = Job.of(opened, writer, prompt, fit, backend)
+                job = ExtractionJob.of(opened, writer, prompt, fit, backend)
                 done = cluster.extract(job, paths, workers, progress)
     else:
         with open_model(opened, backend, fit) as model:

@@ -29,8 +29,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import SUFFIXES, open_image
 from ditf.runtime.matching.flow import Flow
-from ditf.runtime.matching.homography import METHODS as HOMOGRAPHIES
-from ditf.runtime.matching.homography import cell_threshold, find_homography, opencv
+from ditf.runtime.matching.homography import HOMOGRAPHY_METHODS, cell_threshold, find_homography, opencv
 from ditf.runtime.matching.mutual import check_options, mutual_points
 from ditf.runtime.matching.points import check_points, parse_points
 from ditf.runtime.matching.soft_argmax import check_method
@@ -151,8 +150,10 @@ def match(
         check_method(method)
     check_options(max_matches=max_matches, ratio=ratio)
     if homography is not None:
-        if homography not in HOMOGRAPHIES:
-            raise InputError(f"unknown method {homography!r}", f"choose one of {', '.join(HOMOGRAPHIES)}")
+        if homography not in HOMOGRAPHY_METHODS:
+            raise InputError(
+                f"unknown method {homography!r}", f"choose one of {', '.join(HOMOGRAPHY_METHODS)}"
+            )
         opencv()
     left, right = open_image(source), open_image(target)
     queries = check_points(given or _grid(left.size, grid or 0), (left.height, left.width))
@@ -299,17 +300,18 @@ def _draw(
     draw_flow: Path | None,
 ) -> None:
     """The pictures that were asked for."""
-    from ditf.runtime import drawing_dense
-    from ditf.runtime.drawing import draw_matches
+    from ditf.runtime.drawing import flow as flow_picture
+    from ditf.runtime.drawing.heat_map import draw_heat_map
+    from ditf.runtime.drawing.matches import draw_matches
 
     pictures: list[tuple[Path, Image.Image]] = []
     if output is not None:
         pictures.append((output, draw_matches(left, right, answer.points, answer.matches)))
     if heat_map is not None and first is not None and answer.heat is not None:
-        picture = drawing_dense.draw_heat_map(left, right, first, answer.heat)
+        picture = draw_heat_map(left, right, first, answer.heat)
         pictures.append((heat_map, picture))
     if draw_flow is not None and answer.flow is not None and answer.back is not None:
-        picture = drawing_dense.draw_flow(left, right, answer.flow.field, answer.back.field)
+        picture = flow_picture.draw_flow(left, right, answer.flow.field, answer.back.field)
         pictures.append((draw_flow, picture))
     for path, picture in pictures:
         with replacing(path) as temporary:

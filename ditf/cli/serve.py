@@ -22,7 +22,7 @@ from ditf.cli.support.state import state
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.files.reading import open_regular
-from ditf.runtime.serving.limits import MIB, SCORES_PER_S, Limits
+from ditf.runtime.serving.limits import CACHE_BYTES, MIB, Batching, Limits
 
 KEY_VARIABLE = "DITF_API_KEY"
 
@@ -47,29 +47,31 @@ def serve(
     ] = None,
     batch_delay: Annotated[
         float, typer.Option(metavar="MS", min=0, max=1000, help="How long an image waits for others.")
-    ] = 5.0,
+    ] = Batching.delay_s * 1e3,
     max_batch: Annotated[
         int,
         typer.Option(
             metavar="N", min=1, max=1024, help="Images in a call, of a bundle with --batch dynamic."
         ),
-    ] = 8,
+    ] = Batching.images,
     queue: Annotated[
         int, typer.Option(metavar="N", min=1, max=100_000, help="Requests at once; more are answered 503.")
-    ] = 64,
+    ] = Limits.requests,
     deadline: Annotated[
         float, typer.Option(metavar="S", min=0.001, help="A request that waited longer is answered 504.")
-    ] = 30.0,
-    max_body: Annotated[float, typer.Option(metavar="MIB", min=0.001, help="Of one request.")] = 64.0,
+    ] = Limits.deadline_s,
+    max_body: Annotated[
+        float, typer.Option(metavar="MIB", min=0.001, help="Of one request.")
+    ] = Limits.body_bytes / MIB,
     max_pixels: Annotated[
         float, typer.Option(metavar="MPX", min=0.001, help="Of one image, in millions.")
-    ] = 32.0,
+    ] = Limits.pixels / 1e6,
     cache: Annotated[
         float, typer.Option(metavar="MIB", min=0, help="Of features of images seen before; 0 for none.")
-    ] = 256.0,
+    ] = CACHE_BYTES / MIB,
     drain: Annotated[
         float, typer.Option(metavar="S", min=0, help="To finish what is in flight, on SIGTERM.")
-    ] = 30.0,
+    ] = Limits.drain_s,
     log_format: Annotated[
         str, typer.Option(metavar="auto|json|text", help="Of the log, on stderr; auto: text on a terminal.")
     ] = "auto",
@@ -84,25 +86,15 @@ def serve(
         from ditf.runtime.serving.http import logs
         from ditf.runtime.serving.http.app import make_app
         from ditf.runtime.serving.http.descriptors import fit_connections
-        from ditf.runtime.serving.http.metrics import Metrics
+        from ditf.runtime.serving.http.metrics import ServerMetrics
         from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
-        from ditf.runtime.serving.service import Batching, Service
+        from ditf.runtime.serving.service import Service
     except ImportError as error:
         raise missing_extra(error.name or "fastapi", "serve") from None
     if log_format not in logs.FORMATS:
         raise InputError(f"--log-format {log_format!r} is not {', '.join(logs.FORMATS)}")
     limits = fit_connections(
-        Limits(
-            requests=queue,
-            images=2 * queue,
-            connections_each=2 * queue,
-            body_bytes=int(max_body * MIB),
-            buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
-            pixels=int(max_pixels * 1e6),
-            scores=max(1, int(deadline * SCORES_PER_S)),
-            deadline_s=deadline,
-            drain_s=drain,
-        )
+        Limits.for_server(queue, deadline, int(max_body * MIB), int(max_pixels * 1e6), drain)
     )
     key = _api_key(api_key_file)
     names = _names(bundles)
@@ -116,7 +108,7 @@ def serve(
         for name, path in names.items():
             models[name] = model = Model(open_bundle(path), backend, fit)
             _tell("opened", bundle=str(path), backend=model.detail, reason=model.reason)
-        metrics = Metrics()
+        metrics = ServerMetrics()
         service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)
         try:
             service.warm_up()

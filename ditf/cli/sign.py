@@ -18,8 +18,8 @@ from ditf.runtime.backends.engine_records import (
     verify_plans,
 )
 from ditf.runtime.bundles.bundle import Bundle
-from ditf.runtime.bundles.manifest import NAME, manifest_content, parse_manifest
-from ditf.runtime.bundles.signing import SUFFIX, signature, still_signed
+from ditf.runtime.bundles.manifest import MANIFEST, manifest_content, parse_manifest
+from ditf.runtime.bundles.signing import SIGNATURE_SUFFIX, signature, still_signed
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import write_whole
 
@@ -41,18 +41,18 @@ def sign(
     of all other files; the signatures lie beside them.
     """
     check_writable(json_file, inputs=(bundle, key))
-    contents = {bundle / NAME: manifest_content(bundle)}
-    opened = Bundle(bundle, parse_manifest(bundle, contents[bundle / NAME]))
+    contents = {bundle / MANIFEST: manifest_content(bundle)}
+    opened = Bundle(bundle, parse_manifest(bundle, contents[bundle / MANIFEST]))
     opened.verify(opened.manifest.files)
     for folder in engine_folders(bundle):
         content = record_content(folder)
         verify_plans(folder, parse_record(folder, content))
         contents[folder / RECORD] = content
     for path, content in contents.items():
-        _check_place(path.with_name(path.name + SUFFIX), content)
+        _check_place(path.with_name(path.name + SIGNATURE_SUFFIX), content)
     signed = {path: signature(content, key) for path, content in contents.items()}
     for path, made in signed.items():
-        write_whole(path.with_name(path.name + SUFFIX), made)
+        write_whole(path.with_name(path.name + SIGNATURE_SUFFIX), made)
         show(f"signed {path}")
     write_json(json_file, {"bundle": str(bundle), "signed": [str(path) for path in signed]})
 

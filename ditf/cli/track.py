@@ -28,7 +28,7 @@ from ditf.runtime import Matches, Model, Propagator
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import list_images, open_image, picture_count
-from ditf.runtime.label_images import read_labels, write_labels
+from ditf.runtime.label_images import read_label_image, write_label_image
 from ditf.runtime.matching.points import check_points, parse_points
 
 
@@ -74,7 +74,7 @@ def track(
     image = open_image(source)
     size = (image.height, image.width)
     queries = check_points(parse_points(points or []), size)
-    mask = None if labels is None else read_labels(labels, size)
+    mask = None if labels is None else read_label_image(labels, size)
     frames = _frames(frames)
     if output is not None:
         if output.exists() and not output.is_dir():
@@ -140,7 +140,7 @@ def _points(
         rows.append((str(frame), *places, f"{matches.scores.min():.4f}"))
     show(table(rows))
     if output is not None:
-        from ditf.runtime.drawing import draw_matches
+        from ditf.runtime.drawing.matches import draw_matches
 
         for index, (frame, matches) in enumerate(zip(frames, found, strict=True)):
             with replacing(output / f"{index:06d}.png") as temporary:
@@ -179,7 +179,7 @@ def _labels(
             found = propagator.update(model.features(frame, prompt=prompt))
             path = output / f"{index:06d}.png"
             with replacing(path) as temporary:
-                write_labels(temporary, found, palette)
+                write_label_image(temporary, found, palette)
             pixels = np.bincount(found.ravel(), minlength=256)[values]
             rows.append((str(frame), *(f"{count / found.size:.2%}" for count in pixels)))
             counts = {str(value): int(count) for value, count in zip(values, pixels, strict=True)}

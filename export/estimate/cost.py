@@ -30,7 +30,7 @@ from ditf.export.graph.features import FeatureSettings, FeaturesGraph
 from ditf.export.graph.match import MatchGraph
 from ditf.export.graph.precision import FLOAT32
 from ditf.export.planning.plan import Plan
-from ditf.runtime.backends.engine_records import POINTS
+from ditf.runtime.backends.engine_records import MATCH_PLAN_POINTS
 
 VAE, CONDITIONING, EMBEDDERS = "VAE encoder", "conditioning", "embedders"
 GEMMS, ATTENTION, TAIL, MATCHING = "GEMMs of the blocks", "attention", "tail", "matching"
@@ -242,7 +242,7 @@ def _weight_bytes(graph: FeaturesGraph, quantised: set[nn.Module]) -> int:
 def _matching(plan: Plan) -> tuple[Work, int]:
     """match.onnx for `MATCH_POINTS` points, as many at a time as an engine takes; its peak in bytes."""
     features = (1, plan.family.channels, *plan.grid)
-    (h, w), (height, width), points = plan.grid, MATCH_IMAGE, POINTS[-1]
+    (h, w), (height, width), points = plan.grid, MATCH_IMAGE, MATCH_PLAN_POINTS[-1]
     given = [torch.empty(features, dtype=plan.output_dtype, device="meta") for _ in range(2)]
     shapes = ((points, h), (points, w), (height, h), (width, w))
     ledger = keep_ledger(MatchGraph(), *given, *(torch.empty(shape, device="meta") for shape in shapes))

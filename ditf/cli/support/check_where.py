@@ -15,7 +15,7 @@ from ditf.cli.support.output import show, table
 from ditf.runtime.backends.engine_records import engine_folders
 from ditf.runtime.bundles.bundle import FEATURES, Bundle
 from ditf.runtime.bundles.golden_file import Golden
-from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.features_runner import FeaturesRunner
 
 _SHOWN = 10  # largest values
 _COLUMNS = ("cosine_p01", "relative_error", "channel_error", "matches_within_1px")

@@ -24,9 +24,9 @@ from ditf.calib.eval.outcomes import (
 )
 from ditf.cli.support.output import table
 from ditf.runtime.bundles.manifest import Manifest
+from ditf.runtime.bundles.staging import PICTURES as INDEX
+from ditf.runtime.bundles.staging import check_output, staged
 from ditf.runtime.errors import InputError
-from ditf.runtime.files.staging import PICTURES as INDEX
-from ditf.runtime.files.staging import check_output, staged
 
 _WORST, _BEST = 8, 4  # pictures of each bundle
 _COUNTED = "pairs"

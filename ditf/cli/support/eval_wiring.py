@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditf.calib.eval.benchmarks import Benchmark
-from ditf.calib.eval.cache import FeatureCache
+from ditf.calib.eval.cache import BenchmarkFeatures
 from ditf.calib.eval.correspondence import Report, evaluate_flows, evaluate_pairs
 from ditf.calib.eval.datasets.base import Pair, Reading
 from ditf.calib.eval.datasets.davis import Video
@@ -20,7 +20,7 @@ from ditf.calib.eval.homography import evaluate_homographies
 from ditf.calib.eval.outcomes import Outcome
 from ditf.calib.eval.segmentation import evaluate_videos
 from ditf.runtime import Model
-from ditf.runtime.bundles.manifest import NAME as MANIFEST
+from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.flow import dense_flow
@@ -56,7 +56,9 @@ class Wiring:
         self._prompt = prompt
         manifest = hashlib.sha256((model.bundle.path / MANIFEST).read_bytes()).hexdigest()
         key = (manifest, model.backend, model.detail, model.fit)
-        self.store = FeatureCache(lambda images, name: model.features_of(images, prompt=name), key, cache)
+        self.store = BenchmarkFeatures(
+            lambda images, name: model.features_of(images, prompt=name), key, cache
+        )
 
     def check_prompts(self, categories: Iterable[str]) -> None:
         """Every category has its condition.

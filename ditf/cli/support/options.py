@@ -16,6 +16,7 @@ import typer
 from ditf.cli.support.export_flags import ExportFlags
 from ditf.cli.support.state import state
 from ditf.export.planning.options import ExportOptions
+from ditf.runtime.backends import BACKENDS
 from ditf.runtime.printable import PrintableFormatter
 
 
@@ -47,7 +48,7 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Director
 BackendOption = Annotated[
     str,
     typer.Option(
-        metavar="auto|tensorrt|tensorrt-rtx|onnxruntime",
+        metavar="|".join(("auto", *BACKENDS)),
         help="What runs it; a named one that is missing is an error.",
     ),
 ]

@@ -24,7 +24,8 @@ from ditf.runtime.features import FeatureMap
 from ditf.runtime.files import writing
 from ditf.runtime.files.liveness import STALE, file_system_time, try_lock
 from ditf.runtime.matching.points import match_points
-from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity, map_files, map_path, writer
+from ditf.runtime.store import writer
+from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity, map_files, map_path
 from ditf.runtime.store.stored_map import read_stored
 from ditf.runtime.store.writer import StoreWriter
 
