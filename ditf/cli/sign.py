@@ -30,15 +30,15 @@ def sign(
     key: Annotated[
         Path,
         typer.Option(
-            "--key", metavar="KEY", help="OpenSSH private key, or a public one that ssh-agent holds."
+            "--key", metavar="KEY", help="OpenSSH private key, or the public key of one that ssh-agent holds."
         ),
     ],
     json_file: JsonOption = None,
 ) -> None:
-    """Sign a bundle and its engines, for those who open them with --require-signature.
+    """Sign a bundle and its engines, for users who open them with --require-signature.
 
-    Every hash is checked first. What is signed is manifest.json and each engine.json, which hold the hashes
-    of all other files; the signatures lie beside them.
+    Every hash is checked first. The signatures cover manifest.json and each engine.json, which hold
+    the hashes of all other files, and lie beside them.
     """
     check_writable(json_file, inputs=(bundle, key))
     contents = {bundle / MANIFEST: manifest_content(bundle)}
@@ -58,10 +58,10 @@ def sign(
 
 
 def _check_place(path: Path, content: bytes) -> None:
-    """Refuse to write through a link or a FIFO that the bundle brought, and to sign what was changed.
+    """Refuse to write a signature through a link or FIFO in the bundle, or to sign changed content silently.
 
     Raises:
-        InputError: the signature's place is no regular file, or has a signature of other content.
+        InputError: `path` is no regular file, or holds a signature of other content.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"{path} is no regular file", "remove it")

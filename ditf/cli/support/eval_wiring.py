@@ -1,4 +1,4 @@
-"""What `ditf eval` asks of a bundle: features from the store, and the runtime's ways to match."""
+"""Connects a bundle to the benchmarks of `ditf eval`: cached features, and the runtime's matching."""
 
 from __future__ import annotations
 
@@ -27,25 +27,23 @@ from ditf.runtime.matching.flow import dense_flow
 from ditf.runtime.matching.homography import cell_threshold, find_homography
 from ditf.runtime.matching.mutual import mutual_matches
 from ditf.runtime.matching.propagation import Propagator
+from ditf.runtime.matching.soft_argmax import METHODS
 
 CATEGORY = "{category}"
 """In a --prompt: the item's category."""
 
-METHODS = ("argmax", "window", "kernel")
-"""Ways to match points, of `Model.match`; the first is DiTF's protocol."""
-
-_MATCHES = 1000  # mutual matches that a homography is made from, as in SuperPoint and LoFTR
+_MATCHES = 1000  # mutual matches from which a homography is found, as in SuperPoint and LoFTR
 _NEEDED = 4
 
 
 class Wiring:
-    """A benchmark's questions, answered by an opened bundle.
+    """Evaluates an opened bundle on a benchmark.
 
     Args:
         model: the bundle.
         prompt: name of a condition, with CATEGORY in it or not; None is the bundle's first.
         cache: folder of features that are kept.
-        method: one of METHODS.
+        method: how points are matched, as in `Model.match`; the first of METHODS is DiTF's protocol.
     """
 
     def __init__(
@@ -61,7 +59,7 @@ class Wiring:
         )
 
     def check_prompts(self, categories: Iterable[str]) -> None:
-        """Every category has its condition.
+        """Check that every category has a condition.
 
         Raises:
             InputError: the bundle lacks some.
