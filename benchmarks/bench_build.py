@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from bench_features import GEOMETRIES, export, write_checkpoint
 from harness import ROOT, Bench, Rows, in_child, say, workplace
@@ -31,6 +31,7 @@ from tests.checkpoints import SAVE
 THREADS = 2
 RTX = FLAVOURS["tensorrt-rtx"]
 TARGET = "sm_89"
+PRECISIONS: tuple[Literal["float16", "float32"], ...] = ("float16", "float32")
 PROFILE = [(1, 4, 8)]
 
 
@@ -46,15 +47,15 @@ def main() -> None:
         for family, save in list(SAVE.items())[: 1 if bench.smoke else None]:
             with contextlib.redirect_stdout(sys.stderr):
                 save(folder / family)
-            for precision in ("float16", "float32"):
-                for batch in (1, "dynamic"):
+            for precision in PRECISIONS[: 1 if bench.smoke else None]:
+                for batch in (1, "dynamic")[: 1 if bench.smoke else None]:
                     options = ExportOptions(
                         model=str(folder / family), layer="2", precision=precision, size=(48, 80),
                         prompt=() if family == "dit" else ("a cat",), batch=batch, discard="none",
                         output=folder / "bundle",
                     )  # fmt: skip
                     rows.append(one(family, export_bundle(options), TARGET))
-        for precision in () if bench.smoke else ("float16", "float32"):
+        for precision in () if bench.smoke else PRECISIONS:
             bundle = export_bundle(ExportOptions(layer="9", precision=precision, output=folder / "demo"))
             rows += [one("demo, layer 9", bundle, target) for target in (*TARGETS, PORTABLE)]
         if arguments.xl:

@@ -23,7 +23,7 @@ import math
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -57,7 +57,7 @@ from ditf.export.families.sd3 import SD3
 from ditf.export.graph.blocks.dit import FoldedCrossAttention
 from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import TIMESTEP, Conditioner
-from ditf.export.graph.precision import FLOAT32
+from ditf.export.graph.precision import FLOAT32, Precision
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.options import DEFAULT_OPSET
 
@@ -288,16 +288,16 @@ def make_latents(case: Case, family: Family) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def make_module(case: Case, family: Family, side: str) -> Transformer:
-    """The module of a side, in the order and with the arguments of `ditf.export.assemble.features_graph`."""
+def make_module(case: Case, family: Family, side: str, precision: Precision = FLOAT32) -> Transformer:
+    """The module of a side, made in the order of `ditf.export.assemble.features_graph`."""
     weights = RandomWeights(model_shapes(family.transformer_class, family.config))
     size = (case.side, case.side)
     tokens = case.side // STRIDE // family.patch_size
     feeds = make_feeds(case, family)  # the timestep is beside the condition's tensors, which nothing minds
     trimmed = family.trim_text(feeds, family.text_tokens(feeds))
     text = case.text if side == LIVE else family.text_length(trimmed)
-    spec = TrunkSpec(case.layer, size, (tokens, tokens), text, FLOAT32)
-    conditioner = family.conditioner(weights, spec).eval()
+    spec = TrunkSpec(case.layer, size, (tokens, tokens), text, precision)
+    conditioner = family.conditioner(weights, replace(spec, precision=FLOAT32)).eval()
     if side == LIVE:
         return Transformer(family.trunk(weights, spec, None), conditioner).eval()
     given = conditioner(trimmed[TIMESTEP], trimmed)
@@ -338,9 +338,7 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, Any]:
         answer: np.ndarray = session.run(None, {"latents": latents[number % IMAGES], **given})[0]
         return answer
 
-    seconds, disturbance = interleave(
-        {side: (lambda number, side=side: features(side, number)) for side in case.sides}, repeats
-    )
+    seconds, disturbance = interleave(case.sides, features, repeats)
     answers = {side: np.concatenate([features(side, i) for i in range(IMAGES)]) for side in case.sides}
     agreement = {side: feature_parity(answers[side], answers[LIVE]) for side in case.sides if side != LIVE}
     for side, metrics in agreement.items():

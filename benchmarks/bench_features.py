@@ -309,8 +309,7 @@ def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
     answers = {name: run(images[0]) for name, run in runs.items()}
     answers = {name: answer for name, answer in answers.items() if answer is not None}
     peer.parts.clear()
-    timed = {name: (lambda number, run=run: run(images[number % IMAGES])) for name, run in runs.items()}
-    seconds, disturbance = interleave(timed, repeats)
+    seconds, disturbance = interleave(runs, lambda name, number: runs[name](images[number % IMAGES]), repeats)
     parts = np.array(peer.parts).reshape(-1, 2, 2)[1:]  # round, side, part; without the untimed round
     for i, name in enumerate(("hook", "stopped")):
         seconds |= {f"{name} {part}": parts[:, i, j].tolist() for j, part in enumerate(PARTS)}

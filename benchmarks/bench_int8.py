@@ -98,11 +98,7 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
         sessions[side] = open_session(path, THREADS, disabled)
     feeds = [{"image": image[None]} for image in known.images]
     seconds, disturbance = interleave(
-        {
-            side: (lambda number, session=session: session.run(None, feeds[number % 2]))
-            for side, session in sessions.items()
-        },
-        repeats,
+        sessions, lambda side, number: sessions[side].run(None, feeds[number % 2]), repeats
     )
     for side, values in seconds.items():
         found[side]["seconds"] = summary(values)

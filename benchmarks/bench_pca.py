@@ -13,6 +13,7 @@ pictures, never from the photographs.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -210,23 +211,23 @@ def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: 
         moment.add(project(one, isometry))
     matrix = moment.projection(SMALL).matrix
     points = np.stack([rng.integers(0, SIZE[1], POINTS), rng.integers(0, SIZE[0], POINTS)], axis=1)
-    sides: dict[str, Callable[[int], np.ndarray]] = {}
+    sides: dict[str, Callable[[], np.ndarray]] = {}
     bytes_of: dict[str, int] = {}
     for channels in (LARGE, SMALL):
-        pair = []
+        maps = []
         path = folder / f"store-{channels}"
         identity = StoreIdentity("0" * 64, "bench", "", None, "stretch", "float16", channels)
         with StoreWriter(path, identity) as writer:
             for name, array in (("source", source), ("target", target)):
                 wide = project(array, isometry)
                 given = wide if channels == LARGE else project(wide, matrix)
-                pair.append(FeatureMap(given.astype(np.float16), SIZE))
-                writer.put(name, "0" * 64, pair[-1])
+                maps.append(FeatureMap(given.astype(np.float16), SIZE))
+                writer.put(name, "0" * 64, maps[-1])
         bytes_of[str(channels)] = sum(int(entry["bytes"]) for entry in writer.entries.values()) // 2
-        sides[f"{channels}, in memory"] = lambda number, pair=pair: match_points(*pair, points).points
-        sides[f"{channels}, from a store"] = lambda number, path=path: from_store(path, points)
-    seconds, disturbance = interleave(sides, repeats)
-    large, small = (sides[f"{channels}, in memory"](0) for channels in (LARGE, SMALL))
+        sides[f"{channels}, in memory"] = partial(in_memory, maps[0], maps[1], points)
+        sides[f"{channels}, from a store"] = partial(from_store, path, points)
+    seconds, disturbance = interleave(sides, lambda name, number: sides[name](), repeats)
+    large, small = (sides[f"{channels}, in memory"]() for channels in (LARGE, SMALL))
     for channels, expected in ((LARGE, large), (SMALL, small)):
         if not np.array_equal(from_store(folder / f"store-{channels}", points), expected):
             raise AssertionError("stored maps match otherwise than those in memory")
@@ -243,6 +244,11 @@ def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: 
             for where in ("in memory", "from a store")
         },
     }
+
+
+def in_memory(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
+    """Match two maps."""
+    return match_points(source, target, points).points
 
 
 def from_store(path: Path, points: np.ndarray) -> np.ndarray:

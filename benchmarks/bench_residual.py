@@ -13,14 +13,7 @@ from typing import Any
 
 import onnx
 import torch
-from bench_conditioning import (
-    GEOMETRIES,
-    Case,
-    RandomWeights,
-    Transformer,
-    make_feeds,
-    make_latents,
-)
+from bench_conditioning import BAKE, GEOMETRIES, Case, Transformer, make_latents, make_module
 from harness import (
     Bench,
     Rows,
@@ -36,8 +29,7 @@ from harness import (
 from ditf.calib.parity import feature_parity
 from ditf.cli.support.output import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.export.checkpoints.loading import model_shapes, quieten_libraries
-from ditf.export.families.base import TrunkSpec
+from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.onnx_writing.onnx_file import write_onnx
@@ -59,14 +51,14 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     latents = make_latents(case, case.make_family())
     with torch.no_grad():
-        expected = make_module(case, FLOAT32)(latents[0]).numpy()
+        expected = baked(case, FLOAT32)(latents[0]).numpy()
     with workplace() as folder:
         results: dict[str, dict[str, Any]] = {}
         sessions = {}
         for side, precision in SIDES.items():
             say(side)
             path = folder / f"{side.replace(' ', '-')}.onnx"
-            module = make_module(case, precision)
+            module = baked(case, precision)
             with torch.no_grad(), Float32Accumulation():
                 actual = module(latents[0]).to(torch.float32).numpy()
             write_onnx(module, {"latents": latents[0]}, ["features"], path, DEFAULT_OPSET)
@@ -86,9 +78,7 @@ def main() -> None:
         def run(side: str, number: int) -> None:
             sessions[side].run(None, {"latents": latents[number % len(latents)].numpy()})
 
-        seconds, disturbance = interleave(
-            {side: (lambda number, side=side: run(side, number)) for side in SIDES}, arguments.repeats
-        )
+        seconds, disturbance = interleave(SIDES, run, arguments.repeats)
     for side, values in seconds.items():
         results[side]["seconds"] = summary(values)
     first, second = (seconds[side] for side in SIDES)
@@ -97,21 +87,11 @@ def main() -> None:
     bench.write("residual", result, rows(results), {("precision.md", "residual"): rows(results)})
 
 
-@torch.no_grad()
-def make_module(case: Case, precision: Precision) -> Transformer:
-    """The baked transformer in a precision."""
-    family = case.make_family()
-    weights = RandomWeights(model_shapes(family.transformer_class, family.config))
-    size = (case.side, case.side)
-    feeds = make_feeds(case, family)
-    trimmed = family.trim_text(feeds, family.text_tokens(feeds))
-    side = case.side // 8 // family.patch_size
-    spec = TrunkSpec(case.layer, size, (side, side), family.text_length(trimmed), precision)
-    conditioner = family.conditioner(weights, replace(spec, precision=FLOAT32))
-    given = conditioner(trimmed["timestep"], trimmed)
-    trunk = family.trunk(weights, spec, given)
-    trunk.embedder.residual = precision.residual  # type: ignore[assignment]
-    return Transformer(trunk, None).eval()
+def baked(case: Case, precision: Precision) -> Transformer:
+    """The transformer in a precision, its condition baked in."""
+    module = make_module(case, case.make_family(), BAKE, precision)
+    module.trunk.embedder.residual = precision.residual  # type: ignore[assignment]
+    return module
 
 
 def rows(results: dict[str, dict[str, Any]]) -> Rows:

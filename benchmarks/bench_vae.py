@@ -236,8 +236,9 @@ def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
     names = [f"{encoder}-{precision}" for encoder in ENCODERS for precision in PRECISIONS]
     graphs = {name: Graph(folder / name) for name in names}
     sides: dict[str, Eager | Graph] = {f"{encoder}-eager": peer for encoder, peer in eager.items()} | graphs
-    runs = {name: (lambda n, side=side: side.whole(n % 2, images[n % 2])) for name, side in sides.items()}
-    seconds, disturbance = interleave(runs, repeats)
+    seconds, disturbance = interleave(
+        sides, lambda name, number: sides[name].whole(number % 2, images[number % 2]), repeats
+    )
     for name, side in sides.items():
         for index, part in enumerate(PARTS):  # without the untimed round
             seconds[f"{name} {part}"] = [values[index] for values in side.seconds[1:]]
@@ -330,10 +331,10 @@ def time_attention(paths: dict[str, Path], side: int) -> tuple[dict[str, list[fl
     x = _input(sessions["whole"])
     answers: dict[str, np.ndarray] = {}
 
-    def run(name: str) -> None:
+    def run(name: str, number: int) -> None:
         answers[name] = sessions[name].run(None, {"x": x})[0]
 
-    seconds, _ = interleave({name: (lambda n, name=name: run(name)) for name in sessions}, 3)
+    seconds, _ = interleave(sessions, run, 3)
     return seconds, float(np.abs(answers["whole"] - answers["chunks"]).max())
 
 

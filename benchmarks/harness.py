@@ -15,7 +15,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -189,26 +189,26 @@ def graph_bytes(path: Path) -> int:
 
 
 def interleave(
-    sides: Mapping[str, Callable[[int], Any]], repeats: int
+    sides: Iterable[str], run: Callable[[str, int], Any], repeats: int
 ) -> tuple[dict[str, list[float]], dict[str, Any]]:
     """Time every side `repeats` times, the sides taking turns after one untimed round.
 
     Args:
-        sides: {name: function of the round's number}, each on one thread.
+        run: one side, on one thread; it is given the side's name and the round's number.
 
     Returns:
         Seconds of processor time by side, and how far the machine was disturbed. For one thread
         processor time is what the clock shows on an idle machine; on a busy one it leaves the waiting
         out, which the clock does not. `wall_over_cpu` says how much that was: 1.0 is none.
     """
-    for run in sides.values():
-        run(0)
     seconds: dict[str, list[float]] = {name: [] for name in sides}
+    for name in seconds:
+        run(name, 0)
     wall = 0.0
     for number in range(1, repeats + 1):
-        for name, run in sides.items():
+        for name in seconds:
             clock, start = time.perf_counter(), time.process_time()
-            run(number)
+            run(name, number)
             seconds[name].append(time.process_time() - start)
             wall += time.perf_counter() - clock
     disturbance = {
