@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
@@ -17,10 +17,10 @@ from ditf.runtime.errors import InputError
 class ExportFlags:
     """The fields of `ExportOptions` that are flags of one verb."""
 
-    def __init__(self, name: str, takes: Optional[Sequence[str]], helps: Mapping[str, str]) -> None:
+    def __init__(self, name: str, takes: Optional[str], helps: Mapping[str, str]) -> None:
         declared = flags_of(ExportOptions)
         self.name = name
-        self._flags = {one: declared[one] for one in takes or declared}
+        self._flags = {one: declared[one] for one in (takes.split() if takes else declared)}
         self._helps = helps
         self._types = get_type_hints(ExportOptions)
         self._defaults = {one.name: one.default for one in fields(ExportOptions)}

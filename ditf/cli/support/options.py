@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -132,7 +132,7 @@ _VERBOSITY = (
 
 def verb(
     *switches: inspect.Parameter,
-    takes: Optional[Sequence[str]] = None,
+    takes: Optional[str] = None,
     helps: Optional[Mapping[str, str]] = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Turn a function into a verb, which has --verbose and --quiet beside its own options.
@@ -141,7 +141,7 @@ def verb(
 
     Args:
         switches: `SIGNATURE` and `HOST_CODE`, for verbs that open bundles or engines.
-        takes: the fields of `ExportOptions` that become flags; all by default.
+        takes: names of the fields of `ExportOptions` that become flags, with spaces between; all by default.
         helps: {field: help} where the declared help does not fit this verb.
     """
 
