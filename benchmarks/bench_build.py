@@ -78,7 +78,7 @@ def one(name: str, path: Path, target: str) -> dict[str, Any]:
 
 
 def measure(path: Path, target: str) -> dict[str, Any]:
-    """Seconds and bytes of each plan, or why there is none."""
+    """Build; returns the seconds and bytes of each plan, or why there is none."""
     bundle = Bundle.open(path)
     batch = PROFILE if bundle.manifest.batch == "dynamic" else []
     try:
@@ -98,7 +98,7 @@ def measure(path: Path, target: str) -> dict[str, Any]:
 
 
 def cells(row: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """Format one row of the table."""
     head = (row["name"], row["precision"], batch_text(row), row["target"])
     if "refused" in row:
         return (*head, "refused", "")
@@ -106,12 +106,12 @@ def cells(row: dict[str, Any]) -> tuple[str, ...]:
 
 
 def batch_text(row: dict[str, Any]) -> str:
-    """For people."""
+    """Format the batch."""
     return "1-8" if row["batch"] == "dynamic" else str(row["batch"])
 
 
 def plan_text(row: dict[str, Any], plan: str) -> str:
-    """Time and size."""
+    """Format the seconds and the bytes of a plan."""
     if "refused" in row:
         return "refused"
     if plan not in row["bytes"]:
@@ -120,7 +120,7 @@ def plan_text(row: dict[str, Any], plan: str) -> str:
 
 
 def document(rows: list[dict[str, Any]]) -> Rows:
-    """The same for docs/engines.md, a line for graphs and target."""
+    """Make the table of docs/engines.md, with a row for each graph and target."""
     kinds = [(precision, batch) for precision in ("float16", "float32") for batch in (1, "dynamic")]
     found: dict[tuple[str, str], dict[Any, dict[str, Any]]] = {}
     for row in rows:

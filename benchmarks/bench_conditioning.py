@@ -88,22 +88,22 @@ class Case:
     unmasked: int
 
     def make_family(self) -> Family:
-        """The family with the whole config."""
+        """Make the family with the whole config."""
         defaults = full_config(self.family.transformer_class, {})
         return self.family({**defaults, **self.config})
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """What is measured of it."""
+        """The sides that are measured."""
         return (LIVE, BAKE, NO_FOLD) if self.family is PixArt else (LIVE, BAKE)
 
     @property
     def file(self) -> str:
-        """Start of its files' names."""
+        """The prefix of its files' names."""
         return self.label.replace("/", "-").replace(" ", "-").lower()
 
     def to_json(self) -> dict[str, Any]:
-        """What was measured."""
+        """Describe the case for the result."""
         return {
             "label": self.label,
             "family": self.family.name,
@@ -116,14 +116,14 @@ class Case:
 
 
 def pixart(label: str, layer: int, side: int, text: tuple[int, int], **config: Any) -> Case:
-    """A PixArt of the published proportions; `text` is tokens and unmasked tokens."""
+    """Make a PixArt of the published proportions; `text` is the number of tokens and of unmasked tokens."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     config |= {"cross_attention_dim": width, "in_channels": 4, "out_channels": 8}
     return Case(label, PixArt, config, layer, side, *text)
 
 
 def sd35(label: str, layer: int, side: int, text: int, **config: Any) -> Case:
-    """A Stable Diffusion 3.5 medium: QK-norm, and a second attention in its first blocks."""
+    """Make a Stable Diffusion 3.5 medium, which has QK-norm and a second attention in its first blocks."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     config |= {"caption_projection_dim": width, "in_channels": 16, "out_channels": 16}
     config |= {"patch_size": 2, "qk_norm": "rms_norm"}
@@ -206,7 +206,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, case: Case, side: str) -> dict[str, Any]:
-    """Write a graph, or find it; seconds and peak memory of the process that wrote it."""
+    """Write a graph unless it exists; returns the seconds and peak memory of the process that wrote it."""
     record = graph_file(folder, case, side).with_suffix(".json")
     if not record.exists():
         say(f"{case.label}: writing {side}")
@@ -216,7 +216,7 @@ def prepare(folder: Path, case: Case, side: str) -> dict[str, Any]:
 
 
 def graph_file(folder: Path, case: Case, side: str) -> Path:
-    """Where a side's graph is; its weights are beside it in <name>.data."""
+    """The path of a side's graph; its weights are in <name>.data beside it."""
     return folder / f"{case.file}-{side.replace(', ', '-').replace(' ', '-')}.onnx"
 
 
@@ -313,7 +313,7 @@ def make_module(case: Case, family: Family, side: str, precision: Precision = FL
 
 
 def write_graph(folder: Path, case: Case, side: str) -> dict[str, Any]:
-    """Write one graph; its seconds by the clock and the peak memory of the process."""
+    """Write one graph; returns its wall-clock seconds and the peak memory of the process."""
     quieten_libraries()
     start = time.perf_counter()
     family = case.make_family()
@@ -360,12 +360,12 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, Any]:
 
 
 def nodes(path: Path) -> int:
-    """Nodes of a graph as it is written, before the runtime fuses any."""
+    """Count the nodes of a graph as written, before the runtime fuses any."""
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 
 def rows(cases: list[dict[str, Any]]) -> Rows:
-    """The table: a line for each side of each case."""
+    """Make the table, with a row for each side of each case."""
     lines: Rows = [
         ("", "", "transformer", "x of bake", "graph", "x of bake", "nodes", "cosine min, relative error")
     ]

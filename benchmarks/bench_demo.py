@@ -93,7 +93,7 @@ def main() -> None:
 
 
 def score_rows(head: str, rows: dict[str, dict[str, float]]) -> Rows:
-    """Scores as a table."""
+    """Make a table of scores."""
     return [
         (head, *next(iter(rows.values()))),
         *((name, *(text(key, value) for key, value in row.items())) for name, row in rows.items()),
@@ -101,19 +101,19 @@ def score_rows(head: str, rows: dict[str, dict[str, float]]) -> Rows:
 
 
 def text(key: str, value: float) -> str:
-    """A score for people."""
+    """Format a score."""
     return f"{value:.1f} px" if key.endswith("px") else f"{value:.1%}"
 
 
 def write_untrained(folder: Path) -> None:
-    """The demo's checkpoint as training starts from it."""
+    """Write the demo's checkpoint as training starts from it."""
     torch.manual_seed(0)
     new_model().save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
 
 
 def rgb_patches(image: np.ndarray) -> np.ndarray:
-    """What the model is given: each token's pixels, [PATCH * PATCH * 3, h, w]."""
+    """The pixels of each token, which the model is given: [PATCH * PATCH * 3, h, w]."""
     small = Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     pixels = np.asarray(small, np.float32) / 127.5 - 1
     cells = SIZE // PATCH
@@ -122,7 +122,7 @@ def rgb_patches(image: np.ndarray) -> np.ndarray:
 
 
 def by_map(features: Callable[[np.ndarray], np.ndarray]) -> PairMatcher:
-    """Matching with features that no bundle computes."""
+    """Match with features that no bundle computes."""
 
     def match(pair: Pair) -> np.ndarray:
         source, target = (FeatureMap(features(image), image.shape[:2]) for image in pair.images)

@@ -51,7 +51,7 @@ SMALL = {  # to try the script
 
 
 def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
-    """A random checkpoint in diffusers' layout; bytes of its transformer."""
+    """Write a random checkpoint in diffusers' layout; returns the bytes of its transformer."""
     transformer = folder / "transformer"
     transformer.mkdir(parents=True)
     (transformer / "config.json").write_text(json.dumps(config))
@@ -96,7 +96,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
 
 
 def write_embeddings(path: Path, config: dict[str, Any]) -> None:
-    """Random embeddings, as `--prompt-embeds` takes them."""
+    """Write random embeddings as `--prompt-embeds` reads them."""
     widths = full_config(CLASS, config)
     generator = torch.Generator().manual_seed(1)
     embeds = torch.randn(1, TEXT_TOKENS, widths["joint_attention_dim"], generator=generator)
@@ -105,7 +105,7 @@ def write_embeddings(path: Path, config: dict[str, Any]) -> None:
 
 
 def watch(command: list[str]) -> dict[str, Any]:
-    """Run an export; peaks in bytes, whole and by stage, and seconds."""
+    """Run an export; returns its peaks in bytes, in all and by stage, and its seconds."""
     started = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     stage = ["start"]
@@ -151,14 +151,14 @@ def watch(command: list[str]) -> dict[str, Any]:
 
 
 def export_command(checkpoint: Path, embeds: Path, layer: int, output: Path, *more: str) -> list[str]:
-    """The command line of an export that is measured."""
+    """The command line of the measured export."""
     command = [sys.executable, "-m", "ditf", "export", "--model", str(checkpoint), "--layer", str(layer)]
     command += ["--fp16", "--size", SIZE, "--prompt-embeds", str(embeds), "--output", str(output)]
     return [*command, *more]
 
 
 def measure(depth: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Export a checkpoint of so many blocks."""
+    """Export a checkpoint of `depth` blocks, such as "2+4"."""
     doubles, singles = map(int, depth.split("+"))
     config = {**config, "num_layers": doubles, "num_single_layers": singles}
     checkpoint, embeds, pictures = folder / "checkpoint", folder / "embeds.safetensors", folder / "pictures"
@@ -180,7 +180,7 @@ def measure(depth: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
 
 
 def largest_block(config: dict[str, Any]) -> int:
-    """Bytes in float32 of a two-stream block."""
+    """Bytes of a two-stream block in float32."""
     shapes = model_shapes(CLASS, {**config, "num_layers": 1, "num_single_layers": 0})
     return sum(
         4 * torch.Size(shape).numel() for name, shape in shapes.items() if "transformer_blocks." in name
@@ -188,7 +188,7 @@ def largest_block(config: dict[str, Any]) -> int:
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Peaks against what there is to read."""
+    """Plot the peaks against the size of the checkpoint."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -247,7 +247,7 @@ def main() -> None:
 
 
 def write(bench: Bench, runs: list[dict[str, Any]], before: Path | None, block: int) -> None:
-    """JSON, the table in the docs and the picture."""
+    """Write the result, the table of the docs and the picture."""
     result: dict[str, Any] = {"size": SIZE, "largest_block": block, "bound": 3 * 10**9 + block, "runs": runs}
     if before is not None:
         result["before"] = json.loads(before.read_text())

@@ -87,7 +87,7 @@ class Geometry:
 
     @property
     def pixels(self) -> int:
-        """Side of the image."""
+        """Side of the image in pixels."""
         return self.sample_size * 2 ** (len(self.vae_channels) - 1)
 
 
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, geometry: Geometry) -> dict[str, Any]:
-    """Write the checkpoint and export the bundles, or find them; {bundle: seconds and peak memory}."""
+    """Write the checkpoint and export the bundles, unless they exist; returns the cost of each."""
     record = folder / "exports.json"
     if not record.exists():
         say("writing the checkpoint")
@@ -139,7 +139,7 @@ def prepare(folder: Path, geometry: Geometry) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, geometry: Geometry) -> None:
-    """A PixArt checkpoint with random weights, saved by its own pipeline; the T5 is a stand-in."""
+    """Save a PixArt with random weights through its own pipeline; its T5 is a tiny one."""
     quieten_libraries()
     torch.manual_seed(SEED)
     width = geometry.heads * geometry.head_dim
@@ -172,13 +172,13 @@ def write_checkpoint(folder: Path, geometry: Geometry) -> None:
 
 
 def spelling_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer of one token a letter."""
+    """Make a T5 tokenizer with one token for each letter."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return T5Tokenizer(vocab=vocabulary + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"])
 
 
 def export(bundle: Path, checkpoint: Path, layer: int) -> dict[str, Any]:
-    """Export one bundle; its seconds by the clock and the peak memory of the process, on all cores."""
+    """Export one bundle on all cores; returns its wall-clock seconds and the peak memory of the process."""
     quieten_libraries()
     start = time.perf_counter()
     options = ExportOptions(
@@ -209,7 +209,7 @@ def split(bundle: Path) -> None:
 
 
 def cut(features: Path, names: Sequence[str], folder: Path, *between: str) -> None:
-    """Cut a features.onnx into <folder>/<name>.onnx: where the noise was added, and at values `between`."""
+    """Cut a features.onnx into <folder>/<name>.onnx, at x_t and at the values `between`."""
     model = onnx.load(features, load_external_data=False)
     x_t = next(node.input[0] for node in model.graph.node if "trunk.embedder.weight" in node.input)
     edges = ["image", x_t, *between, "features"]
@@ -219,7 +219,7 @@ def cut(features: Path, names: Sequence[str], folder: Path, *between: str) -> No
 
 
 def parts_of(bundle: Path) -> Path:
-    """Where `split` writes."""
+    """The folder that `split` writes."""
     return bundle.with_name(f"{bundle.name}-parts")
 
 
@@ -281,11 +281,11 @@ class Side:
         return self._whole.run(None, {"image": image[None]})[0][0]
 
     def latents(self, image: np.ndarray) -> None:
-        """The VAE part."""
+        """Run the VAE part."""
         self._x_t = self._vae.run(None, {"image": image[None]})[0]
 
     def features_of_latents(self, image: np.ndarray) -> np.ndarray:
-        """The transformer part, of what `latents` left; `image` is not looked at."""
+        """Run the transformer part on what `latents` left; `image` is not used."""
         return self._trunk.run(None, {self._trunk.get_inputs()[0].name: self._x_t})[0][0]
 
 
@@ -339,7 +339,7 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def check(folder: Path) -> dict[str, dict[str, float]]:
-    """The metrics of `ditf check` for each bundle, and of its rehearsal at export."""
+    """The metrics of `ditf check` for each bundle, and those of its rehearsal at export."""
     metrics = {}
     for name in BUNDLES:
         with load(folder / name, backend="onnxruntime") as model:
@@ -356,7 +356,7 @@ def sizes(folder: Path) -> dict[str, int]:
 
 
 def rows(result: dict[str, Any]) -> Rows:
-    """The table: a line for each side."""
+    """Make the table, with a row for each side."""
     labels = {
         "hook": f"diffusers {diffusers.__version__}, hook, whole transformer",
         "stopped": "diffusers, stopped at block k",

@@ -49,7 +49,7 @@ FLOAT16_SIDE, NAIVE, SMOOTHED = "float16", "int8, naive", "int8, smoothed"
 
 
 def main() -> None:
-    """Both checkpoints, all sides."""
+    """Measure all sides of both checkpoints, and write the result."""
     bench = Bench(__doc__, THREADS, repeats=5)
     bench.parser.add_argument("--heads", type=int, default=16, help="of 72 channels: 16 is PixArt-XL's width")
     arguments = bench.parse(heads=1)
@@ -66,7 +66,7 @@ def main() -> None:
 
 
 def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]:
-    """Accuracy, bytes and time of every side of one checkpoint."""
+    """Measure accuracy, bytes and time of every side of one checkpoint."""
     write_checkpoint(folder, heads, planted)
     options = ExportOptions(model=str(folder), layer=str(LAYER), precision="int8", timestep=(10,))
     plan = make_plan(options, Checkpoint(folder, str(folder)))
@@ -107,7 +107,7 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
 
 
 def write_checkpoint(folder: Path, heads: int, planted: bool) -> None:
-    """A DiT in pixels, with massive channels in norms and values or without."""
+    """Save a DiT in pixels, with or without massive channels in norms and values."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
@@ -135,7 +135,7 @@ def write_checkpoint(folder: Path, heads: int, planted: bool) -> None:
 
 
 def rows(cases: list[dict[str, Any]]) -> Rows:
-    """The table."""
+    """Make the table."""
     lines: Rows = [
         (
             "model",

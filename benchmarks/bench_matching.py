@@ -72,7 +72,7 @@ def main() -> None:
 
 
 def measure(channels: int, grid: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Any]:
-    """One case: every side's seconds, bytes and positions, and the ratios."""
+    """Measure one case: every side's seconds, bytes and positions, and their ratios."""
     pixels = size[0] * size[1]
     needed = 4 * pixels * (2 * channels + count)
     case: dict[str, Any] = {
@@ -92,7 +92,7 @@ def measure(channels: int, grid: tuple[int, int], size: tuple[int, int], count: 
 
 
 def run(side: str, channels: int, grid: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Any]:
-    """One side in this process."""
+    """Run one side in this process."""
     match = {PUBLISHED: published, BY_CHANNELS: by_channels, DITF: ditf_side}[side]
     match(*inputs(8, (5, 5), (40, 40), 2))
     arguments = inputs(channels, grid, size, count)
@@ -106,7 +106,7 @@ def run(side: str, channels: int, grid: tuple[int, int], size: tuple[int, int], 
 def inputs(
     channels: int, grid: tuple[int, int], size: tuple[int, int], count: int
 ) -> tuple[FeatureMap, FeatureMap, np.ndarray]:
-    """A source, the same shifted by a cell and noisy as target, and integer points. Seeded."""
+    """Make a source map, the same shifted by a cell and noisy as target, and integer points; seeded."""
     rng = np.random.default_rng(0)
     source = rng.standard_normal((channels, *grid), np.float32)
     target = np.roll(source, (1, 1), axis=(1, 2))
@@ -118,12 +118,12 @@ def inputs(
 
 
 def ditf_side(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
-    """What Model.match runs on the host."""
+    """Match as Model.match does on the host."""
     return match_points(source, target, points).points.astype(np.int64)
 
 
 def published(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
-    """Upsample, normalise, multiply, argmax; the source is let go of once its queries are taken."""
+    """Upsample, normalise, multiply, argmax; the source is freed once its queries are taken."""
     import torch
     from torch.nn import functional
 
@@ -138,7 +138,7 @@ def published(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.
 
 
 def by_channels(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
-    """The same, with the products and the squared norm summed over tiles of channels."""
+    """Match as `published`, with products and squared norms summed over tiles of channels."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -163,7 +163,7 @@ def _upsample(array: np.ndarray, size: tuple[int, int]) -> Any:
 
 
 def row_of(case: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """Format one row of the table."""
     height, width = case["size"]
     ours = case[DITF]
     start = (f"{width}x{height}", str(case["channels"]), str(case["points"]))

@@ -60,7 +60,7 @@ Maps = list[tuple[FeatureMap, FeatureMap]]
 
 
 def main() -> None:
-    """All three parts."""
+    """Measure all three parts, and write the result."""
     bench = Bench(__doc__, THREADS, repeats=7)
     bench.parser.add_argument("--bundles", type=Path, help="exports are kept and found there")
     arguments = bench.parse()
@@ -92,7 +92,7 @@ def main() -> None:
 
 
 def photographs() -> dict[str, Pair]:
-    """By name; the points are a grid in the source."""
+    """Pairs of photographs by name, with a grid of points in the source."""
     left, right, _ = skimage.data.stereo_motorcycle()
     pairs = {"motorcycle": (left, right)}
     for name in ("astronaut", "chelsea", "coffee"):
@@ -102,13 +102,13 @@ def photographs() -> dict[str, Pair]:
 
 
 def grid(image: np.ndarray) -> np.ndarray:
-    """Centres of cells, (x, y) whole px."""
+    """Centres of the grid's cells, (x, y) in whole pixels."""
     xs, ys = (np.floor((np.arange(GRID) + 0.5) * side / GRID) for side in (image.shape[1], image.shape[0]))
     return np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
 
 
 def moved(image: np.ndarray) -> np.ndarray:
-    """Turned by 6 degrees about the centre, enlarged by 1.12."""
+    """Turn an image by 6 degrees about its centre, and enlarge it by 1.12."""
     picture = Image.fromarray(image)
     side = picture.size
     larger = picture.resize((round(side[0] * 1.12), round(side[1] * 1.12)), Image.Resampling.BICUBIC).rotate(
@@ -121,7 +121,7 @@ def moved(image: np.ndarray) -> np.ndarray:
 def projected_bundles(
     folder: Path, options: Mapping[str, Any], counts: tuple[int, ...], pairs: Mapping[str, Pair]
 ) -> dict[str, Any]:
-    """Export with all channels and with `counts`; agreement with all, by number of channels."""
+    """Export with all channels and with `counts`; returns the agreement with all, by number of channels."""
     found: dict[str, Any] = {}
     before: dict[str, np.ndarray] = {}
     for count in (None, *counts):
@@ -139,7 +139,7 @@ def projected_bundles(
 
 
 def matched(features: Callable[[np.ndarray], FeatureMap], pair: Pair) -> np.ndarray:
-    """Matches of a pair's points."""
+    """Match a pair's points."""
     return match_points(features(pair[0]), features(pair[1]), pair[2]).points
 
 
@@ -194,13 +194,13 @@ def leading(tokens: np.ndarray) -> np.ndarray:
 
 
 def shifted(one: FeatureMap, matrix: np.ndarray, origin: np.ndarray) -> FeatureMap:
-    """P (F - origin)."""
+    """Project a map: P (F - origin)."""
     array = one.array.astype(np.float32) - origin[:, None, None].astype(np.float32)
     return FeatureMap(project(array, matrix), one.image_size)
 
 
 def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: int) -> dict[str, Any]:
-    """Bytes and seconds of maps of 3072 and 256 channels, in memory and from a store."""
+    """Measure bytes and seconds of maps of 3072 and 256 channels, in memory and from a store."""
     with ditf.load(bundle) as model:
         source, target = (model.features(image).array for image in pairs["motorcycle"][:2])
         calibration = [model.features(image).array for image in procedural_images(model.manifest.size)]
@@ -258,7 +258,7 @@ def from_store(path: Path, points: np.ndarray) -> np.ndarray:
 
 
 def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> Rows:
-    """Of the bundles."""
+    """Make the table of the bundles."""
     lines: Rows = [
         ("model", "channels", "energy kept", "at export", "motorcycle", "astronaut, chelsea, coffee",
          "motorcycle to the truth: median, within 5, 16 px"),
@@ -282,7 +282,7 @@ def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> Rows:
 
 
 def basis_rows(bases: Mapping[str, Any]) -> Rows:
-    """Of bases made otherwise."""
+    """Make the table of the other bases."""
     lines: Rows = [("64 channels of", "motorcycle", "astronaut", "chelsea", "coffee", "mean")]
     for side, found in bases.items():
         shares = list(found["within_1px"].values())
@@ -291,7 +291,7 @@ def basis_rows(bases: Mapping[str, Any]) -> Rows:
 
 
 def matching_rows(found: Mapping[str, Any]) -> Rows:
-    """Of bytes and time."""
+    """Make the table of bytes and seconds."""
     lines: Rows = [("channels", "bytes of a map", f"{POINTS} points", "from a store")]
     for channels in (LARGE, SMALL):
         times = [

@@ -122,7 +122,7 @@ def main() -> None:
 
 
 def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
-    """One model: what was found, what was decided, and the accuracy of every side."""
+    """Measure one model: what was found, which recipe was chosen, and the accuracy of every side."""
     write_checkpoint(folder, place, value)
     options = ExportOptions(
         model=str(folder), layer=str(LAYER), size=SIZE, prompt=("a cat",), precision="float16"
@@ -205,7 +205,7 @@ def accuracy(graph: nn.Module, known: Calibrated) -> dict[str, float]:
 
 
 def write_checkpoint(folder: Path, place: Place | None, value: float) -> None:
-    """The transformer, VAE and scheduler, the same but for what is planted; conditions are given apart."""
+    """Save a transformer, VAE and scheduler that differ only in what is planted."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=32,
@@ -253,7 +253,7 @@ def write_checkpoint(folder: Path, place: Place | None, value: float) -> None:
 
 
 def random_condition() -> dict[str, torch.Tensor]:
-    """What text encoders would make of a prompt."""
+    """Random text embeddings in place of a prompt's."""
     generator = torch.Generator().manual_seed(1)
     return {
         "prompt_embeds": torch.randn((1, TEXT, 64), generator=generator),
@@ -266,7 +266,7 @@ def _block(name: str) -> str:
 
 
 def rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
-    """The table: a line for each model."""
+    """Make the table, with a row for each model."""
     lines: Rows = [("planted in", "value", "found", "recipe", *SIDES)]
     for case in cases:
         exceptions = case.get("recipe", [])
@@ -291,7 +291,7 @@ def rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
 
 
 def verdict(side: Mapping[str, Any]) -> str:
-    """1 - the 1st percentile of cosines, and matches within a pixel; or what went wrong."""
+    """Format 1 - the 1st percentile of cosines and the matches within a pixel, or what went wrong."""
     if "refused" in side:
         return "refused"
     if not math.isfinite(side["cosine_p01"]):

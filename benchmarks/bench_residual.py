@@ -88,14 +88,14 @@ def main() -> None:
 
 
 def baked(case: Case, precision: Precision) -> Transformer:
-    """The transformer in a precision, its condition baked in."""
+    """Make the transformer in a precision, with its condition baked in."""
     module = make_module(case, case.make_family(), BAKE, precision)
     module.trunk.embedder.residual = precision.residual  # type: ignore[assignment]
     return module
 
 
 def rows(results: dict[str, dict[str, Any]]) -> Rows:
-    """The table."""
+    """Make the table."""
     lines: Rows = [
         ("", "nodes", "casts", "bytes", "RTX layers", "RTX plan", "ONNX Runtime", "1 - cosine p01", "error")
     ]

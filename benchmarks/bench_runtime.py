@@ -96,14 +96,14 @@ def compare() -> None:
 
 
 def run(*arguments: str) -> dict[str, Any]:
-    """A fresh Python; the JSON it prints, and its whole time where it says nothing of time."""
+    """Run a fresh Python; returns the JSON that it prints."""
     done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def since_start() -> float:
-    """Seconds since this process was started."""
+    """Seconds since this process started."""
     import os
     import time
 
@@ -112,14 +112,14 @@ def since_start() -> float:
 
 
 def images() -> list[Any]:
-    """Two pictures."""
+    """Draw two pictures."""
     from ditf.calib.images import procedural_images
 
     return procedural_images(SIZE, 2)
 
 
 def ditf_side(folder: Path) -> dict[str, float]:
-    """The runtime, as a robot would use it."""
+    """Match with the runtime, as a robot would."""
     import ditf
 
     pair = images()
@@ -130,7 +130,7 @@ def ditf_side(folder: Path) -> dict[str, float]:
 
 
 def torch_side(folder: Path) -> dict[str, float]:
-    """What a user of diffusers would write."""
+    """Match as a user of diffusers would."""
     import numpy as np
     import torch
     from diffusers import DiTTransformer2DModel
@@ -165,7 +165,7 @@ def torch_side(folder: Path) -> dict[str, float]:
 
 
 def costs() -> dict[str, float]:
-    """Of this process so far."""
+    """The costs of this process so far."""
     from ditf.calib.machine import peak_bytes, resident_bytes
 
     return {
@@ -176,7 +176,7 @@ def costs() -> dict[str, float]:
 
 
 def steady_side(folder: Path, matches: str) -> dict[str, float]:
-    """Memory before and after many matches; the matching alone, and every tenth time features too."""
+    """Measure memory before and after many matches; every tenth computes features too."""
     import ditf
     from ditf.calib.machine import resident_bytes
 

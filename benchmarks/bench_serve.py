@@ -39,12 +39,12 @@ MODES = {
     "dynamic batches, cache": [*BATCHES, "--cache", "2"],
     "all pictures in the cache": [*BATCHES, "--cache", "64"],
 }
-"""2 MiB hold 56 of the 97 pictures: the one that is looked for stays, the others come and go unused."""
+"""2 MiB hold 56 of the 97 pictures: the one in every request stays cached, the others are evicted unused."""
 
 
 @dataclass
 class Expected:
-    """One request: its body, and what the runtime answers."""
+    """One request: its body, and the runtime's own answer."""
 
     body: bytes
     header: int
@@ -53,7 +53,7 @@ class Expected:
     heat: list[np.ndarray]
 
     def right(self, points: np.ndarray, scores: np.ndarray) -> bool:
-        """The same cosines, at the same pixels, or at ones that are as good."""
+        """Whether an answer has the same cosines, at the same pixels or at ones of equal cosine."""
         if points.shape != self.points.shape or not np.allclose(scores, self.scores, atol=TOLERANCE):
             return False
         return all(
@@ -64,7 +64,7 @@ class Expected:
 
 @dataclass
 class Outcome:
-    """What clients saw: seconds of the answers by status, and how many answers were wrong."""
+    """Seconds of the answers by status, and the number of wrong answers."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     wrong: int = 0
@@ -92,7 +92,7 @@ class Server:
         self.port = port
 
     def metrics(self) -> dict[str, float]:
-        """What /metrics says."""
+        """Read /metrics."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
@@ -143,7 +143,7 @@ def main() -> None:
 
 
 def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What was measured, for people."""
+    """Make the table."""
     from ditf.cli.support.output import bytes_text
 
     rounds, steady, overload = result["rounds"], result["steady"], result["overload"]
@@ -187,7 +187,7 @@ def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def median(entries: Sequence[dict[str, Any]], key: str) -> float:
-    """Of a figure over rounds."""
+    """The median of a figure over rounds."""
     return statistics.median(one[key] for one in entries)
 
 
@@ -222,7 +222,7 @@ def expectations(bundle: Path, count: int) -> list[Expected]:
 
 @contextmanager
 def serving(bundle: Path, *options: str) -> Iterator[Server]:
-    """A server on a free port, ended by SIGTERM; it must end well."""
+    """Run a server on a free port, and end it by SIGTERM; it must exit with 0."""
     command = [sys.executable, "-m", "ditf", "serve", str(bundle), "--port", "0", "-q", *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -246,7 +246,7 @@ def ask(
     requests: int | None = None,
     seconds: float = 600.0,
 ) -> Outcome:
-    """Ask from several connections at once, so many times in all, or for so long."""
+    """Send requests over several connections at once, `requests` in all or for `seconds`."""
     outcome = Outcome()
     lock = threading.Lock()
     numbers = iter(range(requests)) if requests is not None else iter(range(1 << 40))
@@ -283,7 +283,7 @@ def ask(
 
 
 def request(connection: http.client.HTTPConnection, one: Expected) -> tuple[int, np.ndarray, np.ndarray]:
-    """Status, matches and scores of one request."""
+    """Send one request; returns status, matches and scores."""
     headers = {"Inference-Header-Content-Length": str(one.header)}
     connection.request("POST", "/v2/models/correspond/infer", one.body, headers)
     answer = connection.getresponse()
@@ -301,7 +301,7 @@ def request(connection: http.client.HTTPConnection, one: Expected) -> tuple[int,
 
 
 def steady_memory(server: Server, expected: Sequence[Expected], requests: int) -> dict[str, Any]:
-    """Resident memory every twentieth of the way."""
+    """Measure resident memory twenty times along the way."""
     step = max(1, requests // 20)
     marks, seconds, wrong, start = [], [], 0, time.monotonic()
     for _ in range(requests // step):
@@ -322,7 +322,7 @@ def steady_memory(server: Server, expected: Sequence[Expected], requests: int) -
 
 
 def shed(server: Server, expected: Sequence[Expected], seconds: float) -> dict[str, Any]:
-    """200 clients that ask again as soon as they are answered, or refused; and what is left afterwards."""
+    """Overload a server with 200 clients that ask again at once; nothing may be left afterwards."""
     resident = [server.metrics()["process_resident_memory_bytes"]]
     during = ask(server, expected, 200, None, seconds).summary()
     after = ask(server, expected, CLIENTS, 10 * CLIENTS).summary()

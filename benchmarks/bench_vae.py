@@ -86,7 +86,7 @@ PRECISIONS = ("fp32", "fp16")
 PARTS = ("encoder", "transformer", "tail")
 TRAINING_SIDE, TRAINING_IMAGES = 128, 32
 ATTENTION_SIDES = {512: 64, 960: 120}
-"""Sides of the full encoder's middle block, by the image's."""
+"""Sides of the full encoder's middle block by the image's side."""
 
 
 def main() -> None:
@@ -114,7 +114,7 @@ def main() -> None:
 
 
 def prepare(folder: Path, geometry: Geometry) -> None:
-    """Write the checkpoint and the tiny encoder, unless they are there."""
+    """Write the checkpoint and the tiny encoder, unless they exist."""
     if (folder / "tiny").exists():
         return
     say("writing the checkpoint")
@@ -157,7 +157,7 @@ def planned(folder: Path, encoder: str, precision: str, layer: int) -> tuple[Pla
 
 
 def write_graphs(folder: Path, geometry: Geometry) -> None:
-    """<encoder>-<precision>/features.onnx, and its `PARTS`, unless they are there."""
+    """Write <encoder>-<precision>/features.onnx and its `PARTS`, unless they exist."""
     quieten_libraries()
     for encoder in ENCODERS:
         for precision in PRECISIONS:
@@ -196,7 +196,7 @@ class Eager:
         self.answers: dict[int, np.ndarray] = {}
 
     def whole(self, index: int, image: np.ndarray) -> None:
-        """End to end."""
+        """Run end to end."""
         clock = [time.process_time()]
         numbers = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         x_0 = self._latents.encode(self._vae, numbers)
@@ -218,7 +218,7 @@ class Graph:
         self.answers: dict[int, np.ndarray] = {}
 
     def whole(self, index: int, image: np.ndarray) -> None:
-        """End to end."""
+        """Run end to end."""
         clock, given = [time.process_time()], image[None]
         for session in self._parts:
             given = session.run(None, {session.get_inputs()[0].name: given})[0]
@@ -228,7 +228,7 @@ class Graph:
 
 
 def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
-    """Time every side in turns, one thread each, in one process; and compare what they gave."""
+    """Time every side in turns, on one thread, in one process, and compare their features."""
     quieten_libraries()
     torch.set_num_threads(THREADS)
     images = golden_pair((geometry.pixels,) * 2)
@@ -268,7 +268,7 @@ def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
 def _parity(
     actual: dict[int, np.ndarray], expected: dict[int, np.ndarray], geometry: Geometry
 ) -> dict[str, float]:
-    """Of the pair's features and matches, as `ditf check` has them."""
+    """The parity of the pair's features and matches, as `ditf check` measures it."""
     size = (geometry.pixels, geometry.pixels)
     points = np.random.default_rng(0).integers(0, geometry.pixels, (POINTS, 2)).astype(np.float32)
 
@@ -281,7 +281,7 @@ def _parity(
 
 
 def attention_results(folder: Path, sides: Mapping[int, int]) -> list[dict[str, Any]]:
-    """The full encoder's attention at once and in chunks: seconds in turns, peak memory, difference.
+    """Measure the full encoder's attention at once and in chunks: seconds in turns, peak memory, difference.
 
     Args:
         sides: of the middle block, by the image's.
@@ -304,7 +304,7 @@ def attention_results(folder: Path, sides: Mapping[int, int]) -> list[dict[str, 
 
 
 def write_attention(folder: Path, side: int) -> dict[str, Path]:
-    """The attention of the checkpoint's VAE as two graphs."""
+    """Write the attention of the checkpoint's VAE as two graphs."""
     quieten_libraries()
     paths = {}
     for name, processor in (("whole", AttnProcessor2_0()), ("chunks", QueryChunks())):
@@ -326,7 +326,7 @@ def _input(session: Any) -> np.ndarray:
 
 
 def time_attention(paths: dict[str, Path], side: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds in turns, and the largest |difference|."""
+    """Time both graphs in turns; returns their seconds and the largest |difference|."""
     sessions = {name: open_session(path, THREADS) for name, path in paths.items()}
     x = _input(sessions["whole"])
     answers: dict[str, np.ndarray] = {}
@@ -339,7 +339,7 @@ def time_attention(paths: dict[str, Path], side: int) -> tuple[dict[str, list[fl
 
 
 def attention_peak(path: Path, side: int) -> int:
-    """What running it twice adds to the peak memory of a process."""
+    """How much two runs add to the peak memory of a process."""
     session = open_session(path, THREADS)
     x = _input(session)
     before = peak_bytes()
@@ -349,7 +349,7 @@ def attention_peak(path: Path, side: int) -> int:
 
 
 def rows(result: dict[str, Any]) -> Rows:
-    """The table: a line for each side."""
+    """Make the table, with a row for each side."""
     names = {"eager": "PyTorch eager", "fp32": "ditf, float32", "fp16": "ditf, float16"}
     heading = ("VAE", "", "end to end", *PARTS, "encoder's bytes", "graph: cosine min", "choice: cosine mean")
     lines: Rows = [(*heading, "choice: matches within a cell, 1 px")]
@@ -380,7 +380,7 @@ def rows(result: dict[str, Any]) -> Rows:
 
 
 def attention_rows(found: list[dict[str, Any]]) -> Rows:
-    """The table of the full encoder's attention."""
+    """Make the table of the full encoder's attention."""
     lines: Rows = [("image", "tokens", "at once", "in chunks", "faster", "memory", "largest difference")]
     for one in found:
         times = [f"{one['seconds'][name]['median']:.2f} s" for name in ("whole", "chunks")]

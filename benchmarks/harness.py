@@ -30,7 +30,7 @@ _THREAD_VARIABLES = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS
 
 
 Rows = list[tuple[str, ...]]
-"""Of a table, the heading first."""
+"""The rows of a table, the heading first."""
 
 _apart = True  # whether `in_child` starts a process; not with --smoke
 
@@ -40,7 +40,7 @@ class Bench:
 
     Args:
         description: the script's docstring, whose first line `--help` shows.
-        threads: that every measured side is given.
+        threads: threads of every measured side.
         repeats: rounds that are timed by default, in a script that times sides in turns.
         keeps: whether the script takes --folder, for what takes long to make, and --wait.
 
@@ -121,7 +121,7 @@ class Bench:
 
 @contextlib.contextmanager
 def workplace(folder: Path | None = None) -> Iterator[Path]:
-    """The folder, or a temporary one that is removed at the end."""
+    """Give the folder, or a temporary one that is removed at the end."""
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
         yield folder
@@ -131,17 +131,17 @@ def workplace(folder: Path | None = None) -> Iterator[Path]:
 
 
 def pin_threads(threads: int) -> None:
-    """Limit the BLAS and OpenMP pools of the processes that `in_child` starts; not of this one."""
+    """Limit the BLAS and OpenMP pools of the processes that `in_child` starts, not of this one."""
     os.environ.update(dict.fromkeys(_THREAD_VARIABLES, str(threads)))
 
 
 def say(line: str) -> None:
-    """A line of progress on stderr."""
+    """Print a line of progress on stderr."""
     print(f"[{time.strftime('%H:%M:%S')}] {line}", file=sys.stderr, flush=True)
 
 
 def wait_until_idle(minutes: float, load: float = 1.5) -> None:
-    """Wait, at most so long, until the machine's load is below `load`: other work spoils a timing."""
+    """Wait at most `minutes` until the machine's load is below `load`, as other work disturbs timings."""
     deadline = time.monotonic() + 60 * minutes
     while os.getloadavg()[0] > load and time.monotonic() < deadline:
         time.sleep(5)
@@ -161,8 +161,8 @@ def in_child(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def reset_peak_memory() -> None:
-    """Let `peak_bytes` start again from now, memory that was freed before given back first."""
-    ctypes.CDLL(None).malloc_trim(0)  # else what follows reuses it, and seems to need less than it does
+    """Reset `peak_bytes` to the current memory, after freed memory is given back to the system."""
+    ctypes.CDLL(None).malloc_trim(0)  # else what follows reuses it, and seems to need less
     Path("/proc/self/clear_refs").write_text("5")
 
 
@@ -220,7 +220,7 @@ def interleave(
 
 
 def summary(seconds: Sequence[float]) -> dict[str, Any]:
-    """Median, extremes and every value."""
+    """The median, the extremes and every value."""
     return {
         "median": statistics.median(seconds),
         "min": min(seconds),
@@ -230,7 +230,7 @@ def summary(seconds: Sequence[float]) -> dict[str, Any]:
 
 
 def paired_ratio(slow: Sequence[float], fast: Sequence[float]) -> dict[str, float]:
-    """`slow` / `fast`, round by round: what a whole round shares (a busy machine) cancels."""
+    """`slow` / `fast` round by round, so that a disturbance of a whole round cancels."""
     ratios = [a / b for a, b in zip(slow, fast, strict=True)]
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
