@@ -1,10 +1,10 @@
-"""The table of docs/plan.md: what published models cost at their default settings, counted from configs."""
+"""Write the tables of docs/plan.md and docs/vae.md: published models, counted from their configs."""
 
 from __future__ import annotations
 
 from dataclasses import replace
 
-from provenance import write_table
+from harness import write_table
 
 from ditf.export.estimate.devices import DEVICES
 from ditf.export.estimate.estimate import Estimate
@@ -36,7 +36,7 @@ TOO_LARGE = "does not fit"
 
 
 def rows() -> list[tuple[str, ...]]:
-    """Header and a row for each model, in float16."""
+    """Make a header and a row for each model, in float16."""
     found: list[tuple[str, ...]] = [
         ("model", "layer, size", "VAE", "GEMMs", "attention", "weights", "activations", *SHOWN)
     ]
@@ -59,7 +59,7 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def vae_rows() -> list[tuple[str, ...]]:
-    """Header and a row for each model with a published tiny encoder of its latent space, in float16."""
+    """Make a header and a row for each model that has a published tiny encoder, in float16."""
     found: list[tuple[str, ...]] = [
         (
             "model",

@@ -15,7 +15,7 @@ import numpy as np
 
 from ditf.calib.parity import match_parity
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching.cells import TINY
+from ditf.runtime.matching.cells import TINY_SQUARE
 from ditf.runtime.matching.points import match_points
 
 _TOKENS = 512  # of each image whose cosines are compared
@@ -55,7 +55,7 @@ class SecondMoment:
         tokens = features.reshape(len(features), -1).T.astype(np.float64)
         lengths = np.linalg.norm(tokens, axis=1)
         self.largest = float(np.maximum(self.largest, lengths.max()))  # NaN stays NaN
-        tokens /= np.maximum(lengths, TINY)[:, None]
+        tokens /= np.maximum(lengths, TINY_SQUARE)[:, None]
         self._sum += tokens.T @ tokens
         self.tokens += len(tokens)
 
@@ -64,7 +64,7 @@ class SecondMoment:
         values, vectors = np.linalg.eigh(self._sum)  # ascending
         rows = vectors[:, ::-1].T[:count]
         largest = np.take_along_axis(rows, np.abs(rows).argmax(axis=1)[:, None], axis=1)
-        kept = values[::-1][:count].sum() / max(float(values.sum()), TINY)
+        kept = values[::-1][:count].sum() / max(float(values.sum()), TINY_SQUARE)
         return LearnedProjection((rows * np.sign(largest)).astype(np.float32), float(min(kept, 1.0)))
 
 
@@ -102,8 +102,9 @@ def projection_cost(
     squares = [sum(float(np.vdot(one, one)) for one in maps) for maps in (projected, full)]
     product = float((cosines * kept).sum())
     return {
-        "energy_held_out": min(1.0, squares[0] / max(squares[1], TINY)),
-        "similarity_cosine": product / max(float(np.linalg.norm(cosines) * np.linalg.norm(kept)), TINY),
+        "energy_held_out": min(1.0, squares[0] / max(squares[1], TINY_SQUARE)),
+        "similarity_cosine": product
+        / max(float(np.linalg.norm(cosines) * np.linalg.norm(kept)), TINY_SQUARE),
         "similarity_rms_error": float(np.sqrt(np.square(cosines - kept).mean())),
         **match_parity(after.points, before.points, (size[0] / h, size[1] / w)),
     }
@@ -115,6 +116,6 @@ def _cosines(source: np.ndarray, target: np.ndarray) -> np.ndarray:
     for one in (source, target):
         tokens = one.reshape(len(one), -1).T.astype(np.float64)
         tokens = tokens[:: max(1, len(tokens) // _TOKENS)]
-        units.append(tokens / np.maximum(np.linalg.norm(tokens, axis=1, keepdims=True), TINY))
+        units.append(tokens / np.maximum(np.linalg.norm(tokens, axis=1, keepdims=True), TINY_SQUARE))
     cosines: np.ndarray = units[0] @ units[1].T
     return cosines

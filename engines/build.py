@@ -16,11 +16,11 @@ from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
 from ditf.engines.network import LayerType, Profile, audit
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.backends.engine_records import (
-    ENGINES,
+    ENGINES_FOLDER,
     FEATURES_PLAN,
     IMAGE_SIDES,
     MATCH_PLAN,
-    POINTS,
+    MATCH_PLAN_POINTS,
     RECORD,
     SCHEMA,
     EngineRecord,
@@ -31,10 +31,10 @@ from ditf.runtime.backends.engine_records import (
 from ditf.runtime.backends.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.backends.gpu import find_gpu
 from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
+from ditf.runtime.bundles.staging import ENGINE_FILES, staged
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.stage_folder import clear
-from ditf.runtime.files.staging import ENGINE_FILES, staged
 from ditf.runtime.files.user_cache import cache_file
 
 Profiles = tuple[tuple[int, int, int], ...]
@@ -84,7 +84,7 @@ def build(
     target = _target(flavour, options)
     gpu = find_gpu() if target == "" else None
     key = engine_key(bundle, flavour, trt.__version__, target, str(gpu or ""), sizes, options)
-    folder = bundle.path / ENGINES / key
+    folder = bundle.path / ENGINES_FOLDER / key
     if not force and folder.is_dir():
         try:
             record = read_record(folder, bundle.trust)
@@ -170,7 +170,7 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
         and engines that a newer ditf made are left alone.
     """
     _check_own(bundle)
-    left = [(path, "left by a build that was killed") for path in clear(bundle.path / ENGINES)]
+    left = [(path, "left by a build that was killed") for path in clear(bundle.path / ENGINES_FOLDER)]
     removed = []
     for folder in folders:
         if not _engine_alone(folder):
@@ -192,8 +192,8 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
 
 def _check_own(bundle: Bundle) -> None:
     """Refuse an engines/ that is a link: a received bundle could point it outside of itself."""
-    if (bundle.path / ENGINES).is_symlink():
-        raise InputError(f"{bundle.path / ENGINES} is a link", "put a folder in its place")
+    if (bundle.path / ENGINES_FOLDER).is_symlink():
+        raise InputError(f"{bundle.path / ENGINES_FOLDER} is a link", "put a folder in its place")
 
 
 def _engine_alone(folder: Path) -> bool:
@@ -267,8 +267,8 @@ def _match_profile(bundle: Bundle) -> Profile:
         return tuple((size, cells) for size in sizes)
 
     return {
-        "point_rows": over(POINTS, h),  # type: ignore[dict-item]
-        "point_columns": over(POINTS, w),  # type: ignore[dict-item]
+        "point_rows": over(MATCH_PLAN_POINTS, h),  # type: ignore[dict-item]
+        "point_columns": over(MATCH_PLAN_POINTS, w),  # type: ignore[dict-item]
         "rows": over(IMAGE_SIDES, h),  # type: ignore[dict-item]
         "columns": over(IMAGE_SIDES, w),  # type: ignore[dict-item]
     }

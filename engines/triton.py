@@ -40,12 +40,12 @@ from ditf.engines.triton_plans import Plans, capability
 from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN
 from ditf.runtime.bundles.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
 from ditf.runtime.bundles.golden_file import read_golden
-from ditf.runtime.bundles.manifest import NAME as MANIFEST
+from ditf.runtime.bundles.manifest import MANIFEST
+from ditf.runtime.bundles.staging import check_space
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
-from ditf.runtime.files.staging import check_space
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
 from ditf.runtime.serving.protocol import contract
 from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
@@ -118,7 +118,7 @@ def bundle_models(
     manifest = bundle.manifest
     inputs = graph_inputs(bundle)
     plain = set(inputs) == {"image"}
-    features_name = f"{name}.{contract.FEATURES if plain else FEATURES_MODEL}"
+    features_name = f"{name}.{contract.SERVED_FEATURES if plain else FEATURES_MODEL}"
     files, copied = _features_files(bundle, plans)
     features = RepositoryModel(features_config(features_name, manifest, inputs, files, placement), copied)
     features.written |= _warmup(bundle, batches(manifest, inputs))
@@ -128,7 +128,9 @@ def bundle_models(
         graphs[MATCH_GRAPH] = f"{name}.{MATCH_MODEL}"
         files, copied = _match_files(bundle, plans)
         models.append(RepositoryModel(match_config(graphs[MATCH_GRAPH], manifest, files, placement), copied))
-    roles = [contract.MATCH, contract.CORRESPOND] if plain else list(contract.model_specs(manifest))
+    roles = (
+        [contract.SERVED_MATCH, contract.SERVED_CORRESPOND] if plain else list(contract.model_specs(manifest))
+    )
     # One process prepares while another waits for the graph; more of them fill a dynamic batch.
     count = placement.instances * (4 if batches(manifest, inputs) else 2)
     for role in roles:

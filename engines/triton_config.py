@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from ditf.engines.pbtxt import Enum, entries
-from ditf.runtime.backends.engine_records import POINTS
+from ditf.runtime.backends.engine_records import MATCH_PLAN_POINTS
 from ditf.runtime.bundles.manifest import Manifest
-from ditf.runtime.serving.protocol.contract import FEATURES, TensorSpec, model_specs
+from ditf.runtime.serving.protocol.contract import SERVED_FEATURES, TensorSpec, model_specs
 from ditf.runtime.serving.triton import LARGEST_BATCH, MODEL
 
 ONNX, PLAN = "onnxruntime_onnx", "tensorrt_plan"
@@ -80,7 +80,7 @@ def features_config(
     name: str, manifest: Manifest, inputs: Inputs, files: Files, placement: Placement
 ) -> Config:
     """The config of features.onnx or its plan; it batches dynamically if the image is the only input."""
-    output = model_specs(manifest)[FEATURES].outputs[0]
+    output = model_specs(manifest)[SERVED_FEATURES].outputs[0]
     config = _graph(name, files)
     if batches(manifest, inputs):
         _, shape = inputs["image"]
@@ -112,7 +112,7 @@ def features_config(
 
 def match_config(name: str, manifest: Manifest, files: Files, placement: Placement) -> Config:
     """The config of match.onnx or its plan, which takes two maps and the `interpolation_inputs`."""
-    datatype = _TYPES[model_specs(manifest)[FEATURES].outputs[0].datatype]
+    datatype = _TYPES[model_specs(manifest)[SERVED_FEATURES].outputs[0].datatype]
     h, w = manifest.grid
     maps = (1, manifest.channels, h, w)
     listed = (
@@ -123,7 +123,7 @@ def match_config(name: str, manifest: Manifest, files: Files, placement: Placeme
         ("rows", "TYPE_FP32", (-1, h)),
         ("columns", "TYPE_FP32", (-1, w)),
     )
-    lengths = (1, 1, POINTS[1], POINTS[1], *manifest.size)
+    lengths = (1, 1, MATCH_PLAN_POINTS[1], MATCH_PLAN_POINTS[1], *manifest.size)
     return {
         **_graph(name, files),
         "max_batch_size": 0,

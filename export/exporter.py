@@ -40,8 +40,8 @@ from ditf.export.planning.options import ExportOptions, check_opset
 from ditf.export.planning.plan import Plan, make_plan
 from ditf.export.planning.stages import Report, Stage, run_stages
 from ditf.runtime.bundles import bundle as files
-from ditf.runtime.bundles.manifest import NAME, read_manifest
-from ditf.runtime.files.staging import check_output, check_space, staged
+from ditf.runtime.bundles.manifest import MANIFEST, read_manifest
+from ditf.runtime.bundles.staging import check_output, check_space, staged
 
 
 def stage_count(options: ExportOptions) -> int:
@@ -263,7 +263,7 @@ class _Export:
             self.vaes,
             self.text_is_cut,
         )
-        (folder / NAME).write_text(manifest.to_json(), "utf-8")
+        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
         read_manifest(folder)
 
     @property

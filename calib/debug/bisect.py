@@ -19,7 +19,7 @@ from ditf.runtime.bundles.bundle import GOLDEN, TRACE, Bundle
 from ditf.runtime.bundles.golden_file import Golden, read_golden
 from ditf.runtime.bundles.manifest import DYNAMIC_EXAMPLE, hidden_states_name
 from ditf.runtime.errors import BundleError
-from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.features_runner import FeaturesRunner
 
 MARGIN = 8.0
 """Limit of a boundary's error over the error that PyTorch had at export in the same precision."""

@@ -9,7 +9,7 @@ from typing import Any
 from ditf.calib.debug.widened_graph import LARGEST_FINITE, WidenedGraph
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.golden_file import Golden
-from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.features_runner import FeaturesRunner
 
 HEADROOM_LIMIT = 1.0
 """Least headroom; below it a value overflows its type."""

@@ -13,7 +13,7 @@ from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import FEATURES, Bundle
 from ditf.runtime.bundles.golden_file import Golden
 from ditf.runtime.errors import MissingComponent
-from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.features_runner import FeaturesRunner
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from ditf.calib.debug.widened_graph import widen
 from ditf.runtime.bundles.bundle import FEATURES, Bundle
 from ditf.runtime.bundles.golden_file import Golden
 from ditf.runtime.errors import missing_extra
+from ditf.runtime.features_runner import FeaturesRunner
 from ditf.runtime.files.writing import replacing
-from ditf.runtime.runner import FeaturesRunner
 
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 RUNNER = "ditf-float32"

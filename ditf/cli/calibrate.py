@@ -1,4 +1,4 @@
-"""`ditf calibrate`: where a model's massive channels are, and how large its activations get."""
+"""`ditf calibrate`: measure a model's massive channels and the ranges of its activations."""
 
 from __future__ import annotations
 
@@ -21,35 +21,22 @@ from ditf.runtime.files.writing import replacing, write_whole
 
 
 @verb(
-    takes=(
-        "model",
-        "vae",
-        "layer",
-        "conditioning",
-        "prompt",
-        "prompts",
-        "prompt_embeds",
-        "class_label",
-        "guidance",
-        "text_tokens",
-        "timestep",
-        "size",
-        "seed",
-        "ensemble",
-    ),
-    helps={"layer": "Last layer that is looked at."},
+    takes="model vae layer conditioning prompt prompts prompt_embeds class_label guidance text_tokens"
+    " timestep size seed ensemble",
+    helps={"layer": "Last layer to measure: 9 or single.9."},
 )
 def calibrate(
     *,
     options: ExportOptions,
     images: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="Images; built-in pictures by default.")
+        Optional[Path],
+        typer.Option(metavar="DIR", help="Images to calibrate with; built-in pictures by default."),
     ] = None,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="JSON", help="Where the statistics are written.")
+        Path, typer.Option("--output", "-o", metavar="JSON", help="File for the statistics.")
     ] = Path("calibration.json"),
     plot: Annotated[
-        Optional[Path], typer.Option(metavar="PNG", help="Also draw them, layer by layer.")
+        Optional[Path], typer.Option(metavar="PNG", help="Also plot the statistics by layer.")
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -89,7 +76,7 @@ def _numbers(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _render(document: dict[str, Any]) -> str:
-    """Residual by layer, and of the block that follows what its branches hold and add."""
+    """A row for each layer: its residual, and the ranges inside the branches of the block that follows."""
     from ditf.calib.plots.activations import largest_of
 
     rows: list[tuple[str, ...]] = [
@@ -122,7 +109,7 @@ def _render(document: dict[str, Any]) -> str:
 
 
 def _prediction(document: dict[str, Any]) -> list[str]:
-    """What --fp16 would make of the ranges, in lines."""
+    """Lines that say which exceptions --fp16 would make for these ranges."""
     extents = [Extent.from_json(entry) for entry in document["ranges"]]
     try:
         exceptions = choose_recipe(extents).exceptions()

@@ -1,4 +1,4 @@
-"""`ditf doctor`: what is installed here, and which backends open."""
+"""`ditf doctor`: show what is installed here, and which backends open."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ _PACKAGES = {
 def doctor(
     json_file: JsonOption = None,
 ) -> None:
-    """Say what is installed and which backends open here, and why not: exit 3 if none does."""
+    """Show what is installed, which backends open here, and why others do not; exit 3 if none does."""
     check_writable(json_file)
     versions = tool_versions(*_PACKAGES)
     rows: list[tuple[str, ...]] = [("ditf", ditf.__version__, "")]

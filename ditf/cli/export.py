@@ -15,10 +15,10 @@ from ditf.cli.support.output import bytes_text, show, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import stages
 from ditf.export.planning.options import ExportOptions
-from ditf.runtime.backends.flavour import choose
+from ditf.runtime.backends.flavour import choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.staging import check_output
 from ditf.runtime.errors import InputError
-from ditf.runtime.files.staging import check_output
 
 
 @verb()
@@ -27,9 +27,14 @@ def export(
     options: ExportOptions,
     save_prompt_embeds: Annotated[
         Optional[Path],
-        typer.Option(metavar="FILE", help="Only encode the prompt, for --prompt-embeds on another machine."),
+        typer.Option(
+            metavar="FILE",
+            help="Encode the prompt into FILE and stop; --prompt-embeds reads it on another machine.",
+        ),
     ] = None,
-    build: Annotated[bool, typer.Option("--build", help="Then build an engine, as ditf build does.")] = False,
+    build: Annotated[
+        bool, typer.Option("--build", help="Build an engine afterwards, as ditf build does.")
+    ] = False,
     target: TargetOption = None,
     json_file: JsonOption = None,
 ) -> None:
@@ -38,9 +43,9 @@ def export(
     if options.output is not None:
         check_output(options.output, options.inputs)
     if target is not None and not build:
-        raise InputError("--target is of an engine", "add --build")
+        raise InputError("--target requires --build", "add --build")
     if build:
-        choose("auto")  # or fail before the long work
+        choose_flavour("auto")  # fails now if there is no builder, not after the export
     with needs_exporter():
         from ditf.export.exporter import export_bundle, stage_count
         from ditf.export.planning.save_prompt import save_prompt

@@ -1,4 +1,4 @@
-"""`ditf inspect`: what is in a bundle."""
+"""`ditf inspect`: show what is in a bundle."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def inspect(
     bundle: BundleArgument,
     json_file: JsonOption = None,
 ) -> None:
-    """Show what a bundle computes, where its bytes are and which type they have."""
+    """Show what a bundle computes, and the size and type of its parts."""
     check_writable(json_file, inputs=(bundle,))
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -82,7 +82,7 @@ def inspect(
 
 
 def _trusted(folder: Path, trust: Trust) -> str:
-    """What a signature says of an engine, where one is asked for."""
+    """Whether an engine is signed; "" if no signature is required."""
     if trust.signers is None:
         return ""
     try:

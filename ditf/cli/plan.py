@@ -1,4 +1,4 @@
-"""`ditf plan`: what an export would cost on a device, from the configs alone."""
+"""`ditf plan`: estimate the cost of an export on a device from the configs alone."""
 
 from __future__ import annotations
 
@@ -22,22 +22,23 @@ if TYPE_CHECKING:
 
 
 @verb(
-    takes=("model", "vae", "layer", "size", "precision", "ensemble", "text_tokens"),
+    takes="model vae layer size precision ensemble text_tokens",
     helps={
         "model": "'demo', a directory with its configs, or a published model's hub id.",
-        "text_tokens": "T5 tokens to keep; all, or a short prompt's, by default.",
+        "text_tokens": "Keep only this many T5 tokens; all, or those of a short prompt, by default.",
     },
 )
 def plan(
     *,
     options: ExportOptions,
-    batch: Annotated[int, typer.Option(help="Images in one call.")] = 1,
+    batch: Annotated[int, typer.Option(help="Number of images in one call.")] = 1,
     device: Annotated[
-        Optional[str], typer.Option(metavar="|".join(DEVICES), help="One device in detail; all by default.")
+        Optional[str],
+        typer.Option(metavar="|".join(DEVICES), help="Show one device in detail; all devices by default."),
     ] = None,
     json_file: JsonOption = None,
 ) -> None:
-    """Say what an export would cost, before weights are there: exit 1 if the device's memory is too small."""
+    """Estimate an export from the configs alone; exit 1 if it does not fit the memory of --device."""
     check_writable(json_file)
     chosen = DEVICES if device is None else {device: find_device(device)}
     options = replace(options, batch=batch)

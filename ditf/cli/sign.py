@@ -18,8 +18,8 @@ from ditf.runtime.backends.engine_records import (
     verify_plans,
 )
 from ditf.runtime.bundles.bundle import Bundle
-from ditf.runtime.bundles.manifest import NAME, manifest_content, parse_manifest
-from ditf.runtime.bundles.signing import SUFFIX, signature, still_signed
+from ditf.runtime.bundles.manifest import MANIFEST, manifest_content, parse_manifest
+from ditf.runtime.bundles.signing import SIGNATURE_SUFFIX, signature, still_signed
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import write_whole
 
@@ -30,38 +30,38 @@ def sign(
     key: Annotated[
         Path,
         typer.Option(
-            "--key", metavar="KEY", help="OpenSSH private key, or a public one that ssh-agent holds."
+            "--key", metavar="KEY", help="OpenSSH private key, or the public key of one that ssh-agent holds."
         ),
     ],
     json_file: JsonOption = None,
 ) -> None:
-    """Sign a bundle and its engines, for those who open them with --require-signature.
+    """Sign a bundle and its engines, for users who open them with --require-signature.
 
-    Every hash is checked first. What is signed is manifest.json and each engine.json, which hold the hashes
-    of all other files; the signatures lie beside them.
+    Every hash is checked first. The signatures cover manifest.json and each engine.json, which hold
+    the hashes of all other files, and lie beside them.
     """
     check_writable(json_file, inputs=(bundle, key))
-    contents = {bundle / NAME: manifest_content(bundle)}
-    opened = Bundle(bundle, parse_manifest(bundle, contents[bundle / NAME]))
+    contents = {bundle / MANIFEST: manifest_content(bundle)}
+    opened = Bundle(bundle, parse_manifest(bundle, contents[bundle / MANIFEST]))
     opened.verify(opened.manifest.files)
     for folder in engine_folders(bundle):
         content = record_content(folder)
         verify_plans(folder, parse_record(folder, content))
         contents[folder / RECORD] = content
     for path, content in contents.items():
-        _check_place(path.with_name(path.name + SUFFIX), content)
+        _check_place(path.with_name(path.name + SIGNATURE_SUFFIX), content)
     signed = {path: signature(content, key) for path, content in contents.items()}
     for path, made in signed.items():
-        write_whole(path.with_name(path.name + SUFFIX), made)
+        write_whole(path.with_name(path.name + SIGNATURE_SUFFIX), made)
         show(f"signed {path}")
     write_json(json_file, {"bundle": str(bundle), "signed": [str(path) for path in signed]})
 
 
 def _check_place(path: Path, content: bytes) -> None:
-    """Refuse to write through a link or a FIFO that the bundle brought, and to sign what was changed.
+    """Refuse to write a signature through a link or FIFO in the bundle, or to sign changed content silently.
 
     Raises:
-        InputError: the signature's place is no regular file, or has a signature of other content.
+        InputError: `path` is no regular file, or holds a signature of other content.
     """
     if path.is_symlink() or (path.exists() and not path.is_file()):
         raise InputError(f"{path} is no regular file", "remove it")

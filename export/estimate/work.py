@@ -16,7 +16,7 @@ from ditf.export.estimate.op_counter import OpCount, Product, count_operations
 from ditf.export.graph.blocks.layers import Linear
 from ditf.export.graph.match import MatchGraph
 from ditf.export.planning.plan import Plan
-from ditf.runtime.backends.engine_records import POINTS
+from ditf.runtime.backends.engine_records import MATCH_PLAN_POINTS
 
 VAE, CONDITIONING, EMBEDDERS = "VAE encoder", "conditioning", "embedders"
 GEMMS, ATTENTION, TAIL, MATCHING = "GEMMs of the blocks", "attention", "tail", "matching"
@@ -86,7 +86,7 @@ def tail_work(plan: Plan, batch: int, feature_bytes: int) -> Work:
 def count_matching(plan: Plan) -> OpCount:
     """What match.onnx computes for as many points as an engine takes at once."""
     features = (1, plan.channels, *plan.grid)
-    (h, w), (height, width), points = plan.grid, MATCH_IMAGE, POINTS[-1]
+    (h, w), (height, width), points = plan.grid, MATCH_IMAGE, MATCH_PLAN_POINTS[-1]
     given = [torch.empty(features, dtype=plan.output_dtype, device="meta") for _ in range(2)]
     shapes = ((points, h), (points, w), (height, h), (width, w))
     return count_operations(MatchGraph(), *given, *(torch.empty(shape, device="meta") for shape in shapes))
@@ -95,4 +95,4 @@ def count_matching(plan: Plan) -> OpCount:
 def matching_work(counted: OpCount) -> Work:
     """The products of matching `MATCH_POINTS` points, from `count_matching`."""
     each = tuple((product.operations, product.moved) for product in counted.products)
-    return Work(MATCHING, "float32", each * -(-MATCH_POINTS // POINTS[-1]))
+    return Work(MATCHING, "float32", each * -(-MATCH_POINTS // MATCH_PLAN_POINTS[-1]))

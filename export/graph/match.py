@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY
+from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY_SQUARE
 
 INPUTS = ("source", "target", "point_rows", "point_columns", "rows", "columns")
 OUTPUTS = ("points", "scores")
@@ -69,7 +69,7 @@ class MatchGraph(nn.Module):
 
 
 def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
-    return 1.0 / torch.sqrt(torch.clamp(squared, min=TINY))
+    return 1.0 / torch.sqrt(torch.clamp(squared, min=TINY_SQUARE))
 
 
 def _quadratic(matrix: torch.Tensor) -> torch.Tensor:

@@ -19,23 +19,23 @@ DEFAULT_OPSET = 20
 OPSETS = range(18, 26)  # torch's exporter writes an invalid Split at 17 and silently stamps 18 at 26
 
 SHORT_NAMES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16", "int8": "int8"}
-"""Precisions by their names on the command line and in a bundle's."""
+"""Short names of the precisions, on the command line and in the names of bundles."""
 
 
 @dataclass(frozen=True)
 class Flag:
-    """How an option is written on the command line, and which values it takes.
+    """How an option is written on the command line, and which values it accepts.
 
-    Its name is that of the field, with dashes. A field of type bool that is true by default is turned off by
-    --no-NAME; one of type tuple is given several times.
+    The flag has the name of the field, with dashes. --no-NAME turns off a bool that is true by default.
+    Repeating the flag fills a tuple.
 
     Attributes:
-        help: its line in `--help`.
-        metavar: what stands for the value there; the choices of a Literal, or the type, by default.
-        parse: makes the value of what was typed; None where the type says how.
-        aliases: other names of the flag, such as "-o".
-        shorthands: {flag without a value: what it is short for}.
-        limits: `ge`, `lt` and the like, as `pydantic.Field` takes them.
+        help: description in `--help`.
+        metavar: placeholder of the value in `--help`; a Literal's choices, or the type, by default.
+        parse: turns the text into the value; None if the type is enough.
+        aliases: further names of the flag, such as "-o".
+        shorthands: flags without a value, and the text that each stands for.
+        limits: constraints as `pydantic.Field` takes them, such as `ge` and `lt`.
     """
 
     help: str
@@ -47,10 +47,10 @@ class Flag:
 
 
 def parse_size(text: str) -> tuple[int, int]:
-    """Parse "HxW" in pixels.
+    """Parse "HxW", in pixels.
 
     Raises:
-        InputError: not two positive integers.
+        InputError: the text is not two positive integers.
     """
     match = re.fullmatch(r"([1-9]\d{0,5})x([1-9]\d{0,5})", text.lower())
     if not match:
@@ -90,34 +90,37 @@ def parse_batch(text: str) -> Union[int, str]:
 
 @dataclass(frozen=True)
 class ExportOptions:
-    """Options of one export; None or () means the family's default.
+    """Options of one export, each described by its flag's help. None and () stand for the family's default.
 
     Attributes:
-        precision: by its long name; on the command line by a name of `SHORT_NAMES`.
-        timestep, prompt, class_label, prompt_embeds: a tuple, or one value, which becomes a tuple of one.
+        precision: the long name; the command line takes a name of `SHORT_NAMES`.
+        timestep, prompt, class_label, prompt_embeds: a tuple; a single value becomes a tuple of one.
         size: (H, W) in pixels.
-        adaln: whether the feature is taken after the block's norm and modulation.
-        command: the command line that the manifest records.
+        adaln: whether the block's norm and modulation are applied to the hidden states.
+        command: the command line, which the manifest records.
 
     Raises:
-        InputError: a value of the wrong type or out of range; it names the first such flag.
+        InputError: a value has the wrong type or is out of range. The message names its flag.
     """
 
     model: Annotated[str, Flag("'demo', a directory saved by diffusers, or a hub id.")] = DEMO
     revision: Annotated[Optional[str], Flag("Branch, tag or commit of a hub id.")] = None
-    variant: Annotated[Optional[str], Flag("Of the weights, such as fp16; the plain ones by default.")] = None
+    variant: Annotated[
+        Optional[str], Flag("Variant of the weights files, such as fp16; the plain ones by default.")
+    ] = None
     vae: Annotated[
         Optional[str],
-        Flag("Another encoder of the same latent space, such as madebyollin/taesd.", metavar="ID|DIR"),
+        Flag(
+            "Replace the VAE with another of the same latent space, such as madebyollin/taesd.",
+            metavar="ID|DIR",
+        ),
     ] = None
-    vae_revision: Annotated[Optional[str], Flag("Branch, tag or commit of --vae, where it is a hub id.")] = (
-        None
-    )
+    vae_revision: Annotated[Optional[str], Flag("Branch, tag or commit of --vae, if it is a hub id.")] = None
     layer: Annotated[Optional[str], Flag("Block whose input is the feature: 9 or single.9.")] = None
     precision: Annotated[
         Literal["float32", "float16", "bfloat16", "int8"],
         Flag(
-            "Of weights, GEMMs and attention; fp32 by default.",
+            "Precision of weights, GEMMs and attention; fp32 by default.",
             metavar="|".join(SHORT_NAMES),
             parse=parse_precision,
             shorthands={"--fp16": "fp16"},
@@ -125,75 +128,99 @@ class ExportOptions:
     ] = "float32"
     conditioning: Annotated[
         Literal["bake", "bank", "live"],
-        Flag("The condition: a constant, one of several chosen by name, or an input."),
+        Flag("Prompt or class and timestep are a constant, one of several chosen by name, or inputs."),
     ] = "bake"
-    timestep: Annotated[tuple[int, ...], Flag("Diffusion timestep, 0..999; repeat it for a bank.")] = ()
-    prompt: Annotated[tuple[str, ...], Flag("For text-conditional models; repeat it for a bank.")] = ()
+    timestep: Annotated[tuple[int, ...], Flag("Diffusion timestep, 0..999; repeat for a bank.")] = ()
+    prompt: Annotated[tuple[str, ...], Flag("Prompt of a text-conditional model; repeat for a bank.")] = ()
     prompts: Annotated[
-        Optional[Path], Flag("Prompts for a bank, in lines 'name: prompt'.", metavar="FILE")
+        Optional[Path], Flag("File of prompts for a bank, in lines 'name: prompt'.", metavar="FILE")
     ] = None
     prompt_embeds: Annotated[
         tuple[Path, ...],
         Flag(
-            "Embeddings instead of a prompt: text encoders need not be there; repeat for a bank.",
+            "Read embeddings instead of encoding a prompt; needs no text encoders. Repeat for a bank.",
             metavar="FILE",
         ),
     ] = ()
     class_label: Annotated[
-        tuple[str, ...], Flag("For class-conditional models, number or name; the null class by default.")
+        tuple[str, ...],
+        Flag("Class of a class-conditional model, number or name; the null class by default."),
     ] = ()
     guidance: Annotated[
         Optional[float],
         Flag(
-            "For guidance-distilled models (FLUX.1-dev).", limits={"ge": 0, "le": 100, "allow_inf_nan": False}
+            "Guidance scale of a guidance-distilled model (FLUX.1-dev).",
+            limits={"ge": 0, "le": 100, "allow_inf_nan": False},
         ),
     ] = None
     text_tokens: Annotated[
-        Optional[int], Flag("T5 tokens to keep: an approximation; all by default.", limits={"ge": 1})
+        Optional[int],
+        Flag("Keep only this many T5 tokens, an approximation; all by default.", limits={"ge": 1}),
     ] = None
     size: Annotated[
         Optional[tuple[int, int]],
         Flag("Input size in pixels; the model's own by default.", metavar="HxW", parse=parse_size),
     ] = None
-    seed: Annotated[int, Flag("Of the noise.", limits={"ge": 0, "lt": 2**63})] = 0
-    ensemble: Annotated[int, Flag("Noises averaged inside the graph.", limits={"ge": 1, "le": 64})] = 1
+    seed: Annotated[int, Flag("Seed of the noise.", limits={"ge": 0, "lt": 2**63})] = 0
+    ensemble: Annotated[
+        int, Flag("Number of noises whose features are averaged.", limits={"ge": 1, "le": 64})
+    ] = 1
     discard: Annotated[
         Union[Literal["auto", "published", "none"], tuple[int, ...]],
         Flag(
-            "Massive channels to zero; auto measures them, published takes DiTF's.",
+            "Massive channels to set to zero: auto measures them, published takes DiTF's.",
             metavar="auto|published|none|I,J",
             parse=parse_discard,
         ),
     ] = "auto"
-    discard_stage: Annotated[Literal["before", "after"], Flag("Zero them before or after the norm.")] = (
-        "before"
-    )
-    noise: Annotated[Literal["baked", "input"], Flag("A constant, or an input of the graph.")] = "baked"
-    adaln: Annotated[bool, Flag("Ablation: hidden states without the norm; output in float32.")] = True
+    discard_stage: Annotated[
+        Literal["before", "after"], Flag("Set massive channels to zero before or after the norm.")
+    ] = "before"
+    noise: Annotated[
+        Literal["baked", "input"], Flag("Whether the noise is a constant or an input of the graph.")
+    ] = "baked"
+    adaln: Annotated[
+        bool, Flag("Ablation: give the hidden states without norm and modulation, in float32.")
+    ] = True
     pca: Annotated[
         Optional[int],
-        Flag("Project the features to N channels, learned from the images.", metavar="N", limits={"ge": 1}),
+        Flag(
+            "Project the features to N channels; the projection is learned from the calibration images.",
+            metavar="N",
+            limits={"ge": 1},
+        ),
     ] = None
     features_dtype: Annotated[
-        Optional[Literal["float16", "float32"]], Flag("Type the features are given in.")
+        Optional[Literal["float16", "float32"]],
+        Flag("Type of the output; float16 by default, float32 with fp32 or --no-adaln."),
     ] = None
     batch: Annotated[
-        Union[int, Literal["dynamic"]], Flag("Images in one call.", metavar="N|dynamic", parse=parse_batch)
+        Union[int, Literal["dynamic"]],
+        Flag("Number of images in one call.", metavar="N|dynamic", parse=parse_batch),
     ] = 1
     opset: Annotated[int, Flag(f"ONNX opset, {OPSETS[0]}..{OPSETS[-1]}.")] = DEFAULT_OPSET
     calibration: Annotated[
-        Optional[Path], Flag("What ditf calibrate wrote, for --discard auto.", metavar="FILE")
+        Optional[Path],
+        Flag(
+            "File that ditf calibrate wrote; --discard auto and fp16 use it instead of measuring.",
+            metavar="FILE",
+        ),
     ] = None
     calibration_images: Annotated[
-        Optional[Path], Flag("For --discard auto and --pca; built-in by default.", metavar="DIR")
+        Optional[Path],
+        Flag("Images to calibrate and to learn --pca from; built-in pictures by default.", metavar="DIR"),
     ] = None
     golden: Annotated[
         Literal["reference", "none"],
-        Flag("Run the unmodified model, which ditf check compares with; none leaves it out."),
+        Flag("Record the unmodified model's outputs for ditf check, or none."),
     ] = "reference"
     output: Annotated[
         Optional[Path],
-        Flag("bundles/<model>-l<k>-<precision>[-<vae>] by default.", metavar="DIR", aliases=("-o",)),
+        Flag(
+            "Directory of the bundle; bundles/<model>-l<k>-<precision>[-<vae>] by default.",
+            metavar="DIR",
+            aliases=("-o",),
+        ),
     ] = None
     command: str = ""
 
@@ -218,7 +245,7 @@ class ExportOptions:
 
     @property
     def inputs(self) -> list[Path]:
-        """Files and folders that the export reads; a hub id is none."""
+        """Existing files and folders that the export reads; hub ids are not among them."""
         named = [Path(one).expanduser() for one in (self.model, self.vae) if one not in (None, DEMO)]
         given = [self.prompts, *self.prompt_embeds, self.calibration, self.calibration_images]
         return [path for path in (*named, *given) if path is not None and path.exists()]
@@ -239,7 +266,7 @@ class ExportOptions:
 
     @property
     def unneeded(self) -> tuple[str, ...]:
-        """Components of the checkpoint, by the start of their names, that need not be there."""
+        """Starts of the names of components that the checkpoint may lack."""
         return ("text_encoder", "tokenizer") if self.prompt_embeds else ()
 
 
@@ -268,10 +295,10 @@ def _checks() -> Any:
 
 
 def check_opset(opset: int) -> None:
-    """Reject opsets known to come out wrong.
+    """Reject opsets for which torch writes wrong graphs.
 
     Raises:
-        InputError: outside `OPSETS`.
+        InputError: the opset is not in `OPSETS`.
     """
     if opset not in OPSETS:
         raise InputError(

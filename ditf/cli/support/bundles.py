@@ -1,4 +1,4 @@
-"""Opening bundles as the command line allows, and lines that describe them."""
+"""Opening bundles with the trust that the command line gives them, and describing them."""
 
 from __future__ import annotations
 
@@ -12,19 +12,19 @@ from ditf.runtime.model import Model
 
 
 def open_bundle(path: Path) -> Bundle:
-    """Open a bundle as the command's options accept it; see `Bundle.open`."""
+    """Open a bundle with the signature and host-code options of the command line; see `Bundle.open`."""
     return Bundle.open(path, state.trust)
 
 
 def open_model(bundle: Bundle, backend: str, fit: str = "stretch") -> Model:
-    """Open a bundle's graphs on this machine, and say on what; see `ditf.load`."""
+    """Open a bundle's graphs on this machine, and print the backend; see `ditf.load`."""
     model = Model(bundle, backend, fit)
     say(f"{bundle.path} on {model.detail} ({model.reason})")
     return model
 
 
 def pca_text(channels: int, pca: dict[str, Any]) -> str:
-    """What a projection keeps, from a manifest's record of it."""
+    """A line about the projection that a manifest records."""
     return (
         f"projected to {channels} of {pca['of']} channels: {pca['energy_held_out']:.2%} of the energy and"
         f" {pca['matches_within_1px']:.0%} of the matches within 1 px kept, on the golden pair"
@@ -32,7 +32,7 @@ def pca_text(channels: int, pca: dict[str, Any]) -> str:
 
 
 def vae_text(vae: dict[str, Any]) -> str:
-    """Which encoder a bundle has in place of its checkpoint's own, from a manifest's record of it."""
+    """A line about the replacement VAE that a manifest records."""
     revision = "" if vae.get("revision") is None else f" at {vae['revision'][:12]}"
     x_0 = vae["x_0"]
     return (

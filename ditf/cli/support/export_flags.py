@@ -1,9 +1,9 @@
-"""The flags that make an `ExportOptions`, from its own declaration."""
+"""Flags of the command line from the declaration of `ExportOptions`."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import fields
 from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
@@ -15,17 +15,18 @@ from ditf.runtime.errors import InputError
 
 
 class ExportFlags:
-    """The flags of one verb that make its `ExportOptions`."""
+    """The fields of `ExportOptions` that are flags of one verb."""
 
-    def __init__(self, name: str, takes: Optional[Sequence[str]], helps: Mapping[str, str]) -> None:
+    def __init__(self, name: str, takes: Optional[str], helps: Mapping[str, str]) -> None:
         declared = flags_of(ExportOptions)
         self.name = name
-        self._flags = {one: declared[one] for one in takes or declared}
+        self._flags = {one: declared[one] for one in (takes.split() if takes else declared)}
         self._helps = helps
         self._types = get_type_hints(ExportOptions)
         self._defaults = {one.name: one.default for one in fields(ExportOptions)}
 
     def parameters(self) -> list[inspect.Parameter]:
+        """One parameter, annotated for typer, for each flag."""
         found = []
         for name, flag in self._flags.items():
             for short, value in flag.shorthands.items():
@@ -45,7 +46,7 @@ class ExportFlags:
         if get_origin(plain) is Literal and metavar is None:
             metavar = "|".join(get_args(plain))
         if flag.shorthands:
-            default = None  # else --fp16 could not be told from --fp16 --precision fp32
+            default = None  # tells --fp16 alone from --fp16 --precision fp32, a contradiction
         if flag.parse is not None or get_origin(plain) is Literal:
             plain, default = str, None if default is None else str(default)
         elif get_origin(plain) is tuple:
@@ -55,7 +56,7 @@ class ExportFlags:
         return _parameter(name, Annotated[Optional[plain] if default is None else plain, option], default)
 
     def collect(self, given: dict[str, Any]) -> ExportOptions:
-        """Take the flags out of what was given."""
+        """Take the flags out of the values of the command line, and make the options of them."""
         values: dict[str, Any] = {"command": state.command}
         for name, flag in self._flags.items():
             if self._defaults[name] is True:

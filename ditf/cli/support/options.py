@@ -6,7 +6,7 @@ import functools
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -16,6 +16,7 @@ import typer
 from ditf.cli.support.export_flags import ExportFlags
 from ditf.cli.support.state import state
 from ditf.export.planning.options import ExportOptions
+from ditf.runtime.backends import BACKENDS
 from ditf.runtime.printable import PrintableFormatter
 
 
@@ -47,23 +48,31 @@ BundleArgument = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Director
 BackendOption = Annotated[
     str,
     typer.Option(
-        metavar="auto|tensorrt|tensorrt-rtx|onnxruntime",
-        help="What runs it; a named one that is missing is an error.",
+        metavar="|".join(("auto", *BACKENDS)),
+        help="Backend that runs the graphs; naming one that is missing is an error.",
     ),
 ]
 FitOption = Annotated[
-    str, typer.Option("--fit", help="How images meet the engine's size: stretch, or pad to keep the aspect.")
+    str,
+    typer.Option("--fit", help="Fit images to the graph's size: stretch, or pad to keep the aspect ratio."),
 ]
 PromptOption = Annotated[
     Optional[str],
-    typer.Option("--prompt", metavar="NAME", help="Condition of a bundle that has several: prompt or class."),
+    typer.Option(
+        "--prompt",
+        metavar="NAME",
+        help="Name of the condition, a prompt or class, in a bundle that has several.",
+    ),
 ]
 PointsOption = Annotated[
     Optional[list[str]],
-    typer.Option("--points", metavar="X,Y", help="Points in source pixels: x,y, once or several times."),
+    typer.Option("--points", metavar="X,Y", help="Points in pixels of SOURCE; repeat."),
 ]
 BatchDelayOption = Annotated[
-    float, typer.Option(metavar="MS", min=0, max=1000, help="How long an image waits for others.")
+    float,
+    typer.Option(
+        metavar="MS", min=0, max=1000, help="How long an image waits for others to share its batch."
+    ),
 ]
 JsonOption = Annotated[
     Optional[Path], typer.Option("--json", metavar="FILE", help="Also write the result as JSON.")
@@ -71,7 +80,7 @@ JsonOption = Annotated[
 
 
 def _switch(name: str, default: Any, option: Any) -> inspect.Parameter:
-    """An option that acts when it is read: the verb's function does not take it."""
+    """An option that acts through its callback, so that the verb's function does not take it."""
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=option)
 
 
@@ -95,7 +104,7 @@ HOST_CODE = _switch(
         bool,
         typer.Option(
             "--allow-host-code",
-            help="Accept version-compatible engines, which run their own code on the CPU; off by default.",
+            help="Accept version-compatible engines, which run code of their own on the CPU; off by default.",
             callback=_set_host_code,
         ),
     ],
@@ -106,30 +115,34 @@ _VERBOSITY = (
         False,
         Annotated[
             bool,
-            typer.Option("--verbose", "-v", help="Say more; tracebacks of errors.", callback=_set_verbose),
+            typer.Option(
+                "--verbose", "-v", help="Print logs and tracebacks of errors.", callback=_set_verbose
+            ),
         ],
     ),
     _switch(
         "quiet",
         False,
-        Annotated[bool, typer.Option("--quiet", "-q", help="Results and errors only.", callback=_set_quiet)],
+        Annotated[
+            bool, typer.Option("--quiet", "-q", help="Print results and errors only.", callback=_set_quiet)
+        ],
     ),
 )
 
 
 def verb(
     *switches: inspect.Parameter,
-    takes: Optional[Sequence[str]] = None,
+    takes: Optional[str] = None,
     helps: Optional[Mapping[str, str]] = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Make a function a verb: it gets --verbose and --quiet, and its `ExportOptions` become flags.
+    """Turn a function into a verb, which has --verbose and --quiet beside its own options.
 
-    A parameter of type `ExportOptions` is filled from one flag for each of its fields.
+    A parameter of type `ExportOptions` becomes one flag for each field.
 
     Args:
-        switches: `SIGNATURE` and `HOST_CODE`, where the verb opens bundles.
-        takes: the fields that are flags of this verb; all by default.
-        helps: {field: help}, where this verb's differs from what `ExportOptions` declares.
+        switches: `SIGNATURE` and `HOST_CODE`, for verbs that open bundles or engines.
+        takes: names of the fields of `ExportOptions` that become flags, with spaces between; all by default.
+        helps: {field: help} where the declared help does not fit this verb.
     """
 
     def decorate(function: Callable[..., None]) -> Callable[..., None]:

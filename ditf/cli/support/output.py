@@ -1,4 +1,4 @@
-"""What a verb prints and writes: lines for people, results, tables, and the --json document."""
+"""What a verb prints and writes: messages, results, tables, and the --json document."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ SCHEMA = 1  # of every --json document
 
 
 def tell(line: str) -> None:
-    """A line for people, on stderr, whatever --quiet says."""
+    """Print a line on stderr, also with --quiet."""
     print(printable(line), file=sys.stderr, flush=True)
 
 
 def say(line: str) -> None:
-    """A line for people, on stderr, unless --quiet."""
+    """Print a line on stderr, unless --quiet is given."""
     if not state.quiet:
         tell(line)
 
 
 def show(text: str) -> None:
-    """A result, on stdout. A reader that has gone, as in `| head`, ends the output and nothing else."""
+    """Print a result on stdout. A closed pipe, as after `| head`, ends the output but not the command."""
     try:
         print(printable(text), flush=True)
     except BrokenPipeError:
@@ -36,7 +36,7 @@ def show(text: str) -> None:
 
 
 def write_json(path: Optional[Path], document: dict[str, Any], ok: bool = True) -> None:
-    """Write a result's JSON twin: `document` with "schema" and "ok"."""
+    """Write `document` with "schema" and "ok" as JSON, if there is a path."""
     if path is not None:
         whole = _finite({"schema": SCHEMA, "ok": ok, **document})
         text = json.dumps(whole, indent=2, allow_nan=False) + "\n"
@@ -44,7 +44,7 @@ def write_json(path: Optional[Path], document: dict[str, Any], ok: bool = True) 
 
 
 def _finite(value: Any) -> Any:
-    """The same document with null for NaN and infinity, which JSON does not have."""
+    """Replace NaN and infinity, which JSON does not have, by null."""
     if isinstance(value, dict):
         return {key: _finite(entry) for key, entry in value.items()}
     if isinstance(value, (list, tuple)):
@@ -53,14 +53,14 @@ def _finite(value: Any) -> Any:
 
 
 def table(rows: list[tuple[str, ...]]) -> str:
-    """Left-aligned columns of plain text."""
+    """Format rows as left-aligned columns of text."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (zip(row, widths, strict=True) for row in rows)
     return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines)
 
 
 def bytes_text(count: int) -> str:
-    """A size for people, "9.8 MB"; powers of ten."""
+    """Format a size in bytes as "9.8 MB", in powers of ten."""
     value = float(count)
     for unit in ("B", "kB", "MB"):
         if value < 1000:

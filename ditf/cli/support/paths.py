@@ -16,12 +16,12 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
     """Reject outputs that cannot be written, before the work starts.
 
     Args:
-        paths: outputs; None for one that was not asked for.
-        inputs: files and directories the command reads.
+        paths: output files; None for those that were not asked for.
+        inputs: files and directories that the command reads.
 
     Raises:
-        InputError: a directory, in a folder that is not there or read-only, an input or in one, or the
-            same file twice.
+        InputError: an output is a directory, lies in a missing or read-only folder, is or lies in an input,
+            or is named twice.
     """
     outputs = [path for path in paths if path is not None]
     signers = () if state.trust.signers is None else (state.trust.signers,)
@@ -32,7 +32,7 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
         if path.is_dir():
             raise InputError(f"{path} is a directory", "name a file")
         if path.name == "-":
-            raise InputError("- is no file name here", "results are on stdout already; name a file")
+            raise InputError("'-' is not supported here", "name a file; results are on stdout already")
         place = link_end(path)
         if not place.parent.is_dir():
             raise InputError(f"{place.parent} is not a directory", "make it first")
@@ -44,24 +44,26 @@ def check_writable(*paths: Optional[Path], inputs: Sequence[Path] = ()) -> None:
 
 
 def check_outside(path: Path, inputs: Sequence[Path]) -> None:
-    """Reject an output directory that is, or is in, something the command reads.
+    """Reject an output that is, or lies in, something that the command reads.
 
     Raises:
-        InputError: it is.
+        InputError: it would be overwritten.
     """
     resolved = path.resolve()
     if {resolved, *resolved.parents} & {one.resolve() for one in inputs}:
-        raise InputError(f"writing {path} would overwrite what this command works with", "choose another")
+        raise InputError(
+            f"writing {path} would overwrite what this command works with", "choose another path"
+        )
 
 
 def check_picture(path: Path, extra: str) -> None:
     """Reject a --plot that cannot be drawn, before the work starts.
 
     Args:
-        extra: the one that brings matplotlib.
+        extra: the extra of ditf that installs matplotlib.
 
     Raises:
-        InputError: not a format that is drawn.
+        InputError: the format is not supported.
         MissingComponent: matplotlib is not installed.
     """
     if path.suffix.lower() not in (".png", ".svg", ".pdf"):

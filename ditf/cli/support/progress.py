@@ -12,8 +12,8 @@ from ditf.cli.support.output import bytes_text, say
 from ditf.cli.support.state import state
 from ditf.runtime.printable import printable
 
-_MANY = 100 << 20  # bytes that a log says anything about
-_BETWEEN = 10.0  # seconds from one line of a log to the next, of the same stage
+_MANY = 100 << 20  # bytes; less is not worth a line
+_BETWEEN = 10.0  # seconds between lines of one stage
 
 
 class Stages:
@@ -27,7 +27,7 @@ class Stages:
 
 
 class _Lines(Stages):
-    """Lines in a log; of bytes one every so often, and none of what is quick."""
+    """Lines in a log: one for each stage, and one every ten seconds of a stage that moves many bytes."""
 
     def __init__(self, total: int) -> None:
         self._total = total
@@ -66,7 +66,7 @@ def _amount(done: int, total: int) -> str:
 
 @contextmanager
 def stages(total: int) -> Iterator[Stages]:
-    """Progress of work in stages: a bar on a terminal, plain lines in a log, nothing with --quiet."""
+    """Show progress of work in stages: a bar on a terminal, lines in a log, nothing with --quiet."""
     if state.quiet:
         yield Stages()
     elif not sys.stderr.isatty():
@@ -78,7 +78,7 @@ def stages(total: int) -> Iterator[Stages]:
 
 @contextmanager
 def steps() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress of work that counts its own steps: a bar on a terminal, nothing in a log or with --quiet.
+    """Show progress of work that counts its own steps: a bar on a terminal, nothing in a log or with --quiet.
 
     Yields a function to call with a description, the steps done and the steps in all.
     """

@@ -12,10 +12,10 @@ from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
 from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
-from ditf.runtime.backends.engine_session import invalidity
-from ditf.runtime.backends.flavour import FLAVOURS, Log, load
+from ditf.runtime.backends.flavour import FLAVOURS, Log, load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
 from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
+from ditf.runtime.backends.plan_loading import invalidity
 from ditf.runtime.bundles.bundle import MATCH, Bundle
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
@@ -28,12 +28,12 @@ DRIVERLESS = pytest.mark.skipif(find_gpu() is not None, reason="a driver answers
 def with_engine(demo_bundle, tmp_path):
     """The demo bundle with an engine for sm_89."""
     bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    build(bundle, FLAVOURS[RTX], load(RTX), BuildOptions("sm_89"))
+    build(bundle, FLAVOURS[RTX], load_flavour(RTX), BuildOptions("sm_89"))
     return bundle
 
 
 def test_auto_says_why(demo_bundle):
-    name, module, reason = backends.choose(Bundle.open(demo_bundle))
+    name, module, reason = backends.choose_backend(Bundle.open(demo_bundle))
     assert name == "onnxruntime"
     assert module is backends.load_backend("onnxruntime")
     assert reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
@@ -41,7 +41,7 @@ def test_auto_says_why(demo_bundle):
 
 @DRIVERLESS
 def test_auto_passes_over_an_engine_that_cannot_run(with_engine):
-    name, _, reason = backends.choose(with_engine)
+    name, _, reason = backends.choose_backend(with_engine)
     assert name == "onnxruntime"
     assert "not tensorrt-rtx: no NVIDIA driver answers" in reason
 
@@ -50,7 +50,7 @@ def test_auto_passes_over_an_engine_that_cannot_run(with_engine):
 @pytest.mark.parametrize("name", ["tensorrt", RTX])
 def test_a_named_backend_without_a_driver(name, demo_bundle):
     with pytest.raises(MissingComponent, match="no NVIDIA driver answers") as caught:
-        backends.choose(Bundle.open(demo_bundle), name)
+        backends.choose_backend(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 3
     assert "--backend onnxruntime" in caught.value.fix
     assert not backends.load_backend(name).probe().available
@@ -76,12 +76,12 @@ def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
     """Decided from engine.json: TensorRT-RTX is asked for its version and deserialises nothing."""
     monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda: Gpu("NVIDIA Other", "sm_120", 13000))
     with pytest.raises(BundleError, match=r"built for sm_89, this GPU is NVIDIA Other sm_120") as caught:
-        backends.choose(with_engine, RTX)
+        backends.choose_backend(with_engine, RTX)
     assert caught.value.fix == f"run: ditf build {with_engine.path} --backend tensorrt-rtx"
 
 
 def test_named_backend(demo_bundle):
-    name, module, reason = backends.choose(Bundle.open(demo_bundle), "onnxruntime")
+    name, module, reason = backends.choose_backend(Bundle.open(demo_bundle), "onnxruntime")
     assert (name, reason) == ("onnxruntime", "named")
     assert "CPUExecutionProvider" in module.probe().detail
 
@@ -89,7 +89,7 @@ def test_named_backend(demo_bundle):
 @pytest.mark.parametrize("name", ["", "onnx", "ONNXRuntime", "cuda"])
 def test_unknown_backend(name, demo_bundle):
     with pytest.raises(InputError, match="unknown backend") as caught:
-        backends.choose(Bundle.open(demo_bundle), name)
+        backends.choose_backend(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 2
     assert "onnxruntime" in caught.value.fix
 
@@ -98,7 +98,7 @@ def test_unknown_backend(name, demo_bundle):
 def test_without_onnxruntime(monkeypatch, name, demo_bundle):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what an import of a missing package meets
     with pytest.raises(MissingComponent, match="onnxruntime does not import") as caught:
-        backends.choose(Bundle.open(demo_bundle), name)
+        backends.choose_backend(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 3
     assert "pip install 'ditf[onnxruntime]'" in caught.value.fix
 
@@ -133,7 +133,7 @@ def test_a_graph_that_onnx_runtime_refuses():
 
 def test_a_plan_is_judged_by_its_header(with_engine):
     """TensorRT-RTX's own question, which needs no GPU."""
-    trt = load(RTX)
+    trt = load_flavour(RTX)
     log = Log(trt)
     runtime = trt.Runtime(log.logger)
     plan = next((with_engine.path / "engines").glob("*/features.plan")).read_bytes()

@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ditf.runtime.bundles.bundle import GOLDEN, Bundle
-from ditf.runtime.errors import BundleError
 from ditf.runtime.bundles.golden_file import Golden, read_golden
-from ditf.runtime.bundles.manifest import NAME
+from ditf.runtime.bundles.manifest import MANIFEST
+from ditf.runtime.errors import BundleError
 
 Change = Callable[[dict[str, np.ndarray]], object]
 
@@ -48,9 +48,9 @@ def change(bundle: Path, edit: Change) -> Bundle:
     edit(arrays)
     np.savez(bundle / GOLDEN, **arrays)
     content = (bundle / GOLDEN).read_bytes()
-    document = json.loads((bundle / NAME).read_text())
+    document = json.loads((bundle / MANIFEST).read_text())
     document["files"][GOLDEN] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (bundle / NAME).write_text(json.dumps(document))
+    (bundle / MANIFEST).write_text(json.dumps(document))
     return Bundle.open(bundle)
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.feature_cache import FeatureCache
 from ditf.runtime.model import load
 from ditf.runtime.serving.batching import Worker
-from ditf.runtime.serving.cache import FeatureCache
 from ditf.runtime.serving.errors import DeadlineExceeded, EngineError, Overloaded
 from ditf.runtime.serving.jobs import Ticket
 from tests.runtime.serving.tiny import image, mean_colours

@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ditf.runtime.model import Model, load
 from ditf.runtime.serving.http.app import make_app
-from ditf.runtime.serving.http.metrics import Metrics
+from ditf.runtime.serving.http.metrics import ServerMetrics
 from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
-from ditf.runtime.serving.limits import Limits
-from ditf.runtime.serving.service import Batching, Service
+from ditf.runtime.serving.limits import Batching, Limits
+from ditf.runtime.serving.service import Service
 
 SIDE = 96
 CELLS = 12
@@ -68,7 +68,7 @@ def serving(
 ) -> Iterator[Running]:
     """A server on a free port of the loopback, in a thread."""
     models: dict[str, Model] = {path.name: load(path) for path in bundles}
-    metrics = Metrics()
+    metrics = ServerMetrics()
     service = Service(models, limits, batching, cache_bytes, metrics)
     gate = make_app(service, metrics, api_key, LOOPBACK)
     listening = bind("127.0.0.1", 0)

@@ -20,7 +20,16 @@ import ditf
 from ditf.calib.images import procedural_image
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError
-from ditf.runtime.store.extraction_ray import COMPUTED, FAILED, FATAL, KEPT, PENDING, Extractor, Job, prepare
+from ditf.runtime.store.extraction_ray import (
+    COMPUTED,
+    FAILED,
+    FATAL,
+    KEPT,
+    PENDING,
+    ExtractionJob,
+    Extractor,
+    prepare,
+)
 from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity, map_files
 from ditf.runtime.store.writer import StoreWriter
 from tests.processes import started
@@ -43,7 +52,7 @@ def images(tmp_path):
 def job(demo_bundle, tmp_path):
     identity = StoreIdentity.of(Bundle.open(demo_bundle), "pad", None, "float16")
     with StoreWriter(tmp_path / "store", identity) as writer:
-        made = Job.of(Bundle.open(demo_bundle), writer, None, "pad", "onnxruntime")
+        made = ExtractionJob.of(Bundle.open(demo_bundle), writer, None, "pad", "onnxruntime")
     assert not list((tmp_path / "store" / "partial").iterdir())
     return made
 

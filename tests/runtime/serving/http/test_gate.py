@@ -20,10 +20,9 @@ import requests
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from ditf.runtime.serving.http.gate import Gate
-from ditf.runtime.serving.http.metrics import Metrics
-from ditf.runtime.serving.limits import Limits
-from ditf.runtime.serving.service import Batching
+from ditf.runtime.serving.http.gate import RequestGate
+from ditf.runtime.serving.http.metrics import ServerMetrics
+from ditf.runtime.serving.limits import Batching, Limits
 from tests.runtime.serving.pictures import encoded
 from tests.runtime.serving.tiny import image, mean_colours, serving
 
@@ -523,7 +522,7 @@ def test_a_body_in_pieces_leaves_turns_to_others():
     async def run():
         nonlocal now
         scope = {"type": "http", "scheme": "http", "method": "POST", "path": "/", "headers": []}
-        answer = asyncio.ensure_future(Gate(app, Limits(), Metrics())(scope, receive, send))
+        answer = asyncio.ensure_future(RequestGate(app, Limits(), ServerMetrics())(scope, receive, send))
         while not answer.done():
             now += 1
             await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""Writing a directory so that it is there whole or not at all."""
+"""Writing a bundle, an engine or a folder of pictures so that it appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -8,8 +8,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from ditf.runtime.bundles.manifest import LARGEST
-from ditf.runtime.bundles.manifest import NAME as MANIFEST
+from ditf.runtime.bundles.manifest import LARGEST_MANIFEST, MANIFEST
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
@@ -20,21 +19,22 @@ _MARKS = {
     MANIFEST: {"schema", "layer", "opset", "files", "tolerances"},
     PICTURES: {"pictures"},
 }
-"""Fields that show that a file is ditf's, by its name."""
+"""{file name: the fields that show that the file is from ditf}."""
 ENGINE_FILES = {ENGINE, f"{ENGINE}.sig", "features.plan", "match.plan"}
-"""All that a folder of an engine holds."""
+"""The names of all files that an engine's folder may hold."""
 
 
 @contextmanager
 def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
-    """A temporary folder that takes the place of `target` when the block ends well.
+    """A temporary folder that takes the place of `target` if the block ends without an error.
 
-    What is at `target` is replaced whole, of a bundle its engines included; whatever goes wrong, it is kept
-    as it was and the temporary folder is removed. Of a symbolic link, what it points to is replaced.
-    What a killed process left is put back or removed by the next one, see `stage_folder`.
+    The old `target` is then replaced as a whole, including the engines of a bundle. If anything fails, it is
+    kept as it was and the temporary folder is removed. If `target` is a symbolic link, what it points to is
+    replaced. The next process puts back or removes what a killed process left (see `stage_folder`).
 
     Args:
-        marker: the file that shows that `target` may be replaced, if it is ditf's: of a bundle its manifest.
+        marker: the name of the file that shows that `target` is from ditf and may be replaced. For a bundle
+            it is the manifest.
 
     Raises:
         InputError: `target` exists without the marker, or its parent cannot be written.
@@ -54,21 +54,21 @@ def staged(target: Path, marker: str = MANIFEST) -> Iterator[Path]:
         sync_tree(stage / NEW)
         _check_marker(target, place, marker)
         former = swap(stage / NEW, place, stage / OLD)
-        if former is not None and not _replaceable(former, marker):  # somebody has just put it there
+        if former is not None and not _replaceable(former, marker):  # another process has just put it there
             swap(former, place, stage / "unwanted")
             _check_marker(target, place, marker)
         sync_folder(place.parent)
 
 
 def check_output(target: Path, inputs: Sequence[Path] = (), marker: str = MANIFEST) -> None:
-    """Reject a place that `staged` cannot or must not replace, before the work starts.
+    """Reject a target that `staged` cannot or must not replace, before the work starts.
 
     Args:
-        inputs: files and folders that the command reads.
+        inputs: the files and folders that the command reads.
         marker: see `staged`.
 
     Raises:
-        InputError: the current directory or an input is in it or is it, or it exists without the marker.
+        InputError: the target is or holds the current directory or an input, or it exists without the marker.
     """
     try:
         str(target).encode("utf-8")
@@ -84,19 +84,19 @@ def check_output(target: Path, inputs: Sequence[Path] = (), marker: str = MANIFE
 
 
 def check_space(target: Path, needed: int) -> None:
-    """Reject a directory that its file system has no room for, before the work starts.
+    """Reject a target that its file system has no room for, before the work starts.
 
-    What is at `target` stays until the new one is complete: its space does not count as free.
+    The old target stays until the new one is complete, so its space does not count as free.
 
     Args:
-        needed: bytes, about.
+        needed: about how many bytes are needed.
 
     Raises:
-        InputError: says what is free and what is needed.
+        InputError: too little is free; the message gives both numbers.
     """
     folder = next(path for path in target.absolute().parents if path.is_dir())
     usage = shutil.disk_usage(folder)
-    if usage.total > 0 and usage.free < needed:  # a file system of no size is none: writing will say so
+    if usage.total > 0 and usage.free < needed:  # a total of 0 says nothing
         raise InputError(
             f"{target} needs about {needed / 1e6:.0f} MB and {folder} has {usage.free / 1e6:.0f} MB free",
             "free some space, or choose another --output, --precision fp16 or an earlier --layer",
@@ -111,11 +111,11 @@ def _check_marker(target: Path, place: Path, marker: str) -> None:
 
 
 def _replaceable(place: Path, marker: str) -> bool:
-    """Whether a folder is what ditf wrote: other programs have a manifest.json too."""
-    if marker == ENGINE:  # a damaged record is replaced too: the folder's name is ditf's, in a bundle
+    """Whether ditf wrote a folder. Other programs write a manifest.json too, so the fields are compared."""
+    if marker == ENGINE:  # a damaged record may be replaced too, inside a bundle
         return place.is_dir() and {path.name for path in place.iterdir()} <= ENGINE_FILES
     try:
-        document = read_json(place / marker, LARGEST)
+        document = read_json(place / marker, LARGEST_MANIFEST)
     except (OSError, ValueError):
         return False
     return isinstance(document, dict) and document.keys() >= _MARKS[marker]

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditf.runtime.runner import split
+from ditf.runtime.features_runner import split
 
 
 @pytest.mark.parametrize(

@@ -6,8 +6,8 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditf.runtime.feature_cache import FeatureCache, image_key
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.serving.cache import FeatureCache, image_key
 
 
 def feature_map(value, cells):

@@ -1,4 +1,7 @@
-"""Features of images seen before, by the hash of the image, in a bounded number of bytes."""
+"""Features of images seen before, held in memory: their keys, and a cache bounded in bytes.
+
+`ditf serve` and `ditf eval` both keep features in this cache.
+"""
 
 from __future__ import annotations
 
@@ -13,10 +16,12 @@ from ditf.runtime.features import FeatureMap
 
 
 def image_key(context: str, image: bytes | np.ndarray) -> bytes:
-    """What decides the features of an image: 32 bytes, of a hash that nobody can aim.
+    """The key of an image's features: a 32-byte hash of the image and of all else that decides them.
+
+    The hash is cryptographic, so no client can choose an image whose key collides with another's.
 
     Args:
-        context: whatever else decides them: the bundle, and its condition.
+        context: what decides the features beside the image, such as the bundle and its condition.
         image: an encoded file, or pixels uint8 [H, W, 3].
     """
     digest = hashlib.blake2b(digest_size=32)
@@ -27,10 +32,13 @@ def image_key(context: str, image: bytes | np.ndarray) -> bytes:
 
 
 class FeatureCache:
-    """Feature maps by key; the least recently used go first. Any thread may use it.
+    """Feature maps by key. When they exceed the limit, the least recently used are dropped. Thread-safe.
 
     Args:
         limit: bytes of features, in host and device memory together; 0 keeps nothing.
+
+    Attributes:
+        bytes: the size of the maps that are held.
     """
 
     def __init__(self, limit: int) -> None:
@@ -43,7 +51,7 @@ class FeatureCache:
         return len(self._entries)
 
     def get(self, key: bytes) -> FeatureMap | None:
-        """What is kept of an image."""
+        """The features of an image, or None if they are not held."""
         with self._lock:
             if key not in self._entries:
                 return None
@@ -51,28 +59,30 @@ class FeatureCache:
             return self._entries[key][0]
 
     def clear(self) -> None:
-        """Keep nothing."""
+        """Drop all features."""
         with self._lock:
             self._entries.clear()
             self.bytes = 0
 
-    def put(self, key: bytes, features: FeatureMap, batch: int) -> FeatureMap:
+    def put(self, key: bytes, features: FeatureMap, batch: int = 1) -> FeatureMap:
         """Keep the features of an image.
 
         Args:
-            batch: images that were computed with it, itself included.
+            batch: the number of images that were computed in the same call, this one included. A row of a
+                batch in device memory keeps the whole batch alive, so it counts that often.
 
         Returns:
-            The same features, with memory of their own.
+            The same features. Those in host memory no longer share memory with a larger array, unless the
+            cache keeps nothing.
         """
         if self._limit == 0:
             return features
-        held = features.resident
-        if held is None:
+        resident = features.resident
+        if resident is None:
             features = _own(features)
             cost = features.array.nbytes
-        else:  # a row of its batch in a device's memory keeps all of that
-            cost = batch * math.prod(held.shape) * held.dtype.itemsize
+        else:
+            cost = batch * math.prod(resident.shape) * resident.dtype.itemsize
         with self._lock:
             if key in self._entries or cost > self._limit:
                 return features
@@ -85,7 +95,7 @@ class FeatureCache:
 
 
 def _own(features: FeatureMap) -> FeatureMap:
-    """A map that keeps no larger array alive."""
+    """The same features, copied if their array is a view that keeps a larger one alive."""
     if features.array.base is None:
         return features
     return FeatureMap(features.array.copy(), features.image_size, features.cells)

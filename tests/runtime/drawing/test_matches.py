@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditf.runtime.drawing import draw_matches, scale_colours
+from ditf.runtime.drawing.canvas import scale_colours
+from ditf.runtime.drawing.matches import draw_matches
 from ditf.runtime.matching.points import Matches
 
 

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from ditf.runtime.bundles.staging import check_output, staged
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.liveness import STALE, file_system_time
 from ditf.runtime.files.stage_folder import clear, exchange
-from ditf.runtime.files.staging import check_output, staged
 
 
 def manifest(text):
@@ -108,7 +108,7 @@ import sys
 from pathlib import Path
 from ditf.runtime.files.liveness import STALE, file_system_time
 from ditf.runtime.files.stage_folder import clear, exchange
-from ditf.runtime.files.staging import check_output, staged
+from ditf.runtime.bundles.staging import check_output, staged
 with staged(Path(sys.argv[1])) as folder:
     (folder / "manifest.json").write_text(NEW)
     print("working", flush=True)
@@ -195,7 +195,7 @@ from pathlib import Path
 from ditf.runtime.files import stage_folder
 from ditf.runtime.files.liveness import STALE, file_system_time
 from ditf.runtime.files.stage_folder import clear, exchange
-from ditf.runtime.files.staging import check_output, staged
+from ditf.runtime.bundles.staging import check_output, staged
 exchanging = sys.argv[2] == "exchange"
 if not exchanging:
     stage_folder.exchange = lambda one, other: False

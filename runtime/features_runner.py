@@ -1,4 +1,4 @@
-"""Feeding a features graph: batches of the bundle's size, its noise, its conditions."""
+"""Running a features graph: cutting images into batches, and feeding noise and conditions with them."""
 
 from __future__ import annotations
 
@@ -13,32 +13,32 @@ from ditf.runtime.errors import BundleError, InputError
 
 
 class FeaturesSession(Protocol):
-    """What a runner needs of an opened features.onnx."""
+    """What a runner needs from an opened features.onnx."""
 
     @property
     def inputs(self) -> Mapping[str, tuple[int | None, ...]]:
-        """{name: shape}; None for a dynamic dimension."""
+        """{name: shape} of the inputs; a dynamic dimension is None."""
 
     @property
     def outputs(self) -> Mapping[str, tuple[int | None, ...]]:
-        """The same of what it gives."""
+        """{name: shape} of the outputs."""
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """See `ditf.runtime.backends.Session`."""
+        """(smallest, largest) batch of each profile; see `ditf.runtime.backends.Session`."""
 
     def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, Any]:
-        """Outputs by name; see `ditf.runtime.backends.Session`."""
+        """Run the graph and return its outputs by name; see `ditf.runtime.backends.Session`."""
 
 
 class FeaturesRunner:
-    """A bundle's features graph in a session.
+    """A bundle's features graph in an open session.
 
     Attributes:
-        conditions: names of the conditions, the default first.
+        conditions: the names of the conditions, the default first.
 
     Raises:
-        BundleError: the graph is not the manifest's.
+        BundleError: the graph's inputs or outputs contradict the manifest.
     """
 
     def __init__(self, bundle: Bundle, session: FeaturesSession) -> None:
@@ -57,7 +57,7 @@ class FeaturesRunner:
         self._noise = bundle.read_array(NOISE) if manifest.noise == "input" else None
 
     def _check_features(self, bundle: Bundle, expected: tuple[int | None, ...]) -> None:
-        """Compare the shape of `features` with the manifest's, where the graph gives features at all."""
+        """Compare the shape of the output `features` with the manifest, if the graph has that output."""
         found = self._session.outputs.get("features", expected)
         unlike = any(None not in pair and pair[0] != pair[1] for pair in zip(found, expected, strict=False))
         if unlike or len(found) != len(expected):
@@ -69,7 +69,7 @@ class FeaturesRunner:
 
     @property
     def largest_batch(self) -> int | None:
-        """Images that one call takes; None where that is any number."""
+        """The most images that one call takes; None if there is no limit."""
         return max((high for _, high in self._ranges), default=None)
 
     def feeds(
@@ -78,13 +78,16 @@ class FeaturesRunner:
         prompt: str | None = None,
         embeddings: Mapping[str, np.ndarray] | None = None,
     ) -> Feeds:
-        """What the graph takes beside the image; see `Model.features`."""
+        """The graph's inputs beside the image; see `Model.features`."""
         return {**self._noise_feed(noise), **self._conditions.feeds(prompt, embeddings)}
 
     def batches(self, pixels: np.ndarray) -> Iterator[tuple[np.ndarray, int]]:
-        """Images [n, H, W, 3] as the graph takes them, and how many of each batch are asked for.
+        """Cut images [n, H, W, 3] into batches that the graph takes.
 
         A batch that is too small is filled up by repeating its last image.
+
+        Yields:
+            A batch, and the number of its images that were asked for.
         """
         start = 0
         for wanted, size in split(len(pixels), self._ranges):
@@ -101,7 +104,7 @@ class FeaturesRunner:
         prompt: str | None = None,
         embeddings: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """Features [n, C, h, w] of uint8 images [n, H, W, 3]; see `Model.run`."""
+        """Compute features [n, C, h, w] of uint8 images [n, H, W, 3]; see `Model.run`."""
         feeds = self.feeds(noise, prompt, embeddings)
         chunks = [
             self._session.run({"image": chunk, **feeds})["features"][:wanted]
@@ -110,11 +113,11 @@ class FeaturesRunner:
         return chunks[0] if len(chunks) == 1 else np.concatenate(chunks)
 
     def maps(self, pixels: np.ndarray, feeds: Feeds) -> Iterator[Any]:
-        """Features [C, h, w] of each image, where the session leaves them.
+        """Compute features [C, h, w] of each image; they stay in the memory where the session leaves them.
 
         Args:
             pixels: uint8 [n, H, W, 3].
-            feeds: as `feeds` makes them.
+            feeds: the result of `feeds`.
         """
         for chunk, wanted in self.batches(pixels):
             array = self._session.run({"image": chunk, **feeds}, keep=("features",))["features"]
@@ -141,10 +144,10 @@ def split(count: int, ranges: Sequence[tuple[int, int]]) -> Iterator[tuple[int, 
     """Cut a number of images into batches that an engine takes.
 
     Args:
-        ranges: (smallest, largest) batch of each profile; empty where any batch will do.
+        ranges: (smallest, largest) batch of each profile; empty if any batch will do.
 
     Yields:
-        Images of a batch, and the size it is filled up to. Batches are as large as they can be.
+        The number of images in a batch, which is as large as possible, and the size it is filled up to.
     """
     if not ranges:
         yield count, count

@@ -4,8 +4,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditf.runtime.drawing import scale_colours
-from ditf.runtime.drawing_dense import draw_flow, draw_heat_map, flow_colours
+from ditf.runtime.drawing.canvas import scale_colours
+from ditf.runtime.drawing.flow import draw_flow, flow_colours
+from ditf.runtime.drawing.heat_map import draw_heat_map
 
 SIZES = [((60, 40), (30, 50)), ((1, 1), (1, 1)), ((300, 200), (200, 300)), ((1300, 700), (90, 1400))]
 
