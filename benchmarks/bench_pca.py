@@ -38,7 +38,7 @@ from provenance import (
 import ditf
 from ditf.calib.images import procedural_images
 from ditf.calib.parity import match_parity
-from ditf.calib.projection import SecondMoment, project
+from ditf.calib.projection import SecondMoment, project_features
 from ditf.cli.support.console import bytes_text
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
@@ -197,7 +197,7 @@ def leading(tokens: np.ndarray) -> np.ndarray:
 def shifted(one: FeatureMap, matrix: np.ndarray, origin: np.ndarray) -> FeatureMap:
     """P (F - origin)."""
     array = one.array.astype(np.float32) - origin[:, None, None].astype(np.float32)
-    return FeatureMap(project(array, matrix), one.image_size)
+    return FeatureMap(project_features(array, matrix), one.image_size)
 
 
 def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: int) -> dict[str, Any]:
@@ -209,7 +209,7 @@ def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: 
     isometry = np.linalg.qr(rng.normal(size=(LARGE, len(source))))[0].astype(np.float32)
     moment = SecondMoment(LARGE)
     for one in calibration:
-        moment.add(project(one, isometry))
+        moment.add(project_features(one, isometry))
     matrix = moment.projection(SMALL).matrix
     points = np.stack([rng.integers(0, SIZE[1], POINTS), rng.integers(0, SIZE[0], POINTS)], axis=1)
     sides: dict[str, Callable[[int], np.ndarray]] = {}
@@ -220,8 +220,8 @@ def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: 
         identity = StoreIdentity("0" * 64, "bench", "", None, "stretch", "float16", channels)
         with StoreWriter(path, identity) as writer:
             for name, array in (("source", source), ("target", target)):
-                wide = project(array, isometry)
-                given = wide if channels == LARGE else project(wide, matrix)
+                wide = project_features(array, isometry)
+                given = wide if channels == LARGE else project_features(wide, matrix)
                 pair.append(FeatureMap(given.astype(np.float16), SIZE))
                 writer.put(name, "0" * 64, pair[-1])
         bytes_of[str(channels)] = sum(int(entry["bytes"]) for entry in writer.entries.values()) // 2

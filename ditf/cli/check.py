@@ -9,7 +9,7 @@ from typing import Annotated, Optional
 
 import typer
 
-from ditf.calib.golden import GoldenResult, golden_result, image_size
+from ditf.calib.golden_parity import GoldenResult, golden_result, image_size
 from ditf.calib.parity import METRICS, TOLERANCES, WHOLE, Gate, gates, match_parity
 from ditf.cli.support.check_where import Report, check_bisect, check_ladder, check_ranges
 from ditf.cli.support.console import (

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch.nn import functional
 
-from ditf.calib.projection import project, projection_cost
+from ditf.calib.projection import project_features, projection_cost
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import Entry
@@ -139,7 +139,7 @@ def _maps(
 
 
 def _projected(maps: list[np.ndarray], projection: np.ndarray | None) -> list[np.ndarray]:
-    return maps if projection is None else [project(one, projection) for one in maps]
+    return maps if projection is None else [project_features(one, projection) for one in maps]
 
 
 def _take(maps: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:

@@ -8,8 +8,8 @@ from typing import Any
 from ditf.calib.debug.bisect import bisect
 from ditf.calib.debug.graph_ranges import HEADROOM_LIMIT, graph_ranges
 from ditf.calib.debug.ladder import first_off, ladder
-from ditf.calib.debug.onnx_twin import widened
-from ditf.calib.golden import golden_result
+from ditf.calib.debug.widened_graph import widen
+from ditf.calib.golden_parity import golden_result
 from ditf.calib.parity import gates
 from ditf.cli.support.console import show, table
 from ditf.runtime.backends.engine_records import engine_folders
@@ -33,7 +33,7 @@ class Report:
 
 def check_ranges(bundle: Bundle, golden: Golden, report: Report) -> None:
     """The largest 16-bit values; fails where one is infinite in its type."""
-    found = graph_ranges(bundle, widened(bundle.read_graph(FEATURES)), golden)
+    found = graph_ranges(bundle, widen(bundle.read_graph(FEATURES)), golden)
     report.document["ranges"] = [one.to_json() for one in found]
     if not found:
         show("ranges: nothing in this graph is 16-bit")
@@ -84,10 +84,10 @@ def check_ladder(
 
 def check_bisect(bundle: Bundle, golden: Golden, limits: Mapping[str, float], report: Report) -> None:
     """The first block and value that are off; fails where there is one."""
-    twin = widened(bundle.read_graph(FEATURES), rounded=True)
-    runner = FeaturesRunner(bundle, twin.open())
+    rounded_graph = widen(bundle.read_graph(FEATURES), rounded=True)
+    runner = FeaturesRunner(bundle, rounded_graph.open())
     metrics = golden_result(golden, runner.run, ()).metrics  # under the first condition
-    found = bisect(bundle, twin, golden, all(gate.ok for gate in gates(metrics, limits)))
+    found = bisect(bundle, rounded_graph, golden, all(gate.ok for gate in gates(metrics, limits)))
     rows: list[tuple[str, ...]] = [("enters block", "worst channel's error", "limit", "")]
     for index, one in enumerate(found.boundaries):
         rows.append((str(index), f"{one.error:.4g}", f"{one.limit:g}", "ok" if one.ok else "FAILED"))

@@ -7,9 +7,10 @@ from hypothesis import strategies as st
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.matching import mutual
 from ditf.runtime.matching.cells import cell_centres
 from ditf.runtime.matching.mutual import mutual_matches, mutual_points
-from ditf.runtime.matching.points import match_points, mutual
+from ditf.runtime.matching.points import match_points
 from tests.runtime.maps import random_map, translated_pair
 
 

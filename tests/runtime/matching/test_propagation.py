@@ -12,7 +12,7 @@ from torch.nn import functional
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching.points import propagation
+from ditf.runtime.matching import propagation
 from ditf.runtime.matching.propagation import Propagator
 from tests.runtime.maps import random_map
 

@@ -1,4 +1,4 @@
-"""The float32 twin of a float16 graph: nothing hidden, and rounded as true float16 arithmetic rounds."""
+"""A float16 graph widened to float32: nothing hidden, and rounded as true float16 arithmetic rounds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 from onnx.reference import ReferenceEvaluator
 
-from ditf.calib.debug.onnx_twin import widened
+from ditf.calib.debug.widened_graph import widen
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError
 
@@ -79,7 +79,7 @@ def test_rounded_is_float16_arithmetic(tmp_path, make, scale):
     path = make(tmp_path / "g.onnx", scale)
     with np.errstate(over="ignore", invalid="ignore"):
         [expected] = ReferenceEvaluator(str(path)).run(None, {"x": inputs()})
-    actual = widened(Graph.read(path), rounded=True).open().run({"x": inputs()})["y"]
+    actual = widen(Graph.read(path), rounded=True).open().run({"x": inputs()})["y"]
     np.testing.assert_allclose(actual, expected.astype(np.float32), rtol=4e-3, atol=4e-3)
 
 
@@ -93,8 +93,8 @@ def test_overflow_that_onnx_runtime_hides(tmp_path, make):
     assert not np.isfinite(true).all()
     hidden = onnxruntime.InferenceSession(str(path)).run(None, {"x": x})[0]
     assert np.isfinite(hidden).all()
-    assert not np.isfinite(widened(Graph.read(path), rounded=True).open().run({"x": x})["y"]).all()
-    maxima = widened(Graph.read(path)).with_maxima().open().maxima({"x": x})
+    assert not np.isfinite(widen(Graph.read(path), rounded=True).open().run({"x": x})["y"]).all()
+    maxima = widen(Graph.read(path)).with_maxima().open().maxima({"x": x})
     assert maxima["wx"] > 65504
 
 
@@ -109,23 +109,25 @@ def test_values_are_rounded_once_computed(tmp_path, value, expected):
         helper.make_node("Cast", ["exact_product"], ["y"], to=FLOAT),
     ]
     path = save(tmp_path / "g.onnx", nodes, [1], [1], weights, FLOAT)
-    [actual] = widened(Graph.read(path), rounded=True).open().run({"x": np.zeros(1, np.float16)})["y"]
+    [actual] = widen(Graph.read(path), rounded=True).open().run({"x": np.zeros(1, np.float16)})["y"]
     if value > 3e-7:
         assert actual == expected
-    exact = widened(Graph.read(path)).open().run({"x": np.zeros(1, np.float16)})["y"]
+    exact = widen(Graph.read(path)).open().run({"x": np.zeros(1, np.float16)})["y"]
     assert exact[0] == pytest.approx(value, rel=1e-3, abs=1e-7)
 
 
 def test_maxima_are_of_every_float16_value(tmp_path):
     path = linear(tmp_path / "g.onnx", 1.0)
-    twin = widened(Graph.read(path))
-    assert list(twin.short) == ["wx", "hidden", "y"]
+    widened = widen(Graph.read(path))
+    assert list(widened.short) == ["wx", "hidden", "y"]
     [y] = onnxruntime.InferenceSession(str(path)).run(None, {"x": inputs()})
-    assert twin.with_maxima().open().maxima({"x": inputs()})["y"] == pytest.approx(np.abs(y).max(), rel=2e-3)
-    hidden = twin.with_outputs(["hidden"]).open().run({"x": inputs()})["hidden"]
+    assert widened.with_maxima().open().maxima({"x": inputs()})["y"] == pytest.approx(
+        np.abs(y).max(), rel=2e-3
+    )
+    hidden = widened.with_outputs(["hidden"]).open().run({"x": inputs()})["hidden"]
     assert hidden.shape == (3, 8)
     with pytest.raises(BundleError, match="has no value nothing"):
-        twin.with_outputs(["nothing"])
+        widened.with_outputs(["nothing"])
 
 
 def test_a_graph_of_unknown_operators():
@@ -135,4 +137,4 @@ def test_a_graph_of_unknown_operators():
     node.output.append("hidden")
     model.graph.node[0].CopyFrom(node)
     with pytest.raises(BundleError, match=r"bad\.onnx cannot be"):
-        widened(Graph(Path("bad.onnx"), model.SerializeToString(), {}))
+        widen(Graph(Path("bad.onnx"), model.SerializeToString(), {}))

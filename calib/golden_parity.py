@@ -1,4 +1,4 @@
-"""A bundle against its golden data: whatever runs its features graph, the same metrics."""
+"""Comparing a bundle with its golden data, whatever runs its features graph."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from ditf.runtime.bundles.golden_file import Golden
 from ditf.runtime.matching.points import Matches, match_points
 
 
-class Run(Protocol):
-    """Something that computes features, such as `Model.run`."""
+class RunFeatures(Protocol):
+    """A callable that computes features, such as `Model.run`."""
 
     def __call__(self, pixels: np.ndarray, *, prompt: str | None = None) -> np.ndarray:
         """uint8 [n, H, W, 3] -> [n, C, h, w]."""
@@ -23,13 +23,14 @@ class Run(Protocol):
 
 @dataclass(frozen=True)
 class GoldenResult:
-    """What came out on the golden images.
+    """Features and matches of the golden images, and their parity.
 
     Attributes:
-        metrics: every parity metric; of the features the worst over the conditions that golden.npz has. Of a
-            bundle that approximates also what the approximation costs: whole_*.
+        metrics: every parity metric; those of the features are the worst over the conditions in golden.npz.
+            A bundle that approximates the model (--vae, --text-tokens) also has whole_* metrics, the cost of
+            the approximation.
         maps: [2, C, h, w], under the first condition.
-        matches: of the golden points; None where the features are not finite.
+        matches: matches of the golden points; None if the features are not finite.
     """
 
     metrics: dict[str, float]
@@ -38,12 +39,12 @@ class GoldenResult:
 
     @property
     def pair(self) -> tuple[np.ndarray, np.ndarray]:
-        """Source and target map."""
+        """The source map and the target map."""
         return self.maps[0], self.maps[1]
 
 
-def golden_result(golden: Golden, run: Run, conditions: Sequence[str]) -> GoldenResult:
-    """Run the golden images under the golden conditions and compare.
+def golden_result(golden: Golden, run: RunFeatures, conditions: Sequence[str]) -> GoldenResult:
+    """RunFeatures the golden images under the golden conditions and compare.
 
     Args:
         conditions: names of the bundle's; () where it is baked in.
@@ -58,7 +59,7 @@ def golden_result(golden: Golden, run: Run, conditions: Sequence[str]) -> Golden
             measured.append(feature_parity(found, golden[f"features_{index}"]))
     metrics = worst(measured)
     if not np.isfinite(maps).all():
-        return GoldenResult(metrics, maps, None)  # NaN metrics fail their gates; there is nothing to match
+        return GoldenResult(metrics, maps, None)  # NaN metrics fail their gates
     size = image_size(golden)
     matches = match_points(FeatureMap(maps[0], size), FeatureMap(maps[1], size), golden["points"])
     cell = (size[0] / maps.shape[2], size[1] / maps.shape[3])

@@ -1,9 +1,9 @@
-"""The float32 twin of an ONNX file: what a float16 graph computes, with nothing hidden.
+"""An ONNX file widened to float32, to see what its 16-bit values really are.
 
-ONNX Runtime's CPU kernels compute most of a float16 graph in float32 and drop the casts between, so that a
-graph which overflows on a GPU looks perfect. The twin has every 16-bit tensor widened, and then either shows
-how large each of them really gets (`with_maxima`), or rounds each one as a GPU would: to nearest, overflow to
-infinity, products accumulated in float32 and rounded once (`rounded`).
+ONNX Runtime's CPU kernels compute most of a float16 graph in float32 and drop the casts between, so a graph
+that overflows on a GPU looks perfect there. Here every 16-bit tensor is widened to float32. The graph then
+either reports how large each value gets (`with_maxima`), or rounds each value as a GPU would (`rounded`): to
+nearest, with overflow to infinity, and products accumulated in float32 and rounded once.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, missing_extra
 from ditf.runtime.files.unfinished import scratch_folder
 
-LARGEST = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
+LARGEST_FINITE = {"float16": 65504.0, "bfloat16": 3.3895313892515355e38}
 """The largest finite number of each 16-bit type."""
 
 _MOVING = frozenset(
@@ -35,29 +35,29 @@ _MOVING = frozenset(
         "Identity",
     }
 )
-"""Operators that compute nothing: what they return has been rounded."""
+"""Operators that only move values, which have been rounded before."""
 
 _MAX = "max/"
 _MESSAGE_LIMIT = 2_000_000_000  # bytes of a protobuf message, with some room
 
 
 @dataclass(frozen=True)
-class Twin:
+class WidenedGraph:
     """A graph in float32, ready to run.
 
     Attributes:
         model: onnx.ModelProto.
-        short: {value: "float16" or "bfloat16"} of the values that are 16-bit in the file, in order.
+        short: {value: "float16" or "bfloat16"} for every value that is 16-bit in the file, in order.
     """
 
     model: Any
     short: Mapping[str, str]
 
-    def with_outputs(self, names: Sequence[str]) -> Twin:
-        """The same, with other outputs.
+    def with_outputs(self, names: Sequence[str]) -> WidenedGraph:
+        """The same graph with other outputs.
 
         Raises:
-            BundleError: no such value.
+            BundleError: the graph has no such value.
         """
         import onnx
 
@@ -71,10 +71,10 @@ class Twin:
         model.graph.output.extend(
             onnx.helper.make_tensor_value_info(name, onnx.TensorProto.FLOAT, None) for name in names
         )
-        return Twin(model, self.short)
+        return WidenedGraph(model, self.short)
 
-    def with_maxima(self) -> Twin:
-        """The same, whose outputs are max |x| of every 16-bit value, scalars."""
+    def with_maxima(self) -> WidenedGraph:
+        """The same graph, whose outputs are max |x| of every 16-bit value, as scalars."""
         import onnx
 
         model = onnx.ModelProto()
@@ -87,22 +87,22 @@ class Twin:
             model.graph.output.append(
                 onnx.helper.make_tensor_value_info(_MAX + name, onnx.TensorProto.FLOAT, [])
             )
-        return Twin(model, self.short)
+        return WidenedGraph(model, self.short)
 
-    def open(self) -> TwinSession:
-        """Open it in ONNX Runtime."""
-        return TwinSession(self)
+    def open(self) -> WidenedSession:
+        """Open the graph in ONNX Runtime."""
+        return WidenedSession(self)
 
 
 @dataclass
-class TwinSession:
-    """A twin in ONNX Runtime on the CPU, with no optimisation that could drop a rounding.
+class WidenedSession:
+    """A widened graph in ONNX Runtime on the CPU, without optimisations that could drop a rounding.
 
     Raises:
         MissingComponent: onnxruntime is not installed.
     """
 
-    twin: Twin
+    widened: WidenedGraph
     inputs: dict[str, tuple[int | None, ...]] = field(init=False)
     outputs: dict[str, tuple[int | None, ...]] = field(init=False)
     batches: tuple[tuple[int, int], ...] = ()
@@ -118,15 +118,15 @@ class TwinSession:
         options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_DISABLE_ALL
         options.log_severity_level = 3
         providers = ["CPUExecutionProvider"]
-        if self.twin.model.ByteSize() < _MESSAGE_LIMIT:
-            content = self.twin.model.SerializeToString()
+        if self.widened.model.ByteSize() < _MESSAGE_LIMIT:
+            content = self.widened.model.SerializeToString()
             self._session = onnxruntime.InferenceSession(content, options, providers=providers)
         else:
-            with scratch_folder("ditf-twin-") as folder:
-                path = str(folder / "twin.onnx")
+            with scratch_folder("ditf-widened-") as folder:
+                path = str(folder / "widened.onnx")
                 copy = onnx.ModelProto()
-                copy.CopyFrom(self.twin.model)  # saving moves the weights out of a message
-                onnx.save(copy, path, save_as_external_data=True, location="twin.data")
+                copy.CopyFrom(self.widened.model)  # saving moves the weights out of a message
+                onnx.save(copy, path, save_as_external_data=True, location="widened.data")
                 self._session = onnxruntime.InferenceSession(path, options, providers=providers)
         self.inputs, self.outputs = (
             {
@@ -137,25 +137,25 @@ class TwinSession:
         )
 
     def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, np.ndarray]:
-        """Every output by name, in host memory."""
+        """Run the graph and return every output by name, in host memory."""
         names = [item.name for item in self._session.get_outputs()]
         return dict(zip(names, self._session.run(names, dict(feeds)), strict=True))
 
     def maxima(self, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
-        """Max |x| by value, of a twin `with_maxima`."""
+        """Max |x| of every value, for a graph made by `with_maxima`."""
         return {name.removeprefix(_MAX): float(value) for name, value in self.run(feeds).items()}
 
 
-def widened(graph: Graph, rounded: bool = False) -> Twin:
-    """The twin of a graph.
+def widen(graph: Graph, rounded: bool = False) -> WidenedGraph:
+    """Widen a graph.
 
     Args:
-        graph: flat, with its weights.
-        rounded: round every 16-bit value that is computed; else it keeps what float32 gives it.
+        graph: a flat graph with its weights.
+        rounded: whether every computed 16-bit value is rounded to its type; otherwise it stays float32.
 
     Raises:
         MissingComponent: onnx is not installed.
-        BundleError: unreadable, or a value whose type cannot be told.
+        BundleError: the graph is unreadable, or the type of a value is unknown.
     """
     try:
         import onnx
@@ -175,13 +175,13 @@ def widened(graph: Graph, rounded: bool = False) -> Twin:
             f"the type of {untyped[0]} in {graph.path} cannot be told", "export the bundle again"
         )
     computed = [name for node in model.graph.node for name in node.output]
-    short = {name: types[name] for name in computed if types.get(name) in LARGEST}
+    short = {name: types[name] for name in computed if types.get(name) in LARGEST_FINITE}
     model.graph.CopyFrom(_widened_graph(onnx, model.graph, types, short if rounded else {}))
-    return Twin(model, short)
+    return WidenedGraph(model, short)
 
 
 def _fill_in(model: Any, graph: Graph) -> None:
-    """Move the weights that are in another file into the model."""
+    """Copy the weights from the external file into the model."""
     import onnx
 
     for tensor in model.graph.initializer:
@@ -192,7 +192,7 @@ def _fill_in(model: Any, graph: Graph) -> None:
 
 
 def _types(model: Any) -> dict[str, str]:
-    """{value: name of its type}."""
+    """The name of each value's type, by value."""
     import onnx
 
     graph = model.graph
@@ -206,7 +206,7 @@ def _types(model: Any) -> dict[str, str]:
 
 
 def _widened_graph(onnx: Any, graph: Any, types: Mapping[str, str], rounding: Mapping[str, str]) -> Any:
-    """A copy of a graph in float32; values in `rounding` are rounded to that type once computed."""
+    """A copy of a graph in float32, which rounds each value in `rounding` to its type."""
     short = {onnx.TensorProto.FLOAT16, onnx.TensorProto.BFLOAT16}
     wide = onnx.GraphProto()
     wide.name = graph.name
@@ -214,9 +214,11 @@ def _widened_graph(onnx: Any, graph: Any, types: Mapping[str, str], rounding: Ma
         wide.initializer.append(_wide_tensor(onnx, tensor) if tensor.data_type in short else tensor)
     for value in graph.input:
         wide.input.append(value)
-        if types[value.name] in LARGEST:
+        if types[value.name] in LARGEST_FINITE:
             wide.node.append(_cast(onnx, value.name, _wide_name(value.name), "float"))
-    renamed = {value.name: _wide_name(value.name) for value in graph.input if types[value.name] in LARGEST}
+    renamed = {
+        value.name: _wide_name(value.name) for value in graph.input if types[value.name] in LARGEST_FINITE
+    }
     for node in graph.node:
         copy = onnx.NodeProto()
         copy.CopyFrom(node)
@@ -234,7 +236,7 @@ def _widened_graph(onnx: Any, graph: Any, types: Mapping[str, str], rounding: Ma
             wide.node.append(_cast(onnx, f"short/{name}", name, "float"))
     for value in graph.output:
         info = onnx.helper.make_tensor_value_info(value.name, value.type.tensor_type.elem_type, None)
-        if types[value.name] in LARGEST:
+        if types[value.name] in LARGEST_FINITE:
             info.type.tensor_type.elem_type = onnx.TensorProto.FLOAT
         wide.output.append(info)
     return wide
