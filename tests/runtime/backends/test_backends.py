@@ -32,10 +32,18 @@ def with_engine(demo_bundle, tmp_path):
     return bundle
 
 
+def test_every_entry_of_the_registry_can_be_probed():
+    assert list(backends.BACKENDS) == ["tensorrt", RTX, "onnxruntime"]
+    for name in backends.BACKENDS:
+        found = backends.load_backend(name).probe()
+        assert found.detail
+        assert found.available == (found.fix == "")
+
+
 def test_auto_says_why(demo_bundle):
-    name, module, reason = backends.choose_backend(Bundle.open(demo_bundle))
+    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle))
     assert name == "onnxruntime"
-    assert module is backends.load_backend("onnxruntime")
+    assert backend is backends.load_backend("onnxruntime")
     assert reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
 
 
@@ -81,9 +89,9 @@ def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
 
 
 def test_named_backend(demo_bundle):
-    name, module, reason = backends.choose_backend(Bundle.open(demo_bundle), "onnxruntime")
+    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle), "onnxruntime")
     assert (name, reason) == ("onnxruntime", "named")
-    assert "CPUExecutionProvider" in module.probe().detail
+    assert "CPUExecutionProvider" in backend.probe().detail
 
 
 @pytest.mark.parametrize("name", ["", "onnx", "ONNXRuntime", "cuda"])
@@ -104,10 +112,10 @@ def test_without_onnxruntime(monkeypatch, name, demo_bundle):
 
 
 def test_open_session_without_onnxruntime(monkeypatch, demo_bundle):
-    module = backends.load_backend("onnxruntime")
+    backend = backends.load_backend("onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingComponent, match="pip install"):
-        module.open_session(Bundle.open(demo_bundle), MATCH)
+        backend.open_session(Bundle.open(demo_bundle), MATCH)
 
 
 def test_session(demo_bundle):
