@@ -81,7 +81,7 @@ def test_without_cuda_python(monkeypatch):
 
 
 def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
-    """Decided from engine.json: TensorRT-RTX is asked for its version and deserialises nothing."""
+    """engine.json decides this; TensorRT-RTX only gives its version and deserialises nothing."""
     monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda: Gpu("NVIDIA Other", "sm_120", 13000))
     with pytest.raises(BundleError, match=r"built for sm_89, this GPU is NVIDIA Other sm_120") as caught:
         backends.choose_backend(with_engine, RTX)
@@ -140,7 +140,7 @@ def test_a_graph_that_onnx_runtime_refuses():
 
 
 def test_a_plan_is_judged_by_its_header(with_engine):
-    """TensorRT-RTX's own question, which needs no GPU."""
+    """TensorRT-RTX's own query needs no GPU."""
     trt = load_flavour(RTX)
     log = Log(trt)
     runtime = trt.Runtime(log.logger)
