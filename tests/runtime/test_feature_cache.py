@@ -1,4 +1,4 @@
-"""The cache never holds more than it may, and gives back what was put in."""
+"""The cache never exceeds its limit, and returns what was put in."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def feature_map(value, cells):
 @settings(max_examples=100, deadline=None, derandomize=True)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 6), st.booleans()), max_size=40))
 def test_the_bound_and_the_order(steps):
-    """Against a plain list of what was last used."""
+    """The cache behaves like a plain list in the order of use."""
     limit = 40
     cache, model = FeatureCache(limit), []
     for key, cells, put in steps:

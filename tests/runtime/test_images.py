@@ -19,7 +19,7 @@ WHITE = (255, 255, 255)
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """Noise, 40 px high and 60 px wide."""
+    """An image of noise, 40 px high and 60 px wide."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8))
 
 

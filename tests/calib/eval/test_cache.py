@@ -12,7 +12,7 @@ from tests.calib.eval import miniature
 
 
 class Extract:
-    """Toy features, counted."""
+    """Computes toy features and records its calls."""
 
     def __init__(self):
         self.calls = []

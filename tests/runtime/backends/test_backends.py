@@ -32,10 +32,18 @@ def with_engine(demo_bundle, tmp_path):
     return bundle
 
 
+def test_every_entry_of_the_registry_can_be_probed():
+    assert list(backends.BACKENDS) == ["tensorrt", RTX, "onnxruntime"]
+    for name in backends.BACKENDS:
+        found = backends.load_backend(name).probe()
+        assert found.detail
+        assert found.available == (found.fix == "")
+
+
 def test_auto_says_why(demo_bundle):
-    name, module, reason = backends.choose_backend(Bundle.open(demo_bundle))
+    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle))
     assert name == "onnxruntime"
-    assert module is backends.load_backend("onnxruntime")
+    assert backend is backends.load_backend("onnxruntime")
     assert reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
 
 
@@ -73,7 +81,7 @@ def test_without_cuda_python(monkeypatch):
 
 
 def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
-    """Decided from engine.json: TensorRT-RTX is asked for its version and deserialises nothing."""
+    """engine.json decides this; TensorRT-RTX only gives its version and deserialises nothing."""
     monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda: Gpu("NVIDIA Other", "sm_120", 13000))
     with pytest.raises(BundleError, match=r"built for sm_89, this GPU is NVIDIA Other sm_120") as caught:
         backends.choose_backend(with_engine, RTX)
@@ -81,9 +89,9 @@ def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
 
 
 def test_named_backend(demo_bundle):
-    name, module, reason = backends.choose_backend(Bundle.open(demo_bundle), "onnxruntime")
+    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle), "onnxruntime")
     assert (name, reason) == ("onnxruntime", "named")
-    assert "CPUExecutionProvider" in module.probe().detail
+    assert "CPUExecutionProvider" in backend.probe().detail
 
 
 @pytest.mark.parametrize("name", ["", "onnx", "ONNXRuntime", "cuda"])
@@ -104,10 +112,10 @@ def test_without_onnxruntime(monkeypatch, name, demo_bundle):
 
 
 def test_open_session_without_onnxruntime(monkeypatch, demo_bundle):
-    module = backends.load_backend("onnxruntime")
+    backend = backends.load_backend("onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingComponent, match="pip install"):
-        module.open_session(Bundle.open(demo_bundle), MATCH)
+        backend.open_session(Bundle.open(demo_bundle), MATCH)
 
 
 def test_session(demo_bundle):
@@ -132,7 +140,7 @@ def test_a_graph_that_onnx_runtime_refuses():
 
 
 def test_a_plan_is_judged_by_its_header(with_engine):
-    """TensorRT-RTX's own question, which needs no GPU."""
+    """TensorRT-RTX's own query needs no GPU."""
     trt = load_flavour(RTX)
     log = Log(trt)
     runtime = trt.Runtime(log.logger)

@@ -105,7 +105,7 @@ def test_graph_the_manifest_does_not_list_is_not_loaded(copy):
 
 
 def sign(bundle: Path, *names: str) -> None:
-    """Write the present sizes and hashes of files into the manifest, listed there before or not."""
+    """Write the current sizes and hashes of files into the manifest."""
     document = json.loads((bundle / MANIFEST).read_text())
     for name in names:
         content = (bundle / name).read_bytes()
@@ -114,7 +114,7 @@ def sign(bundle: Path, *names: str) -> None:
 
 
 def test_weights_that_are_swapped_after_they_were_read_change_nothing(copy, monkeypatch):
-    """Between the hash and the use another process renames other weights into place."""
+    """Between hashing and use, another process renames other weights into place."""
     image = np.zeros((96, 96, 3), np.uint8)
     with ditf.load(copy) as model:
         expected = model.features(image).array
@@ -137,7 +137,7 @@ def test_weights_that_are_swapped_after_they_were_read_change_nothing(copy, monk
 
 
 def test_weights_that_are_swapped_all_the_time_are_refused_or_right(copy):
-    """Another process renames the right and other weights into place in turn, as fast as it can."""
+    """Another process renames the right weights and others into place in turn, as fast as it can."""
     image = np.zeros((96, 96, 3), np.uint8)
     with ditf.load(copy) as model:
         expected = model.features(image).array

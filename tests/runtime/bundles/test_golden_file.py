@@ -1,4 +1,4 @@
-"""golden.npz is refused with a line unless every array is what an export writes."""
+"""golden.npz is refused with one line unless all arrays are such as an export writes."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def copy(demo_bundle: Path, tmp_path: Path) -> Path:
 
 
 def change(bundle: Path, edit: Change) -> Bundle:
-    """Write golden.npz with a change, and list it in the manifest as it is now."""
+    """Write golden.npz with a change, and update its entry in the manifest."""
     arrays = dict(read_golden(Bundle.open(bundle)))
     edit(arrays)
     np.savez(bundle / GOLDEN, **arrays)

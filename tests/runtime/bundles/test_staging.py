@@ -1,4 +1,4 @@
-"""A bundle is there whole or not at all."""
+"""A bundle appears whole or not at all."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ditf.runtime.files.stage_folder import clear, exchange
 
 
 def manifest(text):
-    """What shows that a folder is a bundle, and a text to tell it by."""
+    """A manifest that marks a folder as a bundle, with a text to recognise it."""
     return json.dumps({"schema": 1, "layer": 9, "opset": 20, "files": {}, "tolerances": {}, "text": text})
 
 
@@ -93,7 +93,7 @@ def old(path, days=2.0):
 
 
 def run(code, *arguments, **options):
-    """Python code in a process of its own."""
+    """Run Python code in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", code, *map(str, arguments)],
         stdin=subprocess.PIPE,
@@ -145,7 +145,7 @@ def test_what_a_killed_process_left_is_removed_at_once(tmp_path):
 
 
 def test_a_live_stage_is_left_alone_whoever_it_is_of(tmp_path):
-    """Of a process in another namespace, where its id is another; even if its clock makes it look old."""
+    """The stage belongs to a process in another namespace, and may look old by that process's clock."""
     isolated = ["unshare", "--fork", "--pid", "--mount-proc"]
     able = subprocess.run([*isolated, "true"], capture_output=True).returncode == 0
     command = [*(isolated if able else []), sys.executable, "-c", STAGED, tmp_path / "bundle"]
@@ -173,7 +173,7 @@ def test_of_another_host_age_decides_beside_the_lock(tmp_path, boot, days, goes)
 
 
 def test_where_locks_do_not_work_age_decides(tmp_path, monkeypatch):
-    """A file system without locks is stood in for by a call that says so."""
+    """A call that fails as on a file system without locks replaces flock."""
 
     def flock(descriptor, operation):
         raise OSError(errno.ENOLCK, "no locks")
@@ -220,7 +220,7 @@ with staged(Path(sys.argv[1])) as folder:
 )
 @pytest.mark.parametrize("then", ["fails", "succeeds"])
 def test_killed_as_it_is_replaced(tmp_path, how, call, found, then):
-    """At every rename: the bundle is there, or comes back with the next export, even one that fails."""
+    """After a kill at any rename the bundle is there, or the next export brings it back even if it fails."""
     make_bundle(tmp_path / "bundle", "old")
     with run(KILLED, tmp_path / "bundle", how, call) as process:
         process.wait()
@@ -302,7 +302,7 @@ def test_places_that_hold_what_is_in_use(tmp_path, monkeypatch):
 
 
 def test_a_bundle_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
-    """Recorded, because only a power failure shows the difference."""
+    """The calls are recorded, because only a power failure would show a difference."""
     order = []
     monkeypatch.setattr(
         os, "fsync", lambda descriptor: order.append(Path(f"/proc/self/fd/{descriptor}").readlink())
@@ -318,7 +318,7 @@ def test_a_bundle_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     ['{"manifest_version": 3, "name": "my extension"}', "[]", "not JSON", '{"schema": 1, "files": {}}', ""],
 )
 def test_a_folder_of_another_program_is_not_replaced(tmp_path, content):
-    """Web applications and browser extensions have a manifest.json too."""
+    """Web applications and browser extensions also have a manifest.json."""
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "manifest.json").write_text(content)

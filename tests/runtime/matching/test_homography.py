@@ -19,7 +19,7 @@ TRUTH = np.array([[1.1, 0.08, -20.0], [-0.05, 0.95, 12.0], [1e-4, -5e-5, 1.0]])
 
 
 def matches(count: int, outliers: float, noise: float = 0.3) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Points, where TRUTH takes them, and which of these were left right."""
+    """Points, the places where TRUTH takes them, and which of these places were left right."""
     rng = np.random.default_rng(0)
     points = rng.uniform(0, 500, (count, 2))
     ends = project_points(TRUTH, points) + rng.normal(0, noise, (count, 2))
@@ -39,7 +39,7 @@ def test_found_among_outliers(method):
     )
     assert found.matrix[2, 2] == pytest.approx(1)
     assert (found.inliers == right).mean() > 0.9
-    # two normal deviations of 0.3 px: their length is 0.376 px on average
+    # the mean length of two normal deviations of 0.3 px is 0.376 px
     assert found.error_px == pytest.approx(0.376, abs=0.1)
 
 
@@ -105,7 +105,7 @@ def test_without_opencv(monkeypatch):
 
 
 def affine_views(seed: int) -> tuple[FeatureMap, FeatureMap, np.ndarray]:
-    """Waves over a plane, seen twice, and the affine map between the views; cells of 16x12 px."""
+    """Two views of waves over a plane, with cells of 16x12 px, and the affine map between the views."""
     size, (h, w), matrix = (480, 640), (40, 40), np.array([[1.05, 0.08, -20], [-0.06, 0.96, 15], [0, 0, 1]])
     rng = np.random.default_rng(seed)
     frequency, phase = rng.normal(0, 0.03, (2, 96, 1, 1)), rng.uniform(0, 6.28, (96, 1, 1))

@@ -1,4 +1,4 @@
-"""A bundle with several conditions and a dynamic batch: each request gets the one it named."""
+"""With several conditions and a dynamic batch, each request gets the condition that it named."""
 
 from __future__ import annotations
 

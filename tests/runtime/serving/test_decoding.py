@@ -1,4 +1,4 @@
-"""Image files that are small and cost much."""
+"""Small image files that are expensive to decode."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ LIMITS = Limits()
 
 
 def progressive(scans, picture=None):
-    """A JPEG whose scans are repeated until they are so many."""
+    """A JPEG whose scans are repeated up to a number."""
     file = io.BytesIO()
     Image.fromarray(noise(1) if picture is None else picture).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -36,7 +36,7 @@ def test_scans_of_a_jpeg(prefix):
 
 
 def test_what_only_looks_like_scans():
-    """In a comment, in the EXIF data, and after the end of the picture."""
+    """The markers are in a comment, in the EXIF data, and after the end of the picture."""
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x9286] = b"\xff\xda" * 500

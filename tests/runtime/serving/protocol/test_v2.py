@@ -1,4 +1,4 @@
-"""Messages of the protocol: what NVIDIA's client writes is read back, and nothing else is believed."""
+"""What NVIDIA's client writes is read back, and contradictory messages are refused."""
 
 from __future__ import annotations
 
