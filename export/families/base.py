@@ -12,7 +12,8 @@ import torch
 
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.trunk import Given, Trunk
+from ditf.export.graph.blocks.condition_tensors import ConditionTensors
+from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.precision import Precision
 from ditf.runtime.errors import InputError
@@ -259,11 +260,11 @@ class Family(ABC):
         """
 
     @abstractmethod
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> Trunk:
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> Trunk:
         """Blocks 0..k-1 as a module to trace.
 
         Args:
-            fixed: what the conditioner made, to be constants; None when it is given at run time.
+            constants: what the conditioner made, to be constants; None when it is given at run time.
         """
 
     def require(self, **allowed: tuple[Any, ...]) -> None:

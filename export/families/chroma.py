@@ -17,10 +17,13 @@ from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
 from ditf.export.families.flux import Flux
-from ditf.export.families.mmdit import stream_rows
-from ditf.export.graph.blocks.layers import Linear, constant, read_linear
-from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
-from ditf.export.graph.condition import MODULATION, Conditioner, with_constant_frequencies
+from ditf.export.graph.blocks.adaln import NORM_ROWS
+from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT, TEXT_BIAS
+from ditf.export.graph.blocks.layers import Linear, constant
+from ditf.export.graph.blocks.single_stream import SINGLE_ROWS
+from ditf.export.graph.blocks.two_stream import IMAGE_ROWS
+from ditf.export.graph.condition import Conditioner, with_constant_frequencies
+from ditf.export.graph.precision import EMBEDDERS
 
 _TEXT_TOKENS = 512  # max_sequence_length of ChromaPipeline.encode_prompt
 _MASKED = -10000.0  # added to the logits of a masked token: its weight is exactly 0
@@ -88,7 +91,8 @@ class Chroma(Flux):
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         all_doubles, all_singles = (count for _, count in self.blocks.kinds)
-        doubles = self._doubles(spec.layer)
+        blocks = self.joint_blocks(spec.layer)
+        doubles = len(blocks.doubles)
         image = SINGLE_ROWS * all_singles  # where they start: single-stream blocks, images, texts
         text = image + IMAGE_ROWS * all_doubles
         starts = [start + IMAGE_ROWS * index for index in range(doubles) for start in (image, text)] + [
@@ -99,8 +103,8 @@ class Chroma(Flux):
             if spec.layer < all_doubles
             else SINGLE_ROWS * (spec.layer - all_doubles)
         )
-        sizes = [*stream_rows(spec.layer, doubles), NORM_ROWS]
-        rows = [row for start, size in zip(starts, sizes, strict=True) for row in range(start, start + size)]
+        spans = zip(starts, blocks.rows, strict=True)
+        rows = [row for start, size in spans for row in range(start, start + size)]
         width = self.config["approximator_num_channels"]
         embedding = ChromaCombinedTimestepTextProjEmbeddings(
             width // 4, text + IMAGE_ROWS * all_doubles + NORM_ROWS
@@ -116,7 +120,7 @@ class Chroma(Flux):
         )
         context = None
         if spec.layer:
-            context = Linear(*read_linear(weights, "context_embedder"), torch.float32)  # writes the residual
+            context = Linear.read(weights, "context_embedder", precision=spec.precision, kept=EMBEDDERS)
         return _Conditioner(embedding, network, rows, context)
 
 
@@ -161,6 +165,6 @@ class _Conditioner(Conditioner):
         given = {MODULATION: self.modulation(timestep)}
         if self.context is not None:
             mask = condition["prompt_attention_mask"][0]
-            given["text"] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
-            given["text_bias"] = torch.where(mask == 0, _MASKED, 0.0).to(torch.float32)
+            given[TEXT] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
+            given[TEXT_BIAS] = torch.where(mask == 0, _MASKED, 0.0).to(torch.float32)
         return given

@@ -14,11 +14,24 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.sincos import sincos_embedder
-from ditf.export.graph.blocks.adaln import ModulatedNorm
-from ditf.export.graph.blocks.dit import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
+from ditf.export.families.patch_embedders import sincos_embedder
+from ditf.export.graph.blocks.adaln import NORM_ROWS, modulations
+from ditf.export.graph.blocks.condition_tensors import (
+    KEYS,
+    MODULATION,
+    TEXT_BIAS,
+    VALUES,
+    ConditionTensors,
+)
+from ditf.export.graph.blocks.dit import (
+    BLOCK_ROWS,
+    CrossAttention,
+    DiTBlock,
+    DiTSpec,
+    DiTTrunk,
+    FoldedCrossAttention,
+)
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear
-from ditf.export.graph.blocks.trunk import Given
 from ditf.export.graph.condition import Conditioner, with_constant_frequencies
 from ditf.export.graph.range_probes import Where
 
@@ -111,8 +124,7 @@ class PixArt(Family):
                 "caption_projection",
             )
         blocks = [f"{self.block_name(i)}.attn2" for i in range(spec.layer)]
-        types = {spec.precision.of(block) for block in blocks}  # one for all: they are stacked
-        dtype = types.pop() if len(types) == 1 else torch.float32
+        dtype = spec.precision.of(*blocks)  # one for all: they are stacked
         keys, values = (
             [
                 Linear(*read_linear(weights, name), dtype, Where(name, "text"))
@@ -123,13 +135,13 @@ class PixArt(Family):
         return _Conditioner(
             adaln,
             self._added_conditions(spec.size, 1),
-            torch.cat([*tables[:-1], tables[-1][:2]]),
+            torch.cat([*tables[:-1], tables[-1][:NORM_ROWS]]),
             projection,
             keys,
             values,
         )
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> StreamTrunk:
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> DiTTrunk:
         self.require(
             norm_type=("ada_norm_single",),
             activation_fn=("gelu-approximate",),
@@ -137,24 +149,22 @@ class PixArt(Family):
             upcast_attention=(False,),
             attention_type=("default",),
         )
-        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
-        if fixed is not None:
-            rows = fixed["modulation"].split([ROWS] * spec.layer + [2])
-        eps = self.config["norm_eps"]
-        heads = self.config["num_attention_heads"]
+        *parts, own = modulations(constants, [BLOCK_ROWS] * spec.layer + [NORM_ROWS])
+        eps, heads = self.config["norm_eps"], self.config["num_attention_heads"]
+        kind = DiTSpec(heads, (eps, eps))
         blocks = []
-        for i in range(spec.layer):
-            name = self.block_name(i)
-            text = None if fixed is None else (fixed["keys"][i], fixed["values"][i])
-            cross: nn.Module
+        for index, modulation in enumerate(parts):
+            name = self.block_name(index)
+            text = None if constants is None else (constants[KEYS][index], constants[VALUES][index])
+            cross: CrossAttention | FoldedCrossAttention
             if text is not None and FoldedCrossAttention.pays(len(text[0]), heads, self.channels):
                 cross = FoldedCrossAttention(weights, f"{name}.attn2", heads, text, spec.precision)
             else:
-                cross = CrossAttention(weights, f"{name}.attn2", heads, text, spec.precision)
-            blocks.append(StreamBlock(weights, name, heads, rows[i], (eps, eps), cross, spec.precision))
+                cross = CrossAttention(weights, f"{name}.attn2", heads, index, text, spec.precision)
+            blocks.append(DiTBlock(weights, name, kind, modulation, spec.precision, cross))
         scale = self.config.get("interpolation_scale") or max(self.sample_size // 64, 1)
         embedder = sincos_embedder(weights, self.config, spec.grid, scale)
-        return StreamTrunk(embedder, blocks, ModulatedNorm(rows[-1], eps))
+        return DiTTrunk(embedder, blocks, own.norm(0, eps))
 
 
 class _Conditioner(Conditioner):
@@ -189,10 +199,11 @@ class _Conditioner(Conditioner):
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         packed, _ = self.adaln(timestep, self.added, batch_size=1, hidden_dtype=torch.float32)
-        shared = packed.unflatten(1, (ROWS, -1))[0]
+        shared = packed.unflatten(1, (BLOCK_ROWS, -1))[0]
         blocks = len(self.keys)
-        rows = torch.cat([shared.repeat(blocks, 1), shared[:2]]) if blocks else shared[:2]
-        given = {"modulation": rows + self.tables}
+        own = shared[:NORM_ROWS]
+        rows = torch.cat([shared.repeat(blocks, 1), own]) if blocks else own
+        given = {MODULATION: rows + self.tables}
         if not blocks:
             return given
         text = condition["prompt_embeds"][0]
@@ -201,7 +212,7 @@ class _Conditioner(Conditioner):
         mask = condition["prompt_attention_mask"][0].to(torch.float32)
         return {
             **given,
-            "keys": torch.stack([key(text) for key in self.keys]),
-            "values": torch.stack([value(text) for value in self.values]),
-            "text_bias": (1.0 - mask) * _MASKED,
+            KEYS: torch.stack([key(text) for key in self.keys]),
+            VALUES: torch.stack([value(text) for value in self.values]),
+            TEXT_BIAS: (1.0 - mask) * _MASKED,
         }

@@ -15,19 +15,23 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
-from ditf.export.graph.blocks.adaln import ModulatedRMSNorm
+from ditf.export.families.refined_text import RefinedConditioner, RefinedText, axes_rotary
+from ditf.export.graph.blocks.adaln import UNMODULATED, modulations
+from ditf.export.graph.blocks.condition_tensors import TEXT, ConditionTensors
 from ditf.export.graph.blocks.layers import Rotary, read_linear
-from ditf.export.graph.blocks.pre_post_norm import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
-from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
+from ditf.export.graph.blocks.pre_post_norm import (
+    SCALE_GATE_ROWS,
+    PrePostNormBlock,
+    PrePostNormSpec,
+    PrePostNormTrunk,
+)
+from ditf.export.graph.blocks.trunk import PatchEmbedder
 from ditf.export.graph.condition import (
-    MODULATION,
     Conditioner,
     LinearRows,
-    Projection,
+    ModulationProjection,
     with_constant_frequencies,
 )
-from ditf.export.graph.precision import Precision
 
 _TEXT_TOKENS = 512  # max_sequence_length of ZImagePipeline.encode_prompt
 _MULTIPLE = 32  # SEQ_MULTI_OF: text and image are each padded to a multiple of it
@@ -140,7 +144,7 @@ class ZImage(Family):
         return tokens[..., :count, :], tokens[..., _padded(count) :, :]
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        sizes = [ROWS] * spec.layer + [1]
+        sizes = self._sizes(spec.layer)
         linears = LinearRows(
             weights,
             [
@@ -151,71 +155,71 @@ class ZImage(Family):
         width = min(self.channels, _TIME_WIDTH)
         time = weights.load_into(lambda: TimestepEmbedder(width, _TIME_HIDDEN), "t_embedder")
         embedding = with_constant_frequencies(_TimeEmbedding(time, self.config["t_scale"]))
-        projection = Projection(linears, spec.precision.of(MODULATION), self.channels, activated=False)
+        projection = ModulationProjection(linears, spec.precision, self.channels, activated=False)
         rotary = self._rotary([torch.arange(_TEXT_TOKENS + 1), torch.zeros(1), torch.zeros(1)])
         text = None
         if spec.layer > self._refiners:
             blocks = [
-                self._block(weights, f"context_refiner.{index}", spec.precision, text=True)
+                PrePostNormBlock(
+                    weights,
+                    f"context_refiner.{index}",
+                    self._kind,
+                    UNMODULATED,
+                    spec.precision,
+                    stream="text",
+                )
                 for index in range(self._refiners)
             ]
             padding = weights.tensor("cap_pad_token")[0]
-            text = RefinedText(weights, "cap_embedder", self.config["norm_eps"], blocks, rotary, padding)
+            text = RefinedText(
+                weights, "cap_embedder", self.config["norm_eps"], blocks, rotary, spec.precision, padding
+            )
         padded = spec.layer > 0 and _padding(spec.grid) > 0
         return RefinedConditioner(embedding, projection, text, _MULTIPLE, rotary if padded else None)
 
-    def _block(
-        self,
-        weights: Weights,
-        name: str,
-        precision: Precision,
-        rows: torch.Tensor | None = None,
-        *,
-        last: bool = False,
-        text: bool = False,
-    ) -> SandwichBlock:
-        names = SandwichNames(
+    @property
+    def _kind(self) -> PrePostNormSpec:
+        """What its blocks are like."""
+        return PrePostNormSpec(
+            self.config["n_heads"],
             "attention",
             ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"),
             ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
-        )
-        return SandwichBlock(
-            weights,
-            name,
-            names,
-            self.config["n_heads"],
-            precision,
-            rows=rows,
-            eps=(self.config["norm_eps"], _QK_EPS),
-            last=last,
-            stream="text" if text else "image",
+            self.config["norm_eps"],
+            _QK_EPS,
         )
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> SandwichTrunk:
-        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
+    @staticmethod
+    def _sizes(layer: int) -> list[int]:
+        """Modulation rows of each block, and of block k's norm."""
+        return [SCALE_GATE_ROWS] * layer + [1]
+
+    def trunk(
+        self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None
+    ) -> PrePostNormTrunk:
         reads_text = spec.layer > self._refiners
-        if fixed is not None:
-            rows = fixed[MODULATION].split([ROWS] * spec.layer + [1])
+        *parts, own = modulations(constants, self._sizes(spec.layer))
         blocks = [
-            self._block(
+            PrePostNormBlock(
                 weights,
                 self.block_name(index),
+                self._kind,
+                modulation,
                 spec.precision,
-                rows[index],
                 last=index == spec.layer - 1,
             )
-            for index in range(spec.layer)
+            for index, modulation in enumerate(parts)
         ]
         norm = weights.tensor(f"{self.block_name(spec.layer)}.attention_norm1.weight")
         weight, bias = read_linear(weights, f"all_x_embedder.{_PATCH}-{_FRAMES}")
         patch = weight.unflatten(1, (_PATCH, _PATCH, -1)).permute(0, 3, 1, 2)
         padding = _padding(spec.grid) if spec.layer else 0
-        return SandwichTrunk(
+        return PrePostNormTrunk(
             PatchEmbedder(patch, bias, None),
             blocks,
             self._refiners,
-            ModulatedRMSNorm(norm, rows[-1], self.config["norm_eps"]),
-            fixed["text"][None] if fixed is not None and reads_text else None,
+            own.rms_norm(0, norm, self.config["norm_eps"]),
+            constants[TEXT][None] if constants is not None and reads_text else None,
             self._positions(spec, spec.text_tokens if reads_text else 0, padding),
             weights.tensor("x_pad_token").expand(padding, -1) if padding else None,
         )

@@ -13,15 +13,15 @@ from torch import nn
 
 from ditf.export.checkpoints.noise_schedule import NoiseLevel
 from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.condition_tensors import MODULATION, ConditionTensors
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear
-from ditf.export.graph.blocks.trunk import Given
+from ditf.export.graph.precision import Precision
 from ditf.export.graph.range_probes import Where, tap
 
 LEVEL = "level"
-MODULATION = "modulation"
 TIMESTEP = "timestep"
 
-Levels = tuple[Given, torch.Tensor | float, torch.Tensor | float]
+Levels = tuple[ConditionTensors, torch.Tensor | float, torch.Tensor | float]
 """What is given to the trunk, and signal and noise of x_t = signal * x_0 + noise * eps."""
 
 
@@ -102,7 +102,7 @@ class LinearRows(Sequence[tuple[torch.Tensor, torch.Tensor | None]]):
         return weight[:rows], None if bias is None else bias[:rows]
 
 
-class Projection(nn.Module):
+class ModulationProjection(nn.Module):
     """silu(x) W + b -> modulation rows [R, C], float32; the AdaLN linears of all blocks.
 
     They are a third of FLUX.1's parameters, and of a condition that is baked in nothing but their product is
@@ -111,7 +111,7 @@ class Projection(nn.Module):
 
     Args:
         linears: weight [n C, D] and bias of each AdaLN linear, in the order of the rows.
-        dtype: of the parameters.
+        precision: of the graph that holds them.
         channels: C, where it is not D, the width of the condition.
         activated: False where x itself is read, without the silu.
     """
@@ -119,14 +119,14 @@ class Projection(nn.Module):
     def __init__(
         self,
         linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-        dtype: torch.dtype,
+        precision: Precision,
         channels: int | None = None,
         activated: bool = True,
     ) -> None:
         super().__init__()
         self.activated = activated
         self.channels = channels or linears[0][0].shape[1]
-        self.dtype = dtype
+        self.dtype = precision.of(MODULATION)
         self.where = Where(MODULATION, "condition")
         self.linears = linears
         self.held = nn.ModuleList()
@@ -162,7 +162,7 @@ class Projection(nn.Module):
 def hold_projections(conditioner: nn.Module) -> None:
     """Make the AdaLN linears of a conditioner parameters of it."""
     for module in conditioner.modules():
-        if isinstance(module, Projection):
+        if isinstance(module, ModulationProjection):
             module.hold()
 
 

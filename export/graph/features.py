@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,6 +13,7 @@ from torch.nn import functional
 from ditf.export.graph.blocks.layers import constant
 from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import ConditionSource
+from ditf.export.graph.roles import Role, Roles
 
 NOISE = "noise"
 
@@ -64,6 +66,14 @@ class FeaturesGraph(nn.Module):
     Attributes:
         inputs: names of what `forward` takes beside the image.
     """
+
+    roles: ClassVar[Roles] = {
+        "encoder": Role.VAE_ENCODER,
+        "condition": Role.CONDITIONING,
+        "noise": Role.NOISE,
+        "keep": Role.DISCARD_MASK,
+        "projection": Role.PROJECTION,
+    }
 
     def __init__(
         self,

@@ -14,8 +14,8 @@ import onnx_ir as ir
 from ditf.runtime.bundles.manifest import hidden_states_name
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_BLOCK = re.compile(r"trunk\.(blocks|doubles|singles)\.(\d+)(?=\.|$)")
 _EMBEDDER = "trunk.embedder"
+_RESIDUAL_OUTPUT = re.compile(r"trunk\.\w+\.\d+\.residual_output")
 
 
 def name_values(model: ir.Model) -> dict[str, str]:
@@ -58,20 +58,18 @@ def _unique(base: str, taken: Counter[str]) -> str:
 
 
 def _boundaries(graph: ir.Graph) -> dict[int, str]:
-    """Names of the residuals that leave the embedder and each block, by the identity of the value."""
-    blocks: dict[int, tuple[str, int]] = {}
-    for node in graph:
-        match = _BLOCK.match(_scope(node))
-        if match is not None:
-            blocks[id(node)] = (match[1], int(match[2]))
-    # Single-stream blocks follow the two-stream ones.
-    offset = 1 + max((number for kind, number in blocks.values() if kind == "doubles"), default=-1)
-    last: dict[int, ir.Value] = {}  # the last value that a block adds up is its residual
+    """Names of the residuals that leave the embedder and each block, by the identity of the value.
+
+    A block's is what its `ditf.export.graph.blocks.trunk.ResidualOutput` computes; the blocks follow one
+    another in the graph.
+    """
+    residuals: list[ir.Value] = []
+    embedded: ir.Value | None = None
     for node in graph:
         scope = _scope(node)
         if scope.startswith(_EMBEDDER):
-            last[0] = node.outputs[0]
-        elif id(node) in blocks and node.op_type == "Add":
-            kind, number = blocks[id(node)]
-            last[1 + number + (offset if kind == "singles" else 0)] = node.outputs[0]
-    return {id(value): hidden_states_name(index) for index, value in last.items()}
+            embedded = node.outputs[0]  # the last one leaves it
+        elif _RESIDUAL_OUTPUT.fullmatch(scope):
+            residuals.append(node.outputs[0])
+    first = [] if embedded is None else [embedded]
+    return {id(value): hidden_states_name(index) for index, value in enumerate([*first, *residuals])}

@@ -6,6 +6,7 @@ Weights are kept [in, out], so that the graph has no Transpose in front of a Mat
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,12 +14,16 @@ from torch.nn import functional
 
 from ditf.export.checkpoints.weight_spill import spilled
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.smoothing import Columns
+from ditf.export.graph.blocks.smoothing import Channels
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.range_probes import Stream, Where, joined, tap
+from ditf.export.graph.roles import Role, Roles
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of a rotary position embedding, each [N, D / 2]."""
+
+Heads = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+"""Query [B, H, N, D], or None where the tokens are only attended to, key and value [B, G, N, D]."""
 
 
 def constant(tensor: torch.Tensor) -> nn.Parameter:
@@ -43,6 +48,17 @@ class Linear(nn.Module):
         self.where = where
         self.weight = constant(weight.T.to(dtype))
         self.bias = None if bias is None else constant(bias.to(dtype))
+
+    @classmethod
+    def read(
+        cls, weights: Weights, *names: str, precision: Precision, where: Where | None = None, kept: str = ""
+    ) -> Linear:
+        """The linear of this name in the checkpoint, or several stacked along out.
+
+        Args:
+            kept: as for `Precision.of`.
+        """
+        return cls(*read_linear(weights, *names), precision.of(*names, kept=kept), where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         y = tap(self.where, "input", x.to(self.weight.dtype)) @ self.weight
@@ -136,6 +152,8 @@ class HeadProjection(nn.Module):
         query: False where the stream is only attended to.
     """
 
+    roles: ClassVar[Roles] = dict.fromkeys(("norm_query", "norm_key"), Role.SELF_ATTENTION)
+
     def __init__(
         self, weights: Weights, names: AttentionNames, heads: int, precision: Precision, query: bool = True
     ) -> None:
@@ -145,7 +163,7 @@ class HeadProjection(nn.Module):
         self.eps = names.eps
         self.centred = names.centred
         self.rotary = names.rotary
-        self.dtype = precision.of(names.projections[0])
+        self.dtype = precision.of(*names.projections)
         used = names.projections if query else names.projections[1:]
         self.where = Where(joined(used), names.stream)
         self.norm_query: nn.Parameter | None = None
@@ -180,13 +198,13 @@ class HeadProjection(nn.Module):
         """C, of what it reads."""
         return int(self.linear.weight.shape[0])
 
-    def values(self, path: str) -> Columns:
+    def values(self, path: str) -> Channels:
         """The linear's columns of the value.
 
         Args:
             path: of this module in the block.
         """
-        return Columns(f"{path}.linear", sum(self.sizes[:-1]))
+        return Channels(f"{path}.linear", sum(self.sizes[:-1]))
 
     def _norm_weight(self, weights: Weights, name: str, head_dim: int, scale: float) -> nn.Parameter:
         if f"{name}.weight" in weights:
@@ -197,9 +215,7 @@ class HeadProjection(nn.Module):
             weight = weight.reshape(-1, 2).T.flatten()
         return constant(weight * scale)
 
-    def forward(
-        self, x: torch.Tensor, rotary: Rotary | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, rotary: Rotary | None = None) -> Heads:
         """[B, N, C] -> query (or None) [B, H, N, D], key and value [B, G, N, D], in the graph's precision.
 
         Args:
@@ -243,7 +259,7 @@ class FeedForward(nn.Module):
     def __init__(self, weights: Weights, name: str, precision: Precision, stream: Stream = "image") -> None:
         super().__init__()
         self.where = Where(name, stream)
-        self.up = Linear(*read_linear(weights, name), precision.of(name), self.where)
+        self.up = Linear.read(weights, name, precision=precision, where=self.where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return tap(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))
@@ -261,7 +277,7 @@ class GatedFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.where = Where(joined(names), stream)
-        self.up = Linear(*read_linear(weights, *names), precision.of(names[0]), self.where)
+        self.up = Linear.read(weights, *names, precision=precision, where=self.where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, hidden = self.up(x).chunk(2, dim=-1)

@@ -1,4 +1,4 @@
-"""What SD3 and FLUX share: a pooled condition for AdaLN, text tokens in a stream of their own."""
+"""The conditioner of SD3 and FLUX.1: pooled text makes the modulation, text tokens have their own stream."""
 
 from __future__ import annotations
 
@@ -8,28 +8,15 @@ import torch
 from torch import nn
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.layers import Linear, read_linear
-from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
+from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT
+from ditf.export.graph.blocks.layers import Linear
 from ditf.export.graph.condition import (
-    MODULATION,
     Conditioner,
     LinearRows,
-    Projection,
+    ModulationProjection,
     with_constant_frequencies,
 )
-from ditf.export.graph.precision import Precision
-
-
-def stream_rows(layer: int, doubles: int) -> list[int]:
-    """Modulation rows of FLUX's blocks: image and text of each two-stream block, then each single-stream one.
-
-    Args:
-        layer: blocks that run; doubles: how many of them have two streams. Of the last text only the norm's.
-    """
-    sizes = [IMAGE_ROWS] * (2 * doubles) + [SINGLE_ROWS] * (layer - doubles)
-    if 0 < layer == doubles:
-        sizes[-1] = NORM_ROWS
-    return sizes
+from ditf.export.graph.precision import EMBEDDERS, Precision
 
 
 class PooledConditioner(Conditioner):
@@ -38,7 +25,7 @@ class PooledConditioner(Conditioner):
     Args:
         weights: of the transformer.
         embedding: its `time_text_embed`.
-        linears: AdaLN linears and how many rows of each are used, in the order of the rows.
+        modulated: (module with an AdaLN linear, number of rows), as from `JointBlocks.modulated`.
         context: name of the text embedder, None where no block reads the text.
         guidance: whether `embedding` takes it.
         channels: C.
@@ -49,7 +36,7 @@ class PooledConditioner(Conditioner):
         self,
         weights: Weights,
         embedding: nn.Module,
-        linears: Sequence[tuple[str, int]],
+        modulated: Sequence[tuple[str, int]],
         context: str | None,
         guidance: bool,
         channels: int,
@@ -57,11 +44,11 @@ class PooledConditioner(Conditioner):
     ) -> None:
         super().__init__()
         self.embedding = with_constant_frequencies(embedding)
-        used = LinearRows(weights, [(name, rows * channels) for name, rows in linears])
-        self.projection = Projection(used, precision.of(MODULATION), channels)
+        used = LinearRows(weights, [(f"{name}.linear", rows * channels) for name, rows in modulated])
+        self.projection = ModulationProjection(used, precision, channels)
         self.context = None
         if context is not None:
-            self.context = Linear(*read_linear(weights, context), torch.float32)  # writes the residual
+            self.context = Linear.read(weights, context, precision=precision, kept=EMBEDDERS)
         self.guidance = guidance
         self.inputs = (
             "pooled_prompt_embeds",
@@ -74,7 +61,7 @@ class PooledConditioner(Conditioner):
     ) -> dict[str, torch.Tensor]:
         pooled = condition["pooled_prompt_embeds"]
         middle = (condition["guidance"] * 1000.0,) if self.guidance else ()
-        given = {"modulation": self.projection(self.embedding(timestep, *middle, pooled))}
+        given = {MODULATION: self.projection(self.embedding(timestep, *middle, pooled))}
         if self.context is not None:
-            given["text"] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
+            given[TEXT] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
         return given
