@@ -120,7 +120,6 @@ def make_module(case: Case, precision: Precision) -> Transformer:
     conditioner = family.conditioner(weights, replace(spec, precision=FLOAT32))
     given = conditioner(trimmed["timestep"], trimmed)
     trunk = family.trunk(weights, spec, given)
-    trunk.embedder.residual = precision.residual  # type: ignore[assignment]
     return Transformer(trunk, None).eval()
 
 

@@ -101,18 +101,18 @@ class AuraFlow(Family):
         return _Conditioner(weights, self.channels, linears, spec.layer > 0, spec.precision)
 
     def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> JointTrunk:
-        embedder = self._embedder(weights, spec.grid)
+        embedder = self._embedder(weights, spec)
         return build_joint_trunk(weights, self._blocks(spec.layer), embedder, spec.precision, constants)
 
-    def _embedder(self, weights: Weights, grid: tuple[int, int]) -> PatchEmbedder:
+    def _embedder(self, weights: Weights, spec: TrunkSpec) -> PatchEmbedder:
         """`AuraFlowPatchEmbed`: a linear over patches, and the middle of a learned square of positions."""
         weight, bias = read_linear(weights, "pos_embed.proj")
         side = self.largest_grid
-        top, left = (side // 2 - length // 2 for length in grid)
+        top, left = (side // 2 - length // 2 for length in spec.grid)
         square = weights.tensor("pos_embed.pos_embed").reshape(side, side, -1)
-        position = square[top : top + grid[0], left : left + grid[1]].flatten(0, 1)
+        position = square[top : top + spec.grid[0], left : left + spec.grid[1]].flatten(0, 1)
         patch = weight.unflatten(1, (-1, self.patch_size, self.patch_size))
-        return PatchEmbedder(patch, bias, position)
+        return PatchEmbedder(patch, bias, position, spec.precision)
 
 
 class _TimeEmbedding(nn.Module):

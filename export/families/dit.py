@@ -93,7 +93,7 @@ class DiT(Family):
             DiTBlock(weights, self.block_name(index), kind, modulation, spec.precision)
             for index, modulation in enumerate(parts)
         ]
-        embedder = sincos_embedder(weights, self.config, spec.grid, interpolation_scale=1)
+        embedder = sincos_embedder(weights, self.config, spec.grid, 1, spec.precision)
         return DiTTrunk(embedder, blocks, own.norm(0, _NORM1_EPS))
 
 

@@ -25,6 +25,7 @@ from ditf.export.graph.blocks.single_stream import SingleStreamSpec
 from ditf.export.graph.blocks.trunk import PatchEmbedder
 from ditf.export.graph.blocks.two_stream import TwoStreamSpec
 from ditf.export.graph.condition import Conditioner
+from ditf.export.graph.precision import Precision
 
 _PACK = 2  # latent pixels along the side of a token: the pipeline packs them, not the transformer
 _EPS = 1e-6  # the blocks fix it
@@ -64,7 +65,7 @@ class FluxLayout(Family):
         return JointBlocks.cut(names, [double] * self.config["num_layers"], single)
 
     @abstractmethod
-    def embedder(self, weights: Weights) -> PatchEmbedder:
+    def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
         """Latents -> tokens."""
 
     @abstractmethod
@@ -72,7 +73,7 @@ class FluxLayout(Family):
         """Cosines and sines of text and image tokens, [L + N, D / 2]."""
 
     def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> JointTrunk:
-        blocks, embedder = self.joint_blocks(spec.layer), self.embedder(weights)
+        blocks, embedder = self.joint_blocks(spec.layer), self.embedder(weights, spec.precision)
         return build_joint_trunk(weights, blocks, embedder, spec.precision, constants, self.rotary(spec))
 
 
@@ -188,10 +189,10 @@ class Flux(FluxLayout):
         heads = self.config["num_attention_heads"]
         return TwoStreamSpec(heads, rotary=True, eps=_EPS), SingleStreamSpec(heads, eps=_EPS)
 
-    def embedder(self, weights: Weights) -> PatchEmbedder:
+    def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
         """The linear over packed latents (c, 2, 2) as the convolution that it is."""
         weight, bias = read_linear(weights, "x_embedder")
-        return PatchEmbedder(weight.unflatten(1, (-1, _PACK, _PACK)), bias, None)
+        return PatchEmbedder(weight.unflatten(1, (-1, _PACK, _PACK)), bias, None, precision)
 
     def rotary(self, spec: TrunkSpec) -> Rotary:
         """The text is at the origin."""

@@ -16,7 +16,6 @@ from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
 from ditf.export.families.flux import FluxLayout
-from ditf.export.graph.blocks.adaln import Modulation
 from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT, ConditionTensors
 from ditf.export.graph.blocks.joint_trunk import JointTrunk
 from ditf.export.graph.blocks.layers import Linear, Rotary, read_linear
@@ -150,26 +149,16 @@ class Flux2(FluxLayout):
         self.require(guidance_embeds=(False,), patch_size=(1,), eps=(1e-6,))
         return super().trunk(weights, spec, constants)
 
-    def embedder(self, weights: Weights) -> PatchEmbedder:
+    def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
         """The linear over the channels of a pixel as the convolution that it is."""
         weight, bias = read_linear(weights, "x_embedder")
-        return PatchEmbedder(weight[:, :, None, None], bias, None)
+        return PatchEmbedder(weight[:, :, None, None], bias, None, precision)
 
     def rotary(self, spec: TrunkSpec) -> Rotary:
         image, text = self._positions(spec.grid, spec.text_tokens)
         embedding = Flux2PosEmbed(self.config["rope_theta"], self.config["axes_dims_rope"])
         cosine, sine = embedding(torch.cat([text, image]))
         return cosine[:, ::2], sine[:, ::2]  # diffusers repeats each for its pair
-
-
-class _FusedSingleSpec(SingleStreamSpec):
-    """A single-stream block whose first linears are one in the checkpoint."""
-
-    def build(
-        self, weights: Weights, name: str, modulation: Modulation, precision: Precision, *, last: bool
-    ) -> SingleStreamBlock:
-        own = _Unfused(weights, name, weights.shapes[f"{name}.{_FUSED}.weight"][1])
-        return super().build(own, name, modulation, precision, last=last)
 
 
 class _Unfused(Weights):
@@ -199,6 +188,18 @@ class _Unfused(Weights):
 
     def _load(self, name: str) -> torch.Tensor:
         return self._weights.tensor(name)
+
+
+class _FusedSingleBlock(SingleStreamBlock):
+    """A single-stream block whose first linears are one in the checkpoint."""
+
+    def __init__(self, weights: Weights, name: str, spec: SingleStreamSpec, *others: Any) -> None:
+        width = weights.shapes[f"{name}.{_FUSED}.weight"][1]
+        super().__init__(_Unfused(weights, name, width), name, spec, *others)
+
+
+class _FusedSingleSpec(SingleStreamSpec):
+    block = _FusedSingleBlock
 
 
 class _Conditioner(Conditioner):

@@ -183,7 +183,7 @@ class Lumina2(Family):
         positions = torch.stack(torch.meshgrid(*map(torch.arange, spec.grid), indexing="ij")).flatten(1)
         first = torch.cat([torch.arange(text), torch.full((positions.shape[1],), text)])
         return PrePostNormTrunk(
-            PatchEmbedder(patch, bias, None),
+            PatchEmbedder(patch, bias, None, spec.precision),
             blocks,
             self._refiners,
             own.rms_norm(0, norm, self.config["norm_eps"]),

@@ -163,7 +163,7 @@ class PixArt(Family):
                 cross = CrossAttention(weights, f"{name}.attn2", heads, index, text, spec.precision)
             blocks.append(DiTBlock(weights, name, kind, modulation, spec.precision, cross))
         scale = self.config.get("interpolation_scale") or max(self.sample_size // 64, 1)
-        embedder = sincos_embedder(weights, self.config, spec.grid, scale)
+        embedder = sincos_embedder(weights, self.config, spec.grid, scale, spec.precision)
         return DiTTrunk(embedder, blocks, own.norm(0, eps))
 
 

@@ -115,5 +115,5 @@ class SD3(Family):
 
     def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> JointTrunk:
         self.require(qk_norm=(None, "rms_norm"))
-        embedder = cropped_embedder(weights, spec.grid)
+        embedder = cropped_embedder(weights, spec.grid, spec.precision)
         return build_joint_trunk(weights, self._blocks(spec.layer), embedder, spec.precision, constants)

@@ -215,7 +215,7 @@ class ZImage(Family):
         patch = weight.unflatten(1, (_PATCH, _PATCH, -1)).permute(0, 3, 1, 2)
         padding = _padding(spec.grid) if spec.layer else 0
         return PrePostNormTrunk(
-            PatchEmbedder(patch, bias, None),
+            PatchEmbedder(patch, bias, None, spec.precision),
             blocks,
             self._refiners,
             own.rms_norm(0, norm, self.config["norm_eps"]),

@@ -16,7 +16,7 @@ from ditf.export.checkpoints.weights import Weights
 from ditf.export.graph.blocks.condition_tensors import MODULATION, ConditionTensors
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.range_probes import Where, tap
+from ditf.export.graph.range_probes import Where, probe
 
 LEVEL = "level"
 TIMESTEP = "timestep"
@@ -145,7 +145,7 @@ class ModulationProjection(nn.Module):
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
         """The same product [R C], bit for bit, without holding any."""
-        tap(self.where, "input", x)
+        probe(self.where, "input", x)
         parts, extremes, biases = [], [], []
         for weight, bias in self.linears:
             y = (x @ weight.T.contiguous())[0]
@@ -153,10 +153,10 @@ class ModulationProjection(nn.Module):
             extremes.append(torch.stack(torch.aminmax(weight)))
             if bias is not None:
                 biases.append(bias)
-        tap(self.where, "weight", torch.cat(extremes))
+        probe(self.where, "weight", torch.cat(extremes))
         if biases:
-            tap(self.where, "weight", torch.cat(biases))
-        return tap(self.where, "output", torch.cat(parts))
+            probe(self.where, "weight", torch.cat(biases))
+        return probe(self.where, "output", torch.cat(parts))
 
 
 def hold_projections(conditioner: nn.Module) -> None:

@@ -1,4 +1,4 @@
-"""Precision of a graph: what `--precision` means, in one place (design, section 6)."""
+"""The precision of a graph: which type each part computes in (docs/design.md, "Precision")."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ KEPT_FLOAT32 = {
     "tail": "ensemble mean, discard and the last norm read the residual",
     "VAE group norms": "their squares overflow float16",
 }
-"""What stays float32 whatever the precision, and why. What a calibration adds is in `Recipe`."""
+"""What is float32 in every precision, and why. A calibration may add to it (`ditf.calib.recipe.Recipe`)."""
 
 FOLD_ERROR = 4e-4
 """The FP16 rule for gates: the largest relative rounding error of a row of weights with its gate folded in.
@@ -36,17 +36,18 @@ _NOT_QUANTISED = ["attention", "VAE convolutions", "linears that the exceptions 
 
 @dataclass(frozen=True)
 class Precision:
-    """Types of a graph.
+    """The types of a graph.
 
     Attributes:
-        name: as in the manifest.
+        name: as the manifest has it.
         compute: dtype of weights, GEMMs, convolutions and attention.
         output: dtype of the features.
         residual: dtype of the residual stream.
-        fold_gates: False leaves every gate an explicit factor, to see what it meets.
-        recipe: exceptions that a calibration asks for.
-        maxima: of the inputs of linears, by path in the trunk, where those are quantised to int8.
-        smooth: False for a naive quantisation, to compare with.
+        fold_gates: False keeps every gate an explicit factor, so that its input can be measured.
+        recipe: the exceptions that a calibration asks for.
+        maxima: the largest |x| of each input channel of a linear [C_in], by the linear's path in the trunk.
+            None where no linear is quantised to int8.
+        smooth: False for quantisation without smoothing, as a comparison.
     """
 
     name: str
@@ -85,10 +86,10 @@ class Precision:
         return self.fold_gates and holds_gate(weight, gate, self.of(name))
 
     def describe(self, used: Mapping[str, Scale]) -> dict[str, Any]:
-        """For the manifest: which tensors have which type, and why.
+        """The manifest's entry: which parts have which type, and why.
 
         Args:
-            used: scales of linears as they were built.
+            used: the scales that were applied, by name of the linear.
         """
         if self.compute == torch.float32:
             return {"float32": {"everything": "exported without --precision"}}
@@ -119,12 +120,13 @@ def holds_gate(weight: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> 
 FLOAT32 = Precision("float32", torch.float32, torch.float32)
 FLOAT16 = Precision("float16", torch.float16, torch.float16)
 BFLOAT16 = Precision("bfloat16", torch.bfloat16, torch.float16)
-"""Features are normalised: float16 holds them, with three bits more, and numpy knows it."""
+"""Its features are float16: they are normalised, so float16 holds them with three bits more than bfloat16
+would, and numpy has the type."""
 
 INT8 = Precision("int8", torch.float16, torch.float16)
-"""Float16, whose linears are quantised once their inputs are measured (`maxima`)."""
+"""Float16 with quantised linears, once `maxima` says how large their inputs are."""
 
 MEASURING = Precision("float32", torch.float32, torch.float32, fold_gates=False)
-"""For a graph whose values are looked at."""
+"""For a graph that runs under range probes."""
 
 PRECISIONS = {precision.name: precision for precision in (FLOAT32, FLOAT16, BFLOAT16, INT8)}

@@ -21,7 +21,7 @@ from ditf.export.checkpoints.weights import Weights
 from ditf.export.graph.blocks.condition_tensors import MODULATION, ConditionTensors
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear, rms_norm
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.range_probes import Stream, Where, tap
+from ditf.export.graph.range_probes import Stream, Where, probe
 from ditf.export.graph.roles import Role, Roles
 
 NORM_ROWS = 2
@@ -126,7 +126,7 @@ class ModulatedNorm(nn.Module):
     def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
         """[B, N, C] of any float type -> float32 [B, N, C]."""
         # A residual of another type than float32 is for comparison only (`ditf.export.graph.precision`).
-        x = tap(self.where, "norm input", x).to(torch.float32)
+        x = probe(self.where, "norm input", x).to(torch.float32)
         weight, bias = self._affine(given)
         return functional.layer_norm(x, weight.shape, weight, bias, self.eps)
 
@@ -170,7 +170,7 @@ class ModulatedRMSNorm(nn.Module):
 
     def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
         """[B, N, C] of any float type -> float32 [B, N, C]."""
-        x = tap(self.where, "norm input", x).to(torch.float32)
+        x = probe(self.where, "norm input", x).to(torch.float32)
         weight: torch.Tensor = self.weight
         if self.scale_place is not None:
             weight = weight * (1.0 + given[MODULATION][self.scale_place])
@@ -247,17 +247,17 @@ class GatedLinear(nn.Module):
     def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
         """[B, N, in] -> [B, N, C], to be added to the residual."""
         for parameter in self.linear.parameters():
-            tap(self.where, "scaled weight", parameter)
-        y = tap(self.where, "emitted", self.linear(tap(self.where, "input", x)).to(torch.float32))
+            probe(self.where, "scaled weight", parameter)
+        y = probe(self.where, "emitted", self.linear(probe(self.where, "input", x)).to(torch.float32))
         if self.gate_norm is not None:
             y = rms_norm(y, self.gate_norm, self.eps)
         if self.gate is not None:
-            y = y * tap(self.where, "gate", self.gate)
+            y = y * probe(self.where, "gate", self.gate)
         elif self.scale.exponent and self.gate_norm is None:
             y = y * 2.0**self.scale.exponent
         if self.gate_place is not None:
-            y = y * tap(self.where, "gate", given[MODULATION][self.gate_place])
-        return tap(self.where, "gated", y).to(self.residual)
+            y = y * probe(self.where, "gate", given[MODULATION][self.gate_place])
+        return probe(self.where, "gated", y).to(self.residual)
 
 
 def read_gated(

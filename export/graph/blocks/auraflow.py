@@ -35,47 +35,6 @@ _EPS = 1e-5  # FP32LayerNorm's default
 _QK_EPS = 1e-5  # diffusers Attention's default
 
 
-@dataclass(frozen=True)
-class AuraFlowJointSpec:
-    """What `AuraFlowJointTransformerBlock` is like."""
-
-    heads: int
-
-    norms = ("norm1", "norm1_context")
-    image_rows = IMAGE_ROWS
-    text_rotary = False
-    eps = _EPS
-
-    def build(
-        self,
-        weights: Weights,
-        name: str,
-        image: Modulation,
-        text: Modulation,
-        precision: Precision,
-        *,
-        last: bool,
-        constant_text: ConstantText | None,
-    ) -> AuraFlowJointBlock:
-        return AuraFlowJointBlock(weights, name, self.heads, image, text, precision, last)
-
-
-@dataclass(frozen=True)
-class AuraFlowSingleSpec:
-    """What `AuraFlowSingleTransformerBlock` is like."""
-
-    heads: int
-
-    norms = ("norm1",)
-    rows = IMAGE_ROWS
-    eps = _EPS
-
-    def build(
-        self, weights: Weights, name: str, modulation: Modulation, precision: Precision, *, last: bool
-    ) -> AuraFlowSingleBlock:
-        return AuraFlowSingleBlock(weights, name, self.heads, modulation, precision, last)
-
-
 class AuraFlowStream(nn.Module):
     """One stream of a block: norm and heads before the attention, feed-forward after it.
 
@@ -150,7 +109,7 @@ class AuraFlowStream(nn.Module):
 
 
 class AuraFlowJointBlock(nn.Module):
-    """Two streams that meet in one attention; called as `TwoStreamBlock`."""
+    """`AuraFlowJointTransformerBlock`; made and called as `TwoStreamBlock`, and always reads the text."""
 
     roles: ClassVar[Roles] = {"text": Role.TEXT_STREAM}
     reads_text = True
@@ -159,15 +118,16 @@ class AuraFlowJointBlock(nn.Module):
         self,
         weights: Weights,
         name: str,
-        heads: int,
+        spec: AuraFlowJointSpec,
         image: Modulation,
         text: Modulation,
         precision: Precision,
         last: bool,
+        constant_text: ConstantText | None,
     ) -> None:
         super().__init__()
-        self.image = AuraFlowStream(weights, name, heads, image, precision)
-        self.text = AuraFlowStream(weights, name, heads, text, precision, "text", last)
+        self.image = AuraFlowStream(weights, name, spec.heads, image, precision)
+        self.text = AuraFlowStream(weights, name, spec.heads, text, precision, "text", last)
         self.last = last
         self.attended = Where(self.image.attended.name, "both")
         self.residual_output = ResidualOutput()
@@ -201,19 +161,19 @@ class AuraFlowJointBlock(nn.Module):
 
 
 class AuraFlowSingleBlock(nn.Module):
-    """One sequence of text and image; called as `SingleStreamBlock`."""
+    """`AuraFlowSingleTransformerBlock`; made and called as `SingleStreamBlock`."""
 
     def __init__(
         self,
         weights: Weights,
         name: str,
-        heads: int,
+        spec: AuraFlowSingleSpec,
         modulation: Modulation,
         precision: Precision,
         last: bool,
     ) -> None:
         super().__init__()
-        self.stream = AuraFlowStream(weights, name, heads, modulation, precision)
+        self.stream = AuraFlowStream(weights, name, spec.heads, modulation, precision)
         self.last = last
         self.residual_output = ResidualOutput()
 
@@ -231,3 +191,28 @@ class AuraFlowSingleBlock(nn.Module):
     def smoothings(self) -> Iterator[Smoothing]:
         made = [self.stream.project.values("stream.project")]
         yield Smoothing(self.stream.project.channels, [Channels("stream.out.linear")], makers=made)
+
+
+@dataclass(frozen=True)
+class AuraFlowJointSpec:
+    """What a block with two streams is like; attributes as of `TwoStreamSpec`."""
+
+    heads: int
+
+    block: ClassVar = AuraFlowJointBlock
+    image_rows: ClassVar = IMAGE_ROWS
+    norms: ClassVar = ("norm1", "norm1_context")
+    text_rotary: ClassVar = False
+    eps: ClassVar = _EPS
+
+
+@dataclass(frozen=True)
+class AuraFlowSingleSpec:
+    """What a block over one sequence is like; attributes as of `SingleStreamSpec`."""
+
+    heads: int
+
+    block: ClassVar = AuraFlowSingleBlock
+    rows: ClassVar = IMAGE_ROWS
+    norms: ClassVar = ("norm1",)
+    eps: ClassVar = _EPS

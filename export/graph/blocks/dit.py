@@ -35,7 +35,7 @@ from ditf.export.graph.blocks.layers import (
 from ditf.export.graph.blocks.smoothing import Channels, Smoothing
 from ditf.export.graph.blocks.trunk import PatchEmbedder, ResidualOutput, Trunk
 from ditf.export.graph.precision import CROSS_ATTENTION_QUERY, Precision
-from ditf.export.graph.range_probes import Where, tap
+from ditf.export.graph.range_probes import Where, probe
 from ditf.export.graph.roles import Role, Roles
 
 BLOCK_ROWS = 6
@@ -115,9 +115,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
         """The residual [B, N, C] -> what is added to it."""
         key, value, bias = self._text(given)
-        query = split_heads(tap(self.where, "query", self.query(x).to(self.dtype)), self.heads)
+        query = split_heads(probe(self.where, "query", self.query(x).to(self.dtype)), self.heads)
         key, value = (
-            split_heads(tap(self.where, "key", t.to(self.dtype)[None]), self.heads) for t in (key, value)
+            split_heads(probe(self.where, "key", t.to(self.dtype)[None]), self.heads) for t in (key, value)
         )
         attended: torch.Tensor = self.out(attention(query, key, value, self.where, bias), given)
         return attended

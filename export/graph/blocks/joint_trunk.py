@@ -4,71 +4,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from torch import nn
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.adaln import NORM_ROWS, ModulatedNorm, Modulation, modulations
+from ditf.export.graph.blocks.adaln import NORM_ROWS, ModulatedNorm, modulations
+from ditf.export.graph.blocks.auraflow import AuraFlowJointSpec, AuraFlowSingleSpec
 from ditf.export.graph.blocks.condition_tensors import TEXT, ConditionTensors
 from ditf.export.graph.blocks.layers import Rotary, constant
+from ditf.export.graph.blocks.single_stream import SingleStreamSpec
 from ditf.export.graph.blocks.trunk import PatchEmbedder, Trunk
-from ditf.export.graph.blocks.two_stream import TEXT_ROWS, ConstantText
+from ditf.export.graph.blocks.two_stream import TEXT_ROWS, ConstantText, TwoStreamSpec
 from ditf.export.graph.precision import Precision
 
-
-class DoubleSpec(Protocol):
-    """What a block with two streams is like. Its module is called as `TwoStreamBlock` is.
-
-    Attributes:
-        norms: modules in the checkpoint whose linears make the rows of the image and of the text.
-        image_rows: modulation rows of the image; the text has `TEXT_ROWS`.
-        text_rotary: the text's queries and keys are rotated.
-        eps: of its LayerNorms.
-    """
-
-    @property
-    def norms(self) -> tuple[str, str]: ...
-    @property
-    def image_rows(self) -> int: ...
-    @property
-    def text_rotary(self) -> bool: ...
-    @property
-    def eps(self) -> float: ...
-
-    def build(
-        self,
-        weights: Weights,
-        name: str,
-        image: Modulation,
-        text: Modulation,
-        precision: Precision,
-        *,
-        last: bool,
-        constant_text: ConstantText | None,
-    ) -> nn.Module: ...
-
-
-class SingleSpec(Protocol):
-    """What a block over one sequence is like. Its module is called as `SingleStreamBlock` is.
-
-    Attributes:
-        norms: the module in the checkpoint whose linear makes its rows.
-        rows: modulation rows.
-        eps: of its LayerNorms.
-    """
-
-    @property
-    def norms(self) -> tuple[str]: ...
-    @property
-    def rows(self) -> int: ...
-    @property
-    def eps(self) -> float: ...
-
-    def build(
-        self, weights: Weights, name: str, modulation: Modulation, precision: Precision, *, last: bool
-    ) -> nn.Module: ...
+DoubleSpec = TwoStreamSpec | AuraFlowJointSpec
+SingleSpec = SingleStreamSpec | AuraFlowSingleSpec
 
 
 @dataclass(frozen=True)
@@ -215,23 +166,15 @@ def build_joint_trunk(
         length = text.shape[1]
         own_rotary = (rotary[0][:length], rotary[1][:length]) if rotary and text_rotary else None
         entering = ConstantText(text, own_rotary)
-    doubles = [
-        double.build(
-            weights,
-            name,
-            parts[2 * index],
-            parts[2 * index + 1],
-            precision,
-            last=index == layer - 1,
-            constant_text=entering if index == 0 else None,
-        )
-        for index, (name, double) in enumerate(blocks.doubles)
-    ]
-    first = len(doubles)
-    singles = [
-        single.build(weights, name, part, precision, last=first + index == layer - 1)
-        for index, ((name, single), part) in enumerate(zip(blocks.singles, parts[2 * first :], strict=True))
-    ]
+    doubles = []
+    for index, (name, double) in enumerate(blocks.doubles):
+        image, other = parts[2 * index : 2 * index + 2]
+        last, constant_text = index == layer - 1, entering if index == 0 else None
+        doubles.append(double.block(weights, name, double, image, other, precision, last, constant_text))
+    singles = []
+    for index, (name, single) in enumerate(blocks.singles, len(doubles)):
+        part, last = parts[len(doubles) + index], index == layer - 1
+        singles.append(single.block(weights, name, single, part, precision, last))
     needed = singles or any(block.reads_text for block in doubles)
     norm = own.norm(0, blocks.tapped[1].eps)
     return JointTrunk(embedder, doubles, singles, norm, text if needed else None, rotary, text_rotary)

@@ -16,7 +16,7 @@ from ditf.export.checkpoints.weight_spill import spilled
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.graph.blocks.smoothing import Channels
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.range_probes import Stream, Where, joined, tap
+from ditf.export.graph.range_probes import Stream, Where, joined, probe
 from ditf.export.graph.roles import Role, Roles
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
@@ -61,12 +61,12 @@ class Linear(nn.Module):
         return cls(*read_linear(weights, *names), precision.of(*names, kept=kept), where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = tap(self.where, "input", x.to(self.weight.dtype)) @ self.weight
-        tap(self.where, "weight", self.weight)
+        y = probe(self.where, "input", x.to(self.weight.dtype)) @ self.weight
+        probe(self.where, "weight", self.weight)
         if self.bias is not None:
-            tap(self.where, "weight", self.bias)
+            probe(self.where, "weight", self.bias)
             y = y + self.bias
-        return tap(self.where, "output", y)
+        return probe(self.where, "output", y)
 
 
 def read_linear(weights: Weights, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -106,9 +106,9 @@ def attention(
     logits = query @ key.transpose(-1, -2)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    tap(where, "logits", _ungrouped(logits, repeats))
+    probe(where, "logits", _ungrouped(logits, repeats))
     attended = _ungrouped(torch.softmax(logits, dim=-1) @ value, repeats)
-    return tap(where, "attended", attended).transpose(1, 2).flatten(2)
+    return probe(where, "attended", attended).transpose(1, 2).flatten(2)
 
 
 def _ungrouped(x: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -225,8 +225,8 @@ class HeadProjection(nn.Module):
         head_query = None
         if first:
             query = self._finish(first[0], self.heads, self.norm_query, rotary)
-            head_query = tap(self.where, "query", query)
-        head_key = tap(self.where, "key", self._finish(key, self.kv_heads, self.norm_key, rotary))
+            head_query = probe(self.where, "query", query)
+        head_key = probe(self.where, "key", self._finish(key, self.kv_heads, self.norm_key, rotary))
         return head_query, head_key, split_heads(value, self.kv_heads)
 
     def _finish(
@@ -262,7 +262,7 @@ class FeedForward(nn.Module):
         self.up = Linear.read(weights, name, precision=precision, where=self.where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return tap(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))
+        return probe(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))
 
 
 class GatedFeedForward(nn.Module):
@@ -281,4 +281,4 @@ class GatedFeedForward(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, hidden = self.up(x).chunk(2, dim=-1)
-        return tap(self.where, "hidden", functional.silu(gate) * hidden)
+        return probe(self.where, "hidden", functional.silu(gate) * hidden)

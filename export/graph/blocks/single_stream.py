@@ -31,36 +31,6 @@ SINGLE_ROWS = 3
 """Modulation rows of a block: shift, scale and gate."""
 
 
-@dataclass(frozen=True)
-class SingleStreamSpec:
-    """What a single-stream block is like.
-
-    FLUX.1's and Chroma's `FluxSingleTransformerBlock`, `Flux2SingleTransformerBlock`.
-
-    Attributes:
-        heads: of the attention.
-        feed_forward: name of the feed-forward's first linear, from the block's own name on.
-        out: name of the linear that reads attention and feed-forward together.
-        gated: the first linear has the gate of the activations, then the activations.
-        eps: of the LayerNorm.
-    """
-
-    heads: int
-    feed_forward: str = "proj_mlp"
-    out: str = "proj_out"
-    gated: bool = False
-    eps: float = 1e-6
-
-    norms = ("norm",)
-    """The module in the checkpoint whose linear makes the rows."""
-    rows = SINGLE_ROWS
-
-    def build(
-        self, weights: Weights, name: str, modulation: Modulation, precision: Precision, *, last: bool
-    ) -> SingleStreamBlock:
-        return SingleStreamBlock(weights, name, self, modulation, precision, last=last)
-
-
 class SingleStreamBlock(nn.Module):
     """A single-stream block.
 
@@ -83,7 +53,6 @@ class SingleStreamBlock(nn.Module):
         spec: SingleStreamSpec,
         modulation: Modulation,
         precision: Precision,
-        *,
         last: bool,
     ) -> None:
         super().__init__()
@@ -131,3 +100,29 @@ class SingleStreamBlock(nn.Module):
         yield Smoothing(channels, [Channels("project.linear"), Channels("feed_forward.up")], norm="norm")
         # Of what the output reads, the values come first, the feed-forward's activations second.
         yield Smoothing(channels, [Channels("out.linear")], makers=[self.project.values("project")])
+
+
+@dataclass(frozen=True)
+class SingleStreamSpec:
+    """What a single-stream block is like.
+
+    FLUX.1's and Chroma's `FluxSingleTransformerBlock`, `Flux2SingleTransformerBlock`.
+
+    Attributes:
+        heads: of the attention.
+        feed_forward: name of the feed-forward's first linear, from the block's own name on.
+        out: name of the linear that reads attention and feed-forward together.
+        gated: the first linear has the gate of the activations, then the activations.
+        eps: of the LayerNorm.
+    """
+
+    heads: int
+    feed_forward: str = "proj_mlp"
+    out: str = "proj_out"
+    gated: bool = False
+    eps: float = 1e-6
+
+    block: ClassVar = SingleStreamBlock
+    rows: ClassVar = SINGLE_ROWS
+    norms: ClassVar = ("norm",)
+    """The module in the checkpoint whose linear makes the rows."""

@@ -12,6 +12,7 @@ from torch.nn import functional
 from ditf.export.graph.blocks.adaln import ModulatedNorm, ModulatedRMSNorm
 from ditf.export.graph.blocks.condition_tensors import ConditionTensors
 from ditf.export.graph.blocks.layers import constant
+from ditf.export.graph.precision import Precision
 from ditf.export.graph.roles import Role, Roles
 
 
@@ -21,17 +22,18 @@ class PatchEmbedder(nn.Module):
     Args:
         weight: [C, c, p, p]; bias: [C], or None.
         position: the position embedding [N, C] at the export's grid, if the model adds one.
-
-    Attributes:
-        residual: type of the tokens.
+        precision: of the graph, which says the residual's type.
     """
 
-    residual = torch.float32
-
     def __init__(
-        self, weight: torch.Tensor, bias: torch.Tensor | None, position: torch.Tensor | None
+        self,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        position: torch.Tensor | None,
+        precision: Precision,
     ) -> None:
         super().__init__()
+        self.residual = precision.residual
         self.weight = constant(weight)
         self.bias = None if bias is None else constant(bias)
         self.position = None if position is None else constant(position)

@@ -39,53 +39,6 @@ IMAGE_ROWS, DUAL_ROWS, TEXT_ROWS = 6, 9, 6
 """Modulation rows: shift, scale and gate of the attention, of the feed-forward, and of a second attention."""
 
 
-@dataclass(frozen=True)
-class TwoStreamSpec:
-    """What a two-stream block is like.
-
-    SD3's `JointTransformerBlock`, FLUX.1's and Chroma's `FluxTransformerBlock`, `Flux2TransformerBlock`.
-
-    Attributes:
-        heads: of the attention.
-        qk_norm: query and key have an RMSNorm.
-        rotary: image queries and keys are rotated.
-        text_rotary: the text's are rotated too; at the origin, as FLUX.1's text is, that does nothing.
-        dual: the image has a second attention over itself alone (SD3.5 medium).
-        gated: the activations of the feed-forwards are gated.
-        eps: of the LayerNorms.
-    """
-
-    heads: int
-    qk_norm: bool = True
-    rotary: bool = False
-    text_rotary: bool = False
-    dual: bool = False
-    gated: bool = False
-    eps: float = 1e-6
-
-    norms = ("norm1", "norm1_context")
-    """Modules in the checkpoint whose linears make the rows of the image and of the text."""
-
-    @property
-    def image_rows(self) -> int:
-        return DUAL_ROWS if self.dual else IMAGE_ROWS
-
-    def build(
-        self,
-        weights: Weights,
-        name: str,
-        image: Modulation,
-        text: Modulation,
-        precision: Precision,
-        *,
-        last: bool,
-        constant_text: ConstantText | None,
-    ) -> TwoStreamBlock:
-        return TwoStreamBlock(
-            weights, name, self, image, text, precision, last=last, constant_text=constant_text
-        )
-
-
 @dataclass(frozen=True, eq=False)
 class ConstantText:
     """Text that enters the first block, where it is constant.
@@ -210,7 +163,6 @@ class TwoStreamBlock(nn.Module):
         image: Modulation,
         text: Modulation,
         precision: Precision,
-        *,
         last: bool,
         constant_text: ConstantText | None,
     ) -> None:
@@ -289,6 +241,40 @@ class TwoStreamBlock(nn.Module):
             makers.append(self.text.project.values("text.project"))
         constants = () if self.text.constant is None else ("text.constant.value",)
         yield Smoothing(channels, readers, makers=makers, constants=constants)
+
+
+@dataclass(frozen=True)
+class TwoStreamSpec:
+    """What a two-stream block is like.
+
+    SD3's `JointTransformerBlock`, FLUX.1's and Chroma's `FluxTransformerBlock`, `Flux2TransformerBlock`.
+
+    Attributes:
+        heads: of the attention.
+        qk_norm: query and key have an RMSNorm.
+        rotary: image queries and keys are rotated.
+        text_rotary: the text's are rotated too; at the origin, as FLUX.1's text is, that does nothing.
+        dual: the image has a second attention over itself alone (SD3.5 medium).
+        gated: the activations of the feed-forwards are gated.
+        eps: of the LayerNorms.
+    """
+
+    heads: int
+    qk_norm: bool = True
+    rotary: bool = False
+    text_rotary: bool = False
+    dual: bool = False
+    gated: bool = False
+    eps: float = 1e-6
+
+    block: ClassVar = TwoStreamBlock
+    norms: ClassVar = ("norm1", "norm1_context")
+    """Modules in the checkpoint whose linears make the rows of the image and of the text."""
+
+    @property
+    def image_rows(self) -> int:
+        """Modulation rows of the image; the text has `TEXT_ROWS`."""
+        return DUAL_ROWS if self.dual else IMAGE_ROWS
 
 
 def _like(text: torch.Tensor, image: torch.Tensor) -> torch.Tensor:
