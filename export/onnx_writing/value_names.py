@@ -1,7 +1,7 @@
-"""Names of a graph's values: the module that computes them, and what enters each block.
+"""Names for the values of a graph: after the module that computes them, and after the block that they enter.
 
-torch's exporter calls values "add_12". Named after their modules they say where something is off: in
-`ditf check --bisect` and `--ranges`, in a TensorRT builder's message, in Polygraphy and Netron.
+torch's exporter calls a value "add_12". A name with the module's path says where an error is: in
+`ditf check --bisect` and `--ranges`, in a TensorRT builder's message, in Polygraphy and in Netron.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ _RESIDUAL_OUTPUT = re.compile(r"trunk\.\w+\.\d+\.residual_output")
 
 
 def name_values(model: ir.Model) -> dict[str, str]:
-    """Name every node and the values it makes after its module, "trunk.blocks.3.feed_forward.up/MatMul".
+    """Name every node, and the values it makes, after its module: "trunk.blocks.3.feed_forward.up/MatMul".
 
-    What enters block i, the image's residual, is `hidden_states.<i>`; where text and image are one sequence,
-    text first, it holds both. Graph inputs, outputs and initializers keep their names. Needs the metadata
-    that torch's exporter notes on nodes.
+    The image's residual that enters block i is called `hidden_states.<i>`. Where text and image are one
+    sequence, text first, the value holds both. Graph inputs, outputs and initializers keep their names. The
+    paths come from the metadata that torch's exporter writes on nodes.
 
     Returns:
-        {torch's name: name} of the values.
+        {torch's name: new name} of the values.
     """
     graph = model.graph
     outputs = {id(value) for value in graph.outputs}
@@ -46,10 +46,10 @@ def name_values(model: ir.Model) -> dict[str, str]:
 
 
 def _scope(node: ir.Node) -> str:
-    """Path of the module that a node belongs to."""
+    """The path of the module that a node belongs to."""
     listed = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
     scope = listed[-2] if len(listed) > 1 else ""
-    return "" if scope.startswith("_empty") else scope  # torch's word for none
+    return "" if scope.startswith("_empty") else scope  # torch's name for no module
 
 
 def _unique(base: str, taken: Counter[str]) -> str:

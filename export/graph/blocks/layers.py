@@ -1,6 +1,6 @@
-"""Layers of the traced transformer: float32 in, float32 out, what is between in the graph's precision.
+"""Layers of the traced transformer: linears, attention and feed-forwards in the graph's precision.
 
-Weights are kept [in, out], so that the graph has no Transpose in front of a MatMul.
+Weights are stored as [in, out], so that the graph needs no Transpose before a MatMul.
 """
 
 from __future__ import annotations
@@ -27,7 +27,9 @@ Heads = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
 
 
 def constant(tensor: torch.Tensor) -> nn.Parameter:
-    """A frozen parameter: named in the graph, counted in the manifest; in the scratch file if one is open."""
+    """A frozen parameter: it is named in the graph, counted in the manifest, and kept on disk while one is
+    open for it (`ditf.export.checkpoints.weight_spill`).
+    """
     return nn.Parameter(spilled(tensor.detach()), requires_grad=False)
 
 
@@ -35,10 +37,10 @@ class Linear(nn.Module):
     """x W + b in the type of W.
 
     Args:
-        weight: [out, in], as torch.nn.Linear keeps it, float32.
+        weight: [out, in] as torch.nn.Linear has it, float32.
         bias: [out] float32, or None.
-        dtype: type of the product.
-        where: for the taps; None for what is float32 in any recipe.
+        dtype: type of the product, from `Precision.of`.
+        where: names the linear to range probes; None for one that is float32 in every recipe.
     """
 
     def __init__(
@@ -91,13 +93,13 @@ def attention(
 ) -> torch.Tensor:
     """Multi-head attention [B, H, N, D] x [B, G, M, D] -> [B, N, C].
 
-    With fewer keys than queries, G < H, the queries of a group are rows of one product: no key is repeated.
-    The query is expected to be scaled by head_dim**-0.5 already: folded into its weights, that is
-    free and keeps the logits small in float16. Written out rather than left to torch's exporter,
-    which scales query and key separately.
+    With fewer key heads than query heads, G < H, the queries of a group are rows of one product, so that no
+    key is repeated. The query must be scaled by head_dim**-0.5 already: folded into its weights, the scale
+    costs nothing and keeps the logits small in float16. The products are written out because torch's
+    exporter would scale query and key separately.
 
     Args:
-        where: for the taps.
+        where: names the attention to range probes.
         bias: [M], added to the logits.
     """
     repeats = query.shape[1] // key.shape[1]
@@ -117,7 +119,7 @@ def _ungrouped(x: torch.Tensor, repeats: int) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The weighted x / rms(x) over the last dimension, in the type of x."""
+    """Weight * x / rms(x) over the last dimension, in the type of x."""
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
@@ -127,10 +129,11 @@ class AttentionNames:
 
     Attributes:
         projections: modules of query, key and value.
-        norms: modules of the query's and the key's RMSNorm over a head; None where there is none.
-        centred: they are LayerNorms.
-        rotary: whether query and key are rotated.
+        norms: modules of the RMSNorm of a head's query and of its key; None where there is none.
         stream: whose tokens they are.
+        centred: the norms are LayerNorms.
+        rotary: query and key are rotated.
+        eps: of the norms.
     """
 
     projections: tuple[str, str, str]
@@ -145,10 +148,12 @@ class AttentionNames:
 class HeadProjection(nn.Module):
     """Query, key and value of one stream, as heads: linears, norm, rotary embedding.
 
-    Interleaved pairs are rotated as two halves: the rows of the query's and the key's weights are
-    permuted alike, which no inner product sees. Keys and values may have fewer heads than queries.
+    Interleaved pairs are rotated as two halves: the rows of the query's and of the key's weights are permuted
+    alike, which changes no inner product. Keys and values may have fewer heads than queries.
 
     Args:
+        names: where the stream has its tensors.
+        heads: of the queries.
         query: False where the stream is only attended to.
     """
 
@@ -195,11 +200,11 @@ class HeadProjection(nn.Module):
 
     @property
     def channels(self) -> int:
-        """C, of what it reads."""
+        """C, the width of its input."""
         return int(self.linear.weight.shape[0])
 
     def values(self, path: str) -> Channels:
-        """The linear's columns of the value.
+        """The linear's output channels that are the value.
 
         Args:
             path: of this module in the block.
@@ -219,7 +224,7 @@ class HeadProjection(nn.Module):
         """[B, N, C] -> query (or None) [B, H, N, D], key and value [B, G, N, D], in the graph's precision.
 
         Args:
-            rotary: None for tokens at the origin, which a rotation leaves as they are.
+            rotary: None for tokens at the origin, which a rotation does not change.
         """
         *first, key, value = self.linear(x).split(self.sizes, dim=-1)
         head_query = None
@@ -232,7 +237,7 @@ class HeadProjection(nn.Module):
     def _finish(
         self, x: torch.Tensor, heads: int, norm: nn.Parameter | None, rotary: Rotary | None
     ) -> torch.Tensor:
-        """Normalise and rotate, float32: squares of an un-normalised query pass float16's range."""
+        """Norm and rotate in float32, since the squares of a query without a norm pass float16's range."""
         x = split_heads(x, heads)
         if norm is None and rotary is None:
             return x
@@ -254,7 +259,7 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 
 class FeedForward(nn.Module):
-    """First half of a diffusers `FeedForward` with gelu-approximate: the hidden activations."""
+    """The first half of a diffusers `FeedForward` with gelu-approximate: it gives the hidden activations."""
 
     def __init__(self, weights: Weights, name: str, precision: Precision, stream: Stream = "image") -> None:
         super().__init__()
@@ -266,7 +271,7 @@ class FeedForward(nn.Module):
 
 
 class GatedFeedForward(nn.Module):
-    """silu(x A) * (x B): the hidden activations of a feed-forward whose gate is another linear.
+    """The first half of a feed-forward with a second linear as its gate: silu(x A) * (x B).
 
     Args:
         names: of A and B, or of the one linear that has both, A first.
