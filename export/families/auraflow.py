@@ -31,7 +31,7 @@ _TEXT_TOKENS = 256  # max_sequence_length of AuraFlowPipeline.encode_prompt
 
 
 class AuraFlow(Family):
-    """AuraFlow: joint blocks, then single ones; register tokens before the text; no mask."""
+    """AuraFlow: joint blocks, then single ones. Register tokens precede the text, and no token is masked."""
 
     name = "auraflow"
     transformer_class = "AuraFlowTransformer2DModel"
@@ -105,7 +105,7 @@ class AuraFlow(Family):
         return build_joint_trunk(weights, self._blocks(spec.layer), embedder, spec.precision, constants)
 
     def _embedder(self, weights: Weights, spec: TrunkSpec) -> PatchEmbedder:
-        """`AuraFlowPatchEmbed`: a linear over patches, and the middle of a learned square of positions."""
+        """`AuraFlowPatchEmbed` is a linear over patches, plus the middle of a learned square of positions."""
         weight, bias = read_linear(weights, "pos_embed.proj")
         side = self.largest_grid
         top, left = (side // 2 - length // 2 for length in spec.grid)

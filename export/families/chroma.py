@@ -1,4 +1,4 @@
-"""Chroma (lodestones 2025): diffusers ChromaTransformer2DModel, FLUX.1's blocks modulated otherwise."""
+"""Chroma (lodestones 2025): diffusers ChromaTransformer2DModel, FLUX.1's blocks with another modulation."""
 
 from __future__ import annotations
 
@@ -30,12 +30,14 @@ _MASKED = -10000.0  # added to the logits of a masked token: its weight is exact
 
 
 class Chroma(Flux):
-    """Chroma: FLUX.1's blocks; one network makes every row of their modulation from timestep and row number.
+    """Chroma has FLUX.1's blocks, with another modulation.
 
-    The text is T5's alone, and of its padding one token is read. diffusers' pipeline hands that mask on as
+    One network makes every row of the modulation from the timestep and the row's number.
+
+    The text is T5's alone, and one token of its padding is read. diffusers' pipeline passes that mask on as
     floats, which its attention adds to the logits instead of masking (huggingface/diffusers 12116, 13619).
-    What is meant, and what the authors' code does, is to mask: the unmodified transformer is given the tokens
-    that are read, and no others.
+    The authors' code masks, and so does ditf: the unmodified transformer is given only the tokens that are
+    read.
     """
 
     name = "chroma"
@@ -125,12 +127,12 @@ class Chroma(Flux):
 
 
 class _Modulation(nn.Module):
-    """Timestep -> some rows of the modulation [R, C].
+    """Computes some rows of the modulation [R, C] from the timestep.
 
     Args:
-        embedding: of the unmodified model.
+        embedding: the unmodified model's.
         network: `distilled_guidance_layer`.
-        rows: numbers of those that are made.
+        rows: the numbers of the rows.
     """
 
     def __init__(self, embedding: nn.Module, network: nn.Module, rows: Sequence[int]) -> None:
@@ -149,7 +151,7 @@ class _Modulation(nn.Module):
 
 
 class _Conditioner(Conditioner):
-    """Timestep -> modulation; text embeddings -> text tokens, and what masks those that are not read."""
+    """Computes the modulation from the timestep, and text tokens and their mask from text embeddings."""
 
     def __init__(
         self, embedding: nn.Module, network: nn.Module, rows: Sequence[int], context: Linear | None

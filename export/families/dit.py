@@ -28,7 +28,7 @@ _NORM1_EPS = 1e-6  # AdaLayerNormZero fixes it (diffusers/models/normalization.p
 
 
 class DiT(Family):
-    """DiT-XL/2 and its kin; the demo model is one."""
+    """DiT-XL/2 and models of its class, such as the demo model."""
 
     name = "dit"
     transformer_class = "DiTTransformer2DModel"
@@ -42,7 +42,7 @@ class DiT(Family):
 
     @property
     def null_class(self) -> int:
-        """It comes after the last class."""
+        """The label after the last class."""
         return int(self.config["num_embeds_ada_norm"])
 
     def example_condition(self) -> Condition:
@@ -72,7 +72,7 @@ class DiT(Family):
     def _norm(
         self, weights: Weights, index: int, rows: int, precision: Precision
     ) -> tuple[nn.Module, ModulationProjection]:
-        """AdaLayerNormZero: linear(silu(embedding of timestep and class)), each block its own."""
+        """AdaLayerNormZero of one block: linear(silu(embedding of timestep and class))."""
         norm = f"{self.block_name(index)}.norm1"
         embedding = weights.load_into(
             lambda: CombinedTimestepLabelEmbeddings(self.null_class, self.channels), f"{norm}.emb"
@@ -98,7 +98,7 @@ class DiT(Family):
 
 
 class _Conditioner(Conditioner):
-    """Each block embeds timestep and class by itself."""
+    """Computes the modulation; each block embeds timestep and class by itself."""
 
     inputs = ("class_labels",)
 

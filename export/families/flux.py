@@ -33,7 +33,7 @@ _ROPE_BASE = 10000  # FluxTransformer2DModel fixes it
 
 
 def _pipeline() -> Any:
-    """Imported when needed: it brings image processors that no other family uses."""
+    """FluxPipeline is imported when it is needed, since it imports image processors."""
     from diffusers import FluxPipeline
 
     return FluxPipeline
@@ -119,7 +119,7 @@ class Flux(FluxLayout):
 
     @property
     def _text_limit(self) -> int:
-        """T5 tokens: the pipeline's 512; schnell was trained with 256."""
+        """T5 tokens: the pipeline reads 512, schnell was trained with 256."""
         return 512 if self.takes_guidance else 256
 
     def example_condition(self) -> Condition:
@@ -161,7 +161,7 @@ class Flux(FluxLayout):
 
     @staticmethod
     def reference_positions(grid: tuple[int, int], text_tokens: int) -> dict[str, torch.Tensor]:
-        """Of image [N, 3] and text [L, 3], as the pipeline makes them."""
+        """Positions of image [N, 3] and text [L, 3], as the pipeline makes them."""
         image = _pipeline()._prepare_latent_image_ids(1, *grid, "cpu", torch.float32)
         return {"img_ids": image, "txt_ids": torch.zeros(text_tokens, 3)}
 
@@ -190,7 +190,7 @@ class Flux(FluxLayout):
         return TwoStreamSpec(heads, rotary=True, eps=_EPS), SingleStreamSpec(heads, eps=_EPS)
 
     def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
-        """The linear over packed latents (c, 2, 2) as the convolution that it is."""
+        """The linear over packed latents (c, 2, 2), as a convolution."""
         weight, bias = read_linear(weights, "x_embedder")
         return PatchEmbedder(weight.unflatten(1, (-1, _PACK, _PACK)), bias, None, precision)
 

@@ -42,17 +42,17 @@ _FEED_FORWARD = "attn.mlp_proj"  # its part of the fused linear
 
 
 def _pipeline() -> Any:
-    """Imported when needed: it brings image processors that few families use."""
+    """Flux2KleinPipeline is imported when it is needed, since it imports image processors."""
     from diffusers import Flux2KleinPipeline
 
     return Flux2KleinPipeline
 
 
 class Flux2(FluxLayout):
-    """FLUX.2 [klein]: two-stream blocks, then single-stream ones, whose modulation is one for each kind.
+    """FLUX.2 [klein]: two-stream blocks, then single-stream ones; all blocks of a kind share a modulation.
 
-    x_0 is the VAE's latents in squares of 2x2, normed by its batch norm. The text is rotated by its place.
-    All 512 text tokens are read, padding too, as the pipeline does.
+    x_0 is the VAE's latents in squares of 2x2, normed by the VAE's batch norm. The text is rotated by its
+    position. All 512 text tokens are read, padding included, as in the pipeline.
     """
 
     name = "flux2"
@@ -106,7 +106,7 @@ class Flux2(FluxLayout):
 
     @staticmethod
     def _positions(grid: tuple[int, int], text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of image [N, 4] and text [L, 4]."""
+        """Positions of image [N, 4] and text [L, 4]."""
         pipeline = _pipeline()
         image = pipeline._prepare_latent_ids(torch.empty(1, 1, *grid))
         return image[0], pipeline._prepare_text_ids(torch.empty(1, text_tokens, 1))[0]
@@ -150,7 +150,7 @@ class Flux2(FluxLayout):
         return super().trunk(weights, spec, constants)
 
     def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
-        """The linear over the channels of a pixel as the convolution that it is."""
+        """The linear over the channels of a latent pixel, as a convolution."""
         weight, bias = read_linear(weights, "x_embedder")
         return PatchEmbedder(weight[:, :, None, None], bias, None, precision)
 
@@ -162,7 +162,7 @@ class Flux2(FluxLayout):
 
 
 class _Unfused(Weights):
-    """The fused first linear of a single-stream block as query, key, value and feed-forward."""
+    """Presents the fused first linear of a single-stream block as query, key, value and feed-forward."""
 
     def __init__(self, weights: Weights, name: str, channels: int) -> None:
         source = f"{name}.{_FUSED}.weight"
@@ -203,7 +203,7 @@ class _FusedSingleSpec(SingleStreamSpec):
 
 
 class _Conditioner(Conditioner):
-    """Timestep -> rows of the shared modulations, once for every block; text embeddings -> text tokens.
+    """Computes the shared modulations, repeated for every block, and text tokens from text embeddings.
 
     Args:
         rows: of the shared modulations, in the order of the blocks.

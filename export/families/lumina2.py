@@ -41,9 +41,9 @@ _TIME_WIDTH = 1024  # widest timestep embedding
 class Lumina2(Family):
     """Lumina-Image 2.0: blocks that refine the image alone, then blocks over text and image.
 
-    Its norms are RMSNorms with weights, and are not shifted: the feature is
-    F = (1 + scale_k) * weight_k * z / rms(z), what block k hands to its attention. An image token's first
-    position is the number of text tokens.
+    Its norms are RMSNorms with weights and without a shift, so the feature is
+    F = (1 + scale_k) * weight_k * z / rms(z), the input of block k's attention. The first of an image token's
+    three positions is the number of text tokens.
     """
 
     name = "lumina2"
@@ -66,7 +66,7 @@ class Lumina2(Family):
 
     @property
     def _refiners(self) -> int:
-        """Blocks over the image alone; as many refine the text, before it is read."""
+        """The number of blocks over the image alone; as many blocks refine the text before it is read."""
         return int(self.config["num_refiner_layers"])
 
     @property
@@ -196,7 +196,7 @@ class Lumina2(Family):
 
 
 class _TimeEmbedding(nn.Module):
-    """`timestep_embedder`, whose time is 1 for the image and 0 for noise."""
+    """`timestep_embedder`; its time is 1 for the image and 0 for noise."""
 
     def __init__(self, projection: nn.Module) -> None:
         super().__init__()

@@ -60,7 +60,7 @@ class PixArt(Family):
 
     @property
     def _micro_conditions(self) -> bool:
-        """Resolution and aspect ratio beside the timestep; by default only alpha's 1024 px models."""
+        """Whether resolution and aspect ratio are embedded too; by default only in alpha's 1024 px models."""
         given = self.config.get("use_additional_conditions")
         return self.sample_size == 128 if given is None else bool(given)
 
@@ -102,7 +102,7 @@ class PixArt(Family):
         }
 
     def _added_conditions(self, size: tuple[int, int], batch: int) -> dict[str, torch.Tensor | None]:
-        """As PixArtAlphaPipeline.__call__ makes them."""
+        """The tensors that PixArtAlphaPipeline.__call__ makes."""
         if not self._micro_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = size
@@ -168,13 +168,15 @@ class PixArt(Family):
 
 
 class _Conditioner(Conditioner):
-    """AdaLN-single: [6, C] for every block, which adds its own table; keys and values of the caption.
+    """Computes the modulation, and the keys and values of the caption for each block.
+
+    In AdaLN-single all blocks share [6, C], and each adds a table of its own.
 
     Args:
         adaln: the shared modulation; added: its micro-conditions.
-        tables: [6 k + 2, C] of all blocks.
-        projection: of the caption; None where the config has none or no block reads it.
-        keys, values: linears of each block.
+        tables: [6 k + 2, C], the tables of all blocks.
+        projection: of the caption; None where the config has none or no block reads the caption.
+        keys, values: a linear for each block.
     """
 
     def __init__(

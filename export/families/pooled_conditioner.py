@@ -20,16 +20,16 @@ from ditf.export.graph.precision import EMBEDDERS, Precision
 
 
 class PooledConditioner(Conditioner):
-    """Timestep, pooled text (and guidance) -> modulation; text embeddings -> text tokens.
+    """Computes the modulation from timestep, pooled text and guidance, and text tokens from text embeddings.
 
     Args:
-        weights: of the transformer.
+        weights: the transformer's.
         embedding: its `time_text_embed`.
         modulated: (module with an AdaLN linear, number of rows), as from `JointBlocks.modulated`.
-        context: name of the text embedder, None where no block reads the text.
-        guidance: whether `embedding` takes it.
+        context: name of the text embedder; None where no block reads the text.
+        guidance: whether `embedding` takes the guidance scale.
         channels: C.
-        precision: of the stacked AdaLN linear; the text embedder is float32.
+        precision: of the AdaLN linears; the text embedder is float32.
     """
 
     def __init__(

@@ -38,9 +38,10 @@ class RefinedText(nn.Module):
     """The text embedder and the blocks that refine the text.
 
     Args:
-        embedder: name of its RMSNorm and linear.
+        embedder: name of the embedder, which is an RMSNorm and a linear.
         rotary: of positions 0, 1, ... to one more than the longest text.
-        padding: [C], what stands for tokens beyond the text's end; None where there are none.
+        precision: of the conditioner.
+        padding: [C], the token that fills the text's end; None where the text is not padded.
     """
 
     def __init__(
@@ -66,7 +67,7 @@ class RefinedText(nn.Module):
 
         Args:
             embeds: [L, d]; bias: [L], added to their logits.
-            beyond: bool [L], tokens that the padding stands for.
+            beyond: bool [L], the tokens that the padding replaces.
         """
         tokens = len(embeds)
         text = self.linear(rms_norm(embeds, self.norm, self.eps))
@@ -79,18 +80,18 @@ class RefinedText(nn.Module):
 
 
 class RefinedConditioner(Conditioner):
-    """Timestep -> scales and gates; text embeddings -> refined text, at the end of its length.
+    """Computes scales and gates from the timestep, and refined text from text embeddings.
 
-    Only differences of positions matter. A text that is shorter than others of its graph stands at the end
-    of their length, masked in front: the image's position, which is that of the text's end, is then the same
-    for all.
+    Only differences of positions matter to rotary attention. A text that is shorter than others of its graph
+    is placed at the end of their length, and the tokens before it are masked. The image's position, which
+    follows from the text's end, is then the same for all texts.
 
     Args:
-        embedding: timestep -> what the AdaLN linears read.
-        text: None where no block reads it.
-        multiple: what a text's length is padded to a multiple of.
-        padding: rotary of positions 0, 1, ... where the image is padded with tokens at the position in front
-            of the text's first, else None.
+        embedding: makes what the AdaLN linears read from the timestep.
+        text: None where no block reads the text.
+        multiple: a text is padded to a multiple of this length.
+        padding: the rotary embedding of positions 0, 1, ..., where the image is padded with tokens at the
+            position before the text's first; None where it is not padded.
     """
 
     def __init__(

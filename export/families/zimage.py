@@ -43,13 +43,14 @@ _TIME_WIDTH, _TIME_HIDDEN = 256, 1024  # ADALN_EMBED_DIM, at the widest; mid_siz
 class ZImage(Family):
     """Z-Image: blocks that refine the image alone, then blocks over image and text.
 
-    As Lumina2's, its norms are RMSNorms with weights, and are not shifted: the feature is
-    F = (1 + scale_k) * weight_k * z / rms(z), what block k hands to its attention.
+    As in Lumina2, the norms are RMSNorms with weights and without a shift, so the feature is
+    F = (1 + scale_k) * weight_k * z / rms(z), the input of block k's attention.
 
-    Text and image are padded to multiples of 32 with learned tokens, which every block reads as any other
-    token, so a graph has them too. The image's stand at the origin, the text from 1 on, the image behind it:
-    how far from its padding is the condition's to say. The image comes first in the unmodified model's
-    sequence and last in the graph's, of which attention sees nothing.
+    Text and image are padded to multiples of 32 with learned tokens. Every block reads them like other
+    tokens, so the graph contains them. The image's padding is at the origin, the text starts at position 1
+    and the image follows it, so the distance between image and padding depends on the condition. The image
+    comes first in the unmodified model's sequence and last in the graph's, which makes no difference to
+    attention.
     """
 
     name = "zimage"
@@ -78,7 +79,7 @@ class ZImage(Family):
 
     @property
     def _refiners(self) -> int:
-        """Blocks over the image alone; as many refine the text, before it is read."""
+        """The number of blocks over the image alone; as many blocks refine the text before it is read."""
         return int(self.config["n_refiner_layers"])
 
     @property
@@ -225,7 +226,7 @@ class ZImage(Family):
         )
 
     def _positions(self, spec: TrunkSpec, text: int, padding: int) -> Rotary:
-        """Rotary of text, padding at the origin, and image."""
+        """The rotary embedding of text, padding (at the origin) and image."""
         image = torch.stack(torch.meshgrid(*map(torch.arange, spec.grid), indexing="ij")).flatten(1)
         behind = torch.full((image.shape[1],), spec.text_tokens + 1)
         first = torch.cat([1 + torch.arange(text), torch.zeros(padding, dtype=torch.int64), behind])
@@ -236,17 +237,17 @@ class ZImage(Family):
 
 
 def _padded(tokens: int) -> int:
-    """The length that so many tokens are padded to."""
+    """The length that this number of tokens is padded to."""
     return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 def _padding(grid: tuple[int, int]) -> int:
-    """P, the tokens that pad the image."""
+    """P, the number of tokens that pad the image."""
     return -(grid[0] * grid[1]) % _MULTIPLE
 
 
 class _TimeEmbedding(nn.Module):
-    """`t_embedder`, whose time is 1 for the image and 0 for noise."""
+    """`t_embedder`; its time is 1 for the image and 0 for noise."""
 
     def __init__(self, embedder: nn.Module, scale: float) -> None:
         super().__init__()
