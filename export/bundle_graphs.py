@@ -13,7 +13,7 @@ import torch
 from ditf.calib.images import golden_pair
 from ditf.export.assemble.features_graph import Specialised, specialise
 from ditf.export.assemble.parameter_counts import Counts, parameter_parts, removed_parts
-from ditf.export.graph.blocks.adaln import gate_counts, scales, subnormal_weights
+from ditf.export.graph.blocks.gated_linear import gate_counts, scales, subnormal_weights
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.measure.run_reference import Observation, Report
 from ditf.export.onnx_writing.emulation import rehearse, rehearse_alone

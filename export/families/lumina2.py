@@ -18,10 +18,10 @@ from ditf.export.graph.blocks.adaln import UNMODULATED, modulations
 from ditf.export.graph.blocks.condition_tensors import TEXT, ConditionTensors
 from ditf.export.graph.blocks.layers import Rotary, read_linear
 from ditf.export.graph.blocks.pre_post_norm import (
-    SCALE_GATE_ROWS,
     PrePostNormBlock,
     PrePostNormSpec,
     PrePostNormTrunk,
+    modulation_rows,
 )
 from ditf.export.graph.blocks.trunk import PatchEmbedder
 from ditf.export.graph.condition import (
@@ -114,7 +114,7 @@ class Lumina2(Family):
         }
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        sizes = self._sizes(spec.layer)
+        sizes = modulation_rows(spec.layer)
         linears = LinearRows(
             weights,
             [(f"{self.block_name(i)}.norm1.linear", rows * self.channels) for i, rows in enumerate(sizes)],
@@ -155,16 +155,11 @@ class Lumina2(Family):
             _QK_EPS,
         )
 
-    @staticmethod
-    def _sizes(layer: int) -> list[int]:
-        """Modulation rows of each block, and of block k's norm."""
-        return [SCALE_GATE_ROWS] * layer + [1]
-
     def trunk(
         self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None
     ) -> PrePostNormTrunk:
         reads_text = spec.layer > self._refiners
-        *parts, own = modulations(constants, self._sizes(spec.layer))
+        *parts, own = modulations(constants, modulation_rows(spec.layer))
         blocks = [
             PrePostNormBlock(
                 weights,

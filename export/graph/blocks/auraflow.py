@@ -14,8 +14,9 @@ import torch
 from torch import nn
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.adaln import Modulation, read_gated
+from ditf.export.graph.blocks.adaln import Modulation
 from ditf.export.graph.blocks.condition_tensors import ConditionTensors
+from ditf.export.graph.blocks.gated_linear import read_gated
 from ditf.export.graph.blocks.layers import (
     AttentionNames,
     GatedFeedForward,

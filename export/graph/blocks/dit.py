@@ -13,15 +13,9 @@ import torch
 from torch import nn
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.adaln import (
-    UNGATED,
-    GatedLinear,
-    ModulatedNorm,
-    Modulation,
-    Row,
-    read_gated,
-)
+from ditf.export.graph.blocks.adaln import UNGATED, ModulatedNorm, Modulation, Row
 from ditf.export.graph.blocks.condition_tensors import KEYS, TEXT_BIAS, VALUES, ConditionTensors
+from ditf.export.graph.blocks.gated_linear import GatedLinear, read_gated
 from ditf.export.graph.blocks.layers import (
     AttentionNames,
     FeedForward,

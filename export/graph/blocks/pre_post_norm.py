@@ -15,8 +15,9 @@ import torch
 from torch import nn
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.adaln import ModulatedRMSNorm, Modulation, read_gated
+from ditf.export.graph.blocks.adaln import ModulatedRMSNorm, Modulation
 from ditf.export.graph.blocks.condition_tensors import PADDING_ROTARY, TEXT, TEXT_BIAS, ConditionTensors
+from ditf.export.graph.blocks.gated_linear import read_gated
 from ditf.export.graph.blocks.layers import (
     AttentionNames,
     GatedFeedForward,
@@ -33,6 +34,11 @@ from ditf.export.graph.roles import Role, Roles
 
 SCALE_GATE_ROWS = 4
 """Modulation rows of a block: scale and gate of the attention, then of the feed-forward."""
+
+
+def modulation_rows(layer: int) -> list[int]:
+    """Modulation rows of blocks 0..k-1, and of block k's norm, which is scaled alone."""
+    return [SCALE_GATE_ROWS] * layer + [1]
 
 
 @dataclass(frozen=True)

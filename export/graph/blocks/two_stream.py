@@ -16,9 +16,10 @@ from torch import nn
 from torch.nn import functional
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.adaln import Modulation, read_gated
+from ditf.export.graph.blocks.adaln import Modulation
 from ditf.export.graph.blocks.condition_tensors import TEXT_BIAS, ConditionTensors
 from ditf.export.graph.blocks.dit import SelfAttention
+from ditf.export.graph.blocks.gated_linear import read_gated
 from ditf.export.graph.blocks.layers import (
     AttentionNames,
     FeedForward,
