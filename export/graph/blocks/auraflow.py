@@ -200,7 +200,7 @@ class AuraFlowJointSpec:
 
     heads: int
 
-    block: ClassVar = AuraFlowJointBlock
+    block: ClassVar[type[nn.Module]] = AuraFlowJointBlock
     image_rows: ClassVar = IMAGE_ROWS
     norms: ClassVar = ("norm1", "norm1_context")
     text_rotary: ClassVar = False
@@ -213,7 +213,7 @@ class AuraFlowSingleSpec:
 
     heads: int
 
-    block: ClassVar = AuraFlowSingleBlock
+    block: ClassVar[type[nn.Module]] = AuraFlowSingleBlock
     rows: ClassVar = IMAGE_ROWS
     norms: ClassVar = ("norm1",)
     eps: ClassVar = _EPS

@@ -123,7 +123,7 @@ class SingleStreamSpec:
     gated: bool = False
     eps: float = 1e-6
 
-    block: ClassVar = SingleStreamBlock
+    block: ClassVar[type[nn.Module]] = SingleStreamBlock
     rows: ClassVar = SINGLE_ROWS
     norms: ClassVar = ("norm",)
     """The module in the checkpoint whose linear makes the rows."""

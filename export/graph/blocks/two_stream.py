@@ -268,7 +268,7 @@ class TwoStreamSpec:
     gated: bool = False
     eps: float = 1e-6
 
-    block: ClassVar = TwoStreamBlock
+    block: ClassVar[type[nn.Module]] = TwoStreamBlock
     norms: ClassVar = ("norm1", "norm1_context")
     """Modules in the checkpoint whose linears make the rows of the image and of the text."""
 
