@@ -89,9 +89,7 @@ def main() -> None:
 
 def baked(case: Case, precision: Precision) -> Transformer:
     """Make the transformer in a precision, with its condition baked in."""
-    module = make_module(case, case.make_family(), BAKE, precision)
-    module.trunk.embedder.residual = precision.residual  # type: ignore[assignment]
-    return module
+    return make_module(case, case.make_family(), BAKE, precision)
 
 
 def rows(results: dict[str, dict[str, Any]]) -> Rows:

@@ -12,7 +12,7 @@ import torch
 
 from ditf.export.assemble.features_graph import AssembledGraph
 from ditf.export.assemble.parameter_counts import Counts, parameter_parts, removed_parts
-from ditf.export.graph.blocks.adaln import gate_counts, scales, subnormal_weights
+from ditf.export.graph.blocks.gated_linear import gate_counts, scales, subnormal_weights
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.measure.golden import GoldenOutputs
 from ditf.export.onnx_writing.onnx_file import Progress, Traced, write_onnx

@@ -160,7 +160,6 @@ def _assemble(
     trunk = plan.family.trunk(trunk_weights, spec, given[0] if mode == "bake" else None)
     if plan.precision.maxima is not None:
         quantise(trunk, plan.precision.maxima, plan.precision.smooth)
-    trunk.embedder.residual = plan.precision.residual  # type: ignore[assignment]
     levels = [plan.levels[entry.timestep].to(torch.float32) for entry in entries]
     condition: ConditionSource
     if mode == "bake":

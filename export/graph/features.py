@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -17,6 +18,7 @@ from torch.nn import functional
 from ditf.export.graph.blocks.layers import constant
 from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import ConditionSource
+from ditf.export.graph.roles import Role, Roles
 
 NOISE = "noise"
 
@@ -105,6 +107,14 @@ class FeaturesGraph(nn.Module):
     Attributes:
         inputs: names of what `forward` takes beside the image.
     """
+
+    roles: ClassVar[Roles] = {
+        "encoder": Role.VAE_ENCODER,
+        "condition": Role.CONDITIONING,
+        "noise": Role.NOISE,
+        "keep": Role.DISCARD_MASK,
+        "projection": Role.PROJECTION,
+    }
 
     def __init__(
         self,

@@ -21,7 +21,7 @@ from torch import nn
 from ditf.export.graph.blocks.adaln import ModulatedNorm, ModulatedRMSNorm
 from ditf.export.graph.blocks.dit import FoldedCrossAttention
 from ditf.export.graph.blocks.layers import Linear, constant
-from ditf.export.graph.blocks.smoothing import Columns, Smoothing
+from ditf.export.graph.blocks.smoothing import Channels, Smoothing
 
 ALPHA = 0.5
 _LEVELS = 127.0
@@ -161,7 +161,7 @@ def _apply(block: nn.Module, prefix: str, smoothing: Smoothing, largest: dict[st
         value.copy_(value.to(torch.float32) / heads)
 
 
-def _linear(block: nn.Module, columns: Columns) -> Linear:
-    linear = block.get_submodule(columns.path)
+def _linear(block: nn.Module, channels: Channels) -> Linear:
+    linear = block.get_submodule(channels.path)
     assert isinstance(linear, Linear)
     return linear

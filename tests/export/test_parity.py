@@ -13,7 +13,7 @@ import torch
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.export.assemble.features_graph import assemble
-from ditf.export.graph.blocks.adaln import holds_gate
+from ditf.export.graph.precision import holds_gate
 from ditf.export.planning.conditions import trim
 from tests.export.parity import SETTINGS, module_parity, planned
 

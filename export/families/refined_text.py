@@ -1,4 +1,4 @@
-"""What Lumina2 and Z-Image share: text refined by blocks of its own, scales without shifts, three axes."""
+"""The conditioner of Lumina2 and Z-Image, whose text has blocks of its own, and their rotary axes."""
 
 from __future__ import annotations
 
@@ -9,9 +9,11 @@ from diffusers.models.embeddings import get_1d_rotary_pos_embed
 from torch import nn
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.layers import Linear, Rotary, constant, read_linear, rms_norm
-from ditf.export.graph.blocks.pre_post_norm import PADDING_ROTARY, SandwichBlock
-from ditf.export.graph.condition import MODULATION, Conditioner, Projection
+from ditf.export.graph.blocks.condition_tensors import MODULATION, PADDING_ROTARY, TEXT, TEXT_BIAS
+from ditf.export.graph.blocks.layers import Linear, Rotary, constant, rms_norm
+from ditf.export.graph.blocks.pre_post_norm import PrePostNormBlock
+from ditf.export.graph.condition import Conditioner, ModulationProjection
+from ditf.export.graph.precision import EMBEDDERS, Precision
 
 _MASKED = -10000.0  # added to the logits of a token that is not there: its weight is exactly 0
 
@@ -36,9 +38,10 @@ class RefinedText(nn.Module):
     """The text embedder and the blocks that refine the text.
 
     Args:
-        embedder: name of its RMSNorm and linear.
+        embedder: name of the embedder, which is an RMSNorm and a linear.
         rotary: of positions 0, 1, ... to one more than the longest text.
-        padding: [C], what stands for tokens beyond the text's end; None where there are none.
+        precision: of the conditioner.
+        padding: [C], the token that fills the text's end; None where the text is not padded.
     """
 
     def __init__(
@@ -46,14 +49,15 @@ class RefinedText(nn.Module):
         weights: Weights,
         embedder: str,
         eps: float,
-        blocks: Sequence[SandwichBlock],
+        blocks: Sequence[PrePostNormBlock],
         rotary: Rotary,
+        precision: Precision,
         padding: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.norm = constant(weights.tensor(f"{embedder}.0.weight"))
         self.eps = eps
-        self.linear = Linear(*read_linear(weights, f"{embedder}.1"), torch.float32)  # writes the residual
+        self.linear = Linear.read(weights, f"{embedder}.1", precision=precision, kept=EMBEDDERS)
         self.blocks = nn.ModuleList(blocks)
         self.cosine, self.sine = constant(rotary[0]), constant(rotary[1])
         self.padding = None if padding is None else constant(padding)
@@ -63,7 +67,7 @@ class RefinedText(nn.Module):
 
         Args:
             embeds: [L, d]; bias: [L], added to their logits.
-            beyond: bool [L], tokens that the padding stands for.
+            beyond: bool [L], the tokens that the padding replaces.
         """
         tokens = len(embeds)
         text = self.linear(rms_norm(embeds, self.norm, self.eps))
@@ -71,29 +75,29 @@ class RefinedText(nn.Module):
             text = torch.where(beyond[:, None], self.padding, text)
         text = text[None]
         for block in self.blocks:
-            text = block(text, tokens, (self.cosine[1 : tokens + 1], self.sine[1 : tokens + 1]), None, bias)
+            text = block(text, tokens, {}, (self.cosine[1 : tokens + 1], self.sine[1 : tokens + 1]), bias)
         return text[0]
 
 
 class RefinedConditioner(Conditioner):
-    """Timestep -> scales and gates; text embeddings -> refined text, at the end of its length.
+    """Computes scales and gates from the timestep, and refined text from text embeddings.
 
-    Only differences of positions matter. A text that is shorter than others of its graph stands at the end
-    of their length, masked in front: the image's position, which is that of the text's end, is then the same
-    for all.
+    Only differences of positions matter to rotary attention. A text that is shorter than others of its graph
+    is placed at the end of their length, and the tokens before it are masked. The image's position, which
+    follows from the text's end, is then the same for all texts.
 
     Args:
-        embedding: timestep -> what the AdaLN linears read.
-        text: None where no block reads it.
-        multiple: what a text's length is padded to a multiple of.
-        padding: rotary of positions 0, 1, ... where the image is padded with tokens at the position in front
-            of the text's first, else None.
+        embedding: makes what the AdaLN linears read from the timestep.
+        text: None where no block reads the text.
+        multiple: a text is padded to a multiple of this length.
+        padding: the rotary embedding of positions 0, 1, ..., where the image is padded with tokens at the
+            position before the text's first; None where it is not padded.
     """
 
     def __init__(
         self,
         embedding: nn.Module,
-        projection: Projection,
+        projection: ModulationProjection,
         text: RefinedText | None,
         multiple: int = 1,
         padding: Rotary | None = None,
@@ -131,5 +135,5 @@ class RefinedConditioner(Conditioner):
             place = torch.arange(len(embeds), device=embeds.device) - missing
             bias = torch.where(place < 0, _MASKED, 0.0).to(torch.float32)
             text = self.text(embeds[place.clamp(min=0)], bias, place >= own)
-            given |= {"text": text, "text_bias": bias}
+            given |= {TEXT: text, TEXT_BIAS: bias}
         return given
