@@ -1,24 +1,44 @@
-"""Tiny real checkpoints and bundles, made once a session."""
+"""Tiny real checkpoints, bundles and an engine, each made once for all of pytest-xdist's processes.
+
+What imports torch is imported where it is used: pytest-xdist's controller reads this file and runs no test.
+"""
 
 from __future__ import annotations
 
+import functools
 import io
 import os
+import shutil
 import signal
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from filelock import FileLock
+from hypothesis import settings
 
-from tests.checkpoints import SAVE
-from tests.vaes import Vaes, save_vaes
+if TYPE_CHECKING:
+    from tests.vaes import Vaes
 
 ROOT = Path(__file__).parent.parent
 
 Run = Callable[..., subprocess.CompletedProcess[str]]
+
+settings.register_profile("the same examples in every run", derandomize=True)
+settings.load_profile("the same examples in every run")
+
+
+def pytest_runtest_setup() -> None:
+    """onnxscript parses the source of its 500 operators in every export: here once a process."""
+    for name, module in list(sys.modules.items()):
+        if name.startswith("onnxscript._framework_apis.torch_"):
+            operators = getattr(module, "get_torchlib_ops", None)
+            if operators is not None and not hasattr(operators, "cache_info"):
+                module.get_torchlib_ops = functools.cache(operators)
 
 
 @pytest.fixture(scope="session")
@@ -32,6 +52,8 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
     """A tiny checkpoint by name (tests/checkpoints.py), saved once. Read-only: copy it to change it."""
 
     def saved(name: str) -> Path:
+        from tests.checkpoints import SAVE
+
         return _made_once(tmp_path_factory, f"tiny-{name}", SAVE[name])
 
     return saved
@@ -47,6 +69,21 @@ def tiny_pixart(checkpoint: Callable[[str], Path]) -> Path:
 def demo_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The demo model's float16 bundle. Read-only: copy it before changing anything."""
     return _export(tmp_path_factory, "demo-l9-fp16", precision="float16")
+
+
+@pytest.fixture(scope="session")
+def built_bundle(tmp_path_factory: pytest.TempPathFactory, demo_bundle: Path) -> Path:
+    """`demo_bundle` with a TensorRT-RTX engine for sm_89. Read-only."""
+    from ditf.engines.build import build
+    from ditf.engines.compile import BuildOptions
+    from ditf.runtime.backends.flavour import FLAVOURS, load
+    from ditf.runtime.bundles.bundle import Bundle
+
+    def make(path: Path) -> None:
+        bundle = Bundle.open(shutil.copytree(demo_bundle, path))
+        build(bundle, FLAVOURS["tensorrt-rtx"], load("tensorrt-rtx"), BuildOptions("sm_89"))
+
+    return _made_once(tmp_path_factory, "demo-l9-fp16-sm89", make)
 
 
 @pytest.fixture(scope="session")
@@ -133,7 +170,9 @@ def trimmed_bundle(tmp_path_factory: pytest.TempPathFactory, checkpoint: Callabl
 @pytest.fixture(scope="session")
 def vaes(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -> Vaes:
     """A checkpoint and encoders for --vae. Read-only."""
-    return save_vaes(tmp_path_factory.mktemp("vaes"), tiny_pixart)
+    from tests.vaes import Vaes, save_vaes
+
+    return Vaes.under(_made_once(tmp_path_factory, "vaes", lambda path: save_vaes(path, tiny_pixart)))
 
 
 @pytest.fixture(scope="session")
@@ -155,7 +194,7 @@ def tiny(tmp_path_factory: pytest.TempPathFactory, demo_bundle: Path) -> Path:
     """A bundle whose engine fails, or takes its time, when an image says so. Read-only."""
     from tests.runtime.serving.tiny import tiny_bundle
 
-    return tiny_bundle(demo_bundle, tmp_path_factory.mktemp("bundles") / "tiny")
+    return _made_once(tmp_path_factory, "tiny", lambda path: tiny_bundle(demo_bundle, path))
 
 
 @pytest.fixture

@@ -14,7 +14,7 @@ from diffusers.models.unets.unet_2d_blocks import AutoencoderTinyBlock
 from torch.nn import functional
 
 from ditf.calib.images import procedural_images
-from tests.checkpoints import seeded, tiny_vae
+from tests.checkpoint_parts import seeded, tiny_vae
 
 SIDE = 64
 WIDTH = 16
@@ -35,10 +35,15 @@ class Vaes:
     tuned: Path
     other: Path
 
+    @classmethod
+    def under(cls, folder: Path) -> Vaes:
+        """Those that `save_vaes` made there."""
+        return cls(*(folder / name for name in ("checkpoint", "tiny", "tuned", "other")))
 
-def save_vaes(folder: Path, pixart: Path) -> Vaes:
+
+def save_vaes(folder: Path, pixart: Path) -> None:
     """Make them under `folder`; `pixart` is a tiny checkpoint."""
-    made = Vaes(*(folder / name for name in ("checkpoint", "tiny", "tuned", "other")))
+    made = Vaes.under(folder)
     shutil.copytree(pixart, made.checkpoint)
     own = learnable_vae(0)
     own.save_pretrained(made.checkpoint / "vae")
@@ -48,7 +53,6 @@ def save_vaes(folder: Path, pixart: Path) -> Vaes:
             parameter.mul_(1 + 0.02 * torch.randn_like(parameter))
     own.save_pretrained(made.tuned)
     learnable_vae(1).save_pretrained(made.other)
-    return made
 
 
 def learnable_vae(seed: int) -> AutoencoderKL:

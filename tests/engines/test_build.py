@@ -14,7 +14,7 @@ from dataclasses import replace
 import pytest
 
 from ditf.engines.build import build, engine_key, prune, verify_plans
-from ditf.engines.compile import BuildOptions
+from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.engines.network import LayerType, Network, audit
 from ditf.runtime.backends.engine_records import engine_folders, read_record
 from ditf.runtime.backends.flavour import FLAVOURS, TARGETS, choose_flavour, has, load_flavour
@@ -32,11 +32,31 @@ def copy(demo_bundle, tmp_path):
 
 
 @pytest.fixture(scope="module")
-def built(demo_bundle, tmp_path_factory):
-    """The demo bundle with an engine for sm_89. Read-only."""
-    folder = tmp_path_factory.mktemp("built") / "bundle"
-    bundle = Bundle.open(shutil.copytree(demo_bundle, folder))
-    return bundle, build(bundle, RTX, load_flavour("tensorrt-rtx"), BuildOptions("sm_89"))
+def built(built_bundle):
+    """The demo bundle with an engine for sm_89, and what building it gave. Read-only."""
+    bundle = Bundle.open(built_bundle)
+    return bundle, make(bundle)
+
+
+@pytest.fixture
+def built_copy(built_bundle, tmp_path):
+    return Bundle.open(shutil.copytree(built_bundle, tmp_path / "bundle"))
+
+
+_compiled = {}
+
+
+@pytest.fixture
+def compiled_once(monkeypatch):
+    """For tests of when an engine is built: the demo bundle is compiled once for all of them."""
+
+    def once(trt, graph, options, *rest):
+        key = (graph.path.name, options)
+        if key not in _compiled:
+            _compiled[key] = compile_plan(trt, graph, options, *rest)
+        return _compiled[key]
+
+    monkeypatch.setattr("ditf.engines.build.compile_plan", once)
 
 
 def make(bundle, target="sm_89", **changes):
@@ -70,10 +90,14 @@ def test_building_again_gives_the_same_bytes(copy, built):
     assert again["match.plan"]["bytes"] == before["match.plan"]["bytes"]
 
 
+@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("target", [*TARGETS, "portable"])
 def test_every_target(copy, target):
-    record = make(copy, target).record
+    made = make(copy, target)
+    record = made.record
+    assert read_record(made.folder) == record
     assert record.target == target
+    assert record.plans["features.plan"]["bytes"] > 1_000_000
     # TensorRT-RTX has no float32 GEMM for Turing: match.plan is left out, with its reason.
     assert ("match.plan" in record.plans) == (target != "sm_75")
     assert bool(record.left_out) == (target == "sm_75")
@@ -139,8 +163,9 @@ def test_the_key_changes_with_everything_that_matters(built):
     assert key() == key()
 
 
-def test_damaged_engines_are_noticed_and_built_again(copy):
-    made = make(copy)
+@pytest.mark.usefixtures("compiled_once")
+def test_damaged_engines_are_noticed_and_built_again(built_copy):
+    made = make(built_copy)
     plan = made.folder / "features.plan"
     content = plan.read_bytes()
     for damage, message in (
@@ -151,19 +176,20 @@ def test_damaged_engines_are_noticed_and_built_again(copy):
         plan.write_bytes(damage)
         with pytest.raises(BundleError, match=message):
             verify_plans(made.folder, made.record)
-    assert not make(copy).reused
+    assert not make(built_copy).reused
     shutil.copy(made.folder / "match.plan", plan)  # another's plan
-    assert not make(copy).reused
+    assert not make(built_copy).reused
     assert plan.read_bytes() == content
 
 
+@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize("content", ["", "{", "[]", '{"schema": 1}'])
-def test_a_damaged_record(copy, content):
-    made = make(copy)
+def test_a_damaged_record(built_copy, content):
+    made = make(built_copy)
     (made.folder / "engine.json").write_text(content)
     with pytest.raises(BundleError):
         read_record(made.folder)
-    assert not make(copy).reused
+    assert not make(built_copy).reused
 
 
 def test_types_that_are_not_the_bundles_fail_before_building(built):
@@ -229,6 +255,7 @@ def test_what_a_version_lacks_is_asked_for():
     assert not has(trt, "NoSuchClass.NAME")
 
 
+@pytest.mark.usefixtures("compiled_once")
 def test_the_command_line(ditf, copy, tmp_path):
     done = ditf("build", "bundle", "--target", "sm_80,portable", "--json", "build.json")
     assert done.returncode == 0, done.stderr
@@ -331,6 +358,7 @@ def test_what_is_not_an_engine_alone_is_not_pruned(copy, tmp_path):
     assert left == [f"{name}7", f"{name}8", f"{name}9", "tensorrt-notes"]
 
 
+@pytest.mark.usefixtures("compiled_once")
 @pytest.mark.parametrize(
     ("change", "field"),
     [
@@ -347,26 +375,26 @@ def test_what_is_not_an_engine_alone_is_not_pruned(copy, tmp_path):
         ({"batch": [[3, 2, 1]]}, "batch"),
     ],
 )
-def test_a_record_that_contradicts_itself(copy, change, field):
-    made = make(copy)
+def test_a_record_that_contradicts_itself(built_copy, change, field):
+    made = make(built_copy)
     path = made.folder / "engine.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), **change}))
     with pytest.raises(BundleError, match=f"no valid {field}"):
         read_record(made.folder)
-    assert not make(copy).reused
+    assert not make(built_copy).reused
 
 
-def test_a_record_of_a_newer_ditf_is_left_alone(copy):
-    made = make(copy)
+def test_a_record_of_a_newer_ditf_is_left_alone(built_copy):
+    made = make(built_copy)
     path = made.folder / "engine.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "schema": 99}))
     with pytest.raises(BundleError, match="pip install --upgrade"):
-        make(copy)
-    assert prune(copy, engine_folders(copy.path)) == []
+        make(built_copy)
+    assert prune(built_copy, engine_folders(built_copy.path)) == []
 
 
-def test_a_record_that_is_no_file(copy):
-    made = make(copy)
+def test_a_record_that_is_no_file(built_copy):
+    made = make(built_copy)
     path = made.folder / "engine.json"
     path.unlink()
     os.mkfifo(path)
@@ -382,10 +410,10 @@ def test_targets_are_read_before_anything_is_built(ditf, copy, target):
     assert not (copy.path / "engines").exists()
 
 
-def test_list_sees_a_truncated_plan(ditf, copy):
-    made = make(copy)
+def test_list_sees_a_truncated_plan(ditf, built_copy):
+    made = make(built_copy)
     (made.folder / "match.plan").write_bytes(b"")
-    assert "match.plan is truncated" in ditf("engines", "list", copy.path).stdout
+    assert "match.plan is truncated" in ditf("engines", "list", built_copy.path).stdout
 
 
 def test_a_full_disk_leaves_nothing(copy):
@@ -410,7 +438,7 @@ def test_two_builds_at_once(copy):
 
 
 @pytest.mark.parametrize("options", [["--workspace", "2GB"], ["--level", "0"]])
-def test_options_of_the_builder(ditf, copy, options):
+def test_options_of_the_builder(ditf, built_copy, options):
     assert ditf("build", "bundle", "--target", "sm_89").returncode == 0
     done = ditf("build", "bundle", "--target", "sm_89", *options)
     assert done.returncode == 0, done.stderr

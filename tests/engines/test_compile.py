@@ -7,7 +7,7 @@ import pytest
 
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import BundleError, InputError
-from tests.engines.rtx import build_engine
+from tests.engines.rtx import build_engine, parsed_layers
 
 
 def match_profile(bundle):
@@ -20,9 +20,9 @@ def match_profile(bundle):
     }
 
 
-@pytest.mark.parametrize("target", ["sm_80", "sm_89", "sm_120", None])
-def test_demo_features(demo_bundle, target):
-    assert len(build_engine(demo_bundle / "features.onnx", target).plan) > 1_000_000
+def test_demo_features_for_any_gpu(demo_bundle):
+    """For one GPU at a time: test_build.py."""
+    assert len(build_engine(demo_bundle / "features.onnx", None).plan) > 1_000_000
 
 
 def test_demo_features_float32(demo_bundle_float32):
@@ -43,7 +43,7 @@ def test_match(request, fixture):
 
 def test_the_parsed_network_is_typed_as_the_recipe_says(demo_bundle):
     by_kind: dict[str, set[str]] = {}
-    for layer in build_engine(demo_bundle / "features.onnx", "sm_89").layers:
+    for layer in parsed_layers(demo_bundle / "features.onnx"):
         by_kind.setdefault(layer.kind, set()).add(layer.dtype)
     assert by_kind["MATRIX_MULTIPLY"] == {"HALF"}
     assert by_kind["SOFTMAX"] == {"HALF"}

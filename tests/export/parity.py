@@ -1,7 +1,12 @@
-"""A graph as a module against hooks on the unmodified model: whole maps, in the graph's own precision."""
+"""A graph as a module against hooks on the unmodified model: whole maps, in the graph's own precision.
+
+Products of float16 are summed in float32 and rounded once, as on a GPU: PyTorch's own on a CPU are several
+times slower. What does not fit float16 overflows in both.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 
@@ -14,6 +19,7 @@ from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
+from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import encode, trim
 from ditf.export.planning.options import ExportOptions
 from ditf.export.planning.plan import make_plan
@@ -56,9 +62,22 @@ def planned(folder, layer, size, ensemble, count, mode, fp16, **changes):
         **changes,
     )
     plan = make_plan(options, checkpoint)
-    with torch.no_grad():
-        entries = encode(plan.entries, plan.family, checkpoint, plan.guidance)
-    return plan, entries
+    return plan, encoded(plan)
+
+
+_conditions = {}
+
+
+def encoded(plan):
+    """The plan's entries with their conditions; a folder's text encoders run once on the same prompts."""
+    asked = tuple((entry.prompt, entry.class_label) for entry in plan.entries)
+    key = (plan.checkpoint.path, asked, plan.guidance)
+    if key not in _conditions:
+        with torch.no_grad():
+            entries = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)
+        _conditions[key] = [entry.condition for entry in entries]
+    found = zip(plan.entries, _conditions[key], strict=True)
+    return tuple(replace(entry, condition=dict(condition)) for entry, condition in found)
 
 
 @lru_cache
@@ -76,7 +95,7 @@ def module_parity(folder: Path, layer: str, mode: str, fp16: bool, size=(48, 80)
     image = torch.from_numpy(golden_pair(size)[:1])
     metrics = []
     for feeds, reference in zip(made.feeds, expected(folder, layer, size, ensemble, 2), strict=False):
-        with torch.no_grad():
+        with torch.no_grad(), Float32Accumulation():
             actual = made.graph(image, *feeds.values())[0].numpy()
         assert actual.shape == reference.shape
         assert actual.dtype == (np.float16 if fp16 else np.float32)

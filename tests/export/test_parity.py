@@ -13,7 +13,10 @@ import torch
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.export.assemble.features_graph import assemble
+from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import holds_gate
+from ditf.export.measure.reference_model import Reference
+from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import trim
 from tests.export.parity import SETTINGS, module_parity, planned
 
@@ -70,6 +73,29 @@ def test_conditions_of_a_bank_differ(checkpoint, name):
     with torch.no_grad():
         first, second = (made.graph(image, *feeds.values()).numpy() for feeds in made.feeds)
     assert np.abs(first - second).max() > 1e-3
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        FeatureSettings((3,), adaln=False),
+        FeatureSettings((3,), "after"),
+        FeatureSettings(()),
+        FeatureSettings((), adaln=False),
+    ],
+    ids=["no-adaln", "discard-after", "discard-none", "raw"],
+)
+def test_ablations(checkpoint, settings):
+    plan, entries = planned(checkpoint("pixart"), "2", (64, 64), 1, 1, "bake", True)
+    made = assemble(plan, trim(entries, plan.family), plan.noise(), settings)
+    image = golden_pair((64, 64))[:1]
+    with torch.no_grad(), Float32Accumulation():
+        actual = made.graph(torch.from_numpy(image), *made.feeds[0].values())[0].numpy()
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
+    reference.under(entries[0].condition, entries[0].timestep)
+    expected = reference.features(reference.hidden_states(image[0]), settings)
+    assert actual.dtype == (np.float16 if settings.adaln else np.float32)  # z may not fit float16
+    assert feature_parity(actual.transpose(1, 2, 0), expected.transpose(1, 2, 0))["cosine_p01"] > 0.995
 
 
 def test_text_that_no_block_reads_is_no_input(checkpoint):

@@ -83,13 +83,15 @@ def test_a_projected_bundle(checkpoint, tmp_path, name, layer, mode, precision, 
 def projected(tmp_path_factory):
     """Two layers of the demo model in float16, projected; exported twice."""
     folder = tmp_path_factory.mktemp("projected")
-    same = {"layer": "1", "precision": "float16", "size": (64, 64), "pca": 24, "command": "the same"}
-    return [export_bundle(ExportOptions(output=folder / name, **same)) for name in "ab"]
+    same = {"precision": "float16", "size": (64, 64), "pca": 24, "command": "the same"}
+    return [
+        export_bundle(ExportOptions(output=folder / name, layer=name, **same)) for name in ("1", "block.1")
+    ]
 
 
 def test_exporting_twice_gives_the_same_bytes(projected):
     first, second = (read_manifest(bundle) for bundle in projected)
-    for name in ("features.onnx", "features.onnx.data", "match.onnx", "projection.npy"):
+    for name in ("features.onnx", "features.onnx.data", "match.onnx", "projection.npy", "calibration.json"):
         assert first.files[name] == second.files[name], name
     assert first.pca == second.pca
 

@@ -32,10 +32,14 @@ def test_only_the_modulation_of_block_k_is_read(tiny_pixart, layer):
     assert not any(name.startswith(("proj_out", "scale_shift_table")) for name in weights.read)
 
 
-def test_the_graph_holds_what_the_blocks_below_k_hold(tiny_pixart, tmp_path):
-    options = ExportOptions(model=str(tiny_pixart), layer="2", discard=(3,), output=tmp_path / "b")
-    bundle = export_bundle(options)
-    model = onnx.load(str(bundle / "features.onnx"), load_external_data=False)
+@pytest.fixture(scope="module")
+def two_blocks(tiny_pixart, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("truncation")
+    return export_bundle(ExportOptions(model=str(tiny_pixart), layer="2", discard=(3,), output=folder / "b"))
+
+
+def test_the_graph_holds_what_the_blocks_below_k_hold(two_blocks):
+    model = onnx.load(str(two_blocks / "features.onnx"), load_external_data=False)
     names = [tensor.name for tensor in model.graph.initializer]
     numbers = {int(match[1]) for name in names if (match := re.search(r"trunk\.blocks\.(\d+)\.", name))}
     assert numbers == {0, 1}
@@ -43,10 +47,9 @@ def test_the_graph_holds_what_the_blocks_below_k_hold(tiny_pixart, tmp_path):
     assert sorted(tuple(tensor.dims) for tensor in output_norm) == [(PIXART_WIDTH,)] * 2
 
 
-def test_parameters_are_those_of_the_checkpoint(tiny_pixart, tmp_path):
+def test_parameters_are_those_of_the_checkpoint(tiny_pixart, two_blocks):
     """Linear weights of blocks 0..k-1, less the text keys and values that became constants."""
-    options = ExportOptions(model=str(tiny_pixart), layer="2", output=tmp_path / "b")
-    parts = read_manifest(export_bundle(options)).parts
+    parts = read_manifest(two_blocks).parts
     expected = {"self-attention": 0, "feed-forward": 0}
     with safe_open(
         tiny_pixart / "transformer" / "diffusion_pytorch_model.safetensors", framework="pt"

@@ -6,7 +6,7 @@ import pytest
 
 from ditf.export.checkpoints.chat_template import as_template, render_chats
 from ditf.runtime.errors import InputError
-from tests.checkpoints import tiny_qwen_tokenizer
+from tests.checkpoint_parts import tiny_qwen_tokenizer
 
 PROMPTS = ["a cat", "quotes ' \" {{ 1 }} {% raw %}\n\u00e9 \U0001f600 \\n"]
 

@@ -39,11 +39,10 @@ def test_massive_residuals_survive(tmp_path, value):
     assert manifest.rehearsal["cosine_mean"] > 0.999
 
 
-@pytest.mark.parametrize("value", [1e5, 1e6])
-def test_a_branch_beyond_float16_is_scaled(tmp_path, value):
-    """What a float16 GEMM cannot emit; ONNX Runtime's CPU kernels would hide it."""
+def test_a_branch_beyond_float16_is_scaled(tmp_path):
+    """What a float16 GEMM cannot emit; ONNX Runtime's CPU kernels would hide it. 1e6: cli/test_export.py."""
     name = "transformer_blocks.0.ff.net.2"
-    model = plant(tmp_path / "planted", name, value)
+    model = plant(tmp_path / "planted", name, 1e5)
     options = ExportOptions(
         model=str(model), layer="2", timestep=10, precision="float16", size=(64, 64), output=tmp_path / "b"
     )

@@ -16,7 +16,7 @@ from ditf.export.planning.conditions import encode, plan_entries, read_prompts, 
 from ditf.export.planning.options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.errors import InputError
-from tests.checkpoints import tiny_t5_tokenizer
+from tests.checkpoint_parts import tiny_t5_tokenizer
 
 
 def entries(folder, **options):

@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import shutil
 import sys
 from pathlib import Path
 
@@ -8,11 +7,9 @@ import numpy as np
 import pytest
 from onnx import TensorProto, helper
 
-from ditf.engines.build import build
-from ditf.engines.compile import BuildOptions
 from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
-from ditf.runtime.backends.flavour import FLAVOURS, Log, load_flavour
+from ditf.runtime.backends.flavour import Log, load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
 from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
 from ditf.runtime.backends.plan_loading import invalidity
@@ -25,11 +22,9 @@ DRIVERLESS = pytest.mark.skipif(find_gpu() is not None, reason="a driver answers
 
 
 @pytest.fixture
-def with_engine(demo_bundle, tmp_path):
-    """The demo bundle with an engine for sm_89."""
-    bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
-    build(bundle, FLAVOURS[RTX], load_flavour(RTX), BuildOptions("sm_89"))
-    return bundle
+def with_engine(built_bundle):
+    """The demo bundle with an engine for sm_89. Read-only."""
+    return Bundle.open(built_bundle)
 
 
 def test_every_entry_of_the_registry_can_be_probed():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +21,7 @@ def steps(root) -> list[dict]:
     return document["jobs"]["bundle"]["steps"]
 
 
-def test_the_job_passes_and_then_fails_on_a_regression(steps, tmp_path):
+def test_the_job_passes_and_then_fails_on_a_regression(steps, demo_bundle, tmp_path):
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 
     def run(script):
@@ -32,7 +33,9 @@ def test_the_job_passes_and_then_fails_on_a_regression(steps, tmp_path):
 
     scripts = [step["run"] for step in steps if "run" in step]
     assert scripts[0].startswith("pip install")
-    for script in scripts[1:]:
+    assert scripts[1] == "ditf-export --layer 9 --fp16 --output bundle"
+    shutil.copytree(demo_bundle, tmp_path / "bundle")  # what that writes, once for all tests
+    for script in scripts[2:]:
         done = run(script)
         assert done.returncode == 0, (script, done.stderr)
     assert json.loads((tmp_path / "check.json").read_text())["ok"]
