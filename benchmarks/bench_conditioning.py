@@ -17,15 +17,13 @@ the sides must agree.
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
 import math
-import tempfile
 import time
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -33,23 +31,24 @@ from unittest.mock import patch
 import numpy as np
 import onnx
 import torch
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
+    graph_bytes,
     in_child,
     interleave,
     open_session,
     paired_ratio,
-    peak_bytes,
-    pin_threads,
-    provenance,
     say,
     summary,
     wait_until_idle,
-    write_result,
+    workplace,
 )
 from torch import nn
 
+from ditf.calib.machine import peak_bytes
 from ditf.calib.parity import feature_parity
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.loading import full_config, model_shapes, quieten_libraries
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Family, TrunkSpec
@@ -58,7 +57,7 @@ from ditf.export.families.sd3 import SD3
 from ditf.export.graph.blocks.dit import FoldedCrossAttention
 from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import TIMESTEP, Conditioner
-from ditf.export.graph.precision import FLOAT32
+from ditf.export.graph.precision import FLOAT32, Precision
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.options import DEFAULT_OPSET
 
@@ -89,22 +88,22 @@ class Case:
     unmasked: int
 
     def make_family(self) -> Family:
-        """The family with the whole config."""
+        """Make the family with the whole config."""
         defaults = full_config(self.family.transformer_class, {})
         return self.family({**defaults, **self.config})
 
     @property
     def sides(self) -> tuple[str, ...]:
-        """What is measured of it."""
+        """The sides that are measured."""
         return (LIVE, BAKE, NO_FOLD) if self.family is PixArt else (LIVE, BAKE)
 
     @property
     def file(self) -> str:
-        """Start of its files' names."""
+        """The prefix of its files' names."""
         return self.label.replace("/", "-").replace(" ", "-").lower()
 
     def to_json(self) -> dict[str, Any]:
-        """What was measured."""
+        """Describe the case for the result."""
         return {
             "label": self.label,
             "family": self.family.name,
@@ -117,14 +116,14 @@ class Case:
 
 
 def pixart(label: str, layer: int, side: int, text: tuple[int, int], **config: Any) -> Case:
-    """A PixArt of the published proportions; `text` is tokens and unmasked tokens."""
+    """Make a PixArt of the published proportions; `text` is the number of tokens and of unmasked tokens."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     config |= {"cross_attention_dim": width, "in_channels": 4, "out_channels": 8}
     return Case(label, PixArt, config, layer, side, *text)
 
 
 def sd35(label: str, layer: int, side: int, text: int, **config: Any) -> Case:
-    """A Stable Diffusion 3.5 medium: QK-norm, and a second attention in its first blocks."""
+    """Make a Stable Diffusion 3.5 medium, which has QK-norm and a second attention in its first blocks."""
     width = config["num_attention_heads"] * config["attention_head_dim"]
     config |= {"caption_projection_dim": width, "in_channels": 16, "out_channels": 16}
     config |= {"patch_size": 2, "qk_norm": "rms_norm"}
@@ -191,51 +190,33 @@ GEOMETRIES = {
 
 def main() -> None:
     """Write the graphs, time them in turns, compare them, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="full")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="keep the graphs here, and use those here")
-    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for an idle machine")
-    arguments = parser.parse_args()
-    cases = GEOMETRIES[arguments.geometry]
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ditf-bench-")))
-        apart = arguments.geometry == "full"
-        exports = {
-            case.label: {side: prepare(folder, case, side, apart) for side in case.sides} for case in cases
-        }
+    bench = Bench(__doc__, THREADS, repeats=5, keeps=True)
+    arguments = bench.parse()
+    cases = GEOMETRIES["small" if bench.smoke else "full"]
+    with workplace(arguments.folder) as folder:
+        exports = {case.label: {side: prepare(folder, case, side) for side in case.sides} for case in cases}
         wait_until_idle(arguments.wait)
-        origin = provenance(THREADS)
-        pin_threads(THREADS)
+        bench.start()
         results = []
         for case in cases:
             say(f"{case.label}: timing, {arguments.repeats} rounds after a warm-up")
             timed = in_child(measure, folder, case, arguments.repeats)
             results.append({**case.to_json(), **timed, "export": exports[case.label]})
-    name = "conditioning" if arguments.geometry == "full" else f"conditioning-{arguments.geometry}"
-    write_result(name, origin, {"dtype": "float32", "cases": results}, rows(results))
+    bench.write("conditioning", {"dtype": "float32", "cases": results}, rows(results))
 
 
-def prepare(folder: Path, case: Case, side: str, apart: bool) -> dict[str, Any]:
-    """Write a graph, or find it; seconds and peak memory of the process that wrote it.
-
-    Args:
-        apart: in a process of its own, which gives all of its memory back.
-    """
-    folder.mkdir(parents=True, exist_ok=True)
+def prepare(folder: Path, case: Case, side: str) -> dict[str, Any]:
+    """Write a graph unless it exists; returns the seconds and peak memory of the process that wrote it."""
     record = graph_file(folder, case, side).with_suffix(".json")
     if not record.exists():
         say(f"{case.label}: writing {side}")
-        written = in_child(write_graph, folder, case, side) if apart else write_graph(folder, case, side)
-        record.write_text(json.dumps(written))
+        record.write_text(json.dumps(in_child(write_graph, folder, case, side)))
     found: dict[str, Any] = json.loads(record.read_text())
     return found
 
 
 def graph_file(folder: Path, case: Case, side: str) -> Path:
-    """Where a side's graph is; its weights are beside it in <name>.data."""
+    """The path of a side's graph; its weights are in <name>.data beside it."""
     return folder / f"{case.file}-{side.replace(', ', '-').replace(' ', '-')}.onnx"
 
 
@@ -307,16 +288,16 @@ def make_latents(case: Case, family: Family) -> list[torch.Tensor]:
 
 
 @torch.no_grad()
-def make_module(case: Case, family: Family, side: str) -> Transformer:
-    """The module of a side, in the order and with the arguments of `ditf.export.assemble.features_graph`."""
+def make_module(case: Case, family: Family, side: str, precision: Precision = FLOAT32) -> Transformer:
+    """The module of a side, made in the order of `ditf.export.assemble.features_graph`."""
     weights = RandomWeights(model_shapes(family.transformer_class, family.config))
     size = (case.side, case.side)
     tokens = case.side // STRIDE // family.patch_size
     feeds = make_feeds(case, family)  # the timestep is beside the condition's tensors, which nothing minds
     trimmed = family.trim_text(feeds, family.text_tokens(feeds))
     text = case.text if side == LIVE else family.text_length(trimmed)
-    spec = TrunkSpec(case.layer, size, (tokens, tokens), text, FLOAT32)
-    conditioner = family.conditioner(weights, spec).eval()
+    spec = TrunkSpec(case.layer, size, (tokens, tokens), text, precision)
+    conditioner = family.conditioner(weights, replace(spec, precision=FLOAT32)).eval()
     if side == LIVE:
         return Transformer(family.trunk(weights, spec, None), conditioner).eval()
     given = conditioner(trimmed[TIMESTEP], trimmed)
@@ -332,7 +313,7 @@ def make_module(case: Case, family: Family, side: str) -> Transformer:
 
 
 def write_graph(folder: Path, case: Case, side: str) -> dict[str, Any]:
-    """Write one graph; its seconds by the clock and the peak memory of the process."""
+    """Write one graph; returns its wall-clock seconds and the peak memory of the process."""
     quieten_libraries()
     start = time.perf_counter()
     family = case.make_family()
@@ -357,9 +338,7 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, Any]:
         answer: np.ndarray = session.run(None, {"latents": latents[number % IMAGES], **given})[0]
         return answer
 
-    seconds, disturbance = interleave(
-        {side: (lambda number, side=side: features(side, number)) for side in case.sides}, repeats
-    )
+    seconds, disturbance = interleave(case.sides, features, repeats)
     answers = {side: np.concatenate([features(side, i) for i in range(IMAGES)]) for side in case.sides}
     agreement = {side: feature_parity(answers[side], answers[LIVE]) for side in case.sides if side != LIVE}
     for side, metrics in agreement.items():
@@ -380,19 +359,14 @@ def measure(folder: Path, case: Case, repeats: int) -> dict[str, Any]:
     }
 
 
-def graph_bytes(path: Path) -> int:
-    """Of a graph and its weights."""
-    return path.stat().st_size + path.with_name(f"{path.name}.data").stat().st_size
-
-
 def nodes(path: Path) -> int:
-    """Nodes of a graph as it is written, before the runtime fuses any."""
+    """Count the nodes of a graph as written, before the runtime fuses any."""
     return len(onnx.load(path, load_external_data=False).graph.node)
 
 
-def rows(cases: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: a line for each side of each case."""
-    lines: list[tuple[str, ...]] = [
+def rows(cases: list[dict[str, Any]]) -> Rows:
+    """Make the table, with a row for each side of each case."""
+    lines: Rows = [
         ("", "", "transformer", "x of bake", "graph", "x of bake", "nodes", "cosine min, relative error")
     ]
     for case in cases:

@@ -8,8 +8,6 @@ the demo were chosen on other pairs.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,8 +15,8 @@ from typing import Any
 import numpy as np
 import torch
 from diffusers import FlowMatchEulerDiscreteScheduler
+from harness import Bench, Rows, say, workplace
 from PIL import Image
-from provenance import provenance, say, write_result, write_table
 from train_demo import new_model
 from train_demo_data import PATCH, SIZE
 
@@ -49,9 +47,9 @@ RECIPE: dict[str, dict[str, Any]] = {
 
 def main() -> None:
     """Measure, print and write all tables."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--pairs", type=int, default=200, help="in species, and as many across")
-    arguments = parser.parse_args()
+    bench = Bench(__doc__, torch.get_num_threads())
+    bench.parser.add_argument("--pairs", type=int, default=200, help="in species, and as many across")
+    arguments = bench.parse(pairs=2)
     quieten_libraries()
     drawn = CreaturePairs(arguments.pairs)[:]
     groups = {"in species": drawn[: arguments.pairs], "across species": drawn[arguments.pairs :]}
@@ -67,31 +65,35 @@ def main() -> None:
 
     def bundle_scores(**options: Any) -> dict[str, float]:
         say(str(options))
-        with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
-            bundle = export_bundle(ExportOptions(output=Path(folder) / "bundle", **options))
+        with workplace() as folder:
+            bundle = export_bundle(ExportOptions(output=folder / "bundle", **options))
             with ditf.load(bundle, "onnxruntime") as model:
                 return scores(matcher(model))
 
-    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
-        write_untrained(Path(folder))
+    with workplace() as folder:
+        write_untrained(folder)
         recipe = {
             "points that do not move": scores(lambda pair: pair.points),
             "raw RGB patches": scores(by_map(rgb_patches)),
             "the same model before training": bundle_scores(
-                model=folder, layer=str(DEMO_DEFAULTS.layer), timestep=(DEMO_DEFAULTS.timestep,)
+                model=str(folder), layer=str(DEMO_DEFAULTS.layer), timestep=(DEMO_DEFAULTS.timestep,)
             ),
         }
-    recipe |= {name: bundle_scores(**options) for name, options in RECIPE.items()}
-    layers = {str(layer): bundle_scores(layer=str(layer)) for layer in LAYERS}
-    timesteps = {str(timestep): bundle_scores(timestep=(timestep,)) for timestep in TIMESTEPS}
+    last = 1 if bench.smoke else None
+    recipe |= {name: bundle_scores(**options) for name, options in list(RECIPE.items())[:last]}
+    layers = {str(layer): bundle_scores(layer=str(layer)) for layer in LAYERS[:last]}
+    timesteps = {str(timestep): bundle_scores(timestep=(timestep,)) for timestep in TIMESTEPS[:last]}
     result = {"pairs": arguments.pairs, "recipe": recipe, "layers": layers, "timesteps": timesteps}
-    write_result("demo", provenance(torch.get_num_threads()), result, score_rows("PCK@0.1", recipe))
-    for name, rows in (("PCK@0.1", recipe), ("layer", layers), ("timestep", timesteps)):
-        write_table("demo.md", name, score_rows(name, rows))
+    tables = {
+        ("demo.md", mark): score_rows(mark, scored)
+        for mark, scored in (("PCK@0.1", recipe), ("layer", layers), ("timestep", timesteps))
+    }
+    bench.start()
+    bench.write("demo", result, score_rows("PCK@0.1", recipe), tables)
 
 
-def score_rows(head: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, ...]]:
-    """Scores as a table."""
+def score_rows(head: str, rows: dict[str, dict[str, float]]) -> Rows:
+    """Make a table of scores."""
     return [
         (head, *next(iter(rows.values()))),
         *((name, *(text(key, value) for key, value in row.items())) for name, row in rows.items()),
@@ -99,19 +101,19 @@ def score_rows(head: str, rows: dict[str, dict[str, float]]) -> list[tuple[str, 
 
 
 def text(key: str, value: float) -> str:
-    """A score for people."""
+    """Format a score."""
     return f"{value:.1f} px" if key.endswith("px") else f"{value:.1%}"
 
 
 def write_untrained(folder: Path) -> None:
-    """The demo's checkpoint as training starts from it."""
+    """Write the demo's checkpoint as training starts from it."""
     torch.manual_seed(0)
     new_model().save_pretrained(folder / "transformer")
     FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
 
 
 def rgb_patches(image: np.ndarray) -> np.ndarray:
-    """What the model is given: each token's pixels, [PATCH * PATCH * 3, h, w]."""
+    """The pixels of each token, which the model is given: [PATCH * PATCH * 3, h, w]."""
     small = Image.fromarray(image).resize((SIZE, SIZE), Image.Resampling.BICUBIC)
     pixels = np.asarray(small, np.float32) / 127.5 - 1
     cells = SIZE // PATCH
@@ -120,7 +122,7 @@ def rgb_patches(image: np.ndarray) -> np.ndarray:
 
 
 def by_map(features: Callable[[np.ndarray], np.ndarray]) -> PairMatcher:
-    """Matching with features that no bundle computes."""
+    """Match with features that no bundle computes."""
 
     def match(pair: Pair) -> np.ndarray:
         source, target = (FeatureMap(features(image), image.shape[:2]) for image in pair.images)

@@ -10,7 +10,6 @@ what is not pages of files (RssAnon) and the bytes from and to the disk are samp
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 import shutil
@@ -24,34 +23,35 @@ from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler
+from harness import RESULTS, ROOT, Bench, Rows, say
 from PIL import Image
-from provenance import RESULTS, pin_threads, provenance, say, write_result, write_table
 from safetensors.torch import save_file
 
 from ditf.calib.images import procedural_images
-from ditf.cli.support.console import bytes_text
-from ditf.export.checkpoints.loading import model_shapes
+from ditf.cli.support.output import bytes_text
+from ditf.export.checkpoints.loading import full_config, model_shapes
 
 NAME = "export-memory"
 CLASS = "FluxTransformer2DModel"
-WIDTH, TEXT_WIDTH, POOLED = 3072, 4096, 768
 TEXT_TOKENS = 16
 SIZE = "128x128"  # few tokens: time and memory are those of the weights
 SHARD = 2 << 30
 POOL = 1 << 26  # random numbers that all tensors are cut from; larger than the largest
 THREADS = 1
 INTERVAL = 0.02  # seconds from sample to sample
-PICTURE = Path(__file__).parent.parent / "docs" / "export-memory.png"
+PICTURE = ROOT / "docs" / "export-memory.png"
+CONFIG: dict[str, Any] = {"_class_name": CLASS, "guidance_embeds": True}  # FLUX.1's, by the class's defaults
+SMALL = {  # to try the script
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "axes_dims_rope": (4, 6, 6),
+    "joint_attention_dim": 32,
+    "pooled_projection_dim": 24,
+}
 
 
-def write_checkpoint(folder: Path, doubles: int, singles: int) -> int:
-    """A random checkpoint in diffusers' layout; bytes of its transformer."""
-    config = {
-        "_class_name": CLASS,
-        "num_layers": doubles,
-        "num_single_layers": singles,
-        "guidance_embeds": True,
-    }
+def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
+    """Write a random checkpoint in diffusers' layout; returns the bytes of its transformer."""
     transformer = folder / "transformer"
     transformer.mkdir(parents=True)
     (transformer / "config.json").write_text(json.dumps(config))
@@ -95,16 +95,17 @@ def write_checkpoint(folder: Path, doubles: int, singles: int) -> int:
     return total
 
 
-def write_embeddings(path: Path) -> None:
-    """Random embeddings, as `--prompt-embeds` takes them."""
+def write_embeddings(path: Path, config: dict[str, Any]) -> None:
+    """Write random embeddings as `--prompt-embeds` reads them."""
+    widths = full_config(CLASS, config)
     generator = torch.Generator().manual_seed(1)
-    embeds = torch.randn(1, TEXT_TOKENS, TEXT_WIDTH, generator=generator)
-    pooled = torch.randn(1, POOLED, generator=generator)
+    embeds = torch.randn(1, TEXT_TOKENS, widths["joint_attention_dim"], generator=generator)
+    pooled = torch.randn(1, widths["pooled_projection_dim"], generator=generator)
     save_file({"prompt_embeds": embeds, "pooled_prompt_embeds": pooled}, path, metadata={"prompt": "random"})
 
 
 def watch(command: list[str]) -> dict[str, Any]:
-    """Run an export; peaks in bytes, whole and by stage, and seconds."""
+    """Run an export; returns its peaks in bytes, in all and by stage, and its seconds."""
     started = time.monotonic()
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, text=True)
     stage = ["start"]
@@ -150,21 +151,22 @@ def watch(command: list[str]) -> dict[str, Any]:
 
 
 def export_command(checkpoint: Path, embeds: Path, layer: int, output: Path, *more: str) -> list[str]:
-    """The command line of an export that is measured."""
+    """The command line of the measured export."""
     command = [sys.executable, "-m", "ditf", "export", "--model", str(checkpoint), "--layer", str(layer)]
     command += ["--fp16", "--size", SIZE, "--prompt-embeds", str(embeds), "--output", str(output)]
     return [*command, *more]
 
 
-def measure(depth: str, folder: Path) -> dict[str, Any]:
-    """Export a checkpoint of so many blocks."""
+def measure(depth: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Export a checkpoint of `depth` blocks, such as "2+4"."""
     doubles, singles = map(int, depth.split("+"))
+    config = {**config, "num_layers": doubles, "num_single_layers": singles}
     checkpoint, embeds, pictures = folder / "checkpoint", folder / "embeds.safetensors", folder / "pictures"
     pictures.mkdir()
     Image.fromarray(procedural_images((128, 128))[0]).save(pictures / "one.png")
     say(f"{depth}: writing a checkpoint")
-    stored = write_checkpoint(checkpoint, doubles, singles)
-    write_embeddings(embeds)
+    stored = write_checkpoint(checkpoint, config)
+    write_embeddings(embeds, config)
     say(f"{depth}: {bytes_text(stored)}; exporting")
     layer = doubles + singles - 1
     more = ("--calibration-images", str(pictures))  # one: a pass more of the model shows nothing new
@@ -177,17 +179,16 @@ def measure(depth: str, folder: Path) -> dict[str, Any]:
     return result
 
 
-def largest_block() -> int:
-    """Bytes in float32 of a two-stream block."""
-    config = {"_class_name": CLASS, "num_layers": 1, "num_single_layers": 0, "guidance_embeds": True}
-    shapes = model_shapes(CLASS, config)
+def largest_block(config: dict[str, Any]) -> int:
+    """Bytes of a two-stream block in float32."""
+    shapes = model_shapes(CLASS, {**config, "num_layers": 1, "num_single_layers": 0})
     return sum(
         4 * torch.Size(shape).numel() for name, shape in shapes.items() if "transformer_blocks." in name
     )
 
 
 def draw(result: dict[str, Any], path: Path) -> None:
-    """Peaks against what there is to read."""
+    """Plot the peaks against the size of the checkpoint."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -221,43 +222,44 @@ def draw(result: dict[str, Any], path: Path) -> None:
 
 def main() -> None:
     """Measure every depth, one after another."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--depths", nargs="+", default=["1+2", "2+4", "4+8"], metavar="DOUBLES+SINGLES")
-    parser.add_argument(
+    bench = Bench(__doc__, THREADS)
+    bench.parser.add_argument("--depths", nargs="+", default=["1+2", "2+4", "4+8"], metavar="DOUBLES+SINGLES")
+    bench.parser.add_argument(
         "--folder", type=Path, help="on a disk with room for twice the largest; temporary by default"
     )
-    parser.add_argument("--append", action="store_true", help="keep what was measured of other depths")
-    parser.add_argument("--before", type=Path, help="JSON of runs of earlier code, to draw beside these")
-    arguments = parser.parse_args()
-    pin_threads(THREADS)
-    origin = provenance(THREADS)
+    bench.parser.add_argument("--append", action="store_true", help="keep what was measured of other depths")
+    bench.parser.add_argument(
+        "--before", type=Path, help="JSON of runs of earlier code, to draw beside these"
+    )
+    arguments = bench.parse(depths=["1+1"], append=False)
+    config = {**CONFIG, **(SMALL if bench.smoke else {})}
+    bench.start()
+    runs: list[dict[str, Any]] = []
+    if arguments.append and (RESULTS / f"{NAME}.json").exists():
+        runs = json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]
     for depth in arguments.depths:
         with tempfile.TemporaryDirectory(prefix="bench-export-", dir=arguments.folder) as folder:
-            run = measure(depth, Path(folder))
-        kept = []
-        if (arguments.append or depth != arguments.depths[0]) and (RESULTS / f"{NAME}.json").exists():
-            kept = json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]
+            run = measure(depth, Path(folder), config)
         runs = sorted(
-            [*(one for one in kept if one["depth"] != depth), run], key=lambda one: one["checkpoint"]
+            [*(one for one in runs if one["depth"] != depth), run], key=lambda one: one["checkpoint"]
         )
-        write(origin, runs, arguments.before)
+        write(bench, runs, arguments.before, largest_block(config))
 
 
-def write(origin: dict[str, Any], runs: list[dict[str, Any]], before: Path | None) -> None:
-    """JSON, the table in the docs and the picture."""
-    block = largest_block()
-    result = {"size": SIZE, "largest_block": block, "bound": 3 * 10**9 + block, "runs": runs}
+def write(bench: Bench, runs: list[dict[str, Any]], before: Path | None, block: int) -> None:
+    """Write the result, the table of the docs and the picture."""
+    result: dict[str, Any] = {"size": SIZE, "largest_block": block, "bound": 3 * 10**9 + block, "runs": runs}
     if before is not None:
         result["before"] = json.loads(before.read_text())
-    rows: list[tuple[str, ...]] = [
+    rows: Rows = [
         ("blocks", "checkpoint", "bundle", "peak resident", "of it anonymous", "read", "written", "seconds")
     ]
     for run in runs:
         sizes = (run[key] for key in ("checkpoint", "bundle", "rss", "anonymous", "read", "written"))
         rows.append((run["depth"], *map(bytes_text, sizes), f"{run['seconds']:.0f}"))
-    write_result(NAME, origin, result, rows)
-    write_table("large.md", "memory", rows)
-    draw(result, PICTURE)
+    bench.write(NAME, result, rows, {("large.md", "memory"): rows})
+    if not bench.smoke:
+        draw(result, PICTURE)
 
 
 if __name__ == "__main__":

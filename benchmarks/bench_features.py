@@ -19,12 +19,10 @@ Weights are random: time and size do not depend on them, and the accuracy is the
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import json
-import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -40,25 +38,25 @@ from diffusers import (
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
 )
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
     in_child,
     interleave,
     open_session,
     paired_ratio,
-    peak_bytes,
-    pin_threads,
-    provenance,
     say,
     summary,
     wait_until_idle,
-    write_result,
+    workplace,
 )
 from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from ditf.calib.images import procedural_images
+from ditf.calib.machine import peak_bytes
 from ditf.calib.parity import feature_parity
 from ditf.cli.check import golden_metrics
-from ditf.cli.support.console import bytes_text
+from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.checkpoints.noise_schedule import ddpm_scheduler, draw_noise
@@ -89,7 +87,7 @@ class Geometry:
 
     @property
     def pixels(self) -> int:
-        """Side of the image."""
+        """Side of the image in pixels."""
         return self.sample_size * 2 ** (len(self.vae_channels) - 1)
 
 
@@ -103,36 +101,29 @@ PARTS = ("VAE", "transformer")
 
 def main() -> None:
     """Make the checkpoint, export, time, check, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="xl")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--folder", type=Path, help="keep checkpoint and bundles here, and use those here")
-    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for an idle machine")
-    arguments = parser.parse_args()
-    geometry = GEOMETRIES[arguments.geometry]
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ditf-bench-")))
+    bench = Bench(__doc__, THREADS, repeats=5, keeps=True)
+    arguments = bench.parse()
+    name = "small" if bench.smoke else "xl"
+    geometry = GEOMETRIES[name]
+    with workplace(arguments.folder) as folder:
         exports = prepare(folder, geometry)
         wait_until_idle(arguments.wait)
-        origin = provenance(THREADS)
-        pin_threads(THREADS)
+        bench.start()
         say(f"timing, {arguments.repeats} rounds after a warm-up")
         timed = in_child(measure, folder, geometry, arguments.repeats)
         say("checking the bundles against their golden outputs")
         result = {
-            "geometry": {"name": arguments.geometry, "pixels": geometry.pixels, **asdict(geometry)},
+            "geometry": {"name": name, "pixels": geometry.pixels, **asdict(geometry)},
             **timed,
             "golden": in_child(check, folder),
             "bytes": sizes(folder),
             "export": exports,
         }
-    write_result(f"features-{arguments.geometry}", origin, result, rows(result))
+    bench.write(f"features-{name}", result, rows(result))
 
 
 def prepare(folder: Path, geometry: Geometry) -> dict[str, Any]:
-    """Write the checkpoint and export the bundles, or find them; {bundle: seconds and peak memory}."""
+    """Write the checkpoint and export the bundles, unless they exist; returns the cost of each."""
     record = folder / "exports.json"
     if not record.exists():
         say("writing the checkpoint")
@@ -148,7 +139,7 @@ def prepare(folder: Path, geometry: Geometry) -> dict[str, Any]:
 
 
 def write_checkpoint(folder: Path, geometry: Geometry) -> None:
-    """A PixArt checkpoint with random weights, saved by its own pipeline; the T5 is a stand-in."""
+    """Save a PixArt with random weights through its own pipeline; its T5 is a tiny one."""
     quieten_libraries()
     torch.manual_seed(SEED)
     width = geometry.heads * geometry.head_dim
@@ -181,21 +172,21 @@ def write_checkpoint(folder: Path, geometry: Geometry) -> None:
 
 
 def spelling_tokenizer() -> T5Tokenizer:
-    """A T5 tokenizer of one token a letter."""
+    """Make a T5 tokenizer with one token for each letter."""
     vocabulary = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0), ("▁", -2.0)]
     return T5Tokenizer(vocab=vocabulary + [(letter, -3.0) for letter in "abcdefghijklmnopqrstuvwxyz"])
 
 
 def export(bundle: Path, checkpoint: Path, layer: int) -> dict[str, Any]:
-    """Export one bundle; its seconds by the clock and the peak memory of the process, on all cores."""
+    """Export one bundle on all cores; returns its wall-clock seconds and the peak memory of the process."""
     quieten_libraries()
     start = time.perf_counter()
     options = ExportOptions(
         model=str(checkpoint),
         layer=str(layer),
         precision=SHORT_NAMES[bundle.name],
-        timestep=TIMESTEP,
-        prompt=PROMPT,
+        timestep=(TIMESTEP,),
+        prompt=(PROMPT,),
         seed=SEED,
         discard="none",
         output=bundle,
@@ -214,15 +205,21 @@ def split(bundle: Path) -> None:
     parts = parts_of(bundle)
     parts.mkdir()
     (parts / FEATURES_DATA).hardlink_to(bundle / FEATURES_DATA)
-    model = onnx.load(bundle / FEATURES, load_external_data=False)
+    cut(bundle / FEATURES, PARTS, parts)
+
+
+def cut(features: Path, names: Sequence[str], folder: Path, *between: str) -> None:
+    """Cut a features.onnx into <folder>/<name>.onnx, at x_t and at the values `between`."""
+    model = onnx.load(features, load_external_data=False)
     x_t = next(node.input[0] for node in model.graph.node if "trunk.embedder.weight" in node.input)
+    edges = ["image", x_t, *between, "features"]
     extractor = onnx.utils.Extractor(model)
-    for name, ends in zip(PARTS, ((["image"], [x_t]), ([x_t], ["features"])), strict=True):
-        onnx.save(extractor.extract_model(*ends), parts / f"{name}.onnx")
+    for name, source, made in zip(names, edges[:-1], edges[1:], strict=True):
+        onnx.save(extractor.extract_model([source], [made]), folder / f"{name}.onnx")
 
 
 def parts_of(bundle: Path) -> Path:
-    """Where `split` writes."""
+    """The folder that `split` writes."""
     return bundle.with_name(f"{bundle.name}-parts")
 
 
@@ -239,11 +236,12 @@ class Peer:
         self.scheduler = ddpm_scheduler(checkpoint.config("scheduler"))
         side = geometry.sample_size
         self.noise = draw_noise(1, (4, side, side), SEED)
-        family = PixArt(checkpoint.config("transformer"))
-        condition = family.encode_condition(checkpoint, PROMPT, None)
-        self.text_tokens = int(condition["encoder_attention_mask"].sum())
-        self.inputs = family.reference_inputs(condition, TIMESTEP, (geometry.pixels,) * 2, 1)
         self.grid = (side // 2, side // 2)
+        family = PixArt(checkpoint.config("transformer"))
+        (condition,) = family.encode_conditions(checkpoint, [PROMPT], None)
+        self.text_tokens = family.text_tokens(condition)
+        pixels = (geometry.pixels, geometry.pixels)
+        self.inputs = family.reference_inputs(condition, TIMESTEP, pixels, self.grid, 1)
         self.stop = False
         self.seen = torch.empty(0)
         self.parts: list[tuple[float, float]] = []  # seconds of the VAE and of the transformer, each call
@@ -283,11 +281,11 @@ class Side:
         return self._whole.run(None, {"image": image[None]})[0][0]
 
     def latents(self, image: np.ndarray) -> None:
-        """The VAE part."""
+        """Run the VAE part."""
         self._x_t = self._vae.run(None, {"image": image[None]})[0]
 
     def features_of_latents(self, image: np.ndarray) -> np.ndarray:
-        """The transformer part, of what `latents` left; `image` is not looked at."""
+        """Run the transformer part on what `latents` left; `image` is not used."""
         return self._trunk.run(None, {self._trunk.get_inputs()[0].name: self._x_t})[0][0]
 
 
@@ -311,8 +309,7 @@ def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
     answers = {name: run(images[0]) for name, run in runs.items()}
     answers = {name: answer for name, answer in answers.items() if answer is not None}
     peer.parts.clear()
-    timed = {name: (lambda number, run=run: run(images[number % IMAGES])) for name, run in runs.items()}
-    seconds, disturbance = interleave(timed, repeats)
+    seconds, disturbance = interleave(runs, lambda name, number: runs[name](images[number % IMAGES]), repeats)
     parts = np.array(peer.parts).reshape(-1, 2, 2)[1:]  # round, side, part; without the untimed round
     for i, name in enumerate(("hook", "stopped")):
         seconds |= {f"{name} {part}": parts[:, i, j].tolist() for j, part in enumerate(PARTS)}
@@ -342,7 +339,7 @@ def _ratios(seconds: dict[str, list[float]]) -> dict[str, dict[str, float]]:
 
 
 def check(folder: Path) -> dict[str, dict[str, float]]:
-    """The metrics of `ditf check` for each bundle, and of its rehearsal at export."""
+    """The metrics of `ditf check` for each bundle, and those of its rehearsal at export."""
     metrics = {}
     for name in BUNDLES:
         with load(folder / name, backend="onnxruntime") as model:
@@ -358,8 +355,8 @@ def sizes(folder: Path) -> dict[str, int]:
     return {name: sum(path.stat().st_size for path in paths) for name, paths in files.items()}
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table: a line for each side."""
+def rows(result: dict[str, Any]) -> Rows:
+    """Make the table, with a row for each side."""
     labels = {
         "hook": f"diffusers {diffusers.__version__}, hook, whole transformer",
         "stopped": "diffusers, stopped at block k",
@@ -368,7 +365,7 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     }
     checkpoint = result["bytes"]["transformer"] + result["bytes"]["vae"]
     heading = ("", "end to end", "x", "VAE", "x", "transformer", "x")
-    lines: list[tuple[str, ...]] = [(*heading, "weights or bundle", "export peak", "cosine min, mean")]
+    lines: Rows = [(*heading, "weights or bundle", "export peak", "cosine min, mean")]
     for name, label in labels.items():
         line = [label]
         for part in ("end to end", *PARTS):

@@ -8,46 +8,36 @@ float32; time is of the ONNX file on ONNX Runtime, one thread, processor time, s
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnxruntime
 import torch
-from bench_conditioning import graph_bytes
-from bench_planted import accuracy
+from bench_planted import accuracy, calibrated
 from diffusers import DDPMScheduler, DiTTransformer2DModel
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
+    graph_bytes,
     interleave,
+    open_session,
     paired_ratio,
-    pin_threads,
-    provenance,
     say,
     summary,
-    write_result,
-    write_table,
+    workplace,
 )
 
-from ditf.calib.images import golden_pair
-from ditf.calib.recipe import Extent, decide
-from ditf.cli.support.console import bytes_text
+from ditf.calib.recipe import choose_recipe
+from ditf.cli.support.output import bytes_text
 from ditf.engines.compile import BuildOptions, compile_plan
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
-from ditf.export.graph.features import FeatureSettings
-from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8, Precision
-from ditf.export.measure.calibrate import massive_channels, observe, ranges_of, read_maxima
-from ditf.export.measure.reference_model import Reference
-from ditf.export.onnx_writing.emulation import Float32Accumulation
+from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8
 from ditf.export.onnx_writing.onnx_file import write_onnx
-from ditf.export.planning.conditions import Entry
 from ditf.export.planning.options import DEFAULT_OPSET, ExportOptions
-from ditf.export.planning.plan import Plan, make_plan
-from ditf.runtime.backends.flavour import load
+from ditf.export.planning.plan import make_plan
+from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.onnx_graph import Graph
 
 THREADS = 1
@@ -59,42 +49,31 @@ FLOAT16_SIDE, NAIVE, SMOOTHED = "float16", "int8, naive", "int8, smoothed"
 
 
 def main() -> None:
-    """Both checkpoints, all sides."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--heads", type=int, default=16, help="of 72 channels: 16 is PixArt-XL's width")
-    parser.add_argument("--repeats", type=int, default=5)
-    arguments = parser.parse_args()
+    """Measure all sides of both checkpoints, and write the result."""
+    bench = Bench(__doc__, THREADS, repeats=5)
+    bench.parser.add_argument("--heads", type=int, default=16, help="of 72 channels: 16 is PixArt-XL's width")
+    arguments = bench.parse(heads=1)
     quieten_libraries()
-    pin_threads(THREADS)
+    bench.start()
     torch.set_num_threads(THREADS)
-    origin = provenance(THREADS)
     cases = []
-    for planted in (False, True):
+    for planted in (True,) if bench.smoke else (False, True):
         say("planted" if planted else "nothing planted")
-        with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
-            cases.append(run(Path(folder), arguments.heads, planted, arguments.repeats))
+        with workplace() as folder:
+            cases.append(run(folder, arguments.heads, planted, arguments.repeats))
     result = {"layer": LAYER, "side": SIDE, "patch": PATCH, "width": 72 * arguments.heads, "cases": cases}
-    write_result("int8", origin, result, rows(cases))
-    write_table("precision.md", "int8", rows(cases))
+    bench.write("int8", result, rows(cases), {("precision.md", "int8"): rows(cases)})
 
 
 def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]:
-    """Accuracy, bytes and time of every side of one checkpoint."""
+    """Measure accuracy, bytes and time of every side of one checkpoint."""
     write_checkpoint(folder, heads, planted)
     options = ExportOptions(model=str(folder), layer=str(LAYER), precision="int8", timestep=(10,))
     plan = make_plan(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition={"class_labels": torch.tensor([1])})
-    noise = plan.noise()
-    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
-    reference.under(entry.condition, entry.timestep)
-    observed = observe(plan, reference)
-    settings = FeatureSettings(channels=massive_channels(observed.document))
-    images = golden_pair(plan.size)
-    expected = [reference.features(reference.hidden_states(image), settings) for image in images]
-    del reference
-    ranges = ranges_of(plan, observed, (entry,), noise)
-    recipe = decide([Extent.from_json(extent) for extent in ranges["ranges"]])
-    maxima = read_maxima(ranges)
+    known = calibrated(plan, entry)
+    recipe = choose_recipe(known.calibration.extents or ())
+    maxima = known.calibration.maxima
     sides = {
         "float32": FLOAT32,
         FLOAT16_SIDE: replace(FLOAT16, recipe=recipe),
@@ -106,19 +85,20 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
     for side, precision in sides.items():
         say(side)
         path = folder / f"{side.replace(', ', '-')}.onnx"
-        metrics = write_graph(path, plan, precision, entry, noise, settings, images, expected)
-        found[side] = {"metrics": metrics, "bytes": graph_bytes(path)}
+        shown = replace(plan, precision=precision)
+        graph = assemble(shown, (entry,), plan.noise(), known.settings).graph
+        inputs = {"image": torch.zeros((1, *plan.size, 3), dtype=torch.uint8)}
+        write_onnx(graph, inputs, ["features"], path, DEFAULT_OPSET)
+        found[side] = {"metrics": accuracy(graph, known), "bytes": graph_bytes(path)}
         if precision.maxima is not None:
             found[side]["rtx_bytes"] = len(
-                compile_plan(load("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89")).plan
+                compile_plan(load_flavour("tensorrt-rtx"), Graph.read(path), BuildOptions("sm_89")).plan
             )
-        sessions[side] = open_session(path, quantised=precision.maxima is not None)
+        disabled = () if precision.maxima is None else ("MatMulAddFusion",)  # as the runtime opens int8
+        sessions[side] = open_session(path, THREADS, disabled)
+    feeds = [{"image": image[None]} for image in known.images]
     seconds, disturbance = interleave(
-        {
-            side: (lambda number, session=session: session.run(None, {"image": images[number % 2][None]}))
-            for side, session in sessions.items()
-        },
-        repeats,
+        sessions, lambda side, number: sessions[side].run(None, feeds[number % 2]), repeats
     )
     for side, values in seconds.items():
         found[side]["seconds"] = summary(values)
@@ -126,45 +106,8 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
     return {"planted": planted, "recipe": recipe.exceptions(), "timing": disturbance, "sides": found}
 
 
-def write_graph(
-    path: Path,
-    plan: Plan,
-    precision: Precision,
-    entry: Entry,
-    noise: torch.Tensor,
-    settings: FeatureSettings,
-    images: np.ndarray,
-    expected: list[np.ndarray],
-) -> dict[str, float]:
-    """Write the graph of a side; its accuracy."""
-    graph = specialise(replace(plan, precision=precision), (entry,), noise, settings).graph
-
-    @torch.no_grad()
-    def features(image: np.ndarray) -> np.ndarray:
-        with Float32Accumulation():
-            answer: np.ndarray = graph(torch.from_numpy(image.copy())[None])[0].to(torch.float32).numpy()
-        return answer
-
-    inputs = {"image": torch.zeros((1, *plan.size, 3), dtype=torch.uint8)}
-    write_onnx(graph, inputs, ["features"], path, DEFAULT_OPSET)
-    return accuracy(features, images, expected, plan.size)
-
-
-def open_session(path: Path, quantised: bool) -> Any:
-    """As the runtime opens a graph, on one thread."""
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = THREADS
-    options.log_severity_level = 3
-    return onnxruntime.InferenceSession(
-        str(path),
-        options,
-        providers=["CPUExecutionProvider"],
-        disabled_optimizers=["MatMulAddFusion"] if quantised else [],
-    )
-
-
 def write_checkpoint(folder: Path, heads: int, planted: bool) -> None:
-    """A DiT in pixels, with massive channels in norms and values or without."""
+    """Save a DiT in pixels, with or without massive channels in norms and values."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
         num_attention_heads=heads,
@@ -191,9 +134,9 @@ def write_checkpoint(folder: Path, heads: int, planted: bool) -> None:
     DDPMScheduler(beta_schedule="linear").save_pretrained(folder / "scheduler")
 
 
-def rows(cases: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table."""
-    lines: list[tuple[str, ...]] = [
+def rows(cases: list[dict[str, Any]]) -> Rows:
+    """Make the table."""
+    lines: Rows = [
         (
             "model",
             "",

@@ -16,23 +16,14 @@ make strips of pixels tie exactly, which only ditf breaks by rule.
 
 from __future__ import annotations
 
-import argparse
 import time
 from typing import Any
 
 import numpy as np
-from provenance import (
-    in_child,
-    peak_bytes,
-    pin_threads,
-    provenance,
-    reset_peak_memory,
-    resident_bytes,
-    say,
-    write_result,
-)
+from harness import Bench, in_child, reset_peak_memory, say
 
-from ditf.cli.support.console import bytes_text
+from ditf.calib.machine import peak_bytes, resident_bytes
+from ditf.cli.support.output import bytes_text
 from ditf.runtime import FeatureMap
 from ditf.runtime.matching.points import match_points
 
@@ -47,13 +38,13 @@ PUBLISHED, BY_CHANNELS, DITF = "published", "by channels", "ditf"
 
 def main() -> None:
     """Run every case, compare positions, write the result."""
-    argparse.ArgumentParser(description=__doc__.partition("\n")[0]).parse_args()
-    pin_threads(THREADS)
-    origin = provenance(THREADS)
+    bench = Bench(__doc__, THREADS)
+    bench.parse()
+    bench.start()
     cases = []
-    for size, grid in IMAGES.items():
-        for channels in CHANNELS:
-            for count in COUNTS:
+    for size, grid in ({(48, 64): (4, 4)} if bench.smoke else IMAGES).items():
+        for channels in CHANNELS[: 1 if bench.smoke else None]:
+            for count in COUNTS[: 2 if bench.smoke else None]:
                 case = measure(channels, grid, size, count)
                 say(" | ".join(row_of(case)))
                 cases.append(case)
@@ -77,11 +68,11 @@ def main() -> None:
         "smaller",
         "same",
     )
-    write_result("matching", origin, result, [heading, *(row_of(case) for case in cases)])
+    bench.write("matching", result, [heading, *(row_of(case) for case in cases)])
 
 
 def measure(channels: int, grid: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Any]:
-    """One case: every side's seconds, bytes and positions, and the ratios."""
+    """Measure one case: every side's seconds, bytes and positions, and their ratios."""
     pixels = size[0] * size[1]
     needed = 4 * pixels * (2 * channels + count)
     case: dict[str, Any] = {
@@ -101,7 +92,7 @@ def measure(channels: int, grid: tuple[int, int], size: tuple[int, int], count: 
 
 
 def run(side: str, channels: int, grid: tuple[int, int], size: tuple[int, int], count: int) -> dict[str, Any]:
-    """One side in this process."""
+    """Run one side in this process."""
     match = {PUBLISHED: published, BY_CHANNELS: by_channels, DITF: ditf_side}[side]
     match(*inputs(8, (5, 5), (40, 40), 2))
     arguments = inputs(channels, grid, size, count)
@@ -115,7 +106,7 @@ def run(side: str, channels: int, grid: tuple[int, int], size: tuple[int, int], 
 def inputs(
     channels: int, grid: tuple[int, int], size: tuple[int, int], count: int
 ) -> tuple[FeatureMap, FeatureMap, np.ndarray]:
-    """A source, the same shifted by a cell and noisy as target, and integer points. Seeded."""
+    """Make a source map, the same shifted by a cell and noisy as target, and integer points; seeded."""
     rng = np.random.default_rng(0)
     source = rng.standard_normal((channels, *grid), np.float32)
     target = np.roll(source, (1, 1), axis=(1, 2))
@@ -127,12 +118,12 @@ def inputs(
 
 
 def ditf_side(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
-    """What Model.match runs on the host."""
+    """Match as Model.match does on the host."""
     return match_points(source, target, points).points.astype(np.int64)
 
 
 def published(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
-    """Upsample, normalise, multiply, argmax; the source is let go of once its queries are taken."""
+    """Upsample, normalise, multiply, argmax; the source is freed once its queries are taken."""
     import torch
     from torch.nn import functional
 
@@ -147,7 +138,7 @@ def published(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.
 
 
 def by_channels(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
-    """The same, with the products and the squared norm summed over tiles of channels."""
+    """Match as `published`, with products and squared norms summed over tiles of channels."""
     import torch
 
     torch.set_num_threads(THREADS)
@@ -172,7 +163,7 @@ def _upsample(array: np.ndarray, size: tuple[int, int]) -> Any:
 
 
 def row_of(case: dict[str, Any]) -> tuple[str, ...]:
-    """A line of the table."""
+    """Format one row of the table."""
     height, width = case["size"]
     ours = case[DITF]
     start = (f"{width}x{height}", str(case["channels"]), str(case["points"]))

@@ -12,9 +12,8 @@ pictures, never from the photographs.
 
 from __future__ import annotations
 
-import argparse
-import tempfile
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,23 +22,22 @@ import skimage.data
 import torch
 from bench_int8 import write_checkpoint
 from demo import errors_to_truth
-from PIL import Image
-from provenance import (
+from harness import (
+    Bench,
+    Rows,
     interleave,
     paired_ratio,
-    pin_threads,
-    provenance,
     say,
     summary,
-    write_result,
-    write_table,
+    workplace,
 )
+from PIL import Image
 
 import ditf
 from ditf.calib.images import procedural_images
 from ditf.calib.parity import match_parity
-from ditf.calib.projection import SecondMoment, project
-from ditf.cli.support.console import bytes_text
+from ditf.calib.projection import SecondMoment, project_features
+from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
 from ditf.export.planning.options import ExportOptions
@@ -62,38 +60,39 @@ Maps = list[tuple[FeatureMap, FeatureMap]]
 
 
 def main() -> None:
-    """All three parts."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=7)
-    parser.add_argument("--bundles", type=Path, help="exports are kept and found there")
-    arguments = parser.parse_args()
+    """Measure all three parts, and write the result."""
+    bench = Bench(__doc__, THREADS, repeats=7)
+    bench.parser.add_argument("--bundles", type=Path, help="exports are kept and found there")
+    arguments = bench.parse()
     quieten_libraries()
-    pin_threads(THREADS)
+    bench.start()
     torch.set_num_threads(THREADS)
-    origin = provenance(THREADS)
     pairs = photographs()
-    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as name:
-        folder = arguments.bundles or Path(name)
+    with workplace() as temporary:
+        folder = arguments.bundles or temporary
         say("the demo bundle")
-        demo = projected_bundles(folder, {"layer": "9", "precision": "float16"}, DEMO, pairs)
+        counts = DEMO[-1:] if bench.smoke else DEMO
+        demo = projected_bundles(folder, {"layer": "9", "precision": "float16"}, counts, pairs)
         say("bases made otherwise")
         bases = other_bases(folder / "all", pairs)
         say("width 1152")
         if not (folder / "wide").is_dir():
-            write_checkpoint(folder / "wide", HEADS, planted=False)
+            write_checkpoint(folder / "wide", 1 if bench.smoke else HEADS, planted=False)
         same = {"model": str(folder / "wide"), "layer": "4", "precision": "float16", "class_label": ("0",)}
         wide = projected_bundles(folder / "wide-bundles", same, WIDE, pairs)
         say("matching")
-        matching = match_times(Path(name), folder / "wide-bundles" / "all", pairs, arguments.repeats)
+        matching = match_times(temporary, folder / "wide-bundles" / "all", pairs, arguments.repeats)
     result = {"demo": demo, "bases": bases, "wide": wide, "matching": matching}
-    write_result("pca", origin, result, agreement_rows(demo, wide))
-    for title, table_rows in (("pca", agreement_rows(demo, wide)), ("pca-bases", basis_rows(bases)),
-                              ("pca-matching", matching_rows(matching))):  # fmt: skip
-        write_table("features.md", title, table_rows)
+    tables = {
+        ("features.md", "pca"): agreement_rows(demo, wide),
+        ("features.md", "pca-bases"): basis_rows(bases),
+        ("features.md", "pca-matching"): matching_rows(matching),
+    }
+    bench.write("pca", result, agreement_rows(demo, wide), tables)
 
 
 def photographs() -> dict[str, Pair]:
-    """By name; the points are a grid in the source."""
+    """Pairs of photographs by name, with a grid of points in the source."""
     left, right, _ = skimage.data.stereo_motorcycle()
     pairs = {"motorcycle": (left, right)}
     for name in ("astronaut", "chelsea", "coffee"):
@@ -103,13 +102,13 @@ def photographs() -> dict[str, Pair]:
 
 
 def grid(image: np.ndarray) -> np.ndarray:
-    """Centres of cells, (x, y) whole px."""
+    """Centres of the grid's cells, (x, y) in whole pixels."""
     xs, ys = (np.floor((np.arange(GRID) + 0.5) * side / GRID) for side in (image.shape[1], image.shape[0]))
     return np.stack(np.meshgrid(xs, ys), axis=-1).reshape(-1, 2)
 
 
 def moved(image: np.ndarray) -> np.ndarray:
-    """Turned by 6 degrees about the centre, enlarged by 1.12."""
+    """Turn an image by 6 degrees about its centre, and enlarge it by 1.12."""
     picture = Image.fromarray(image)
     side = picture.size
     larger = picture.resize((round(side[0] * 1.12), round(side[1] * 1.12)), Image.Resampling.BICUBIC).rotate(
@@ -122,7 +121,7 @@ def moved(image: np.ndarray) -> np.ndarray:
 def projected_bundles(
     folder: Path, options: Mapping[str, Any], counts: tuple[int, ...], pairs: Mapping[str, Pair]
 ) -> dict[str, Any]:
-    """Export with all channels and with `counts`; agreement with all, by number of channels."""
+    """Export with all channels and with `counts`; returns the agreement with all, by number of channels."""
     found: dict[str, Any] = {}
     before: dict[str, np.ndarray] = {}
     for count in (None, *counts):
@@ -140,7 +139,7 @@ def projected_bundles(
 
 
 def matched(features: Callable[[np.ndarray], FeatureMap], pair: Pair) -> np.ndarray:
-    """Matches of a pair's points."""
+    """Match a pair's points."""
     return match_points(features(pair[0]), features(pair[1]), pair[2]).points
 
 
@@ -195,13 +194,13 @@ def leading(tokens: np.ndarray) -> np.ndarray:
 
 
 def shifted(one: FeatureMap, matrix: np.ndarray, origin: np.ndarray) -> FeatureMap:
-    """P (F - origin)."""
+    """Project a map: P (F - origin)."""
     array = one.array.astype(np.float32) - origin[:, None, None].astype(np.float32)
-    return FeatureMap(project(array, matrix), one.image_size)
+    return FeatureMap(project_features(array, matrix), one.image_size)
 
 
 def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: int) -> dict[str, Any]:
-    """Bytes and seconds of maps of 3072 and 256 channels, in memory and from a store."""
+    """Measure bytes and seconds of maps of 3072 and 256 channels, in memory and from a store."""
     with ditf.load(bundle) as model:
         source, target = (model.features(image).array for image in pairs["motorcycle"][:2])
         calibration = [model.features(image).array for image in procedural_images(model.manifest.size)]
@@ -209,26 +208,26 @@ def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: 
     isometry = np.linalg.qr(rng.normal(size=(LARGE, len(source))))[0].astype(np.float32)
     moment = SecondMoment(LARGE)
     for one in calibration:
-        moment.add(project(one, isometry))
+        moment.add(project_features(one, isometry))
     matrix = moment.projection(SMALL).matrix
     points = np.stack([rng.integers(0, SIZE[1], POINTS), rng.integers(0, SIZE[0], POINTS)], axis=1)
-    sides: dict[str, Callable[[int], np.ndarray]] = {}
+    sides: dict[str, Callable[[], np.ndarray]] = {}
     bytes_of: dict[str, int] = {}
     for channels in (LARGE, SMALL):
-        pair = []
+        maps = []
         path = folder / f"store-{channels}"
         identity = StoreIdentity("0" * 64, "bench", "", None, "stretch", "float16", channels)
         with StoreWriter(path, identity) as writer:
             for name, array in (("source", source), ("target", target)):
-                wide = project(array, isometry)
-                given = wide if channels == LARGE else project(wide, matrix)
-                pair.append(FeatureMap(given.astype(np.float16), SIZE))
-                writer.put(name, "0" * 64, pair[-1])
+                wide = project_features(array, isometry)
+                given = wide if channels == LARGE else project_features(wide, matrix)
+                maps.append(FeatureMap(given.astype(np.float16), SIZE))
+                writer.put(name, "0" * 64, maps[-1])
         bytes_of[str(channels)] = sum(int(entry["bytes"]) for entry in writer.entries.values()) // 2
-        sides[f"{channels}, in memory"] = lambda number, pair=pair: match_points(*pair, points).points
-        sides[f"{channels}, from a store"] = lambda number, path=path: from_store(path, points)
-    seconds, disturbance = interleave(sides, repeats)
-    large, small = (sides[f"{channels}, in memory"](0) for channels in (LARGE, SMALL))
+        sides[f"{channels}, in memory"] = partial(in_memory, maps[0], maps[1], points)
+        sides[f"{channels}, from a store"] = partial(from_store, path, points)
+    seconds, disturbance = interleave(sides, lambda name, number: sides[name](), repeats)
+    large, small = (sides[f"{channels}, in memory"]() for channels in (LARGE, SMALL))
     for channels, expected in ((LARGE, large), (SMALL, small)):
         if not np.array_equal(from_store(folder / f"store-{channels}", points), expected):
             raise AssertionError("stored maps match otherwise than those in memory")
@@ -247,15 +246,20 @@ def match_times(folder: Path, bundle: Path, pairs: Mapping[str, Pair], repeats: 
     }
 
 
+def in_memory(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
+    """Match two maps."""
+    return match_points(source, target, points).points
+
+
 def from_store(path: Path, points: np.ndarray) -> np.ndarray:
     """Open a store and match two of its maps."""
     store = FeatureStore(path)
     return match_points(store["source"], store["target"], points).points
 
 
-def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of the bundles."""
-    lines: list[tuple[str, ...]] = [
+def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> Rows:
+    """Make the table of the bundles."""
+    lines: Rows = [
         ("model", "channels", "energy kept", "at export", "motorcycle", "astronaut, chelsea, coffee",
          "motorcycle to the truth: median, within 5, 16 px"),
     ]  # fmt: skip
@@ -277,20 +281,18 @@ def agreement_rows(demo: Mapping[str, Any], wide: Mapping[str, Any]) -> list[tup
     return lines
 
 
-def basis_rows(bases: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of bases made otherwise."""
-    lines: list[tuple[str, ...]] = [
-        ("64 channels of", "motorcycle", "astronaut", "chelsea", "coffee", "mean")
-    ]
+def basis_rows(bases: Mapping[str, Any]) -> Rows:
+    """Make the table of the other bases."""
+    lines: Rows = [("64 channels of", "motorcycle", "astronaut", "chelsea", "coffee", "mean")]
     for side, found in bases.items():
         shares = list(found["within_1px"].values())
         lines.append((side, *(f"{share:.0%}" for share in (*shares, float(np.mean(shares))))))
     return lines
 
 
-def matching_rows(found: Mapping[str, Any]) -> list[tuple[str, ...]]:
-    """Of bytes and time."""
-    lines: list[tuple[str, ...]] = [("channels", "bytes of a map", f"{POINTS} points", "from a store")]
+def matching_rows(found: Mapping[str, Any]) -> Rows:
+    """Make the table of bytes and seconds."""
+    lines: Rows = [("channels", "bytes of a map", f"{POINTS} points", "from a store")]
     for channels in (LARGE, SMALL):
         times = [
             found["seconds"][f"{channels}, {where}"]["median"] for where in ("in memory", "from a store")

@@ -15,10 +15,8 @@ model's own. Writes benchmarks/results/planted.json and the table in docs/precis
 
 from __future__ import annotations
 
-import argparse
 import math
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,19 +29,26 @@ from diffusers import (
     SD3Transformer2DModel,
     StableDiffusion3Pipeline,
 )
-from provenance import provenance, say, write_result, write_table
+from harness import (
+    Bench,
+    Rows,
+    say,
+    workplace,
+)
 from torch import nn
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.calib.recipe import Extent, Recipe, decide
-from ditf.export.assemble.features_graph import specialise
+from ditf.calib.recipe import Recipe, choose_recipe
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import BFLOAT16, FLOAT16, INT8, Precision
-from ditf.export.measure.calibrate import massive_channels, observe, ranges_of, read_maxima
-from ditf.export.measure.golden import POINTS, published_match
+from ditf.export.measure.calibrate import measure_calibration, observe_blocks
+from ditf.export.measure.calibration import Calibration
+from ditf.export.measure.golden import POINTS, reference_match
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import Entry
@@ -100,43 +105,36 @@ PLACES = (
 
 def main() -> None:
     """Plant, calibrate, run, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--values", type=float, nargs="+", default=VALUES)
-    arguments = parser.parse_args()
+    bench = Bench(__doc__, threads=1)
+    bench.parser.add_argument("--values", type=float, nargs="+", default=VALUES)
+    arguments = bench.parse(values=VALUES[-1:])
     quieten_libraries()
+    bench.start()
     torch.set_num_threads(1)
-    origin = provenance(1)
     cases = []
-    with tempfile.TemporaryDirectory(prefix="ditf-bench-") as folder:
-        for place in (None, *PLACES):
+    with workplace() as folder:
+        for place in (None, *PLACES)[: 2 if bench.smoke else None]:
             for value in arguments.values if place else (0.0,):
                 say(f"{place.label if place else 'nothing planted'} {value:g}")
-                cases.append(run(Path(folder), place, value))
-    write_result("planted", origin, {"layer": LAYER, "size": SIZE, "cases": cases}, rows(cases))
-    write_table("precision.md", "planted", rows(cases))
+                cases.append(run(folder, place, value))
+    result = {"layer": LAYER, "size": SIZE, "cases": cases}
+    bench.write("planted", result, rows(cases), {("precision.md", "planted"): rows(cases)})
 
 
 def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
-    """One model: what was found, what was decided, and the accuracy of every side."""
+    """Measure one model: what was found, which recipe was chosen, and the accuracy of every side."""
     write_checkpoint(folder, place, value)
     options = ExportOptions(
-        model=str(folder), layer=str(LAYER), size=SIZE, prompt="a cat", precision="float16"
+        model=str(folder), layer=str(LAYER), size=SIZE, prompt=("a cat",), precision="float16"
     )
     plan = make_plan(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition=random_condition())
-    noise = plan.noise()
-    reference = Reference(plan.checkpoint, plan.family, LAYER, SIZE, noise)
-    reference.under(entry.condition, entry.timestep)
-    observed = observe(plan, reference)
-    settings = FeatureSettings(channels=massive_channels(observed.document))
-    images = golden_pair(SIZE)
-    expected = [reference.features(reference.hidden_states(image), settings) for image in images]
-    del reference
-    document = {**observed.document, **ranges_of(plan, observed, (entry,), noise)}
+    known = calibrated(plan, entry)
+    calibration, settings = known.calibration, known.settings
     result: dict[str, Any] = {
         "place": place.label if place else "",
         "value": value,
-        "found": None if place is None else place.found(document, value),
+        "found": None if place is None else place.found(calibration.to_json(), value),
         "discarded": list(settings.channels),
         "sides": {},
     }
@@ -144,54 +142,70 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
         try:
             recipe, maxima = Recipe(), None
             if label in _BY_RECIPE:
-                recipe = decide([Extent.from_json(extent) for extent in document["ranges"]])
+                recipe = choose_recipe(calibration.extents or ())
                 result["recipe"] = recipe.exceptions()
             if label == "int8":
-                maxima = read_maxima(document)
+                maxima = calibration.maxima
             side = replace(precision, recipe=recipe, maxima=maxima)
-            graph = graph_of(replace(plan, precision=side), entry, noise, settings)
-            result["sides"][label] = accuracy(graph, images, expected, SIZE)
+            graph = assemble(replace(plan, precision=side), (entry,), plan.noise(), settings).graph
+            result["sides"][label] = accuracy(graph, known)
         except DitfError as error:
             result["sides"][label] = {"refused": str(error)}
     return result
 
 
-def graph_of(
-    plan: Plan, entry: Entry, noise: torch.Tensor, settings: FeatureSettings
-) -> Callable[[np.ndarray], np.ndarray]:
-    """Image -> features [C, h, w], in the arithmetic of the plan's precision."""
-    graph = specialise(plan, (entry,), noise, settings).graph
+@dataclass(frozen=True)
+class Calibrated:
+    """What the unmodified model gives.
 
-    @torch.no_grad()
-    def features(image: np.ndarray) -> np.ndarray:
-        with Float32Accumulation():
-            answer: np.ndarray = graph(torch.from_numpy(image.copy())[None])[0].to(torch.float32).numpy()
-        return answer
+    Attributes:
+        calibration: its massive channels and the ranges of its values.
+        settings: those channels are discarded.
+        images: the golden pair; expected: their features, each [C, h, w].
+    """
 
-    return features
+    calibration: Calibration
+    settings: FeatureSettings
+    images: np.ndarray
+    expected: list[np.ndarray]
 
 
-def accuracy(
-    graph: Callable[[np.ndarray], np.ndarray],
-    images: np.ndarray,
-    expected: Sequence[np.ndarray],
-    size: tuple[int, int],
-) -> dict[str, float]:
-    """Features and matches of a side against the model's."""
-    actual = [graph(image) for image in images]
+def calibrated(plan: Plan, entry: Entry) -> Calibrated:
+    """Run the unmodified model under a condition."""
+    noise = plan.noise()
+    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, noise)
+    reference.under(entry.condition, entry.timestep)
+    calibration_images = CalibrationImages(None, plan.size)
+    observed = observe_blocks(plan, reference, calibration_images)
+    settings = FeatureSettings(channels=observed.calibration.massive_channels)
+    images = golden_pair(plan.size)
+    expected = [reference.features(reference.hidden_states(image), settings) for image in images]
+    del reference
+    calibration = measure_calibration(plan, observed, (entry,), noise, calibration_images)
+    return Calibrated(calibration, settings, images, expected)
+
+
+@torch.no_grad()
+def accuracy(graph: nn.Module, known: Calibrated) -> dict[str, float]:
+    """Features and matches of a graph, in its own arithmetic in PyTorch, against the model's."""
+    expected, size = known.expected, known.images.shape[1:3]
+    with Float32Accumulation():
+        actual = [
+            graph(torch.from_numpy(image.copy())[None])[0].to(torch.float32).numpy() for image in known.images
+        ]
     tokens = [np.stack(maps).reshape(2, len(maps[0]), -1).transpose(0, 2, 1) for maps in (actual, expected)]
     metrics = feature_parity(*tokens)
     if not np.isfinite(tokens[0]).all():
         return {"cosine_p01": math.nan, "matches_within_1px": math.nan}
     rng = np.random.default_rng(0)
     points = np.stack([rng.integers(0, size[1], POINTS), rng.integers(0, size[0], POINTS)], axis=1)
-    found, wanted = (published_match(maps[0], maps[1], points, size)[0] for maps in (actual, expected))
+    found, wanted = (reference_match(maps[0], maps[1], points, size)[0] for maps in (actual, expected))
     cell = (size[0] / actual[0].shape[1], size[1] / actual[0].shape[2])
     return metrics | match_parity(found, wanted, cell)
 
 
 def write_checkpoint(folder: Path, place: Place | None, value: float) -> None:
-    """The transformer, VAE and scheduler, the same but for what is planted; conditions are given apart."""
+    """Save a transformer, VAE and scheduler that differ only in what is planted."""
     torch.manual_seed(0)
     transformer = SD3Transformer2DModel(
         sample_size=32,
@@ -239,7 +253,7 @@ def write_checkpoint(folder: Path, place: Place | None, value: float) -> None:
 
 
 def random_condition() -> dict[str, torch.Tensor]:
-    """What text encoders would make of a prompt."""
+    """Random text embeddings in place of a prompt's."""
     generator = torch.Generator().manual_seed(1)
     return {
         "prompt_embeds": torch.randn((1, TEXT, 64), generator=generator),
@@ -251,9 +265,9 @@ def _block(name: str) -> str:
     return ".".join(part for part in name.removeprefix("vae.").split(".") if part != "encoder")[:20]
 
 
-def rows(cases: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
-    """The table: a line for each model."""
-    lines: list[tuple[str, ...]] = [("planted in", "value", "found", "recipe", *SIDES)]
+def rows(cases: Sequence[Mapping[str, Any]]) -> Rows:
+    """Make the table, with a row for each model."""
+    lines: Rows = [("planted in", "value", "found", "recipe", *SIDES)]
     for case in cases:
         exceptions = case.get("recipe", [])
         counted = [
@@ -277,7 +291,7 @@ def rows(cases: Sequence[Mapping[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def verdict(side: Mapping[str, Any]) -> str:
-    """1 - the 1st percentile of cosines, and matches within a pixel; or what went wrong."""
+    """Format 1 - the 1st percentile of cosines and the matches within a pixel, or what went wrong."""
     if "refused" in side:
         return "refused"
     if not math.isfinite(side["cosine_p01"]):

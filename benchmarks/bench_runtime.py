@@ -6,12 +6,10 @@ matches by upsampling, normalising and multiplying. Both sides are whole process
 
 from __future__ import annotations
 
-import argparse
 import json
 import statistics
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -33,47 +31,43 @@ print(json.dumps({"seconds": time.perf_counter() - start}))
 
 def main() -> None:
     """Measure, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--side", choices=SIDES, help=argparse.SUPPRESS)
-    parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
-    arguments = parser.parse_args()
-    if arguments.side:
-        print(json.dumps(SIDES[arguments.side](arguments.folder)))
-        return
-    compare(arguments.repeats)
+    if sys.argv[1:2] and sys.argv[1] in SIDES:  # a measured process
+        print(json.dumps(SIDES[sys.argv[1]](Path(sys.argv[2]), *sys.argv[3:])))
+    else:
+        compare()
 
 
-def compare(repeats: int) -> None:
+def compare() -> None:
     """Run both sides in turns, and write the result."""
-    from provenance import pin_threads, provenance, say, write_result
+    from harness import Bench, say, workplace
 
-    from ditf.cli.support.console import bytes_text
+    from ditf.cli.support.output import bytes_text
     from ditf.export.checkpoints.loading import quieten_libraries
     from ditf.export.exporter import export_bundle
     from ditf.export.planning.options import ExportOptions
 
-    pin_threads(THREADS)
+    bench = Bench(__doc__, THREADS, repeats=5)
+    repeats = bench.parse().repeats
     quieten_libraries()
-    origin = provenance(THREADS)
+    bench.start()
     imports = [run("-c", IMPORT)["seconds"] for _ in range(2 * repeats + 1)][1:]
     sides: dict[str, list[dict[str, Any]]] = {"ditf": [], "torch": []}
-    with tempfile.TemporaryDirectory() as name:
-        folder = Path(name)
+    with workplace() as folder:
         export_bundle(ExportOptions(layer="9", output=folder / "bundle"))
         for number in range(repeats + 1):
             say(f"round {number} of {repeats}")
             for side, found in sides.items():
-                found.append(run(__file__, "--side", side, "--folder", str(folder)))
-        say(f"{MATCHES} matches")
-        steady = run(__file__, "--side", "steady", "--folder", str(folder))
+                found.append(run(__file__, side, str(folder)))
+        matches = MATCHES // 100 if bench.smoke else MATCHES
+        say(f"{matches} matches")
+        steady = run(__file__, "steady", str(folder), str(matches))
     medians = {
         side: {key: statistics.median(one[key] for one in found[1:]) for key in found[0]}
         for side, found in sides.items()
     }
     ours, theirs = medians["ditf"], medians["torch"]
     ratios = {key: theirs[key] / ours[key] for key in ours}
-    table = [
+    table: list[tuple[str, ...]] = [
         ("", "ditf on ONNX Runtime", "PyTorch and diffusers", "ratio"),
         *(
             (label, text(ours[key]), text(theirs[key]), f"{ratios[key]:.1f}x")
@@ -89,7 +83,7 @@ def compare(repeats: int) -> None:
             "",
             "",
         ),
-        (f"resident, growth over {MATCHES} matches", bytes_text(int(max(0, steady["growth_bytes"]))), "", ""),
+        (f"resident, growth over {matches} matches", bytes_text(int(max(0, steady["growth_bytes"]))), "", ""),
     ]
     result = {
         "import_seconds": imports,
@@ -98,18 +92,18 @@ def compare(repeats: int) -> None:
         "ratios": ratios,
         "steady": steady,
     }
-    write_result("runtime", origin, result, table)
+    bench.write("runtime", result, table)
 
 
 def run(*arguments: str) -> dict[str, Any]:
-    """A fresh Python; the JSON it prints, and its whole time where it says nothing of time."""
+    """Run a fresh Python; returns the JSON that it prints."""
     done = subprocess.run([sys.executable, *arguments], check=True, capture_output=True, text=True)
     found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
     return found
 
 
 def since_start() -> float:
-    """Seconds since this process was started."""
+    """Seconds since this process started."""
     import os
     import time
 
@@ -118,14 +112,14 @@ def since_start() -> float:
 
 
 def images() -> list[Any]:
-    """Two pictures."""
+    """Draw two pictures."""
     from ditf.calib.images import procedural_images
 
     return procedural_images(SIZE, 2)
 
 
 def ditf_side(folder: Path) -> dict[str, float]:
-    """The runtime, as a robot would use it."""
+    """Match with the runtime, as a robot would."""
     import ditf
 
     pair = images()
@@ -136,7 +130,7 @@ def ditf_side(folder: Path) -> dict[str, float]:
 
 
 def torch_side(folder: Path) -> dict[str, float]:
-    """What a user of diffusers would write."""
+    """Match as a user of diffusers would."""
     import numpy as np
     import torch
     from diffusers import DiTTransformer2DModel
@@ -171,7 +165,7 @@ def torch_side(folder: Path) -> dict[str, float]:
 
 
 def costs() -> dict[str, float]:
-    """Of this process so far."""
+    """The costs of this process so far."""
     from ditf.calib.machine import peak_bytes, resident_bytes
 
     return {
@@ -181,8 +175,8 @@ def costs() -> dict[str, float]:
     }
 
 
-def steady_side(folder: Path) -> dict[str, float]:
-    """Memory before and after many matches; the matching alone, and every tenth time features too."""
+def steady_side(folder: Path, matches: str) -> dict[str, float]:
+    """Measure memory before and after many matches; every tenth computes features too."""
     import ditf
     from ditf.calib.machine import resident_bytes
 
@@ -192,13 +186,14 @@ def steady_side(folder: Path) -> dict[str, float]:
         target = model.features(pair[1])
         source = model.features(pair[0])
         marks = []
-        for index in range(MATCHES):
+        count = int(matches)
+        for index in range(count):
             if index % 10 == 0:
                 tracker.update(pair[index // 10 % 2])
             model.match(source, target, POINTS)
-            if index in (MATCHES // 10, MATCHES - 1):
+            if index in (count // 10, count - 1):
                 marks.append(resident_bytes())
-    return {"matches": MATCHES, "growth_bytes": marks[1] - marks[0], "resident_bytes": marks[1]}
+    return {"matches": count, "growth_bytes": marks[1] - marks[0], "resident_bytes": marks[1]}
 
 
 SIDES = {"ditf": ditf_side, "torch": torch_side, "steady": steady_side}

@@ -8,7 +8,6 @@ ends by itself.
 
 from __future__ import annotations
 
-import argparse
 import http.client
 import json
 import statistics
@@ -40,12 +39,12 @@ MODES = {
     "dynamic batches, cache": [*BATCHES, "--cache", "2"],
     "all pictures in the cache": [*BATCHES, "--cache", "64"],
 }
-"""2 MiB hold 56 of the 97 pictures: the one that is looked for stays, the others come and go unused."""
+"""2 MiB hold 56 of the 97 pictures: the one in every request stays cached, the others are evicted unused."""
 
 
 @dataclass
 class Expected:
-    """One request: its body, and what the runtime answers."""
+    """One request: its body, and the runtime's own answer."""
 
     body: bytes
     header: int
@@ -54,7 +53,7 @@ class Expected:
     heat: list[np.ndarray]
 
     def right(self, points: np.ndarray, scores: np.ndarray) -> bool:
-        """The same cosines, at the same pixels, or at ones that are as good."""
+        """Whether an answer has the same cosines, at the same pixels or at ones of equal cosine."""
         if points.shape != self.points.shape or not np.allclose(scores, self.scores, atol=TOLERANCE):
             return False
         return all(
@@ -65,7 +64,7 @@ class Expected:
 
 @dataclass
 class Outcome:
-    """What clients saw: seconds of the answers by status, and how many answers were wrong."""
+    """Seconds of the answers by status, and the number of wrong answers."""
 
     seconds: dict[int, list[float]] = field(default_factory=dict)
     wrong: int = 0
@@ -93,7 +92,7 @@ class Server:
         self.port = port
 
     def metrics(self) -> dict[str, float]:
-        """What /metrics says."""
+        """Read /metrics."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=30)
         connection.request("GET", "/metrics")
         lines = connection.getresponse().read().decode().splitlines()
@@ -104,24 +103,24 @@ class Server:
 
 def main() -> None:
     """Measure, and write the result."""
-    from provenance import pin_threads, provenance, say, write_result, write_table
+    from harness import Bench, say, workplace
 
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--requests", type=int, default=288, help="of a mode in a round")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--steady", type=int, default=10_000, help="requests for memory")
-    parser.add_argument("--overload-seconds", type=float, default=10.0)
-    arguments = parser.parse_args()
-    pin_threads(THREADS)
-    origin = provenance(THREADS)
-    with tempfile.TemporaryDirectory() as name:
-        bundle = Path(name) / "demo"
+    bench = Bench(__doc__, THREADS)
+    bench.parser.add_argument("--requests", type=int, default=288, help="of a mode in a round")
+    bench.parser.add_argument("--rounds", type=int, default=3)
+    bench.parser.add_argument("--steady", type=int, default=10_000, help="requests for memory")
+    bench.parser.add_argument("--overload-seconds", type=float, default=10.0)
+    arguments = bench.parse(requests=16, rounds=1, steady=40, overload_seconds=0.5)
+    bench.start()
+    modes = dict(list(MODES.items())[-1:]) if bench.smoke else MODES
+    with workplace() as folder:
+        bundle = folder / "demo"
         command = [sys.executable, "-m", "ditf", "export", "--layer", "9", "--fp16", "--batch", "dynamic"]
         subprocess.run([*command, "-q", "-o", str(bundle)], check=True)
-        expected = expectations(bundle)
-        rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in MODES}
+        expected = expectations(bundle, 4 if bench.smoke else FRAMES)
+        rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
         for number in range(arguments.rounds):
-            for mode, options in MODES.items():
+            for mode, options in modes.items():
                 say(f"round {number + 1} of {arguments.rounds}: {mode}")
                 with serving(bundle, *options) as server:
                     ask(server, expected, CLIENTS, FRAMES)
@@ -140,13 +139,12 @@ def main() -> None:
             overload = shed(server, expected, arguments.overload_seconds)
     result = {"rounds": rounds, "steady": steady, "overload": overload, "clients": CLIENTS, "frames": FRAMES}
     rows = table_of(result)
-    write_result("serve", origin, result, rows)
-    write_table("serving.md", "serve", rows)
+    bench.write("serve", result, rows, {("serving.md", "serve"): rows})
 
 
 def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """What was measured, for people."""
-    from ditf.cli.support.console import bytes_text
+    """Make the table."""
+    from ditf.cli.support.output import bytes_text
 
     rounds, steady, overload = result["rounds"], result["steady"], result["overload"]
     rows = [("", "requests a second", "p50", "p99", "images a call", "wrong answers")]
@@ -189,18 +187,18 @@ def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:
 
 
 def median(entries: Sequence[dict[str, Any]], key: str) -> float:
-    """Of a figure over rounds."""
+    """The median of a figure over rounds."""
     return statistics.median(one[key] for one in entries)
 
 
-def expectations(bundle: Path) -> list[Expected]:
+def expectations(bundle: Path, count: int) -> list[Expected]:
     """A request for each frame, and the runtime's own answer."""
     import tritonclient.http as triton
 
     import ditf
     from ditf.calib.images import procedural_images
 
-    template, *frames = procedural_images(SIZE, FRAMES + 1)
+    template, *frames = procedural_images(SIZE, count + 1)
     height, width = SIZE
     points = np.random.default_rng(0).integers(0, (width, height), (16, 2)).astype(np.float32)
     expected = []
@@ -224,7 +222,7 @@ def expectations(bundle: Path) -> list[Expected]:
 
 @contextmanager
 def serving(bundle: Path, *options: str) -> Iterator[Server]:
-    """A server on a free port, ended by SIGTERM; it must end well."""
+    """Run a server on a free port, and end it by SIGTERM; it must exit with 0."""
     command = [sys.executable, "-m", "ditf", "serve", str(bundle), "--port", "0", "-q", *options]
     with tempfile.TemporaryFile() as log:
         process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=log, text=True)
@@ -248,7 +246,7 @@ def ask(
     requests: int | None = None,
     seconds: float = 600.0,
 ) -> Outcome:
-    """Ask from several connections at once, so many times in all, or for so long."""
+    """Send requests over several connections at once, `requests` in all or for `seconds`."""
     outcome = Outcome()
     lock = threading.Lock()
     numbers = iter(range(requests)) if requests is not None else iter(range(1 << 40))
@@ -285,7 +283,7 @@ def ask(
 
 
 def request(connection: http.client.HTTPConnection, one: Expected) -> tuple[int, np.ndarray, np.ndarray]:
-    """Status, matches and scores of one request."""
+    """Send one request; returns status, matches and scores."""
     headers = {"Inference-Header-Content-Length": str(one.header)}
     connection.request("POST", "/v2/models/correspond/infer", one.body, headers)
     answer = connection.getresponse()
@@ -303,7 +301,7 @@ def request(connection: http.client.HTTPConnection, one: Expected) -> tuple[int,
 
 
 def steady_memory(server: Server, expected: Sequence[Expected], requests: int) -> dict[str, Any]:
-    """Resident memory every twentieth of the way."""
+    """Measure resident memory twenty times along the way."""
     step = max(1, requests // 20)
     marks, seconds, wrong, start = [], [], 0, time.monotonic()
     for _ in range(requests // step):
@@ -324,7 +322,7 @@ def steady_memory(server: Server, expected: Sequence[Expected], requests: int) -
 
 
 def shed(server: Server, expected: Sequence[Expected], seconds: float) -> dict[str, Any]:
-    """200 clients that ask again as soon as they are answered, or refused; and what is left afterwards."""
+    """Overload a server with 200 clients that ask again at once; nothing may be left afterwards."""
     resident = [server.metrics()["process_resident_memory_bytes"]]
     during = ask(server, expected, 200, None, seconds).summary()
     after = ask(server, expected, CLIENTS, 10 * CLIENTS).summary()

@@ -23,42 +23,38 @@ Apart from that: the attention of the full encoder as diffusers writes it, and i
 
 from __future__ import annotations
 
-import argparse
-import contextlib
 import sys
-import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx
-import onnx.utils
 import torch
-from bench_features import PROMPT, SEED, TIMESTEP, Geometry, write_checkpoint
+from bench_features import PROMPT, SEED, TIMESTEP, Geometry, cut, write_checkpoint
 from diffusers import AutoencoderKL, AutoencoderTiny
 from diffusers.models.attention_processor import AttnProcessor2_0
-from provenance import (
+from harness import (
+    ROOT,
+    Bench,
+    Rows,
     in_child,
     interleave,
     open_session,
     paired_ratio,
-    peak_bytes,
-    pin_threads,
-    provenance,
     say,
     summary,
     wait_until_idle,
-    write_result,
-    write_table,
+    workplace,
 )
 
 from ditf.calib.images import golden_pair
 from ditf.calib.latents import x_0_agreement
+from ditf.calib.machine import peak_bytes
 from ditf.calib.parity import feature_parity, match_parity
-from ditf.cli.support.console import bytes_text
-from ditf.export.assemble.features_graph import specialise
+from ditf.cli.support.output import bytes_text
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.assemble.parameter_counts import parameter_parts
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
@@ -70,13 +66,13 @@ from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.conditions import Entry, encode, trim
 from ditf.export.planning.options import DEFAULT_OPSET, SHORT_NAMES, ExportOptions
-from ditf.export.planning.plan import Plan, decide
+from ditf.export.planning.plan import Plan, plan_from_configs
 from ditf.runtime import FeatureMap
 from ditf.runtime.bundles.bundle import FEATURES
 from ditf.runtime.bundles.manifest import hidden_states_name
 from ditf.runtime.matching.points import match_points
 
-sys.path.insert(0, str(Path(__file__).parent.parent))
+sys.path.insert(0, str(ROOT))
 from tests.vaes import fit_tiny, make_learnable, pixels
 
 THREADS = 1
@@ -90,44 +86,35 @@ PRECISIONS = ("fp32", "fp16")
 PARTS = ("encoder", "transformer", "tail")
 TRAINING_SIDE, TRAINING_IMAGES = 128, 32
 ATTENTION_SIDES = {512: 64, 960: 120}
-"""Sides of the full encoder's middle block, by the image's."""
+"""Sides of the full encoder's middle block by the image's side."""
 
 
 def main() -> None:
     """Make the checkpoints and graphs, time, compare, and write the result."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--geometry", choices=GEOMETRIES, default="xl")
-    parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--folder", type=Path, help="keep checkpoint and graphs here, and use those here")
-    parser.add_argument("--wait", type=float, default=0, metavar="MINUTES", help="for an idle machine")
-    arguments = parser.parse_args()
-    geometry = GEOMETRIES[arguments.geometry]
-    with contextlib.ExitStack() as stack:
-        folder = arguments.folder
-        if folder is None:
-            folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="ditf-bench-")))
-        pin_threads(THREADS)
+    bench = Bench(__doc__, THREADS, repeats=3, keeps=True)
+    arguments = bench.parse()
+    name = "small" if bench.smoke else "xl"
+    geometry = GEOMETRIES[name]
+    with workplace(arguments.folder) as folder:
         in_child(prepare, folder, geometry)
         in_child(write_graphs, folder, geometry)
         wait_until_idle(arguments.wait)
-        origin = provenance(THREADS)
+        bench.start()
         say("timing the attention")
-        attention = attention_results(folder)
+        attention = attention_results(folder, {64: 8} if bench.smoke else ATTENTION_SIDES)
         say(f"timing, {arguments.repeats} rounds after a warm-up")
         timed = in_child(measure, folder, geometry, arguments.repeats)
     result = {
-        "geometry": {"name": arguments.geometry, "pixels": geometry.pixels, "layer": geometry.layer},
+        "geometry": {"name": name, "pixels": geometry.pixels, "layer": geometry.layer},
         **timed,
         "attention": attention,
     }
-    write_result(f"vae-{arguments.geometry}", origin, result, rows(result))
-    if arguments.geometry == "xl":
-        write_table("vae.md", "encoders", rows(result))
-        write_table("vae.md", "attention", attention_rows(attention))
+    tables = {("vae.md", "encoders"): rows(result), ("vae.md", "attention"): attention_rows(attention)}
+    bench.write(f"vae-{name}", result, rows(result), tables)
 
 
 def prepare(folder: Path, geometry: Geometry) -> None:
-    """Write the checkpoint and the tiny encoder, unless they are there."""
+    """Write the checkpoint and the tiny encoder, unless they exist."""
     if (folder / "tiny").exists():
         return
     say("writing the checkpoint")
@@ -157,20 +144,20 @@ def planned(folder: Path, encoder: str, precision: str, layer: int) -> tuple[Pla
         vae=str(folder / "tiny") if encoder == "tiny" else None,
         layer=str(layer),
         precision=SHORT_NAMES[precision],
-        timestep=TIMESTEP,
-        prompt=PROMPT,
+        timestep=(TIMESTEP,),
+        prompt=(PROMPT,),
         seed=SEED,
         discard="none",
     )
     checkpoint = Checkpoint(folder / "checkpoint", options.model)
-    plan = decide(options, checkpoint, None if options.vae is None else open_vae(options.vae))
+    plan = plan_from_configs(options, checkpoint, None if options.vae is None else open_vae(options.vae))
     with torch.no_grad():
         encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
     return plan, trim(encoded, plan.family)[0]
 
 
 def write_graphs(folder: Path, geometry: Geometry) -> None:
-    """<encoder>-<precision>/features.onnx, and its `PARTS`, unless they are there."""
+    """Write <encoder>-<precision>/features.onnx and its `PARTS`, unless they exist."""
     quieten_libraries()
     for encoder in ENCODERS:
         for precision in PRECISIONS:
@@ -180,22 +167,12 @@ def write_graphs(folder: Path, geometry: Geometry) -> None:
             say(f"writing {target.name}")
             target.mkdir(exist_ok=True)
             plan, entry = planned(folder, encoder, precision, geometry.layer)
-            graph = specialise(plan, (entry,), plan.noise(), FeatureSettings()).graph
+            graph = assemble(plan, (entry,), plan.noise(), FeatureSettings()).graph
             counts = parameter_parts(graph)["VAE encoder"].values()
             (target / "bytes").write_text(str(sum(count["bytes"] for count in counts)))
             image = torch.zeros((1, *plan.size, 3), dtype=torch.uint8)
             write_onnx(graph, {"image": image}, ["features"], target / FEATURES, DEFAULT_OPSET)
-            split(target, geometry.layer)
-
-
-def split(target: Path, layer: int) -> None:
-    """Cut features.onnx where the noise was added and before block k."""
-    model = onnx.load(target / FEATURES, load_external_data=False)
-    x_t = next(node.input[0] for node in model.graph.node if "trunk.embedder.weight" in node.input)
-    edges = ["image", x_t, hidden_states_name(layer), "features"]
-    extractor = onnx.utils.Extractor(model)
-    for name, source, made in zip(PARTS, edges[:-1], edges[1:], strict=True):
-        onnx.save(extractor.extract_model([source], [made]), target / f"{name}.onnx")
+            cut(target / FEATURES, PARTS, target, hidden_states_name(geometry.layer))
 
 
 class Eager:
@@ -219,7 +196,7 @@ class Eager:
         self.answers: dict[int, np.ndarray] = {}
 
     def whole(self, index: int, image: np.ndarray) -> None:
-        """End to end."""
+        """Run end to end."""
         clock = [time.process_time()]
         numbers = torch.from_numpy(image.copy()).permute(2, 0, 1)[None].float() / 127.5 - 1
         x_0 = self._latents.encode(self._vae, numbers)
@@ -241,7 +218,7 @@ class Graph:
         self.answers: dict[int, np.ndarray] = {}
 
     def whole(self, index: int, image: np.ndarray) -> None:
-        """End to end."""
+        """Run end to end."""
         clock, given = [time.process_time()], image[None]
         for session in self._parts:
             given = session.run(None, {session.get_inputs()[0].name: given})[0]
@@ -251,7 +228,7 @@ class Graph:
 
 
 def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
-    """Time every side in turns, one thread each, in one process; and compare what they gave."""
+    """Time every side in turns, on one thread, in one process, and compare their features."""
     quieten_libraries()
     torch.set_num_threads(THREADS)
     images = golden_pair((geometry.pixels,) * 2)
@@ -259,8 +236,9 @@ def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
     names = [f"{encoder}-{precision}" for encoder in ENCODERS for precision in PRECISIONS]
     graphs = {name: Graph(folder / name) for name in names}
     sides: dict[str, Eager | Graph] = {f"{encoder}-eager": peer for encoder, peer in eager.items()} | graphs
-    runs = {name: (lambda n, side=side: side.whole(n % 2, images[n % 2])) for name, side in sides.items()}
-    seconds, disturbance = interleave(runs, repeats)
+    seconds, disturbance = interleave(
+        sides, lambda name, number: sides[name].whole(number % 2, images[number % 2]), repeats
+    )
     for name, side in sides.items():
         for index, part in enumerate(PARTS):  # without the untimed round
             seconds[f"{name} {part}"] = [values[index] for values in side.seconds[1:]]
@@ -290,7 +268,7 @@ def measure(folder: Path, geometry: Geometry, repeats: int) -> dict[str, Any]:
 def _parity(
     actual: dict[int, np.ndarray], expected: dict[int, np.ndarray], geometry: Geometry
 ) -> dict[str, float]:
-    """Of the pair's features and matches, as `ditf check` has them."""
+    """The parity of the pair's features and matches, as `ditf check` measures it."""
     size = (geometry.pixels, geometry.pixels)
     points = np.random.default_rng(0).integers(0, geometry.pixels, (POINTS, 2)).astype(np.float32)
 
@@ -302,10 +280,14 @@ def _parity(
     return feature_parity(*rows) | match_parity(matched(actual), matched(expected), (cell, cell))
 
 
-def attention_results(folder: Path) -> list[dict[str, Any]]:
-    """The full encoder's attention at once and in chunks: seconds in turns, peak memory, difference."""
+def attention_results(folder: Path, sides: Mapping[int, int]) -> list[dict[str, Any]]:
+    """Measure the full encoder's attention at once and in chunks: seconds in turns, peak memory, difference.
+
+    Args:
+        sides: of the middle block, by the image's.
+    """
     found = []
-    for pixels_, side in ATTENTION_SIDES.items():
+    for pixels_, side in sides.items():
         paths = in_child(write_attention, folder, side)
         seconds, difference = in_child(time_attention, paths, side)
         found.append(
@@ -322,7 +304,7 @@ def attention_results(folder: Path) -> list[dict[str, Any]]:
 
 
 def write_attention(folder: Path, side: int) -> dict[str, Path]:
-    """The attention of the checkpoint's VAE as two graphs."""
+    """Write the attention of the checkpoint's VAE as two graphs."""
     quieten_libraries()
     paths = {}
     for name, processor in (("whole", AttnProcessor2_0()), ("chunks", QueryChunks())):
@@ -344,20 +326,20 @@ def _input(session: Any) -> np.ndarray:
 
 
 def time_attention(paths: dict[str, Path], side: int) -> tuple[dict[str, list[float]], float]:
-    """Seconds in turns, and the largest |difference|."""
+    """Time both graphs in turns; returns their seconds and the largest |difference|."""
     sessions = {name: open_session(path, THREADS) for name, path in paths.items()}
     x = _input(sessions["whole"])
     answers: dict[str, np.ndarray] = {}
 
-    def run(name: str) -> None:
+    def run(name: str, number: int) -> None:
         answers[name] = sessions[name].run(None, {"x": x})[0]
 
-    seconds, _ = interleave({name: (lambda n, name=name: run(name)) for name in sessions}, 3)
+    seconds, _ = interleave(sessions, run, 3)
     return seconds, float(np.abs(answers["whole"] - answers["chunks"]).max())
 
 
 def attention_peak(path: Path, side: int) -> int:
-    """What running it twice adds to the peak memory of a process."""
+    """How much two runs add to the peak memory of a process."""
     session = open_session(path, THREADS)
     x = _input(session)
     before = peak_bytes()
@@ -366,11 +348,11 @@ def attention_peak(path: Path, side: int) -> int:
     return peak_bytes() - before
 
 
-def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
-    """The table: a line for each side."""
+def rows(result: dict[str, Any]) -> Rows:
+    """Make the table, with a row for each side."""
     names = {"eager": "PyTorch eager", "fp32": "ditf, float32", "fp16": "ditf, float16"}
     heading = ("VAE", "", "end to end", *PARTS, "encoder's bytes", "graph: cosine min", "choice: cosine mean")
-    lines: list[tuple[str, ...]] = [(*heading, "choice: matches within a cell, 1 px")]
+    lines: Rows = [(*heading, "choice: matches within a cell, 1 px")]
     for encoder in ENCODERS:
         for name, label in names.items():
             side = f"{encoder}-{name}"
@@ -397,11 +379,9 @@ def rows(result: dict[str, Any]) -> list[tuple[str, ...]]:
     return lines
 
 
-def attention_rows(found: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-    """The table of the full encoder's attention."""
-    lines: list[tuple[str, ...]] = [
-        ("image", "tokens", "at once", "in chunks", "faster", "memory", "largest difference")
-    ]
+def attention_rows(found: list[dict[str, Any]]) -> Rows:
+    """Make the table of the full encoder's attention."""
+    lines: Rows = [("image", "tokens", "at once", "in chunks", "faster", "memory", "largest difference")]
     for one in found:
         times = [f"{one['seconds'][name]['median']:.2f} s" for name in ("whole", "chunks")]
         peaks = " to ".join(bytes_text(one["peak_bytes"][name]) for name in ("whole", "chunks"))

@@ -73,7 +73,7 @@ def run(program: str, *arguments: object, show: bool = True) -> float:
 
 
 def errors_to_truth(points: np.ndarray, matches: np.ndarray, disparity: np.ndarray) -> np.ndarray:
-    """Distances in pixels of matches from the truth, of the points that have one in view."""
+    """Distances in pixels between matches and the truth, for points whose truth is in view."""
     x, y = points[:, 0].astype(int), points[:, 1].astype(int)
     truth = np.stack([x - disparity[y, x], y], axis=1)
     known = np.isfinite(truth).all(axis=1) & (truth[:, 0] >= 0)
@@ -81,13 +81,13 @@ def errors_to_truth(points: np.ndarray, matches: np.ndarray, disparity: np.ndarr
 
 
 def truth_text(errors: np.ndarray) -> str:
-    """Distances to the truth in one line."""
+    """Format distances to the truth in one line."""
     within = ", ".join(f"{(errors < limit).mean():.0%} within {limit} px" for limit in (5, 16))
     return f"median {np.median(errors):.1f} px, {within}; {len(errors)} points of known truth"
 
 
 def report(seconds: dict[str, float], disparity: np.ndarray) -> str:
-    """The closing table."""
+    """Make the closing table."""
     manifest = json.loads((BUNDLE / "manifest.json").read_text())
     check = json.loads((OUTPUT / "check.json").read_text())
     match = json.loads((OUTPUT / "match.json").read_text())

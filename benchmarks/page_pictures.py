@@ -24,7 +24,7 @@ DRIVER = "/usr/bin/chromedriver"  # Debian's chromium-driver
 
 
 def main() -> None:
-    """Serve the bundle, and photograph it."""
+    """Serve the bundle, and take the pictures."""
     command = [sys.executable, "-m", "ditf", "serve", sys.argv[1], "--port", "0"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as server:
         try:

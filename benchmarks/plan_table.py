@@ -1,14 +1,17 @@
-"""The table of docs/plan.md: what published models cost at their default settings, counted from configs."""
+"""Write the tables of docs/plan.md and docs/vae.md: published models, counted from their configs."""
 
 from __future__ import annotations
 
-from provenance import write_table
+from dataclasses import replace
 
-from ditf.export.estimate.cost import ATTENTION, GEMMS, VAE, count_cost
+from harness import write_table
+
 from ditf.export.estimate.devices import DEVICES
+from ditf.export.estimate.estimate import Estimate
 from ditf.export.estimate.published_configs import open_configs, open_vae_configs
+from ditf.export.estimate.work import ATTENTION, GEMMS, VAE
 from ditf.export.planning.options import ExportOptions
-from ditf.export.planning.plan import decide
+from ditf.export.planning.plan import plan_from_configs
 
 MODELS = (
     "DiT-XL/2 512",
@@ -33,15 +36,15 @@ TOO_LARGE = "does not fit"
 
 
 def rows() -> list[tuple[str, ...]]:
-    """Header and a row for each model, in float16."""
+    """Make a header and a row for each model, in float16."""
     found: list[tuple[str, ...]] = [
         ("model", "layer, size", "VAE", "GEMMs", "attention", "weights", "activations", *SHOWN)
     ]
     for model in MODELS:
         options = ExportOptions(model=model, precision="float16")
         with open_configs(model) as checkpoint:
-            plan = decide(options, checkpoint)
-            cost = count_cost(plan)
+            plan = plan_from_configs(options, checkpoint)
+            cost = Estimate(plan)
         work = [f"{cost.operations(part) / 1e12:.2f}" for part in (VAE, GEMMS, ATTENTION)]
         sizes = [f"{size / 1e9:.2f} GB" for size in (cost.weight_bytes, cost.activation_bytes)]
         times = []
@@ -56,7 +59,7 @@ def rows() -> list[tuple[str, ...]]:
 
 
 def vae_rows() -> list[tuple[str, ...]]:
-    """Header and a row for each model with a published tiny encoder of its latent space, in float16."""
+    """Make a header and a row for each model that has a published tiny encoder, in float16."""
     found: list[tuple[str, ...]] = [
         (
             "model",
@@ -72,8 +75,8 @@ def vae_rows() -> list[tuple[str, ...]]:
     for model, vae in TINY.items():
         with open_configs(model) as checkpoint, open_vae_configs(vae) as encoder:
             options = ExportOptions(model=model, precision="float16")
-            own = count_cost(decide(options, checkpoint))
-            tiny = count_cost(decide(options.model_copy(update={"vae": vae}), checkpoint, encoder))
+            own = Estimate(plan_from_configs(options, checkpoint))
+            tiny = Estimate(plan_from_configs(replace(options, vae=vae), checkpoint, encoder))
         work = []
         for cost in (own, tiny):
             share = cost.operations(VAE) / cost.operations()

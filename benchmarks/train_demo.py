@@ -45,7 +45,7 @@ _TEMPERATURE = 0.1
 
 
 def arguments() -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -109,12 +109,12 @@ def new_model() -> DiTTransformer2DModel:
 
 
 def is_hidden_matrix(name: str, parameter: torch.Tensor) -> bool:
-    """Whether Muon trains it: attention and feed-forward."""
+    """Whether Muon trains the parameter: the matrices of attention and feed-forward."""
     return parameter.ndim == 2 and name.startswith("transformer_blocks") and ".norm1." not in name
 
 
 class Training:
-    """The model, its average, the optimisers and how far they are."""
+    """The model, its average, the optimisers and the number of steps taken."""
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
@@ -141,7 +141,7 @@ class Training:
         torch._foreach_lerp_(average, current, 1 - decay)
 
     def run(self, pictures: np.ndarray) -> None:
-        """Steps until there are enough; prints the loss and PCK, and keeps both in log.jsonl."""
+        """Train to the last step; prints loss and PCK, and appends both to log.jsonl."""
         losses: list[float] = []
         start, first = time.perf_counter(), self.step
         while self.step < self.options.steps:
@@ -161,7 +161,7 @@ class Training:
                     log.write(json.dumps(row) + "\n")
 
     def take_step(self, pictures: np.ndarray) -> float:
-        """One step; returns the loss of flow matching."""
+        """Take one step; returns the loss of flow matching."""
         options, left = self.options, self.options.steps - self.step
         rate = min(1.0, (self.step + 1) / _WARM_UP, left / max(options.cooldown, 1))
         for optimiser, base in zip(self.optimisers, (options.adam, options.muon), strict=True):
@@ -188,7 +188,7 @@ class Training:
         return loss.item()
 
     def save(self) -> None:
-        """The checkpoint."""
+        """Save the checkpoint."""
         state = {
             "model": self.model.state_dict(),
             "head": self.head.state_dict(),
@@ -210,7 +210,7 @@ class Training:
         self.step = state["step"]
 
     def write(self, folder: Path) -> None:
-        """The averaged model as a diffusers checkpoint: transformer/ in float16, and scheduler/."""
+        """Write the averaged model as a diffusers checkpoint: transformer/ in float16, and scheduler/."""
         deepcopy(self.average.module).half().save_pretrained(folder / "transformer")
         FlowMatchEulerDiscreteScheduler().save_pretrained(folder / "scheduler")
 

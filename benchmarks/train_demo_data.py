@@ -1,4 +1,4 @@
-"""What the demo model is trained on: drawn animals, and noised views of them."""
+"""The training data of the demo model: drawn animals, and noised views of them."""
 
 from __future__ import annotations
 
@@ -133,5 +133,5 @@ def patches(images: torch.Tensor) -> torch.Tensor:
 
 
 def gather(tokens: torch.Tensor, kept: torch.Tensor) -> torch.Tensor:
-    """Some tokens of each sequence: [B, N, C], [B, n] -> [B, n, C]."""
+    """Take tokens of each sequence: [B, N, C], [B, n] -> [B, n, C]."""
     return torch.gather(tokens, 1, kept[..., None].expand(-1, -1, tokens.shape[-1]))

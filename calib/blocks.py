@@ -1,4 +1,4 @@
-"""Hidden states block by block: where massive channels appear, how large, and how AdaLN meets them."""
+"""Statistics of the hidden states that enter each block: massive channels, and AdaLN's scale on them."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from ditf.calib.channels import Accumulator, ChannelStatistics
 
 @dataclass(frozen=True)
 class Entering:
-    """What enters one block, of one image.
+    """The tokens that enter one block for one image.
 
     Attributes:
-        image: tokens [N, C], float32; text: tokens [L, C] of a text stream, or None.
-        modulated: [N, C], the image after the block's own first norm and its modulation.
+        image: image tokens, float32 [N, C].
+        text: tokens of a text stream, float32 [L, C], or None.
+        modulated: [N, C], the image tokens after the block's first norm and its modulation.
     """
 
     image: np.ndarray
@@ -27,11 +28,14 @@ class Entering:
 
 @dataclass(frozen=True)
 class BlockStatistics:
-    """Statistics of what enters one block.
+    """Statistics of the tokens that enter one block.
 
     Attributes:
-        scale: [C], 1 + scale of the block's first norm, times its weight where it has one, recovered from
-            what it made of the image.
+        layer: index of the block.
+        name: of the block, such as "double.0".
+        image, text: statistics of the image tokens, and of the tokens of a text stream if there is one.
+        scale: [C], (1 + scale) of the block's first norm, times the norm's weight if it has one. It is
+            recovered from the norm's input and output.
     """
 
     layer: int
@@ -41,7 +45,7 @@ class BlockStatistics:
     scale: np.ndarray
 
     def to_json(self) -> dict[str, Any]:
-        """For calibration.json."""
+        """The statistics as calibration.json has them."""
         return {
             "layer": self.layer,
             "name": self.name,
@@ -52,11 +56,11 @@ class BlockStatistics:
 
 
 class BlockMeasurement:
-    """Collects the statistics of blocks; neither images nor layers are kept.
+    """Collects the statistics of blocks; it keeps no tokens.
 
     Args:
-        names: of the blocks, for people.
-        centred: False where their norms are RMSNorms, which take no mean off.
+        names: names of the blocks.
+        centred: False if their norms are RMSNorms, which do not subtract the mean.
     """
 
     def __init__(self, names: Sequence[str], centred: bool = True) -> None:
@@ -67,17 +71,17 @@ class BlockMeasurement:
         self._scales: dict[int, np.ndarray] = {}
 
     def add(self, layer: int, entering: Entering) -> None:
-        """What enters block `layer`, of one more image.
+        """Add what enters block `layer` for one more image.
 
         Raises:
-            InputError: NaN or infinity; names the block.
+            InputError: a token is NaN or infinite; the message names the block.
         """
         name = self._names[layer]
         self._image[layer].add(entering.image, f"the image tokens that enter {name}")
         if entering.text is not None:
             text = self._text.setdefault(layer, Accumulator())
             text.add(entering.text, f"the text tokens that enter {name}")
-        if layer not in self._scales:  # the same for every image
+        if layer not in self._scales:  # it is the same for every image
             self._scales[layer] = _scale(entering, self._centred)
 
     def finish(self) -> list[BlockStatistics]:
@@ -99,7 +103,10 @@ class BlockMeasurement:
 
 
 def _scale(entering: Entering, centred: bool) -> np.ndarray:
-    """Slope of modulated = slope * norm(x) + shift, channel by channel: exact, since it is affine."""
+    """The slope of modulated = slope * norm(x) + shift in each channel, by least squares.
+
+    The modulation is affine, so the fit is exact.
+    """
     x = entering.image.astype(np.float64)
     if centred:
         x = x - x.mean(axis=1, keepdims=True)
@@ -113,7 +120,7 @@ def _scale(entering: Entering, centred: bool) -> np.ndarray:
 
 
 def degenerate(images: Sequence[np.ndarray]) -> str | None:
-    """Why pictures say little, if they do."""
+    """Why statistics over these images say little, or None."""
     if all(int(image.max()) == int(image.min()) for image in images):
         return "every image is of one colour"
     if len(images) > 1 and all(np.array_equal(image, images[0]) for image in images[1:]):
@@ -122,7 +129,7 @@ def degenerate(images: Sequence[np.ndarray]) -> str | None:
 
 
 def mismatches(document: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
-    """What of a calibration file is not as an export needs it: "timestep 261 instead of 10"."""
+    """The settings in which a calibration differs from those wanted, such as "timestep 261 instead of 10"."""
     return [
         f"{name} {document.get(name)!r} instead of {value!r}"
         for name, value in wanted.items()

@@ -11,8 +11,8 @@ import numpy as np
 from ditf.runtime.errors import InputError
 
 MASSIVE_RATIO = 10.0
-"""A channel is massive when its mean |x| is more than this multiple of the median channel's. In FLUX
-and SD3 the massive ones are 50 to 1000 times the median; ordinary channels stay below 5."""
+"""A channel is massive when its mean |x| is more than this multiple of the median channel's. In FLUX and
+SD3 massive channels reach 50 to 1000 times the median; ordinary channels stay below 5 times."""
 
 FLOAT16_MAX = 65504.0
 
@@ -21,13 +21,15 @@ DEFINITION = f"mean |x| over tokens > {MASSIVE_RATIO:g} x the median channel's"
 
 @dataclass(frozen=True)
 class ChannelStatistics:
-    """Statistics of the tokens of one stream that enter one block.
+    """Statistics, for each channel, of the tokens of one stream that enter one block.
 
     Attributes:
-        mean_abs: [C], mean |x| over images and tokens; max_abs: [C], the largest |x|.
-        token_share: [C], share of tokens on which |x| passes the limit that its image sets.
+        mean_abs: [C], mean |x| over images and tokens.
+        max_abs: [C], the largest |x|.
+        token_share: [C], share of tokens on which |x| is more than `MASSIVE_RATIO` times the median channel's
+            mean in the same image.
         positive_share: [C], share of tokens on which x > 0.
-        images: how many.
+        images: number of images.
     """
 
     mean_abs: np.ndarray
@@ -38,7 +40,7 @@ class ChannelStatistics:
 
     @property
     def median(self) -> float:
-        """Mean |x| of the median channel."""
+        """The median over the channels of mean |x|."""
         return float(np.median(self.mean_abs))
 
     @property
@@ -49,12 +51,12 @@ class ChannelStatistics:
 
     @property
     def sign_stability(self) -> np.ndarray:
-        """[C], share of tokens that have a channel's usual sign: 0.5 for noise, 1 for a bias."""
+        """[C], share of tokens on which a channel has its more frequent sign: 0.5 for noise, 1 for a bias."""
         stability: np.ndarray = np.maximum(self.positive_share, 1.0 - self.positive_share)
         return stability
 
     def to_json(self) -> dict[str, Any]:
-        """For calibration.json."""
+        """The statistics as calibration.json has them."""
         median = max(self.median, 1e-30)
         stability = self.sign_stability
         return {
@@ -79,7 +81,7 @@ class ChannelStatistics:
 
 
 class Accumulator:
-    """Collects `ChannelStatistics` one image at a time; memory does not grow with their number."""
+    """Collects `ChannelStatistics` one image at a time; memory does not grow with the number of images."""
 
     def __init__(self) -> None:
         self._images = 0
@@ -87,13 +89,14 @@ class Accumulator:
         self._max: np.ndarray = np.zeros(0)
 
     def add(self, tokens: np.ndarray, where: str) -> None:
-        """One image's tokens [N, C].
+        """Add the tokens of one image.
 
         Args:
-            where: what they are, for the error.
+            tokens: [N, C].
+            where: names the tokens in the error.
 
         Raises:
-            InputError: they are not finite.
+            InputError: a token is NaN or infinite.
         """
         if not np.isfinite(tokens).all():
             raise InputError(
@@ -113,10 +116,10 @@ class Accumulator:
         self._images += 1
 
     def finish(self) -> ChannelStatistics:
-        """The statistics of what was added.
+        """The statistics over all images that were added.
 
         Raises:
-            InputError: nothing was.
+            InputError: no image was added.
         """
         if not self._images:
             raise InputError("calibration needs at least one image")
@@ -125,10 +128,10 @@ class Accumulator:
 
 
 def channel_statistics(hidden_states: Sequence[np.ndarray]) -> ChannelStatistics:
-    """Statistics over the hidden states [N, C] of several images.
+    """Statistics over the hidden states, [N, C] each, of several images.
 
     Raises:
-        InputError: no images, or hidden states that are not finite.
+        InputError: there are no images, or a hidden state is NaN or infinite.
     """
     accumulator = Accumulator()
     for tokens in hidden_states:

@@ -1,19 +1,19 @@
-"""Procedural pictures: calibration and golden images that every machine has."""
+"""Procedural images: the calibration and golden images that need no files."""
 
 from __future__ import annotations
 
 import numpy as np
 from PIL import Image, ImageDraw
 
-COUNT = 6  # calibration pictures where the user gives none
+COUNT = 6  # calibration images when the user gives none
 
 
 def procedural_image(size: tuple[int, int], seed: int) -> np.ndarray:
-    """A picture with edges, gradients, textures and flat areas: uint8 [H, W, 3].
+    """Draw an image with edges, gradients, textures and flat areas: uint8 [H, W, 3].
 
     Args:
         size: (H, W) in pixels.
-        seed: picks shapes and colours.
+        seed: picks the shapes and colours.
     """
     height, width = size
     rng = np.random.default_rng(seed)
@@ -37,12 +37,12 @@ def procedural_image(size: tuple[int, int], seed: int) -> np.ndarray:
 
 
 def procedural_images(size: tuple[int, int], count: int = COUNT) -> list[np.ndarray]:
-    """Different pictures, seeds 0..count-1."""
+    """Different images, made from the seeds 0..count-1."""
     return [procedural_image(size, seed) for seed in range(count)]
 
 
 def golden_pair(size: tuple[int, int]) -> np.ndarray:
-    """A picture and its rotated, shifted and enlarged copy: uint8 [2, H, W, 3]."""
+    """The golden pair: an image and a rotated, shifted and enlarged copy of it, uint8 [2, H, W, 3]."""
     first = procedural_image(size, seed=1000)
     height, width = size
     angle, zoom = np.deg2rad(6.0), 1.12
@@ -56,6 +56,6 @@ def golden_pair(size: tuple[int, int]) -> np.ndarray:
 
 
 def _background(rng: np.random.Generator, height: int, width: int) -> np.ndarray:
-    """Smooth colour noise: a coarse random grid, enlarged."""
+    """Smooth colour noise: a coarse random grid that is enlarged."""
     coarse = rng.integers(40, 216, (4, 4, 3)).astype(np.uint8)
     return np.asarray(Image.fromarray(coarse).resize((width, height), Image.Resampling.BICUBIC))

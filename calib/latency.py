@@ -1,4 +1,4 @@
-"""How long each part of a bundle's work takes here, and whether that is slower than it was."""
+"""Timing each part of a bundle's work, and comparing it with an earlier run."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from typing import Any
 import numpy as np
 
 PERCENTILES = (50, 90, 95, 99)
-_WIDEST = 2.0  # interval that still says something, upper over lower end
-_FEWEST, _MOST = 3, 500  # calls of a repetition
-_SHORTEST, _LONGEST = 1e-9, 1e6  # seconds that can have been measured
+_WIDEST = 2.0  # upper over lower end of an interval that still decides something
+_FEWEST, _MOST = 3, 500  # calls in a repetition
+_SHORTEST, _LONGEST = 1e-9, 1e6  # seconds that a clock can have measured
 _RESAMPLES = 1000
 _SEED = 0
 
@@ -25,8 +25,9 @@ class Row:
     """Timings of one part.
 
     Attributes:
-        name: of the part; clock: what measured it.
-        samples: seconds of every call, a list for each repetition, all of one length.
+        name: name of the part.
+        clock: the clock that measured it.
+        samples: seconds of every call, one list per repetition, all of the same length.
     """
 
     name: str
@@ -35,12 +36,12 @@ class Row:
 
     @property
     def medians(self) -> np.ndarray:
-        """Of each repetition, seconds."""
+        """Median of each repetition, seconds."""
         medians: np.ndarray = np.median(np.array(self.samples), axis=1)
         return medians
 
     def statistics(self) -> dict[str, float]:
-        """Percentiles, mean and extremes of all calls in seconds; throughput in calls a second."""
+        """Percentiles, mean and extremes of all calls in seconds; throughput in calls per second."""
         every = np.ravel(self.samples)
         found = {f"p{p}": float(np.percentile(every, p)) for p in PERCENTILES}
         mean = float(every.mean())
@@ -52,7 +53,7 @@ class Row:
 
     @classmethod
     def from_json(cls, name: str, document: Mapping[str, Any]) -> Row:
-        """Raises: KeyError, TypeError, ValueError where it is no row."""
+        """Raises: KeyError, TypeError or ValueError if the document is not a row."""
         samples = [[float(value) for value in one] for one in document["samples"]]
         lengths = {len(one) for one in samples}
         if len(lengths) != 1 or lengths == {0}:
@@ -69,13 +70,14 @@ def measure(
     step: Callable[[str], None] = lambda name: None,
     clocks: Mapping[str, Callable[[], float | None]] | None = None,
 ) -> list[Row]:
-    """Time parts in turns: a repetition calls each of them a number of times, inputs rotating.
+    """Time parts in turns: each repetition calls every part several times with rotating inputs.
 
-    What disturbs the machine for a while then disturbs every part, and one repetition among several.
+    A disturbance of the machine then affects all parts alike, and only some of the repetitions.
 
     Args:
-        seconds: for each part, in all; every repetition has at least three calls, and one to warm up.
-        clocks: {part: seconds of its last call by the device's own clock}, which become rows of their own.
+        seconds: time for each part in all; a repetition has at least three calls and one to warm up.
+        clocks: {part: function that returns the seconds of its last call by the device's own clock}; each
+            becomes a row of its own.
     """
     counts: dict[str, int] = {}
     samples: dict[str, list[list[float]]] = {name: [] for name in parts}
@@ -109,10 +111,11 @@ def measure(
 
 @dataclass(frozen=True)
 class Change:
-    """A row against the same row of another run.
+    """A row compared with the same row of another run.
 
     Attributes:
-        ratio: new median over old; low, high: its 95 % bootstrap interval.
+        ratio: new median over old median.
+        low, high: the 95 % bootstrap interval of the ratio.
     """
 
     name: str
@@ -121,16 +124,16 @@ class Change:
     high: float
 
     def regressed(self, limit: float) -> bool:
-        """Slower by more than `limit` (0.1 is 10 %), and not by chance: the interval lies above 1."""
+        """Whether it is slower by more than `limit` (0.1 is 10 %) and the interval lies above 1."""
         return self.ratio > 1 + limit and self.low > 1
 
     @property
     def decided(self) -> bool:
-        """The interval is narrow enough to say anything."""
+        """Whether the interval is narrow enough to decide."""
         return self.high < _WIDEST * self.low
 
     def gate(self, limit: float) -> dict[str, Any]:
-        """As --json has it."""
+        """The gate as it stands in --json."""
         return {
             "name": f"{self.name} p50 ratio",
             "value": self.ratio,
@@ -141,19 +144,19 @@ class Change:
 
 
 def compare(new: Row, old: Row) -> Change:
-    """Ratio of medians, with an interval from resampling repetitions, then calls within them."""
+    """Compare medians; the interval comes from resampling repetitions, then calls within them."""
     rng = np.random.default_rng(_SEED)
     low, high = np.percentile(_resampled(new, rng) / _resampled(old, rng), [2.5, 97.5])
     return Change(new.name, _median(new) / _median(old), float(low), float(high))
 
 
 def _median(row: Row) -> float:
-    """Of the repetitions' medians: one disturbed repetition does not move it."""
+    """Median of the repetitions' medians, which one disturbed repetition does not move."""
     return float(np.median(row.medians))
 
 
 def _resampled(row: Row, rng: np.random.Generator) -> np.ndarray:
-    """`_median` of resampled repetitions with resampled calls, [_RESAMPLES]."""
+    """`_median` of resampled repetitions with resampled calls, float64 [_RESAMPLES]."""
     samples = np.array(row.samples)
     repetitions, calls = samples.shape
     chosen = rng.integers(0, repetitions, (_RESAMPLES, repetitions, 1))

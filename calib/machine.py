@@ -1,4 +1,4 @@
-"""Where a figure was measured: a figure is never shown without it."""
+"""Describing the machine, so that no figure is shown without it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def machine(*packages: str) -> dict[str, Any]:
     """CPU, GPU, memory, load, operating system, power mode and package versions.
 
     Args:
-        packages: distributions whose versions matter; those that are missing are left out.
+        packages: distributions whose versions are included if they are installed.
     """
     gpu = find_gpu()
     found = {
@@ -37,20 +37,20 @@ def machine(*packages: str) -> dict[str, Any]:
 
 
 def resident_bytes() -> int:
-    """Memory of this process now, pages of mapped files included."""
+    """Resident memory of this process now, including pages of mapped files."""
     return kilobytes(Path("/proc/self/status"), "VmRSS")
 
 
 def peak_bytes() -> int:
-    """The largest that `resident_bytes` has been.
+    """Peak of `resident_bytes`.
 
-    Not getrusage's ru_maxrss: on Linux a child inherits there the size of the process that forked it.
+    getrusage's ru_maxrss would not do: on Linux a child inherits the value of the process that forked it.
     """
     return kilobytes(Path("/proc/self/status"), "VmHWM")
 
 
 def proc_field(path: Path, name: str) -> str:
-    """The first value of a field in a file of /proc; "" where there is no such file or field."""
+    """The first value of a field in a file of /proc; "" if there is no such file or field."""
     try:
         lines = path.read_text().splitlines()
     except OSError:
@@ -60,19 +60,19 @@ def proc_field(path: Path, name: str) -> str:
 
 
 def kilobytes(path: Path, name: str) -> int:
-    """A field such as "VmHWM: 1234 kB" in bytes."""
+    """Convert a field such as "VmHWM: 1234 kB" to bytes."""
     return int((proc_field(path, name) or "0 kB").split()[0]) * 1024
 
 
 def _instructions() -> str:
-    """The widest vector instructions of the CPU: they decide what a library's kernels can do."""
+    """The CPU's vector instructions, which decide the kernels that a library can use."""
     flags = proc_field(Path("/proc/cpuinfo"), "flags").split()
     known = ("avx2", "avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16", "amx_int8", "amx_fp16")
     return " ".join(flag for flag in known if flag in flags) or platform.machine()
 
 
 def _power_mode() -> str | None:
-    """A Jetson's, as nvpmodel names it; None elsewhere."""
+    """A Jetson's power mode as nvpmodel names it; None on other machines."""
     try:
         done = subprocess.run(["nvpmodel", "-q"], capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):

@@ -1,4 +1,4 @@
-"""Parity: how close a bundle's features and matches are to the unmodified model's, and the gates."""
+"""Parity: metrics of how close features and matches are to the unmodified model's, and their gates."""
 
 from __future__ import annotations
 
@@ -46,9 +46,9 @@ TOLERANCES: dict[str, dict[str, float]] = {
         "matches_within_patch": 0.8,
     },
 }
-"""Gates per precision. Cosines and shares are least values, errors largest. Errors are what rounding
-alone gives a shallow model (another order of summation in float32; 11-bit weights and activations in
-float16, 8-bit in bfloat16); `tolerances` widens them to what was measured on the model at hand."""
+"""Gates per precision. Cosines and shares are lower limits, errors are upper limits. The limits on errors are
+what rounding alone causes in a shallow model: another order of summation in float32, 11-bit significands in
+float16, 8-bit ones in bfloat16. `tolerances` widens them to the error measured on the model at hand."""
 
 CEILINGS: dict[str, dict[str, float]] = {
     "float32": {"relative_error": 1e-3, "channel_error": 3e-3},
@@ -56,22 +56,22 @@ CEILINGS: dict[str, dict[str, float]] = {
     "bfloat16": {"relative_error": 0.15, "channel_error": 0.5},
     "int8": {"relative_error": 0.15, "channel_error": 0.5},
 }
-"""Errors no measurement excuses: at 5e-2 a cosine of 0.999 is just possible."""
+"""Upper limits that `tolerances` never passes: at an error of 5e-2 a cosine of 0.999 is just possible."""
 
 DISPLACEMENT = {"float32": 0.25, "float16": 2.0, "bfloat16": 4.0, "int8": 4.0}
-"""Largest mean displacement of matches in cells of the features: few may jump, none may drift."""
+"""Largest mean displacement of matches, in cells of the feature map."""
 
 MEASURED_MARGIN = 8.0
-"""Limit of an error over its measured value: room for another backend's kernels, not for a mistake."""
+"""Limit of an error over its measured value: enough for another backend's kernels, not for a mistake."""
 
 METRICS = (
     *("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error", "max_abs_error"),
     *("matches_same", "matches_within_1px", "matches_within_patch", "match_displacement"),
 )
-"""What is measured of features and matches."""
+"""The metrics of features and of matches."""
 
 WHOLE = "whole_"
-"""Prefix of a metric against the model without what the bundle approximates (--vae, --text-tokens)."""
+"""Prefix of metrics that compare with the model without the approximation (--vae, --text-tokens)."""
 
 _AT_MOST = frozenset({"relative_error", "channel_error", "max_abs_error", "match_displacement"})
 
@@ -79,13 +79,13 @@ _AT_MOST = frozenset({"relative_error", "channel_error", "max_abs_error", "match
 def tolerances(
     precision: str, measured: Mapping[str, float], cell: float, short: bool = False
 ) -> dict[str, float]:
-    """Gates for a bundle: its precision's, with errors widened to the margin over what was measured.
+    """Limits for a bundle: those of its precision, with errors widened to a margin over measured ones.
 
     Args:
-        precision: its name.
-        measured: feature parity of the same graph run honestly in that precision at export.
-        cell: side of a cell of the features, px.
-        short: whether the features are given in float16, so that near-ties among matches may fall otherwise.
+        precision: name of the bundle's precision.
+        measured: feature parity of the same graph at export, with every value rounded to the precision.
+        cell: side of a feature cell, px.
+        short: whether the features are float16, so that near-ties among matches may be decided otherwise.
     """
     matched = "float16" if short and precision == "float32" else precision
     limits = {**TOLERANCES[precision], "match_displacement": DISPLACEMENT[matched] * cell}
@@ -97,7 +97,7 @@ def tolerances(
 
 @dataclass(frozen=True)
 class Gate:
-    """One gated metric; in --json: name, value, limit, ok."""
+    """One gated metric, as it stands in --json."""
 
     name: str
     value: float
@@ -105,7 +105,7 @@ class Gate:
 
     @property
     def ok(self) -> bool:
-        # NaN fails either way.
+        # NaN fails both comparisons.
         at_most = self.name.removeprefix(WHOLE) in _AT_MOST
         return self.value <= self.limit if at_most else self.value >= self.limit
 
@@ -117,12 +117,12 @@ def feature_parity(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]
     """Compare token rows.
 
     Args:
-        actual, expected: [..., C]; expected is float32 from the unmodified model.
+        actual, expected: [..., C]; `expected` is float32 from the unmodified model.
 
     Returns:
-        cosine_mean, cosine_p01, cosine_min over tokens; relative_error, |a - e| / |e| over all;
-        channel_error, the largest over channels of rms(a - e) in it / rms(e) over all, which one wrong
-        weight moves most; max_abs_error. All NaN or infinite when the actual features are.
+        cosine_mean, cosine_p01 and cosine_min over tokens; relative_error, |a - e| / |e| over all values;
+        channel_error, the largest rms(a - e) of a channel over rms(e) of all channels, which a single wrong
+        weight moves most; max_abs_error. All are NaN or infinite if the actual features are.
     """
     a = actual.reshape(-1, actual.shape[-1]).astype(np.float64)
     e = expected.reshape(-1, expected.shape[-1]).astype(np.float64)
@@ -143,7 +143,7 @@ def feature_parity(actual: np.ndarray, expected: np.ndarray) -> dict[str, float]
 
 
 def worst(measured: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    """Each metric's worst value over several measurements; NaN is worse than any."""
+    """The worst value of each metric over several measurements; NaN counts as the worst."""
     return {
         name: float((np.max if name in _AT_MOST else np.min)([metrics[name] for metrics in measured]))
         for name in measured[0]
@@ -154,10 +154,10 @@ def match_parity(actual: np.ndarray, expected: np.ndarray, patch: tuple[float, f
     """Compare matched points [N, 2], (x, y) px.
 
     Args:
-        patch: (height, width) in pixels of one cell of the features.
+        patch: (height, width) of one feature cell, px.
 
     Returns:
-        Shares of points: matches_same (to the pixel), matches_within_1px, matches_within_patch; and
+        matches_same, matches_within_1px and matches_within_patch, which are shares of the points, and
         match_displacement, the mean distance in pixels.
     """
     offset = np.abs(actual.astype(np.float64) - expected)
@@ -171,5 +171,5 @@ def match_parity(actual: np.ndarray, expected: np.ndarray, patch: tuple[float, f
 
 
 def gates(metrics: Mapping[str, float], limits: Mapping[str, float]) -> list[Gate]:
-    """The gated metrics, in the limits' order; limits on metrics that were not measured are left out."""
+    """Gate the metrics in the order of the limits; limits of metrics that were not measured are left out."""
     return [Gate(name, metrics[name], limit) for name, limit in limits.items() if name in metrics]

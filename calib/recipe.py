@@ -1,15 +1,19 @@
-"""The precision recipe: from measured ranges to what float16 may compute, in one readable place.
+"""The precision recipe: from measured ranges to what a float16 graph computes in float16.
 
-1. Every value that float16 would hold keeps a margin of `HEADROOM` to its largest number: other images
-   than the measured ones reach further.
-2. A branch whose last linear alone emits too much: its weights and bias are scaled by a power of two, which
-   rounds nothing but subnormals, and the scale is undone in float32, where the residual is.
-3. A branch with anything else out of range (a linear's input, a query, a logit) computes in float32.
-4. The VAE encoder's residual between group norms is scaled as a whole: a group norm does not see a factor
-   on its input once its epsilon has it too. Convolutions between two norms likewise, each by its own power.
-   Its attention computes in float32 where its logits may overflow. An AutoencoderTiny has no norms and only
-   ReLUs, which pass a factor on: everything in it is scaled as a whole, and restored in float32 at its end.
-5. Features that are to be float16 and are out of range, or values that are not finite: no graph is made.
+1. Every value that the graph holds in float16 keeps a margin of `HEADROOM` to float16's largest number,
+   because other images reach further than the measured ones.
+2. If only the output of a branch's last linear is too large, its weights and bias are scaled by a power of
+   two, which rounds only subnormals. The scale is undone in float32, where the residual is.
+3. If any other value of a branch is too large (a linear's input, a query, a logit), the branch computes in
+   float32.
+4. The VAE encoder's residual between group norms is scaled as a whole: a group norm does not change under a
+   factor on its input if its epsilon has the factor too. Convolutions between two norms are scaled likewise,
+   each by its own power of two. The VAE's attention computes in float32 if its logits may overflow. An
+   AutoencoderTiny has no norms and only ReLUs, which pass a factor on, so everything in it is scaled by one
+   factor that is undone in float32 at its end.
+5. If float16 features are too large, or any value is not finite, no graph is made.
+
+See docs/design.md, "Precision".
 """
 
 from __future__ import annotations
@@ -26,13 +30,13 @@ HEADROOM = 8.0
 LIMIT = FLOAT16_MAX / HEADROOM
 
 INNER = ("weight", "input", "output", "query", "key", "logits", "attended", "hidden")
-"""Kinds of values inside a branch, in the order they are computed."""
+"""Kinds of values inside a branch, in the order in which they are computed."""
 
 LAST = ("scaled weight", "emitted", "gated")
-"""Of a branch's last linear: parameters, what it emits with its gate apart, and with the gate folded in."""
+"""Kinds of a branch's last linear: its parameters, and its output without the gate and with it folded in."""
 
 SHOWN = ("norm input", "gate")
-"""Kinds that are float32 in any recipe, measured for people."""
+"""Kinds that are float32 in every recipe; they are measured for the reader of calibration.json."""
 
 VAE_RESIDUAL, VAE_INNER, VAE_LOGITS = "vae residual", "vae inner", "vae logits"
 FEATURES = "features"
@@ -40,12 +44,14 @@ FEATURES = "features"
 
 @dataclass(frozen=True)
 class Extent:
-    """The largest |x| that was seen of one value.
+    """The largest |x| that was measured of one value.
 
     Attributes:
-        name: the module of the checkpoint that computes it; branch: what it is recovered with.
-        kind: one of `INNER`, `LAST`, `SHOWN`, the VAE's or `FEATURES`.
+        name: the module of the checkpoint that computes the value.
+        branch: the branch that the module belongs to; a recipe puts whole branches in float32.
+        kind: one of `INNER`, `LAST`, `SHOWN`, the VAE's kinds or `FEATURES`.
         stream: "image", "text", "both" or "condition".
+        max_abs: the largest |x|.
     """
 
     name: str
@@ -56,7 +62,7 @@ class Extent:
 
     @property
     def headroom(self) -> float:
-        """Times that float16's largest number is larger."""
+        """How many times larger float16's largest number is."""
         return FLOAT16_MAX / max(self.max_abs, 1e-30)
 
     def to_json(self) -> dict[str, Any]:
@@ -71,7 +77,11 @@ class Extent:
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Extent:
-        """Raises: KeyError, TypeError, ValueError where it is no extent."""
+        """The extent of an entry of calibration.json's `ranges`.
+
+        Raises:
+            KeyError, TypeError, ValueError: the entry is no extent.
+        """
         name, branch, kind, stream = (document[key] for key in ("name", "branch", "kind", "stream"))
         if not all(isinstance(text, str) for text in (name, branch, kind, stream)):
             raise TypeError(f"{name!r:.60} is no name")
@@ -80,7 +90,12 @@ class Extent:
 
 @dataclass(frozen=True)
 class Scale:
-    """Weights and bias carry 2**-exponent, and why; an exponent of 0 is no scale."""
+    """A factor of 2**-exponent on a linear's weights and bias.
+
+    Attributes:
+        exponent: 0 or more; 0 means no scale.
+        reason: the measured value that asks for the scale.
+    """
 
     exponent: int = 0
     reason: str = ""
@@ -91,13 +106,15 @@ _UNSCALED = Scale()
 
 @dataclass(frozen=True)
 class Recipe:
-    """What departs from the precision asked for.
+    """The exceptions from the precision that was asked for.
 
     Attributes:
-        float32: branches that compute in float32, and why.
-        emitted, gated: scales of branches' last linears, by name, with the gate apart or folded in.
-        vae_residual: of the VAE encoder's residual; vae_inner: of its convolutions between norms, by name.
-        vae_attention_float32: why the VAE's attention is float32; "" where it is not.
+        float32: branches that compute in float32, and the reason for each.
+        emitted: scales of the branches' last linears, by name, if the gate is not folded into them.
+        gated: the same scales if the gate is folded in.
+        vae_residual: the scale of the VAE encoder's residual.
+        vae_inner: scales of the VAE encoder's convolutions between norms, by name.
+        vae_attention_float32: the reason why the VAE's attention is float32; "" if it is not.
     """
 
     float32: Mapping[str, str] = field(default_factory=dict)
@@ -108,15 +125,20 @@ class Recipe:
     vae_attention_float32: str = ""
 
     def scale(self, name: str, folded: bool) -> Scale:
-        """Of a branch's last linear."""
+        """The scale of a branch's last linear.
+
+        Args:
+            name: the linear's.
+            folded: whether the gate is folded into its weights.
+        """
         return (self.gated if folded else self.emitted).get(name, _UNSCALED)
 
     def exceptions(self, used: Mapping[str, Scale] | None = None) -> list[dict[str, str]]:
-        """For the manifest and for people: where, what it is, why.
+        """The exceptions as the manifest lists them: "where", "is" and "why".
 
         Args:
-            used: scales of the last linears as they were built; before that, those with the gate folded in
-                where there are both.
+            used: scales of the last linears as they were built. By default, all scales; `gated` counts where
+                a linear has both.
         """
         if used is None:
             used = {**self.emitted, **self.gated}
@@ -130,17 +152,20 @@ class Recipe:
         return [{"where": where, "is": what, "why": why} for what, where, why in rows]
 
     def summary(self) -> str:
-        """In a line."""
+        """The exceptions in one line."""
         exceptions = [f"{entry['where']} {entry['is']}" for entry in self.exceptions()]
         more = f" and {len(exceptions) - 4} more" if len(exceptions) > 4 else ""
         return ", ".join(exceptions[:4]) + more if exceptions else "nothing out of float16's range"
 
 
-def decide(extents: Sequence[Extent]) -> Recipe:
-    """The recipe for float16.
+def choose_recipe(extents: Sequence[Extent]) -> Recipe:
+    """Choose the recipe of a float16 graph.
+
+    Args:
+        extents: the measured values; `FEATURES` only if the features are float16.
 
     Raises:
-        InputError: values that no recipe brings into float16's range; names the first.
+        InputError: a value is not finite, or the features have no margin; the message names the first.
     """
     for extent in extents:
         if not math.isfinite(extent.max_abs):
@@ -169,10 +194,10 @@ def decide(extents: Sequence[Extent]) -> Recipe:
 
 
 def check_features(max_abs: float) -> None:
-    """Features that are to be float16 have their margin, too.
+    """Check that float16 features keep the margin of `HEADROOM`.
 
     Raises:
-        InputError: they do not, or are not finite.
+        InputError: they do not, or they are not finite.
     """
     if not max_abs <= LIMIT:
         raise InputError(
@@ -182,12 +207,12 @@ def check_features(max_abs: float) -> None:
 
 
 def power_of_two(max_abs: float) -> int:
-    """The least s >= 0 with max_abs * 2**-s inside the limit."""
+    """The smallest s >= 0 for which max_abs * 2**-s is at most `LIMIT`."""
     return max(0, math.ceil(math.log2(max(max_abs, 1e-30) / LIMIT)))
 
 
 def _scales(extents: Iterable[Extent]) -> dict[str, Scale]:
-    """By name, of the values that need a scale."""
+    """The scales of the values that need one, by name."""
     scales: dict[str, Scale] = {}
     for extent in extents:
         exponent = power_of_two(extent.max_abs)

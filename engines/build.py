@@ -1,4 +1,4 @@
-"""`ditf build`: a bundle's graphs become an engine, once."""
+"""`ditf build`: compile a bundle's graphs into an engine, unless it is already there."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
 from ditf.engines.network import LayerType, Profile, audit
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.backends.engine_records import (
-    ENGINES,
+    ENGINES_FOLDER,
     FEATURES_PLAN,
     IMAGE_SIDES,
     MATCH_PLAN,
-    POINTS,
+    MATCH_PLAN_POINTS,
     RECORD,
     SCHEMA,
     EngineRecord,
@@ -31,23 +31,23 @@ from ditf.runtime.backends.engine_records import (
 from ditf.runtime.backends.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.backends.gpu import find_gpu
 from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
+from ditf.runtime.bundles.staging import ENGINE_FILES, staged
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.files.stage_folder import clear
-from ditf.runtime.files.staging import ENGINE_FILES, staged
 from ditf.runtime.files.user_cache import cache_file
 
 Profiles = tuple[tuple[int, int, int], ...]
-"""Smallest, usual and largest batch of each profile."""
+"""(smallest, usual, largest) batch of each optimisation profile."""
 
 _NO_FLOAT32_PRODUCTS = "sm_75"  # TensorRT-RTX has no float32 GEMM for it
 _KEY = re.compile(r"tensorrt(-rtx)?-\d[\w.]*-.+-b[\d-]+-[0-9a-f]{8}")  # as `engine_key` names engines
-_NOT_AHEAD = ("hardware_compatible", "version_compatible", "strip_weights")  # need a driver, or say nothing
+_NOT_AHEAD = ("hardware_compatible", "version_compatible", "strip_weights")  # not for builds without a GPU
 
 
 @dataclass(frozen=True)
 class Built:
-    """An engine on disk, and whether it was there before."""
+    """An engine on disk; `reused` says that it was there before."""
 
     folder: Path
     record: EngineRecord
@@ -64,25 +64,27 @@ def build(
     report: Report = lambda line: None,
     step: Step = lambda phase, done, total: None,
 ) -> Built:
-    """Build features.plan and match.plan of a bundle, or find them.
+    """Build features.plan and match.plan of a bundle, or reuse an engine that fits.
 
     Args:
-        bundle: its files are verified first.
-        trt: the flavour's module.
-        batch: of a bundle with a dynamic batch: smallest, usual and largest, or one for all, of each profile.
-        force: build again what is there.
-        report: called with what the work is at; step: with how far the compiler is.
+        bundle: the bundle, whose files are verified first.
+        trt: the module of the flavour, `tensorrt` or `tensorrt_rtx`.
+        batch: for a bundle with a dynamic batch, one entry per profile: one size, or smallest, usual
+            and largest.
+        force: build even if the engine is there.
+        report: called with a line when a new piece of work starts.
+        step: called with the progress of the compiler.
 
     Raises:
-        DitfError: options that do not fit the bundle, no GPU for a flavour that needs one, a graph that is
-            refused, a network whose types are not the bundle's, a full disk.
+        DitfError: the options do not fit the bundle, the flavour needs a GPU and there is none, TensorRT
+            refuses the graph, the network's types differ from the bundle's recipe, or the disk is full.
     """
     _check_own(bundle)
     sizes = _batch(bundle, batch)
     target = _target(flavour, options)
     gpu = find_gpu() if target == "" else None
     key = engine_key(bundle, flavour, trt.__version__, target, str(gpu or ""), sizes, options)
-    folder = bundle.path / ENGINES / key
+    folder = bundle.path / ENGINES_FOLDER / key
     if not force and folder.is_dir():
         try:
             record = read_record(folder, bundle.trust)
@@ -152,7 +154,7 @@ def engine_key(
     batch: Profiles,
     options: BuildOptions,
 ) -> str:
-    """Name of the engine: readable, and different wherever anything that matters is."""
+    """The engine's name: readable, and different when anything that affects the plans differs."""
     matters = [sources(bundle), flavour.name, version, target, gpu, batch, options.to_json()]
     digest = hashlib.sha256(json.dumps(matters, sort_keys=True).encode()).hexdigest()[:8]
     where = target or "".join(c if c.isalnum() else "-" for c in gpu.lower())
@@ -161,14 +163,14 @@ def engine_key(
 
 
 def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Remove engines of other graphs, damaged ones, and what builds that were killed left behind.
+    """Remove stale engines, damaged engines, and the remains of builds that were killed.
 
     Returns:
-        What was removed, and why. What is no engine, and what a newer ditf made, is left alone; so are links,
-        and folders that hold anything but an engine's files.
+        The removed folders, each with the reason. Links, folders that hold anything but an engine's files,
+        and engines that a newer ditf made are left alone.
     """
     _check_own(bundle)
-    left = [(path, "left by a build that was killed") for path in clear(bundle.path / ENGINES)]
+    left = [(path, "left by a build that was killed") for path in clear(bundle.path / ENGINES_FOLDER)]
     removed = []
     for folder in folders:
         if not _engine_alone(folder):
@@ -189,13 +191,13 @@ def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
 
 
 def _check_own(bundle: Bundle) -> None:
-    """Refuse to write or remove what is outside the bundle: a received one may hold a link to anywhere."""
-    if (bundle.path / ENGINES).is_symlink():
-        raise InputError(f"{bundle.path / ENGINES} is a link", "put a folder in its place")
+    """Refuse an engines/ that is a link: a received bundle could point it outside of itself."""
+    if (bundle.path / ENGINES_FOLDER).is_symlink():
+        raise InputError(f"{bundle.path / ENGINES_FOLDER} is a link", "put a folder in its place")
 
 
 def _engine_alone(folder: Path) -> bool:
-    """Whether a folder has an engine's name, and in it are files that `build` writes and nothing else."""
+    """Whether a folder has an engine's name and holds only files that `build` writes."""
     if folder.is_symlink() or not _KEY.fullmatch(folder.name):
         return False
     inside = list(folder.iterdir())
@@ -222,7 +224,7 @@ def _batch(bundle: Bundle, batch: Sequence[Sequence[int]]) -> Profiles:
 
 
 def _target(flavour: Flavour, options: BuildOptions) -> str:
-    """The target, checked: "" is the GPU that is here."""
+    """The checked target; "" means the GPU of this machine."""
     if flavour.ahead:
         for name in _NOT_AHEAD:
             if getattr(options, name):
@@ -265,15 +267,15 @@ def _match_profile(bundle: Bundle) -> Profile:
         return tuple((size, cells) for size in sizes)
 
     return {
-        "point_rows": over(POINTS, h),  # type: ignore[dict-item]
-        "point_columns": over(POINTS, w),  # type: ignore[dict-item]
+        "point_rows": over(MATCH_PLAN_POINTS, h),  # type: ignore[dict-item]
+        "point_columns": over(MATCH_PLAN_POINTS, w),  # type: ignore[dict-item]
         "rows": over(IMAGE_SIDES, h),  # type: ignore[dict-item]
         "columns": over(IMAGE_SIDES, w),  # type: ignore[dict-item]
     }
 
 
 def _explained(error: BundleError, bundle: Bundle, target: str) -> BundleError:
-    """A refusal with what is known of its cause."""
+    """The error with its cause, where the cause is known."""
     if target == _NO_FLOAT32_PRODUCTS:
         kept = bundle.manifest.recipe.get("float32_products", [])
         what = f"{kept[0]} is one" if kept else "this bundle is float32"
@@ -285,7 +287,7 @@ def _explained(error: BundleError, bundle: Bundle, target: str) -> BundleError:
 
 
 def _peak_bytes() -> int:
-    """The largest this process has been; not ru_maxrss, which a child inherits from its parent."""
+    """Peak resident memory in bytes. ru_maxrss would not do: a child inherits it from its parent."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith("VmHWM:"):
             return int(line.split()[1]) * 1024

@@ -1,4 +1,4 @@
-"""A parsed network becomes a plan."""
+"""Compiling a parsed network into a plan."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ditf.runtime.errors import BundleError, InputError, MissingComponent
 
 Report = Callable[[str], None]
 Step = Callable[[str, int, int], None]
-"""Called with what the compiler is at, steps done, and steps in all."""
+"""Called with the compiler's phase, the steps done, and the number of steps."""
 
 
 @dataclass(frozen=True)
@@ -25,11 +25,12 @@ class BuildOptions:
     """How plans are compiled.
 
     Attributes:
-        target: compute capability such as "sm_89", or "portable"; None is the GPU that is here.
+        target: compute capability such as "sm_89", or "portable"; None means the GPU of this machine.
         level: TensorRT's builder optimisation level, 0..5; None is its default.
-        workspace: bytes of scratch memory on the GPU for features.plan; None is all of it.
-        hardware_compatible: runs on Ampere and newer; version_compatible: on newer versions of TensorRT.
-        strip_weights: a plan without weights, to be refitted from the bundle.
+        workspace: bytes of scratch memory that features.plan may use on the GPU; None means all of it.
+        hardware_compatible: the plan runs on Ampere and newer GPUs.
+        version_compatible: the plan runs on newer versions of TensorRT.
+        strip_weights: the plan holds no weights and is refitted from the bundle when it is opened.
     """
 
     target: str | None = None
@@ -40,7 +41,7 @@ class BuildOptions:
     strip_weights: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """What was asked for beside the target."""
+        """The options that were given, without the target."""
         given = asdict(self)
         del given["target"]
         return {name: value for name, value in given.items() if value is not None and value is not False}
@@ -63,17 +64,17 @@ def compile_plan(
     cache: TimingCache | None = None,
     step: Step = lambda phase, done, total: None,
 ) -> Compiled:
-    """Parse and compile a graph, strongly typed.
+    """Parse a graph as a strongly typed network and compile it.
 
     Args:
         profiles: ranges of dynamic inputs.
         check: called with the parsed network's layers before the long work starts.
-        step: called as the compiler's outermost phase goes on.
+        step: called with the progress of the compiler's outermost phase.
 
     Raises:
         InputError: unknown target.
-        MissingComponent: this version cannot do what is asked for.
-        BundleError: the parser or the compiler refuses the graph; holds their first message.
+        MissingComponent: this version of TensorRT lacks an option that was asked for.
+        BundleError: the parser or the compiler refuses the graph; the error holds their first message.
     """
     with _signals_kept() as arrived:
         return _compile(trt, graph, options, profiles, check, cache, step, lambda: arrived)
@@ -92,7 +93,7 @@ def _compile(
     """See `compile_plan`.
 
     Args:
-        stop: asked now and then; what is true calls the build off.
+        stop: polled during the build; a true value cancels it.
     """
     network = Network(trt, graph)
     layers = network.layers
@@ -162,7 +163,7 @@ def _require(trt: Any, name: str, flag: str) -> None:
 
 
 def _monitor(trt: Any, step: Step, stop: Callable[[], object]) -> Any:
-    """Follows the builder's outermost phase (there are hundreds of inner ones), and calls it off."""
+    """A progress monitor that follows the outermost phase (there are hundreds) and can cancel the build."""
 
     class Monitor(trt.IProgressMonitor):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -187,10 +188,10 @@ def _monitor(trt: Any, step: Step, stop: Callable[[], object]) -> Any:
 
 @contextmanager
 def _signals_kept() -> Iterator[list[int]]:
-    """Signals that arrive meanwhile, to be acted on at the end.
+    """Hold back signals during a build and deliver them at its end.
 
-    TensorRT calls back into Python to log and to report progress. What a signal's handler raises in there
-    TensorRT drops, and goes on.
+    TensorRT calls back into Python to log and to report progress, and drops exceptions raised there. An
+    exception from a signal handler would therefore be lost.
     """
     arrived: list[int] = []
     handlers: dict[int, Any] = {}

@@ -1,4 +1,4 @@
-"""Parsing an ONNX file with TensorRT, and looking at what came of it before anything is built."""
+"""Parsing an ONNX file with TensorRT, and checking the types of the network before it is built."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ class LayerType:
     """A layer of the parsed network.
 
     Attributes:
-        name: of the node that it came from; kind: its type.
-        value: name of its first output; dtype: that output's type.
+        name: the ONNX node that it came from.
+        kind: the layer's type, such as "MATRIX_MULTIPLY".
+        value: name of its first output.
+        dtype: type of that output.
     """
 
     name: str
@@ -39,10 +41,10 @@ class Network:
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        graph: with its weights, which the network uses where they are.
+        graph: the graph with its weights; the network refers to the weights without copying them.
 
     Raises:
-        BundleError: the parser refuses the graph; holds its first message.
+        BundleError: the parser refuses the graph; the error holds its first message.
     """
 
     def __init__(self, trt: Any, graph: Graph) -> None:
@@ -59,7 +61,7 @@ class Network:
 
     @property
     def layers(self) -> tuple[LayerType, ...]:
-        """In the network's order; those without an output are left out."""
+        """Layers in the network's order, without those that have no output."""
         found = []
         for index in range(self.network.num_layers):
             layer = self.network.get_layer(index)
@@ -73,11 +75,11 @@ def audit(layers: Collection[LayerType], precision: str, float32_products: Colle
     """Check that a features network has the types its bundle promises.
 
     Args:
-        precision: of the bundle.
-        float32_products: names of the products that are float32 by the bundle's recipe.
+        precision: the bundle's precision.
+        float32_products: names of the products that the bundle's recipe keeps in float32.
 
     Raises:
-        GateFailed: names the layer: a product that is not 16-bit, or a residual or norm that is.
+        GateFailed: a product is not 16-bit, or the residual or a norm is; the error names the layer.
     """
     short = _SHORT.get(precision)
     if short is None:
@@ -99,7 +101,7 @@ def audit(layers: Collection[LayerType], precision: str, float32_products: Colle
 
 
 def _parse_error(parser: Any) -> str:
-    """The first error, with the operator it is about; "" if the parser kept none."""
+    """The parser's first error with its operator; "" if there is none."""
     if not parser.num_errors:
         return ""
     error = parser.get_error(0)

@@ -1,4 +1,4 @@
-"""Protocol buffers as text, as far as a config.pbtxt needs it: no protobuf, and no schema, to write one.
+"""Writing protocol buffers as text, as far as a config.pbtxt needs it, without protobuf or a schema.
 
 https://protobuf.dev/reference/protobuf/textformat-spec/
 """
@@ -10,21 +10,21 @@ from typing import Any
 
 
 class Enum(str):
-    """A value of an enumeration: written without quotes."""
+    """A value of an enumeration, which is written without quotes."""
 
 
 def pbtxt(message: Mapping[str, Any]) -> str:
-    """A message as text.
+    """Format a message as text.
 
     Args:
-        message: {field: value}. A mapping is a message, a list a repeated field; for a field that is a map
-            see `entries`. Strings, integers, booleans, `Enum`.
+        message: {field: value}. A mapping becomes a message and a list a repeated field; `entries` makes the
+            value of a map field. Scalars are strings, integers, booleans and `Enum`.
     """
     return "\n".join(_lines(message, "")) + "\n"
 
 
 def entries(mapping: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """A map field's entries."""
+    """The entries of a map field."""
     return [{"key": key, "value": value} for key, value in mapping.items()]
 
 
@@ -55,7 +55,7 @@ def _scalar(value: Any) -> str:
         return "true" if value else "false"
     if isinstance(value, int):
         return str(value)
-    # Bytes beyond printable ASCII as octal escapes, which are of three digits whatever follows.
+    # Bytes beyond printable ASCII become octal escapes of three digits.
     text = "".join(
         chr(byte) if 32 <= byte < 127 and byte not in b'"\\' else f"\\{byte:03o}"
         for byte in str(value).encode("utf-8")

@@ -1,4 +1,4 @@
-"""TensorRT's timing cache on disk: kept for each GPU and version, safe when two builds run at once."""
+"""TensorRT's timing cache on disk, one file per GPU and version; two builds may share it at once."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ditf.runtime.files.user_cache import read_cache, write_cache
 
 
 class TimingCache:
-    """One cache file.
+    """One cache file in the user's cache (see `read_cache`).
 
-    A build reads it when it starts and, when it ends, writes what it learned on top of what others wrote
-    meanwhile, in a file that appears whole. It is in the user's cache, see `read_cache`.
+    A build reads the file when it starts. When it ends, it merges its timings with those that other builds
+    wrote meanwhile and replaces the file atomically.
 
     Args:
-        path: of the file; it need not exist.
+        path: path of the file, which need not exist.
 
     Attributes:
-        warning: why the file could not be used, if it could not; it is then written anew.
+        warning: why the file could not be used, or ""; such a file is replaced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,13 +38,13 @@ class TimingCache:
             config.set_timing_cache(self._cache, ignore_mismatch=False)
 
     def keep(self, config: Any) -> None:
-        """Write what a build learned.
+        """Write the timings of a build.
 
         Raises:
             InputError: the file cannot be written.
         """
         if self._refused:
-            return  # what is not this user's is not written to
+            return  # the file is another user's
         learned = config.get_timing_cache()
         if not self.warning:
             others = self._read(config)
@@ -59,7 +59,7 @@ class TimingCache:
             ) from error
 
     def _read(self, config: Any) -> Any:
-        """The file's cache, an empty one where there is no file; None of what is refused."""
+        """The cache in the file, an empty cache where there is no file, None where the file is refused."""
         try:
             content = read_cache(self.path) or b""
         except OSError as error:

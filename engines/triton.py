@@ -1,13 +1,13 @@
-"""A bundle as models of a Triton model repository.
+"""Writing a bundle as models of a Triton model repository.
 
     DIR/<name>.features/        features.onnx, or plans of it
     DIR/<name>.match_graph/     match.onnx, or plans of it; on GPUs
-    DIR/<name>.match/           two maps and points in: Python, which calls match_graph
-    DIR/<name>.correspond/      two images and points in: Python, which calls features and match_graph
-    DIR/<name>.features_graph/  of a bundle whose graph takes more than images; features is then Python too
+    DIR/<name>.match/           takes two maps and points: Python, which calls match_graph
+    DIR/<name>.correspond/      takes two images and points: Python, which calls features and match_graph
+    DIR/<name>.features_graph/  where the graph takes more than images; features is then Python too
 
-Layout: triton-inference-server/server, docs/user_guide/model_repository.md. A ditf.json in each says whose
-it is.
+Layout: triton-inference-server/server, docs/user_guide/model_repository.md. A ditf.json in each model
+names the bundle that it belongs to.
 """
 
 from __future__ import annotations
@@ -40,12 +40,12 @@ from ditf.engines.triton_plans import Plans, capability
 from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN
 from ditf.runtime.bundles.bundle import CONDITIONS, FEATURES, FEATURES_DATA, MATCH, NOISE, Bundle
 from ditf.runtime.bundles.golden_file import read_golden
-from ditf.runtime.bundles.manifest import NAME as MANIFEST
+from ditf.runtime.bundles.manifest import MANIFEST
+from ditf.runtime.bundles.staging import check_space
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
-from ditf.runtime.files.staging import check_space
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
 from ditf.runtime.serving.protocol import contract
 from ditf.runtime.serving.triton import FEATURES_GRAPH, MATCH_GRAPH, graph_inputs
@@ -54,7 +54,7 @@ from ditf.runtime.store.feature_store import features_hash
 MARKER = "ditf.json"
 CONFIG = "config.pbtxt"
 SCHEMA = 1
-GONE = "gone"  # in the stage: models that were there and are no more
+GONE = "gone"  # folder of the stage that takes models which the bundle no longer has
 
 _PYTHON = '''"""Written by ditf export-triton. The code is in the ditf that is installed beside Triton."""
 
@@ -76,8 +76,9 @@ class RepositoryModel:
     """A model to be written.
 
     Attributes:
-        config: of config.pbtxt.
-        copied: {place in the model's folder: file}; written: {place: content}.
+        config: the content of config.pbtxt.
+        copied: {path in the model's folder: file to copy}.
+        written: {path in the model's folder: content}.
     """
 
     config: Config
@@ -94,10 +95,10 @@ class RepositoryModel:
 
 
 def check_name(name: str) -> str:
-    """A bundle's name in a repository, checked.
+    """Check the name that a bundle gets in a repository and return it.
 
     Raises:
-        InputError: not one that a URL's path, a directory and a metric can all have.
+        InputError: the name does not fit a URL, a directory and a metric alike.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}", name):
         raise InputError(
@@ -112,12 +113,12 @@ def bundle_models(
     """The models of a bundle, graphs first.
 
     Args:
-        plans: what runs the graphs; None is ONNX Runtime.
+        plans: the engines that run the graphs; None means ONNX Runtime.
     """
     manifest = bundle.manifest
     inputs = graph_inputs(bundle)
     plain = set(inputs) == {"image"}
-    features_name = f"{name}.{contract.FEATURES if plain else FEATURES_MODEL}"
+    features_name = f"{name}.{contract.SERVED_FEATURES if plain else FEATURES_MODEL}"
     files, copied = _features_files(bundle, plans)
     features = RepositoryModel(features_config(features_name, manifest, inputs, files, placement), copied)
     features.written |= _warmup(bundle, batches(manifest, inputs))
@@ -127,8 +128,10 @@ def bundle_models(
         graphs[MATCH_GRAPH] = f"{name}.{MATCH_MODEL}"
         files, copied = _match_files(bundle, plans)
         models.append(RepositoryModel(match_config(graphs[MATCH_GRAPH], manifest, files, placement), copied))
-    roles = [contract.MATCH, contract.CORRESPOND] if plain else list(contract.model_specs(manifest))
-    # One prepares while another waits for the graph; of a dynamic batch, so many that there is one.
+    roles = (
+        [contract.SERVED_MATCH, contract.SERVED_CORRESPOND] if plain else list(contract.model_specs(manifest))
+    )
+    # One process prepares while another waits for the graph; more of them fill a dynamic batch.
     count = placement.instances * (4 if batches(manifest, inputs) else 2)
     for role in roles:
         config = python_config(f"{name}.{role}", role, manifest, graphs, placement.largest_batch, count)
@@ -146,17 +149,18 @@ def bundle_models(
 def write_models(
     repository: Path, bundle: Bundle, name: str, models: Sequence[RepositoryModel]
 ) -> list[Path]:
-    """Put a bundle's models into a repository, in place of those that it had there.
+    """Write a bundle's models into a repository and replace those that it had there.
 
-    They are written elsewhere and then renamed, graphs first: what is called is there before who calls it.
-    Elsewhere is beside the repository, because Triton takes every folder in one for a model, hidden ones too
-    (core, src/filesystem/implementations/local.h); in it only where it is a file system of its own.
+    The models are written to a stage and then renamed, graphs first, so that a model is never there before
+    the graph that it calls. The stage is beside the repository, because Triton takes every folder inside for
+    a model, hidden ones too (core, src/filesystem/implementations/local.h). It is inside only where the
+    repository is the root of a file system.
 
     Returns:
-        Folders of models that were there and are no more.
+        Folders of models that the bundle no longer has; they were removed.
 
     Raises:
-        InputError: a folder of this name is not ditf's, or there is no room.
+        InputError: a folder of that name was not made by ditf for this bundle, or the disk is full.
     """
     if repository.exists() and not repository.is_dir():
         raise InputError(f"{repository} is a file", "name a directory")
@@ -191,7 +195,7 @@ def _write(folder: Path, bundle: Bundle, name: str, model: RepositoryModel) -> N
 
 
 def _swap(stage: Path, repository: Path, names: Sequence[str], gone: Sequence[Path]) -> None:
-    """Rename all models into their places; if one cannot be, all are as they were."""
+    """Rename all models into their places; if one rename fails, undo the others."""
     done: list[tuple[Path, Path | None]] = []
     try:
         for name in names:
@@ -212,7 +216,7 @@ def _swap(stage: Path, repository: Path, names: Sequence[str], gone: Sequence[Pa
 
 @contextmanager
 def _staging(repository: Path) -> Iterator[tuple[Path, Path]]:
-    """A folder on the repository's file system, which is removed in the end, and where the repository is."""
+    """A temporary folder on the repository's file system, and the resolved path of the repository."""
     place = link_end(repository)
     beside, home = place.parent, place.name
     if place.exists() and place.stat().st_dev != beside.stat().st_dev:
@@ -236,14 +240,14 @@ def _check_ours(folder: Path, name: str) -> None:
 
 
 def _own(repository: Path, name: str) -> list[Path]:
-    """Models of a bundle that a repository has."""
+    """The models in a repository that belong to a bundle."""
     if not repository.is_dir():
         return []
     return [path for path in sorted(repository.iterdir()) if path.is_dir() and _owner(path) == name]
 
 
 def _owner(folder: Path) -> str | None:
-    """The name that a model was made under; None of one that ditf did not make."""
+    """The bundle's name that a model was made under; None if ditf did not make the model."""
     try:
         owner = read_json(folder / MARKER, _LARGEST_MARKER)["bundle"]
     except (OSError, ValueError, LookupError, TypeError):
@@ -254,8 +258,10 @@ def _owner(folder: Path) -> str | None:
 def _features_files(bundle: Bundle, plans: Plans | None) -> tuple[Files, dict[str, HashedFile]]:
     if plans is not None:
         return _plan_files(plans, FEATURES_PLAN)
-    bundle.read_graph(FEATURES)  # Triton opens what it refers to by path: it must refer to its own weights
-    # ONNX Runtime finds the weights beside the model, which makes it one of several files: a directory.
+    bundle.read_graph(
+        FEATURES
+    )  # checks that the graph refers only to its own weights: Triton opens any path in it
+    # The weights lie beside the model, so that Triton wants a directory in place of one file.
     copied = {
         f"1/{_DIRECTORY}/{_DIRECTORY}": bundle.file(FEATURES),
         f"1/{_DIRECTORY}/{FEATURES_DATA}": bundle.file(FEATURES_DATA),
@@ -281,7 +287,7 @@ def _plan_files(plans: Plans, plan: str) -> tuple[Files, dict[str, HashedFile]]:
 
 
 def _warmup(bundle: Bundle, dynamic: bool) -> dict[str, bytes]:
-    """Data of the features model's warm-up: golden images, and what else the graph takes."""
+    """Warm-up data of the features model: golden images and the graph's other inputs."""
     batch = bundle.manifest.batch
     count = 1 if dynamic or batch == "dynamic" else int(batch)
     images = read_golden(bundle)["images"]

@@ -1,10 +1,11 @@
-"""config.pbtxt of the models that a bundle is on Triton.
+"""The config.pbtxt of each model in a Triton repository.
 
-Fields are those of triton-inference-server/common, protobuf/model_config.proto; what they mean is in the
-server's docs/user_guide/model_configuration.md, and what the backends insist on in their sources:
+The fields are defined in triton-inference-server/common, protobuf/model_config.proto, and explained in the
+server's docs/user_guide/model_configuration.md. The backends' sources add rules:
     onnxruntime_backend, src/onnxruntime_utils.cc CompareDimsSupported: with max_batch_size the first
         dimension of *every* input is dynamic and left out of `dims`; without, `dims` is the graph's shape;
-    tensorrt_backend, src/model_state.cc: cc_model_filenames, of several GPUs' plans; `profile` by its index.
+    tensorrt_backend, src/model_state.cc: cc_model_filenames names the plans of several GPUs; `profile` is an
+        index.
 """
 
 from __future__ import annotations
@@ -16,9 +17,9 @@ from typing import Any
 import numpy as np
 
 from ditf.engines.pbtxt import Enum, entries
-from ditf.runtime.backends.engine_records import POINTS
+from ditf.runtime.backends.engine_records import MATCH_PLAN_POINTS
 from ditf.runtime.bundles.manifest import Manifest
-from ditf.runtime.serving.protocol.contract import FEATURES, TensorSpec, model_specs
+from ditf.runtime.serving.protocol.contract import SERVED_FEATURES, TensorSpec, model_specs
 from ditf.runtime.serving.triton import LARGEST_BATCH, MODEL
 
 ONNX, PLAN = "onnxruntime_onnx", "tensorrt_plan"
@@ -41,12 +42,13 @@ _NUMPY_TYPES = {
 
 @dataclass(frozen=True)
 class Placement:
-    """How graphs run.
+    """Where and how the graphs run.
 
     Attributes:
-        gpu: on GPUs, else on the CPU.
-        instances: of each graph, on each GPU.
-        largest_batch: of a bundle with a dynamic batch; usual_batch: what it is fastest at.
+        gpu: whether they run on GPUs; on the CPU otherwise.
+        instances: instances of each graph on each GPU.
+        largest_batch: largest batch of a bundle with a dynamic batch.
+        usual_batch: batch at which the plan is fastest.
         delay_us: how long an image waits for others, microseconds.
     """
 
@@ -59,13 +61,13 @@ class Placement:
 
 @dataclass(frozen=True)
 class Files:
-    """What a graph's model loads.
+    """The files that a graph's model loads.
 
     Attributes:
         platform: `ONNX` or `PLAN`.
-        default: file in the version folder; None where there is none for every GPU.
+        default: file in the version folder that any GPU can load, or None.
         by_capability: {"8.7": file} of plans.
-        profile: index of the plans' profile; None of an ONNX file.
+        profile: index of the plans' optimisation profile; None for an ONNX file.
     """
 
     platform: str
@@ -77,8 +79,8 @@ class Files:
 def features_config(
     name: str, manifest: Manifest, inputs: Inputs, files: Files, placement: Placement
 ) -> Config:
-    """Of features.onnx or its plan: dynamic batches where the image is all that changes."""
-    output = model_specs(manifest)[FEATURES].outputs[0]
+    """The config of features.onnx or its plan; it batches dynamically if the image is the only input."""
+    output = model_specs(manifest)[SERVED_FEATURES].outputs[0]
     config = _graph(name, files)
     if batches(manifest, inputs):
         _, shape = inputs["image"]
@@ -99,7 +101,7 @@ def features_config(
         }
     if config["max_batch_size"]:
         config["dynamic_batching"] = {"max_queue_delay_microseconds": placement.delay_us}
-        # docs/user_guide/batcher.md: of engines alone, where one size is really faster than others.
+        # docs/user_guide/batcher.md advises preferred sizes for engines only.
         preferred = sorted({placement.usual_batch, placement.largest_batch} - {1})
         if files.platform == PLAN and preferred:
             config["dynamic_batching"]["preferred_batch_size"] = preferred
@@ -109,8 +111,8 @@ def features_config(
 
 
 def match_config(name: str, manifest: Manifest, files: Files, placement: Placement) -> Config:
-    """Of match.onnx or its plan: two maps and matrices in, the runtime's `interpolation_inputs`."""
-    datatype = _TYPES[model_specs(manifest)[FEATURES].outputs[0].datatype]
+    """The config of match.onnx or its plan, which takes two maps and the `interpolation_inputs`."""
+    datatype = _TYPES[model_specs(manifest)[SERVED_FEATURES].outputs[0].datatype]
     h, w = manifest.grid
     maps = (1, manifest.channels, h, w)
     listed = (
@@ -121,7 +123,7 @@ def match_config(name: str, manifest: Manifest, files: Files, placement: Placeme
         ("rows", "TYPE_FP32", (-1, h)),
         ("columns", "TYPE_FP32", (-1, w)),
     )
-    lengths = (1, 1, POINTS[1], POINTS[1], *manifest.size)
+    lengths = (1, 1, MATCH_PLAN_POINTS[1], MATCH_PLAN_POINTS[1], *manifest.size)
     return {
         **_graph(name, files),
         "max_batch_size": 0,
@@ -146,12 +148,12 @@ def match_config(name: str, manifest: Manifest, files: Files, placement: Placeme
 def python_config(
     name: str, role: str, manifest: Manifest, graphs: Mapping[str, str], largest_batch: int, count: int
 ) -> Config:
-    """Of one of the contract's models that Triton's Python backend answers.
+    """The config of a model that Triton's Python backend runs.
 
     Args:
-        role: its name in the contract.
-        graphs: `FEATURES_GRAPH` and, where a graph matches, `MATCH_GRAPH`: names of the models that run them.
-        count: of its processes.
+        role: the model's name in the serving contract.
+        graphs: the models that run the graphs, by `FEATURES_GRAPH` and, where there is one, `MATCH_GRAPH`.
+        count: number of processes.
     """
     spec = model_specs(manifest)[role]
     parameters = {MODEL: role, LARGEST_BATCH: str(largest_batch), **graphs}
@@ -167,7 +169,7 @@ def python_config(
 
 
 def batches(manifest: Manifest, inputs: Inputs) -> bool:
-    """Whether Triton may put requests for features together: it does not where an input has no batch."""
+    """Whether Triton may batch requests for features, which needs a batch dimension in every input."""
     return manifest.batch == "dynamic" and set(inputs) == {"image"}
 
 
@@ -189,7 +191,7 @@ def _instances(placement: Placement, profile: int | None) -> Config:
 
 
 def _features_warmup(config: Config, inputs: Inputs, placement: Placement) -> list[Config]:
-    """The golden image in batches of 1 and of the largest; what else the graph takes as it is."""
+    """Warm-up with the golden image in batches of 1 and of the largest size."""
     sizes = sorted({1, config["max_batch_size"] or 1})
     shapes = {one["name"]: list(one["dims"]) for one in config["input"]}
     if shapes["image"][0] == -1:

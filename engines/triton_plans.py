@@ -1,4 +1,4 @@
-"""Which of a bundle's engines a Triton can serve: of full TensorRT, one version, one plan for each GPU."""
+"""Choosing the engines that a Triton server can load: full TensorRT, one version, one plan per GPU."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
 
 FLAVOUR = "tensorrt"
-_OLDEST_COMPATIBLE = 80  # what hardware compatibility reaches down to
+_OLDEST_COMPATIBLE = 80  # hardware-compatible plans run from sm_80 on
 _BUILD = "build one on the GPU that will serve it: ditf build --backend tensorrt"
 
 
 class NoEngine(InputError):
-    """A bundle without an engine that Triton could load."""
+    """The bundle has no engine that Triton could load."""
 
 
 @dataclass(frozen=True)
@@ -24,11 +24,11 @@ class Plans:
     """Engines that go into one model.
 
     Attributes:
-        version: of TensorRT, of all of them.
+        version: the version of TensorRT that built all of them.
         by_target: {"sm_87": (folder, record)}.
-        default: the one for any other GPU from sm_80 on; None where there is none.
-        profile: index of the profile that takes one image and more.
-        batch: usual and largest batch, of all of them.
+        default: the engine for any other GPU from sm_80 on, or None.
+        profile: index of the optimisation profile that starts at one image.
+        batch: usual and largest batch that all of them take.
     """
 
     version: str
@@ -39,20 +39,20 @@ class Plans:
 
     @property
     def engines(self) -> dict[str, tuple[Path, EngineRecord]]:
-        """All, {folder's name: ...}."""
+        """All engines by the name of their folder."""
         both = [*self.by_target.values(), *([self.default] if self.default else [])]
         return {folder.name: (folder, record) for folder, record in both}
 
 
 def choose_plans(bundle: Bundle, targets: Sequence[str]) -> Plans:
-    """The engines to serve.
+    """Choose the engines to serve.
 
     Args:
-        targets: GPUs of the servers, "sm_87"; all that the bundle has engines for by default.
+        targets: the servers' GPUs, such as "sm_87"; by default all that the bundle has engines for.
 
     Raises:
-        NoEngine: there is none.
-        InputError: none for a target, or several versions of TensorRT: a Triton has one.
+        NoEngine: the bundle has no usable engine.
+        InputError: a target has no engine, or the engines are of several versions of TensorRT.
         BundleError: a plan is damaged.
     """
     usable, passed_over = _usable(bundle)
@@ -98,7 +98,7 @@ def capability(target: str) -> str:
 
 
 def _usable(bundle: Bundle) -> tuple[list[tuple[Path, EngineRecord]], list[str]]:
-    """Engines of this bundle that Triton's backend deserialises, newest first; and why not the others."""
+    """Engines that Triton's backend can load, newest first, and why the others cannot be loaded."""
     usable, passed_over = [], []
     for folder in engine_folders(bundle.path):
         try:
@@ -123,7 +123,7 @@ def _built_for(record: EngineRecord) -> str:
 
 
 def _profile(folder: Path, record: EngineRecord) -> tuple[int, tuple[int, int]]:
-    """The profile from one image up to the most, and its usual and largest batch."""
+    """The profile that starts at one image and reaches furthest, with its usual and largest batch."""
     fixed = len(record.batch) == 1 and len(set(record.batch[0])) == 1
     found = [(high, index, usual) for index, (low, usual, high) in enumerate(record.batch) if low == 1]
     if fixed and not found:

@@ -4,41 +4,49 @@ from __future__ import annotations
 
 import gc
 import json
-import shlex
+from contextlib import ExitStack
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from ditf.calib.parity import tolerances
-from ditf.calib.recipe import FEATURES, decide
-from ditf.export.bundle_graphs import match_onnx, write_graph
+from ditf.calib.images import golden_pair
+from ditf.calib.recipe import FEATURES, Recipe, choose_recipe
+from ditf.export.assemble.features_graph import AssembledGraph, assemble
+from ditf.export.bundle_graphs import FeaturesRecord, match_onnx, write_features
+from ditf.export.bundle_manifest import make_manifest
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
-from ditf.export.estimate.cost import bundle_bytes, written_bytes
-from ditf.export.estimate.memory import check_memory
-from ditf.export.measure.calibrate import ranges_of, read_calibration, read_extents, read_maxima
-from ditf.export.measure.golden import Whole
-from ditf.export.measure.run_reference import Report, run_reference, without_reference
-from ditf.export.measure.vae_compatibility import Swap, judge_encoder
+from ditf.export.estimate.estimate import Estimate
+from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.calibrate import ObservedBlocks, measure_calibration, observe_blocks
+from ditf.export.measure.calibration import (
+    Calibration,
+    check_feature_range,
+    feature_settings,
+    read_calibration,
+)
+from ditf.export.measure.feature_statistics import FeatureStatistics, measure_features
+from ditf.export.measure.golden import ExactCase, GoldenCase, GoldenOutputs, golden_cases, golden_outputs
+from ditf.export.measure.images import CalibrationImages
+from ditf.export.measure.reference_model import Reference
+from ditf.export.measure.vae_compatibility import VaeComparison, compare_vaes
+from ditf.export.onnx_writing.emulation import check_against_golden, check_finite
 from ditf.export.onnx_writing.onnx_file import Progress
 from ditf.export.planning.conditions import Entry, describe, encode, trim
 from ditf.export.planning.options import ExportOptions, check_opset
 from ditf.export.planning.plan import Plan, make_plan
+from ditf.export.planning.stages import Report, Stage, run_stages
 from ditf.runtime.bundles import bundle as files
-from ditf.runtime.bundles.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
-from ditf.runtime.files.hashed import sha256
-from ditf.runtime.files.staging import check_output, check_space, staged
-
-_STAGES = {"float32": 9, "bfloat16": 9, "float16": 10, "int8": 10}
+from ditf.runtime.bundles.manifest import MANIFEST, read_manifest
+from ditf.runtime.bundles.staging import check_output, check_space, staged
 
 
 def stage_count(options: ExportOptions) -> int:
-    """Times that `export_bundle` reports a stage."""
-    measured = options.precision != "float32" and options.calibration is None
-    more = measured + options.surveys + (options.vae is not None)
-    return _STAGES[options.precision] + more - (options.golden == "none")
+    """How often `export_bundle` reports a stage."""
+    return len(_Export(options).stages())
 
 
 def export_bundle(
@@ -60,132 +68,236 @@ def export_bundle(
         DitfError: anything wrong with the options, the checkpoint or the disk.
     """
     check_opset(options.opset)
-    report(f"opening {options.model}")
-    with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
-        plan = make_plan(options, checkpoint)
+    export = _Export(options, progress)
+    with export.resources, torch.no_grad():
+        run_stages(export.stages(), report)
+    return export.plan.output
+
+
+class _Export:
+    """One export. Each stage reads what earlier stages have set, and drops what no later stage needs."""
+
+    plan: Plan
+    bundle_bytes: int
+    images: CalibrationImages
+    golden_images: np.ndarray
+    folder: Path
+    noise: torch.Tensor
+    all_text: tuple[Entry, ...]
+    entries: tuple[Entry, ...]
+    reference: Reference
+    observed: ObservedBlocks
+    made: AssembledGraph
+    features: FeaturesRecord
+
+    def __init__(self, options: ExportOptions, progress: Progress = lambda done, total: None) -> None:
+        self.options = options
+        self.progress = progress
+        self.resources = ExitStack()  # what is open until the export ends: the checkpoint and the bundle
+        self.spill = self.resources.enter_context(ExitStack())  # the file that the graph's weights are in
+        self.calibration: Calibration | None = None
+        self.vaes: VaeComparison | None = None
+        self.statistics = FeatureStatistics()
+        self.golden: GoldenOutputs | None = None
+        self.emulated: dict[str, float] = {}
+
+    def stages(self) -> list[Stage]:
+        """The stages that these options ask for, in order."""
+        options = self.options
+        reference = options.golden == "reference"
+        calibrates = reference and options.calibration is None
+        measures = options.precision != "float32" and calibrates
+        chooses = options.precision in ("float16", "int8")
+        learned = "measuring the range" if options.pca is None else f"learning {options.pca} channels"
+        against = " against the reference" if reference else ""
+        stages = [
+            Stage(lambda: f"opening {options.model}", self.open),
+            Stage(
+                lambda: f"comparing the encoder of {options.vae} with the model's own",
+                self.compare_vaes,
+                runs=options.vae is not None,
+            ),
+            Stage(lambda: f"{self.layer_name}; encoding {describe(self.plan.entries)}", self.encode),
+            Stage(
+                lambda: f"calibrating on images with the unmodified {self.plan.family.transformer_class}",
+                self.calibrate,
+                runs=calibrates,
+            ),
+            Stage(
+                lambda: f"taking the calibration of {options.calibration}",
+                self.load_reference,
+                runs=reference and not calibrates,
+            ),
+            Stage(
+                lambda: f"{learned} of the unmodified model's features",
+                self.measure_features,
+                runs=reference and options.measures_features,
+            ),
+            Stage(lambda: f"{self.discarding}; recording golden outputs", self.record_golden, runs=reference),
+            Stage(lambda: f"{self.discarding}; no golden outputs", runs=not reference),
+            Stage(
+                lambda: "measuring every value that a 16-bit graph would hold",
+                self.measure_ranges,
+                runs=measures,
+            ),
+            Stage(lambda: f"recipe: {self.recipe.summary()}", self.take_recipe, runs=chooses),
+            Stage(lambda: f"reading and folding the weights of {self.blocks}", self.fold_weights),
+            Stage(lambda: f"rehearsing {self.blocks} in {options.precision}{against}", self.emulate),
+            Stage(lambda: f"tracing {self.blocks} in {options.precision}", self.trace),
+            Stage(lambda: "tracing the matcher", self.trace_matcher),
+            Stage(lambda: "writing the manifest", self.write_manifest),
+        ]
+        return [stage for stage in stages if stage.runs]
+
+    def open(self) -> None:
+        options = self.options
+        opened = open_checkpoint(options.model, options.revision, options.variant, options.unneeded)
+        self.plan = plan = make_plan(options, self.resources.enter_context(opened))
         check_output(plan.output, options.inputs)
-        weights = bundle_bytes(plan)
-        check_space(plan.output, written_bytes(plan, weights))
-        check_memory(plan)
+        estimate = Estimate(plan)
+        check_space(plan.output, estimate.written_bytes)
+        estimate.check_memory()
+        self.bundle_bytes = estimate.bundle_bytes
         if options.calibration is not None:
-            read_calibration(options.calibration, plan)
-        swap = None
-        if options.vae is not None:
-            report(f"comparing the encoder of {options.vae} with the model's own")
-            swap = judge_encoder(plan)
-        with staged(plan.output) as folder:
-            report(f"{plan.family.blocks.describe(plan.layer)}; encoding {describe(plan.entries)}")
-            with torch.no_grad():
-                encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
-                gc.collect()  # a pipeline refers to itself
-                _write_bundle(folder, plan, encoded, swap, weights, report, progress)
-            read_manifest(folder)
-    return plan.output
+            self.calibration = read_calibration(options.calibration, plan)
+        self.images = CalibrationImages(options.calibration_images, plan.size)
+        self.golden_images = golden_pair(plan.size)
 
+    def compare_vaes(self) -> None:
+        self.vaes = compare_vaes(self.plan, self.golden_images, self.images)
 
-def _write_bundle(
-    folder: Path,
-    plan: Plan,
-    encoded: tuple[Entry, ...],
-    swap: Swap | None,
-    weights: int,
-    report: Report,
-    progress: Progress,
-) -> None:
-    options = plan.options
-    noise = plan.noise()
-    live = options.conditioning == "live"
-    whole = trim(encoded, plan.family, live)
-    entries = trim(encoded, plan.family, live, options.text_tokens)
-    cut = plan.family.text_length(entries[0].condition) < plan.family.text_length(whole[0].condition)
-    exact = Whole(whole[0], None if swap is None else swap.x_0) if cut or swap is not None else None
-    if options.golden == "none":
-        observed = without_reference(plan, report)
-    else:
-        observed = run_reference(folder, plan, entries, exact, noise, report)
-    document = observed.document
-    if plan.precision.compute != torch.float32 and observed.found is not None:
-        report("measuring every value that a 16-bit graph would hold")
-        with spilling(folder):
-            document.update(ranges_of(plan, observed.found, entries, noise))
+    def encode(self) -> None:
+        plan, live = self.plan, self.options.conditioning == "live"
+        self.folder = self.resources.enter_context(staged(plan.output))
+        encoded = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)
+        gc.collect()  # a pipeline refers to itself
+        self.all_text = trim(encoded, plan.family, live)
+        self.entries = trim(encoded, plan.family, live, self.options.text_tokens)
+        self.noise = plan.noise()
+
+    def load_reference(self) -> None:
+        plan, first = self.plan, self.entries[0]
+        self.reference = Reference(
+            plan.checkpoint, plan.family, plan.layer, plan.size, self.noise, plan.latents
+        )
+        self.reference.under(first.condition, first.timestep)
+
+    def calibrate(self) -> None:
+        self.load_reference()
+        self.observed = observe_blocks(self.plan, self.reference, self.images)
+        self.calibration = self.observed.calibration
+
+    def measure_features(self) -> None:
+        self.statistics = measure_features(self.plan, self.reference, self.settings, self.cases, self.images)
+
+    def record_golden(self) -> None:
+        exact = None
+        if self.text_is_cut or self.vaes is not None:
+            exact = ExactCase(self.all_text[0], None if self.vaes is None else self.vaes.x_0)
+        self.golden = golden_outputs(
+            self.reference,
+            self.golden_images,
+            self.settings,
+            self.options.seed,
+            self.cases,
+            exact,
+            self.statistics.projection,
+        )
+        np.savez_compressed(self.folder / files.GOLDEN, allow_pickle=False, **self.golden.arrays)
+        del self.reference
+
+    def measure_ranges(self) -> None:
+        with spilling(self.folder):
+            self.calibration = measure_calibration(
+                self.plan, self.observed, self.entries, self.noise, self.images
+            )
+        check_feature_range(self.plan, self.calibration)
         gc.collect()
-    if plan.precision.compute == torch.float16:
-        extents = read_extents(document)
-        if plan.output_dtype != torch.float16:
-            extents = [extent for extent in extents if extent.kind != FEATURES]
-        recipe = decide(extents)
-        maxima = read_maxima(document) if options.precision == "int8" else None
-        plan = replace(plan, precision=replace(plan.precision, recipe=recipe, maxima=maxima))
-        report(f"recipe: {plan.precision.recipe.summary()}")
-    if document:
-        (folder / files.CALIBRATION).write_text(json.dumps(document, indent=1) + "\n", "utf-8")
 
-    with spilling(folder, lambda written: progress(written, weights)):
-        written = write_graph(folder, plan, entries, noise, observed, report, progress)
-    gc.collect()
-    report("tracing the matcher")
-    matcher = match_onnx(plan.channels, plan.grid, plan.output_dtype, options.opset)
-    (folder / files.MATCH).write_bytes(matcher)
-    if options.noise == "input":
-        np.save(folder / files.NOISE, noise.numpy())
-    if observed.projection is not None:
-        np.save(folder / files.PROJECTION, observed.projection)
+    def take_recipe(self) -> None:
+        maxima = self.calibration.maxima if self.calibration and self.options.precision == "int8" else None
+        precision = replace(self.plan.precision, recipe=self.recipe, maxima=maxima)
+        self.plan = replace(self.plan, precision=precision)
 
-    report("writing the manifest")
-    first = plan.entries[0]
-    manifest = Manifest(
-        schema=SCHEMA,
-        model={
-            "id": plan.checkpoint.id,
-            "revision": plan.checkpoint.revision,
-            "family": plan.family.name,
-            "transformer": plan.family.transformer_class,
-        },
-        layer=plan.layer,
-        layer_name=plan.family.blocks.describe(plan.layer),
-        timestep=first.timestep,
-        prompt=first.prompt,
-        class_label=first.class_label,
-        guidance=plan.guidance,
-        text_tokens=options.text_tokens if cut else None,
-        seed=options.seed,
-        ensemble=options.ensemble,
-        noise=options.noise,
-        size=plan.size,
-        grid=plan.grid,
-        channels=plan.channels,
-        batch=options.batch,
-        adaln=options.adaln,
-        discard={
-            "channels": list(observed.settings.channels),
-            "stage": observed.settings.stage,
-            "source": options.discard if isinstance(options.discard, str) else "given",
-        },
-        features_dtype="float16" if plan.output_dtype == torch.float16 else "float32",
-        pca=observed.pca,
-        vae=None if swap is None else {**plan.latents.identity(), "x_0": swap.agreement},
-        precision=options.precision,
-        recipe=written.recipe,
-        parts=written.parts,
-        removed=written.removed,
-        opset=options.opset,
-        conditioning=options.conditioning,
-        conditions=[entry.to_json() for entry in plan.entries],
-        tolerances=_tolerances(plan, written.rehearsal),
-        rehearsal=written.rehearsal,
-        golden=observed.golden,
-        versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
-        command=options.command or f"ditf-export --model {shlex.quote(options.model)}",
-        files={
-            path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
-            for path in sorted(folder.iterdir())
-        },
-    )
-    (folder / NAME).write_text(manifest.to_json(), "utf-8")
+    def fold_weights(self) -> None:
+        del self.images  # a folder of them may be large
+        folding = spilling(self.folder, lambda written: self.progress(written, self.bundle_bytes))
+        self.spill.enter_context(folding)
+        self.made = assemble(self.plan, self.entries, self.noise, self.settings, self.statistics.projection)
 
+    def emulate(self) -> None:
+        made, precision = self.made, self.options.precision
+        if self.golden is None:
+            check_finite(made.graph, made.feeds[0], self.golden_images[0], precision)
+        else:
+            self.emulated = check_against_golden(made.graph, made.feeds, self.golden.arrays, precision)
 
-def _tolerances(plan: Plan, rehearsal: dict[str, float]) -> dict[str, float]:
-    if not rehearsal:
-        return {}
-    short = plan.output_dtype == torch.float16
-    return tolerances(plan.options.precision, rehearsal, plan.size[0] / plan.grid[0], short)
+    def trace(self) -> None:
+        self.features = write_features(self.folder, self.plan, self.made, self.golden, self.progress)
+        del self.made
+        self.spill.close()
+        gc.collect()
+
+    def trace_matcher(self) -> None:
+        plan = self.plan
+        matcher = match_onnx(plan.channels, plan.grid, plan.output_dtype, plan.options.opset)
+        (self.folder / files.MATCH).write_bytes(matcher)
+
+    def write_manifest(self) -> None:
+        folder = self.folder
+        if self.calibration is not None:
+            document = json.dumps(self.calibration.to_json(), indent=1)
+            (folder / files.CALIBRATION).write_text(document + "\n", "utf-8")
+        if self.options.noise == "input":
+            np.save(folder / files.NOISE, self.noise.numpy())
+        if self.statistics.projection is not None:
+            np.save(folder / files.PROJECTION, self.statistics.projection)
+        manifest = make_manifest(
+            folder,
+            self.plan,
+            self.settings,
+            self.features,
+            self.golden,
+            self.emulated,
+            self.statistics,
+            self.vaes,
+            self.text_is_cut,
+        )
+        (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
+        read_manifest(folder)
+
+    @property
+    def settings(self) -> FeatureSettings:
+        """The feature, once its channels are known."""
+        return feature_settings(self.plan, self.calibration)
+
+    @property
+    def cases(self) -> list[GoldenCase]:
+        return [GoldenCase(index, self.entries[index]) for index in golden_cases(len(self.entries))]
+
+    @property
+    def text_is_cut(self) -> bool:
+        """Whether --text-tokens cuts text that matters."""
+        kept, given = (
+            self.plan.family.text_length(entries[0].condition) for entries in (self.entries, self.all_text)
+        )
+        return kept < given
+
+    @cached_property
+    def recipe(self) -> Recipe:
+        """What the measured ranges ask for."""
+        assert self.calibration is not None
+        assert self.calibration.extents is not None
+        return choose_recipe([extent for extent in self.calibration.extents if extent.kind != FEATURES])
+
+    @property
+    def layer_name(self) -> str:
+        return self.plan.family.blocks.describe(self.plan.layer)
+
+    @property
+    def blocks(self) -> str:
+        return f"{self.plan.layer} blocks"
+
+    @property
+    def discarding(self) -> str:
+        return f"discarding channels {list(self.settings.channels) or 'none'}"

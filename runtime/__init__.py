@@ -1,4 +1,7 @@
-"""Bundle -> features -> matches, on the device. Standard library, numpy and pillow only."""
+"""What runs on the device: it opens a bundle, computes features and matches them.
+
+Importing it needs the standard library, numpy and pillow only.
+"""
 
 from ditf.runtime.errors import DitfError
 from ditf.runtime.features import FeatureMap

@@ -1,4 +1,4 @@
-"""The errors a user is expected to meet: the problem, then the fix, on one line."""
+"""The errors that a user may meet. Each names the problem and then the fix, on one line."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ class DitfError(Exception):
         problem: what is wrong, naming the file, flag or value.
         fix: what the user can do about it; may be empty.
 
-    `exit_code` is what the command line returns for it (design: 2 bad input, 3 missing component).
+    Attributes:
+        exit_code: what the command line exits with: 1 for a failed gate, 2 for bad input, 3 for a missing
+            component.
     """
 
     exit_code = 2
@@ -22,19 +24,19 @@ class DitfError(Exception):
 
 
 class InputError(DitfError):
-    """Wrong usage: a flag, an image, a point or a checkpoint that cannot be used."""
+    """A flag, an image, a point or a checkpoint cannot be used."""
 
 
 class BundleError(DitfError):
-    """A bundle that is incomplete, altered, or made by a newer ditf."""
+    """A bundle is incomplete, altered, or made by a newer ditf."""
 
 
 class NewerSchema(BundleError):
-    """What a newer ditf wrote; it is left as it is."""
+    """A newer ditf wrote this; it is left as it is."""
 
 
 class NoPlan(BundleError):
-    """An engine that was built without a plan of the graph that is asked for."""
+    """The engine was built without a plan of the graph that is asked for."""
 
 
 class GateFailed(DitfError):
@@ -44,11 +46,11 @@ class GateFailed(DitfError):
 
 
 class MissingComponent(DitfError):
-    """Something that has to be installed or present first; `fix` holds the line that installs it."""
+    """Something must be installed first; `fix` holds the line that installs it."""
 
     exit_code = 3
 
 
 def missing_extra(what: str, extra: str) -> MissingComponent:
-    """The error for a package of an optional extra that is not installed."""
+    """The error for a package that is not installed and that an optional extra brings."""
     return MissingComponent(f"{what} is not installed", f"run: pip install 'ditf[{extra}]'")

@@ -1,4 +1,4 @@
-"""FeatureMap: the features of one image and how they lie on it."""
+"""FeatureMap: the features of one image, and how their grid lies on the image."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ditf.runtime.errors import InputError
 
 
 class Resident(Protocol):
-    """An array in a device's memory."""
+    """An array in device memory."""
 
     @property
     def shape(self) -> tuple[int, ...]: ...
@@ -23,27 +23,27 @@ class Resident(Protocol):
         """A copy in host memory."""
 
     def reshape(self, *shape: int) -> Resident:
-        """The same memory in another shape."""
+        """A view of the same memory in another shape."""
 
 
 class FeatureMap:
     """Features of one image.
 
     Args:
-        array: [C, h, w], float16 or float32, channels first, row 0 at the top; or the same in a device's
-            memory, of which only the first rows and columns that hold some of `extent` count.
+        array: float16 or float32 [C, h, w], row 0 at the top, in host or device memory. In device memory it
+            may be larger than `extent`; only the rows and columns that `extent` reaches into are used.
         image_size: (H, W) of the original image in pixels.
-        extent: (rows, columns) of the map, in cells, that the image covers: (h, w) unless the image
-            was padded (`fit="pad"`), when the last row or column is covered in part.
+        extent: (rows, columns) of the map that the image covers, in cells. It is (h, w) unless the image was
+            padded (`fit="pad"`), which can leave the last row or column covered in part.
 
     Attributes:
         image_size: as given.
         cells: the extent.
-        resident: the array in a device's memory, uncropped; None where it was given in host memory.
+        resident: the whole array in device memory, or None if it was given in host memory.
 
     Raises:
-        InputError: `array` is not a 3-D float array, or holds NaN or infinity. Of an array in a device's
-            memory the values are looked at when they are fetched.
+        InputError: `array` is not a 3-D float array, or holds NaN or infinity. An array in device memory is
+            checked for these when it is fetched.
     """
 
     def __init__(
@@ -70,7 +70,7 @@ class FeatureMap:
 
     @property
     def array(self) -> np.ndarray:
-        """The features in host memory, [C, h, w]; fetched from the device the first time."""
+        """The features in host memory, [C, h, w]. The first access fetches them from the device."""
         if self._array is None:
             assert self.resident is not None
             rows, columns = self.grid
@@ -79,14 +79,14 @@ class FeatureMap:
 
     @property
     def channels(self) -> int:
-        """C."""
+        """The number of channels, C."""
         held = self.resident if self._array is None else self._array
         assert held is not None
         return int(held.shape[0])
 
     @property
     def grid(self) -> tuple[int, int]:
-        """(h, w) of `array`."""
+        """The size (h, w) of `array` in cells."""
         if self._array is None:
             return math.ceil(self.cells[0]), math.ceil(self.cells[1])
         return self._array.shape[1], self._array.shape[2]

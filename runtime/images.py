@@ -1,4 +1,4 @@
-"""Any image a user has -> RGB uint8 at the engine's size."""
+"""Reading images of any kind, and fitting them to the engine's size as RGB uint8."""
 
 from __future__ import annotations
 
@@ -22,19 +22,19 @@ ImageLike = Union[str, "os.PathLike[str]", Image.Image, np.ndarray]
 FITS = ("stretch", "pad")
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 LARGEST_FILE = 1 << 29
-"""Bytes of an image file that is read; what Pillow's limit of pixels lets through is smaller."""
-_PROGRAMS = frozenset({"EPS"})  # Pillow starts Ghostscript for it, which runs what the file says
+"""The most bytes that an image file may have. Files within Pillow's limit of pixels are smaller."""
+_PROGRAMS = frozenset({"EPS"})  # Pillow starts Ghostscript for these, which runs what the file says
 _PAD_VALUE = 128  # mid-grey: 0 after normalisation to [-1, 1]
 
 
 @dataclass(frozen=True)
 class FittedImage:
-    """An image as an engine takes it.
+    """An image at the engine's input size.
 
     Attributes:
         pixels: uint8 [H, W, 3] at the engine's size.
-        covered: rows and columns of them that the image covers.
-        image_size: (H, W) of the original.
+        covered: the rows and columns of `pixels` that the image covers; the rest is padding.
+        image_size: (H, W) of the original image in pixels.
     """
 
     pixels: np.ndarray
@@ -43,16 +43,16 @@ class FittedImage:
 
 
 def open_image(source: ImageLike) -> Image.Image:
-    """Open an image as RGB, 8 bits a channel.
+    """Open an image as RGB with 8 bits per channel.
 
-    EXIF rotation is applied, transparency is laid over white, 16-bit grey is scaled to 8 bits.
+    EXIF rotation is applied, transparency is laid over white, and 16-bit grey is scaled to 8 bits.
 
     Args:
         source: a path, a PIL image, or an RGB uint8 array [H, W, 3].
 
     Raises:
-        InputError: no such file, not an image, truncated, too large to decode safely, or an array of
-            another shape or dtype.
+        InputError: the file is missing, truncated, not an image or too large to decode safely, or the array
+            has another shape or dtype.
     """
     if isinstance(source, np.ndarray):
         return _from_array(source)
@@ -67,13 +67,13 @@ def open_image(source: ImageLike) -> Image.Image:
 
 
 def decode_image(content: bytes, name: str) -> Image.Image:
-    """An image from the bytes of its file; see `open_image`.
+    """Decode the bytes of an image file; see `open_image`.
 
     Args:
-        name: of the file, for messages.
+        name: the file's name, for messages.
 
     Raises:
-        InputError: not an image, truncated, or too large to decode safely.
+        InputError: the content is truncated, not an image, or too large to decode safely.
     """
     with _told(name), decoding(io.BytesIO(content)) as image:
         return _to_rgb(image, name)
@@ -81,7 +81,7 @@ def decode_image(content: bytes, name: str) -> Image.Image:
 
 @contextmanager
 def _told(name: str) -> Iterator[None]:
-    """What Pillow and the system raise about an image, as an InputError that names it."""
+    """Turn what Pillow and the system raise about an image into an InputError that names it."""
     try:
         yield
     except FileNotFoundError:
@@ -99,13 +99,13 @@ def _told(name: str) -> Iterator[None]:
 
 @contextmanager
 def decoding(file: BinaryIO) -> Iterator[Image.Image]:
-    """A picture in an open file, as Pillow recognises it; pixels are decoded when they are asked for.
+    """Open a picture with Pillow. Its pixels are decoded when they are first used.
 
     Raises:
-        UnidentifiedImageError: no format that Pillow reads by itself.
+        UnidentifiedImageError: Pillow does not know the format, or needs another program to read it.
     """
     with warnings.catch_warnings():
-        # Pillow warns between one and two times its limit and raises beyond: let those through.
+        # Pillow warns between one and two times its limit and raises beyond; the former are accepted.
         warnings.simplefilter("ignore", Image.DecompressionBombWarning)
         with Image.open(file) as image:
             if image.format in _PROGRAMS:
@@ -114,7 +114,7 @@ def decoding(file: BinaryIO) -> Iterator[Image.Image]:
 
 
 def picture_count(path: Path) -> int:
-    """How many pictures an image file holds: more than 1 in an animation; 1 too of what cannot be read."""
+    """The number of pictures in an image file: more than 1 in an animation, and 1 if it cannot be read."""
     try:
         with open_regular(path, LARGEST_FILE) as file, decoding(file) as image:
             return int(getattr(image, "n_frames", 1))
@@ -126,7 +126,7 @@ def list_images(folder: Path) -> list[Path]:
     """The image files of a folder, sorted by name.
 
     Raises:
-        InputError: not a folder, or no images in it.
+        InputError: `folder` is not a folder, or holds no images.
     """
     if not folder.is_dir():
         raise InputError(f"{folder} is not a directory of images")
@@ -137,10 +137,10 @@ def list_images(folder: Path) -> list[Path]:
 
 
 def find_images(folder: Path) -> list[Path]:
-    """The image files of a folder and of the folders in it, sorted.
+    """The image files of a folder and of all folders below it, sorted.
 
     Raises:
-        InputError: no images in it.
+        InputError: there are no images.
     """
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES and path.is_file())
     if not paths:
@@ -151,15 +151,15 @@ def find_images(folder: Path) -> list[Path]:
 def fit_image(
     image: Image.Image, size: tuple[int, int], fit: str = "stretch"
 ) -> tuple[np.ndarray, tuple[int, int]]:
-    """Resize to the engine's size with Pillow's bicubic filter.
+    """Resize an image to the engine's size with Pillow's bicubic filter.
 
     Args:
-        image: RGB.
+        image: an RGB image.
         size: (H, W) in pixels.
-        fit: "stretch" fills the size; "pad" keeps the aspect and pads right and below.
+        fit: "stretch" fills the size; "pad" keeps the aspect ratio and pads on the right and below.
 
     Returns:
-        The pixels, uint8 [H, W, 3], and how many rows and columns of them the image covers.
+        The pixels, uint8 [H, W, 3], and the numbers of rows and columns of them that the image covers.
     """
     height, width = size
     if fit == "stretch":
@@ -175,7 +175,7 @@ def fit_image(
 
 
 def fitted_image(source: ImageLike, size: tuple[int, int], fit: str = "stretch") -> FittedImage:
-    """Open an image and resize it; see `open_image` and `fit_image`."""
+    """Open an image and fit it; see `open_image` and `fit_image`."""
     image = open_image(source)
     pixels, covered = fit_image(image, size, fit)
     return FittedImage(pixels, covered, (image.height, image.width))
@@ -208,7 +208,7 @@ def _to_rgb(image: Image.Image, name: str) -> Image.Image:
 
 def _one_line(error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError) and "identify" in str(error):
-        return "no kind of image that Pillow reads"  # Pillow names the open file by its address in memory
+        return "no kind of image that Pillow reads"  # Pillow's own text holds the file object's address
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error).split("\n")[0][:120] or type(error).__name__

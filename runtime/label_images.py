@@ -1,4 +1,4 @@
-"""Label pictures: PNGs whose pixels are the labels themselves, as DAVIS has them."""
+"""Label images: PNG files whose pixel values are the labels, as in DAVIS."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from ditf.runtime.files.reading import open_regular
 from ditf.runtime.images import LARGEST_FILE, decoding
 
 
-def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
-    """Labels of an image, and the colours they are shown in.
+def read_label_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
+    """Read the labels of an image and the colours that they are shown in.
 
     Args:
-        path: an indexed or 8-bit grey picture, whose pixels are the labels, or a black and white one (0, 1).
-        size: (H, W) of the image.
+        path: an indexed or 8-bit grey picture whose pixel values are the labels, or a black and white one
+            with the labels 0 and 1.
+        size: (H, W) of the image that is labelled.
 
     Returns:
-        uint8 [H, W], and 768 bytes of palette: the picture's own, or one that tells neighbours apart.
+        Labels, uint8 [H, W]; and a palette of 768 bytes, the picture's own or one in which labels that follow
+        each other differ clearly.
 
     Raises:
-        InputError: no such picture, one of another kind, or of another size than the image.
+        InputError: the file is missing, is of another kind, or has another size than the image.
     """
     try:
         with open_regular(path, LARGEST_FILE) as file, decoding(file) as image:
@@ -47,15 +49,15 @@ def read_labels(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
     return labels, bytes(palette or []).ljust(768, b"\0") if palette else _palette()
 
 
-def write_labels(path: Path, labels: np.ndarray, palette: bytes) -> None:
-    """Write labels, uint8 [H, W], as an indexed PNG."""
+def write_label_image(path: Path, labels: np.ndarray, palette: bytes) -> None:
+    """Write labels, uint8 [H, W], as an indexed PNG with a palette of 768 bytes."""
     image = Image.fromarray(labels)
     image.putpalette(palette)
     image.save(path, "PNG")
 
 
 def _palette() -> bytes:
-    """Black for 0, then hues a golden section apart."""
+    """A palette: 0 is black, and successive hues are a golden section apart."""
     colours = [(0.0, 0.0, 0.0)]
     colours += [
         colorsys.hsv_to_rgb(i * 0.618 % 1, 1 - 0.4 * (i % 3) / 2, 1 - 0.3 * (i % 2)) for i in range(255)

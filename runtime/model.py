@@ -1,4 +1,4 @@
-"""Model: an opened bundle. Images -> feature maps -> matches."""
+"""Model: an opened bundle, which turns images into feature maps, and feature maps into matches."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.bundles.signing import Trust
 from ditf.runtime.errors import BundleError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap, Resident
+from ditf.runtime.features_runner import FeaturesRunner
 from ditf.runtime.images import FITS, FittedImage, ImageLike, fitted_image
 from ditf.runtime.matching.flow import Flow, dense_flow
 from ditf.runtime.matching.match_graph import run_match_graph
 from ditf.runtime.matching.mutual import MutualMatches, mutual_matches
 from ditf.runtime.matching.points import Matches, PointMatcher, PointsLike, heat_map
 from ditf.runtime.matching.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_method
-from ditf.runtime.runner import FeaturesRunner
 from ditf.runtime.tracking import Tracker
 
 logger = logging.getLogger(__name__)
@@ -42,26 +42,28 @@ def load(
     """Open a bundle on this machine.
 
     Args:
-        bundle: directory written by ditf-export.
-        backend: "auto", or a backend's name; a named one that is missing is an error.
-        fit: how images meet the engine's size: "stretch", or "pad", which keeps the aspect.
-        require_signature: a file of OpenSSH public keys, one of which must have signed the bundle and the
+        bundle: a directory written by ditf-export.
+        backend: "auto", or the name of a backend, which must then be available.
+        fit: how images are fitted to the engine's size: "stretch", or "pad", which keeps the aspect ratio.
+        require_signature: a file of OpenSSH public keys. One of them must have signed the bundle and the
             engine that is opened; see `ditf sign`.
         allow_host_code: accept a version-compatible TensorRT engine, which runs code of its own on the CPU.
 
     Raises:
-        DitfError: no bundle, an altered one, one without the signature, no backend, an unknown fit.
+        DitfError: the bundle is missing, altered or not signed as required, no backend runs it, or `fit` is
+            unknown.
     """
     trust = Trust(None if require_signature is None else Path(require_signature), allow_host_code)
     return Model(Bundle.open(bundle, trust), backend, fit)
 
 
 class Model:
-    """An opened bundle; make one with `load`, or use it as a context manager.
+    """An opened bundle. `load` makes one; as a context manager it closes itself.
 
     Attributes:
         bundle, manifest: what was opened.
-        backend: name of the backend that runs it; `reason` says why that one.
+        backend: the name of the backend that runs it.
+        reason: why that backend was chosen.
     """
 
     def __init__(
@@ -71,8 +73,8 @@ class Model:
             raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
         self.bundle = bundle
         self.fit = fit
-        self.backend, self._module, self.reason = backends.choose(bundle, backend)
-        self._features = self._module.open_session(bundle, FEATURES)
+        self.backend, self._opened_by, self.reason = backends.choose_backend(bundle, backend)
+        self._features = self._opened_by.open_session(bundle, FEATURES)
         self._runner = FeaturesRunner(bundle, self._features)
         if "features" not in self._features.outputs:
             raise BundleError(f"{bundle.path}: {FEATURES} gives no features", "export the bundle again")
@@ -87,12 +89,12 @@ class Model:
 
     @property
     def detail(self) -> str:
-        """What runs the graph: backend version and device."""
+        """The version of the backend and the device that run the graph."""
         return self._features.detail
 
     @property
     def conditions(self) -> tuple[str, ...]:
-        """Names of the conditions `features` can be asked for, the default first."""
+        """The names that `prompt` can have, the default first."""
         return self._runner.conditions
 
     def features(
@@ -102,18 +104,18 @@ class Model:
         prompt: str | None = None,
         embeddings: Mapping[str, np.ndarray] | None = None,
     ) -> FeatureMap:
-        """Features of one image.
+        """Compute the features of one image.
 
         Args:
             image: a path, a PIL image, or an RGB uint8 array [H, W, 3] of any size.
-            noise: float32 [ensemble, c, h, w] for a bundle exported with --noise input; the bundle's
-                own by default.
-            prompt: name of one of `conditions`, of a bundle exported with several.
-            embeddings: of a bundle exported with --conditioning live: `prompt_embeds`, `timestep` and so
-                on, in place of those of `prompt`; `ditf inspect` lists their types and shapes.
+            noise: float32 [ensemble, c, h, w], for a bundle exported with --noise input. The default is the
+                bundle's own noise.
+            prompt: one of `conditions`, for a bundle exported with several.
+            embeddings: inputs such as `prompt_embeds` and `timestep` that replace those of `prompt`, for a
+                bundle exported with --conditioning live. `ditf inspect` lists their types and shapes.
 
         Raises:
-            InputError: an unreadable image, or noise or a condition the graph does not take.
+            InputError: the image cannot be read, or the graph does not take this noise or condition.
         """
         return self.features_of([image], noise, prompt, embeddings)[0]
 
@@ -124,26 +126,26 @@ class Model:
         prompt: str | None = None,
         embeddings: Mapping[str, np.ndarray] | None = None,
     ) -> list[FeatureMap]:
-        """Features of several images, in batches of the bundle's size; see `features`."""
+        """Compute the features of several images, in batches of the bundle's size; see `features`."""
         if isinstance(images, (str, Path)):
             raise InputError(f"features_of takes several images, not {str(images)!r}", "pass a list")
         fitted = [self.fitted(image) for image in images]
         return self.features_of_fitted(fitted, self._runner.feeds(noise, prompt, embeddings))
 
     def fitted(self, image: ImageLike) -> FittedImage:
-        """An image at the engine's size, for `features_of_fitted`. Uses no engine: any thread may call it.
+        """Fit an image to the engine's size, for `features_of_fitted`. Any thread may call this.
 
         Raises:
-            InputError: an unreadable image.
+            InputError: the image cannot be read.
         """
         return fitted_image(image, self.manifest.size, self.fit)
 
     def features_of_fitted(self, images: Sequence[FittedImage], feeds: Feeds) -> list[FeatureMap]:
-        """Features of several images, in batches of the bundle's size.
+        """Compute the features of several images, in batches of the bundle's size.
 
         Args:
-            images: from `fitted`.
-            feeds: from `feeds`.
+            images: results of `fitted`.
+            feeds: the result of `feeds`.
         """
         if not images:
             return []
@@ -155,7 +157,7 @@ class Model:
 
     @property
     def largest_batch(self) -> int | None:
-        """Images that one call of the engine takes; None where that is any number."""
+        """The most images that one call of the engine takes; None if there is no limit."""
         return self._runner.largest_batch
 
     def run(
@@ -165,7 +167,7 @@ class Model:
         prompt: str | None = None,
         embeddings: Mapping[str, np.ndarray] | None = None,
     ) -> np.ndarray:
-        """The features graph itself.
+        """Run the features graph itself.
 
         Args:
             pixels: uint8 [n, H, W, 3] at the bundle's size, any n >= 1.
@@ -177,24 +179,24 @@ class Model:
         return self._runner.run(pixels, noise, prompt, embeddings)
 
     def feeds(self, prompt: str | None = None) -> Feeds:
-        """What the graph takes beside images, for `maps`; see `features`."""
+        """The graph's inputs beside the images, for `maps` and `features_of_fitted`; see `features`."""
         return self._runner.feeds(None, prompt)
 
     def maps(self, pixels: np.ndarray, feeds: Feeds) -> Iterator[np.ndarray | Resident]:
-        """Features [C, h, w] of each image as the backend leaves them, in host or device memory.
+        """Compute features [C, h, w] of each image; they stay where the backend leaves them.
 
         Args:
             pixels: uint8 [n, H, W, 3] at the bundle's size.
-            feeds: from `feeds`.
+            feeds: the result of `feeds`.
         """
         return self._runner.maps(pixels, feeds)
 
     def device_seconds(self) -> float | None:
-        """Of the last features by the device's own clock; None where it has none."""
+        """The seconds that the last features took by the device's own clock; None if it has none."""
         return self._features.device_seconds
 
     def device_bytes(self) -> int | None:
-        """Device memory that the sessions hold; None where it is not known."""
+        """The bytes of device memory that the sessions hold; None if that is not known."""
         held = [one.device_bytes for one in (self._features, self._match) if one is not None]
         known = [count for count in held if count is not None]
         return sum(known) if known else None
@@ -209,9 +211,9 @@ class Model:
         temperature: float = TEMPERATURE,
         sigma: float = SIGMA,
     ) -> Matches:
-        """Where each source point is in the target; by default the pixel of the highest cosine.
+        """Find each source point in the target, by default at the pixel of the highest cosine.
 
-        See `match_points`. By "argmax", maps that are in a device's memory are matched there.
+        See `match_points`. With "argmax", maps in device memory are matched on the device.
         """
         return self.matcher(source, target, method, window, temperature, sigma)(points)
 
@@ -224,7 +226,7 @@ class Model:
         temperature: float = TEMPERATURE,
         sigma: float = SIGMA,
     ) -> Callable[[PointsLike], Matches]:
-        """`match` in several calls, between which the engine is free; see `PointMatcher`."""
+        """A function that matches points as `match` does. Its calls may be spread out; see `PointMatcher`."""
         check_method(method, window, temperature, sigma)
         there = source.resident is not None and target.resident is not None
         if method == "argmax" and there and self._matches_there(target):
@@ -240,35 +242,37 @@ class Model:
         step: int | None = None,
         refine: str | None = None,
     ) -> MutualMatches:
-        """Dense mutual nearest neighbours of two maps; see `mutual_matches`."""
+        """Find the dense mutual nearest neighbours of two maps; see `mutual_matches`."""
         return mutual_matches(source, target, max_matches, ratio, step, refine)
 
     def flow(self, source: FeatureMap, target: FeatureMap, method: str = "argmax") -> Flow:
-        """Where every source pixel is in the target; see `dense_flow`."""
+        """Find every source pixel in the target; see `dense_flow`."""
         return dense_flow(source, target, method)
 
     def heat_map(
         self, source: FeatureMap, target: FeatureMap, point: Sequence[float] | np.ndarray
     ) -> np.ndarray:
-        """Cosine of one source point with every target pixel, float32 [H, W], see `heat_map`."""
+        """The cosine of one source point with every target pixel, float32 [H, W]; see `points.heat_map`."""
         return heat_map(source, target, point)
 
     def track(self, source: ImageLike, points: PointsLike, prompt: str | None = None) -> Tracker:
-        """Points of an image to be followed through a video.
+        """Follow points of an image through a video.
 
         Args:
-            source: see `features`; points: [N, 2], (x, y) in its own pixels; prompt: see `features`.
+            source: the image that the points are in; see `features`.
+            points: [N, 2], (x, y) in the source's own pixels.
+            prompt: see `features`.
 
         Raises:
-            InputError: an unreadable image, or bad points.
+            InputError: the image cannot be read, or the points are bad.
         """
         return Tracker(self, source, points, prompt)
 
     def match_with_graph(self, source: FeatureMap, target: FeatureMap, points: PointsLike) -> Matches:
-        """The same through match.onnx on this backend.
+        """Match points with match.onnx on this backend; see `match`.
 
         Raises:
-            NoPlan: the engine was built without it.
+            NoPlan: the engine was built without match.onnx.
         """
         return run_match_graph(self._match_session(), self.manifest.grid, source, target, points)
 
@@ -285,11 +289,11 @@ class Model:
             if self._closed:
                 raise RuntimeError("the model is closed")
             if self._match is None:
-                self._match = self._module.open_session(self.bundle, MATCH)
+                self._match = self._opened_by.open_session(self.bundle, MATCH)
             return self._match
 
     def close(self) -> None:
-        """Free the sessions; using the model afterwards is an error."""
+        """Free the sessions. The model must not be used afterwards."""
         self._closed = True
         self._features.close()
         if self._match is not None:
@@ -310,11 +314,11 @@ class Model:
 def _crop(
     array: np.ndarray | Resident, covered: tuple[int, int], engine: tuple[int, int], size: tuple[int, int]
 ) -> FeatureMap:
-    """The part of a map that the image covers; one in a device's memory is left whole there.
+    """Cut a map to the part that the image covers. A map in device memory stays whole.
 
     Args:
         array: [C, h, w].
-        covered: rows and columns of the engine's input that the image covers.
+        covered: the rows and columns of the engine's input that the image covers.
         engine: (H, W) of the engine's input.
         size: (H, W) of the original image.
     """
@@ -322,6 +326,6 @@ def _crop(
     extent = (h * covered[0] / engine[0], w * covered[1] / engine[1])
     if not isinstance(array, np.ndarray):
         return FeatureMap(array, size, extent)
-    # Whole cells in integers: in floats, h * (rows / H) can round up into the padding.
+    # Integers, because in floats h * (rows / H) can round up into the padding.
     rows, columns = -(-h * covered[0] // engine[0]), -(-w * covered[1] // engine[1])
     return FeatureMap(np.ascontiguousarray(array[:, :rows, :columns]), size, extent)

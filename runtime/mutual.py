@@ -1,4 +1,4 @@
-"""The name that 0.1 documented for `ditf.runtime.matching.mutual`."""
+"""An alias of `ditf.runtime.matching.mutual`: version 0.1 documented this name."""
 
 from ditf.runtime.matching.mutual import mutual_matches, mutual_points
 

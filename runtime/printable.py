@@ -1,4 +1,4 @@
-"""Text that someone else chose, made safe for a terminal."""
+"""Making text from elsewhere safe to print on a terminal."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import logging
 
 
 def printable(text: str) -> str:
-    r"""The text with escapes, such as \x1b, in place of what a terminal would obey rather than show.
+    r"""Replace characters that a terminal would obey rather than show by escapes such as \x1b.
 
-    Names of files and texts of manifests can hold sequences that move the cursor, change what was printed
-    before, or reverse the order of letters. Lines and tabs stay.
+    File names and manifests can hold sequences that move the cursor, change what was printed before, or
+    reverse the order of letters. Line breaks and tabs stay.
     """
     if text.isprintable():
         return text

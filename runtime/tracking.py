@@ -1,4 +1,4 @@
-"""Following points of one image through the frames of a video: the source's features are computed once."""
+"""Following points of one image through the frames of a video."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ditf.runtime.matching.points import Matches, PointsLike, check_points
 
 
 class Matcher(Protocol):
-    """What a tracker needs of a model."""
+    """What a tracker needs from a model."""
 
     def features(self, image: ImageLike, *, prompt: str | None = None) -> FeatureMap: ...
 
@@ -21,9 +21,10 @@ class Matcher(Protocol):
 
 
 class Tracker:
-    """Points of a source image, to be found in frame after frame; make one with `Model.track`.
+    """Finds the points of a source image in frame after frame; `Model.track` makes one.
 
-    Every frame is matched against the source, not against the frame before: errors do not add up.
+    The source's features are computed once. Every frame is matched against the source and not against the
+    frame before, so that errors do not add up.
 
     Attributes:
         points: float64 [N, 2], (x, y) in the source image's pixels.
@@ -36,14 +37,14 @@ class Tracker:
         self.points = check_points(points, self._source.image_size)
 
     def update(self, frame: ImageLike) -> Matches:
-        """Where the points are in a frame, in its own pixels.
+        """Find the points in a frame; the matches are in the frame's own pixels.
 
         Raises:
-            InputError: an unreadable image.
+            InputError: the frame cannot be read.
         """
         return self.update_all([frame])[0]
 
     def update_all(self, frames: Sequence[ImageLike]) -> list[Matches]:
-        """The same for several frames, their features computed in batches of the bundle's size."""
+        """Find the points in several frames, whose features are computed in batches of the bundle's size."""
         maps = self._model.features_of(frames, prompt=self._prompt)
         return [self._model.match(self._source, target, self.points) for target in maps]

@@ -1,8 +1,8 @@
-"""`ditf check --bisect`: the first block, and in it the first value, that is not as it was at export.
+"""`ditf check --bisect`: find the first block, and in it the first value, that differs from the export.
 
-Blocks are compared with the unmodified model (`hidden_states` in golden.npz). Inside a block there is no one
-else's answer to compare with, since weights are folded: values are compared with what the traced program gave
-in PyTorch when it was exported (trace.npz), which was as good as the model then.
+The input of each block is compared with the unmodified model (`hidden_states` in golden.npz). Inside a block
+the weights are folded, so the unmodified model has no counterpart of a value. Values are therefore compared
+with those that the traced program gave in PyTorch at export (trace.npz), where it had parity with the model.
 """
 
 from __future__ import annotations
@@ -13,30 +13,32 @@ from typing import Any
 
 import numpy as np
 
-from ditf.calib.debug.onnx_twin import Twin
 from ditf.calib.debug.sketch import sketch, worst_error
+from ditf.calib.debug.widened_graph import WidenedGraph
 from ditf.runtime.bundles.bundle import GOLDEN, TRACE, Bundle
 from ditf.runtime.bundles.golden_file import Golden, read_golden
 from ditf.runtime.bundles.manifest import DYNAMIC_EXAMPLE, hidden_states_name
 from ditf.runtime.errors import BundleError
-from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.features_runner import FeaturesRunner
 
 MARGIN = 8.0
-"""Limit of a boundary's error over what PyTorch had there at export, in the graph's own precision."""
+"""Limit of a boundary's error over the error that PyTorch had at export in the same precision."""
 
 LEAST = 1e-5  # a limit below float32's rounding would be crossed by another order of summation
 VALUE_LIMITS = {"float32": 1e-2, "float16": 0.3, "bfloat16": 2.0, "int8": 0.5}
-"""Largest `worst_error` of sketches that rounding explains: some ten times what good bundles show."""
+"""Largest `worst_error` of sketches that rounding explains: about ten times that of good bundles."""
 
 _AT_ONCE = 64  # values fetched in one run: whole tensors are large
 
 
 @dataclass(frozen=True)
 class Departure:
-    """How far something is off.
+    """The error of one block's input or of one value.
 
     Attributes:
-        name: of a block's input, or of a value; error: `worst_error`; limit: what rounding explains.
+        name: name of the value in the graph.
+        error: its `worst_error`.
+        limit: the largest error that rounding explains.
     """
 
     name: str
@@ -53,13 +55,13 @@ class Departure:
 
 @dataclass(frozen=True)
 class Bisection:
-    """Where a graph departs.
+    """Where a graph departs from the model.
 
     Attributes:
-        boundaries: what enters each block, in order, against the unmodified model.
-        values: what was looked at between the last good boundary and the first bad one, in order, until
-            the first that is off.
-        place: for people: "block 3", "before block 0", "after the last block"; "" where nothing is off.
+        boundaries: the input of each block in order, compared with the unmodified model.
+        values: the values between the last good boundary and the first bad one, in order, up to the first
+            that is beyond its limit.
+        place: a text such as "block 3", "before block 0" or "after the last block"; "" if nothing departs.
     """
 
     boundaries: list[Departure]
@@ -68,26 +70,26 @@ class Bisection:
 
     @property
     def culprit(self) -> Departure | None:
-        """The first value that is off."""
+        """The first value beyond its limit."""
         return next((value for value in self.values if not value.ok), None)
 
 
-def bisect(bundle: Bundle, twin: Twin, golden: Golden, features_ok: bool) -> Bisection:
-    """Find where a graph departs from the model, on the first golden image under the first condition.
+def bisect(bundle: Bundle, widened: WidenedGraph, golden: Golden, features_ok: bool) -> Bisection:
+    """Find where a graph departs from the model on the first golden image under the first condition.
 
     Args:
-        twin: of features.onnx, rounded.
-        features_ok: whether the features are within tolerance, so that only a boundary can be off.
+        widened: features.onnx widened and rounded.
+        features_ok: whether the features pass their gates; if they do, only the boundaries are searched.
 
     Raises:
-        BundleError: exported before bundles had what this needs.
+        BundleError: the bundle was exported before bundles held trace.npz.
     """
     if "hidden_states" not in golden or TRACE not in bundle.manifest.files:
         raise BundleError(f"{bundle.path} has no {TRACE}", "export it again with this version")
     trace = bundle.read_arrays(TRACE)
     _check_arrays(bundle, golden, trace)
     names = [hidden_states_name(index) for index in range(len(golden["hidden_states"]))]
-    outputs = _run(bundle, twin, names)
+    outputs = _run(bundle, widened, names)
     rows = golden["hidden_rows"]
     boundaries = []
     for name, expected, measured in zip(names, golden["hidden_states"], trace["boundaries"], strict=True):
@@ -103,13 +105,13 @@ def bisect(bundle: Bundle, twin: Twin, golden: Golden, features_ok: bool) -> Bis
         place = f"after block {first - 2}: discard, norm, modulation or projection"
     else:
         place = f"block {first - 1}"
-    segment = _segment(trace, twin, names, first)
+    segment = _segment(trace, widened, names, first)
     limit = VALUE_LIMITS[bundle.manifest.precision]
-    return Bisection(boundaries, _values(bundle, twin, segment, limit), place)
+    return Bisection(boundaries, _values(bundle, widened, segment, limit), place)
 
 
 def _check_arrays(bundle: Bundle, golden: Golden, trace: Mapping[str, np.ndarray]) -> None:
-    """Refuse files that no export wrote."""
+    """Refuse arrays whose shapes no export writes."""
     fits = {"names", "lengths", "values", "boundaries"} <= trace.keys() and "hidden_rows" in golden
     fits = fits and golden["hidden_states"].shape[1:2] == golden["hidden_rows"].shape
     fits = fits and len(trace["names"]) == len(trace["lengths"])
@@ -121,11 +123,11 @@ def _check_arrays(bundle: Bundle, golden: Golden, trace: Mapping[str, np.ndarray
 
 
 def _segment(
-    trace: Mapping[str, np.ndarray], twin: Twin, names: Sequence[str], first: int
+    trace: Mapping[str, np.ndarray], widened: WidenedGraph, names: Sequence[str], first: int
 ) -> dict[str, np.ndarray]:
     """Sketches of the values between two boundaries, in the order of the graph."""
     starts = np.cumsum(trace["lengths"]) - trace["lengths"]
-    order = [name for node in twin.model.graph.node for name in node.output]
+    order = [name for node in widened.model.graph.node for name in node.output]
     start = order.index(names[first - 1]) + 1 if first else 0
     end = order.index(names[first]) + 1 if first < len(names) else len(order)
     wanted = set(order[start:end])
@@ -136,13 +138,15 @@ def _segment(
     }
 
 
-def _values(bundle: Bundle, twin: Twin, segment: Mapping[str, np.ndarray], limit: float) -> list[Departure]:
-    """Departures of values in order, until the first that is off."""
+def _values(
+    bundle: Bundle, widened: WidenedGraph, segment: Mapping[str, np.ndarray], limit: float
+) -> list[Departure]:
+    """Departures of values in order, up to the first beyond its limit."""
     found: list[Departure] = []
     names = list(segment)
     for begin in range(0, len(names), _AT_ONCE):
         chunk = names[begin : begin + _AT_ONCE]
-        outputs = _run(bundle, twin, chunk)
+        outputs = _run(bundle, widened, chunk)
         for name in chunk:
             found.append(Departure(name, worst_error(sketch(outputs[name]), segment[name]), limit))
             if not found[-1].ok:
@@ -150,9 +154,9 @@ def _values(bundle: Bundle, twin: Twin, segment: Mapping[str, np.ndarray], limit
     return found
 
 
-def _run(bundle: Bundle, twin: Twin, names: Sequence[str]) -> dict[str, np.ndarray]:
-    """Values of the graph on the first golden image, at the batch the graph was traced with."""
-    session = twin.with_outputs(names).open()
+def _run(bundle: Bundle, widened: WidenedGraph, names: Sequence[str]) -> dict[str, np.ndarray]:
+    """Run the graph on the first golden image, at the batch that the graph was traced with."""
+    session = widened.with_outputs(names).open()
     runner = FeaturesRunner(bundle, session)
     batch = bundle.manifest.batch
     image = read_golden(bundle)["images"][:1]
@@ -164,14 +168,14 @@ def image_tokens(residual: np.ndarray, grid: tuple[int, int], ensemble: int) -> 
     """The first image's tokens [N, C], averaged over the ensemble.
 
     Args:
-        residual: [B * E, N or L + N, C]; text may stand in front of the image.
+        residual: [B * E, N or L + N, C]; text tokens may precede the image tokens.
     """
     averaged: np.ndarray = residual[:ensemble, -grid[0] * grid[1] :].mean(axis=0)
     return averaged
 
 
 def boundary_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """`worst_error` of channels, by their rms over tokens [H, C]."""
+    """`worst_error` of the channels' rms over tokens, for [H, C]."""
     with np.errstate(invalid="ignore", over="ignore"):
         difference = np.sqrt(((actual.astype(np.float64) - expected) ** 2).mean(axis=0))
     size = np.sqrt((expected.astype(np.float64) ** 2).mean(axis=0))

@@ -1,4 +1,4 @@
-"""`ditf check --ranges`: how large every 16-bit value of the final graph gets on the golden images."""
+"""`ditf check --ranges`: measure how large every 16-bit value of features.onnx gets on the golden images."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ditf.calib.debug.onnx_twin import LARGEST, Twin
+from ditf.calib.debug.widened_graph import LARGEST_FINITE, WidenedGraph
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.golden_file import Golden
-from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.features_runner import FeaturesRunner
 
 HEADROOM_LIMIT = 1.0
-"""Least headroom: below it a value is infinite in its type."""
+"""Least headroom; below it a value overflows its type."""
 
 
 @dataclass(frozen=True)
@@ -20,7 +20,8 @@ class GraphRange:
     """The largest |x| of a value of features.onnx.
 
     Attributes:
-        name: the module that computes it, and the operator; dtype: "float16" or "bfloat16".
+        name: the module and the operator that compute the value.
+        dtype: "float16" or "bfloat16".
     """
 
     name: str
@@ -29,31 +30,31 @@ class GraphRange:
 
     @property
     def headroom(self) -> float:
-        """Times that its type's largest number is larger; 0 where the value is not finite."""
+        """The type's largest number over the value; 0 if the value is not finite."""
         if not math.isfinite(self.max_abs):
             return 0.0
-        return LARGEST[self.dtype] / max(self.max_abs, 1e-30)
+        return LARGEST_FINITE[self.dtype] / max(self.max_abs, 1e-30)
 
     def to_json(self) -> dict[str, Any]:
         return {"name": self.name, "dtype": self.dtype, "max_abs": self.max_abs, "headroom": self.headroom}
 
 
-def graph_ranges(bundle: Bundle, twin: Twin, golden: Golden) -> list[GraphRange]:
-    """Every 16-bit value over the golden images under every golden condition, the largest first.
+def graph_ranges(bundle: Bundle, widened: WidenedGraph, golden: Golden) -> list[GraphRange]:
+    """The range of every 16-bit value over all golden images and conditions, least headroom first.
 
     Args:
-        twin: of features.onnx, not rounded: float32 has no limit to hide behind.
+        widened: features.onnx widened but not rounded, so that no value saturates.
     """
-    if not twin.short:
+    if not widened.short:
         return []
-    session = twin.with_maxima().open()
+    session = widened.with_maxima().open()
     runner = FeaturesRunner(bundle, session)
     checked = bundle.manifest.golden.get("conditions", [0])
-    largest = dict.fromkeys(twin.short, 0.0)
+    largest = dict.fromkeys(widened.short, 0.0)
     for index in checked:
         feeds = runner.feeds(prompt=runner.conditions[index] if len(runner.conditions) > 1 else None)
         for chunk, _ in runner.batches(golden["images"]):
             for name, value in session.maxima({"image": chunk, **feeds}).items():
                 largest[name] = max(largest[name], value if math.isfinite(value) else math.inf)
-    found = [GraphRange(name, twin.short[name], value) for name, value in largest.items()]
+    found = [GraphRange(name, widened.short[name], value) for name, value in largest.items()]
     return sorted(found, key=lambda one: one.headroom)

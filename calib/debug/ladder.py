@@ -1,4 +1,4 @@
-"""`ditf check --ladder`: from the unmodified model to what runs here, one change at a time."""
+"""`ditf check --ladder`: compare each step from the unmodified model to the backend with the model."""
 
 from __future__ import annotations
 
@@ -6,14 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from ditf.calib.debug.onnx_twin import widened
-from ditf.calib.golden import golden_result
+from ditf.calib.debug.widened_graph import widen
+from ditf.calib.golden_parity import golden_result
 from ditf.calib.parity import Gate, gates
 from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import FEATURES, Bundle
 from ditf.runtime.bundles.golden_file import Golden
 from ditf.runtime.errors import MissingComponent
-from ditf.runtime.runner import FeaturesRunner
+from ditf.runtime.features_runner import FeaturesRunner
 
 
 @dataclass(frozen=True)
@@ -21,7 +21,8 @@ class Rung:
     """One way to compute the features.
 
     Attributes:
-        metrics: parity with the unmodified model in float32; None where it did not run, and `note` says why.
+        metrics: parity with the unmodified model in float32; None if it did not run.
+        note: how it was computed, or why it did not run.
     """
 
     name: str
@@ -29,7 +30,7 @@ class Rung:
     note: str = ""
 
     def failed(self, limits: Mapping[str, float]) -> list[Gate]:
-        """Gates that this rung does not pass."""
+        """The gates that this rung fails."""
         return [] if self.metrics is None else [g for g in gates(self.metrics, limits) if not g.ok]
 
     def to_json(self, limits: Mapping[str, float]) -> dict[str, Any]:
@@ -42,10 +43,10 @@ class Rung:
 
 
 def ladder(bundle: Bundle, golden: Golden, backend: str) -> list[Rung]:
-    """The rungs of a bundle, each against golden.npz, which is the rung before the first.
+    """Compute a bundle's rungs and compare each with golden.npz.
 
     Args:
-        backend: name of the last one.
+        backend: name of the backend that is the last rung.
     """
     precision = bundle.manifest.precision
     rungs = [
@@ -65,10 +66,10 @@ def ladder(bundle: Bundle, golden: Golden, backend: str) -> list[Rung]:
 
 
 def first_off(rungs: list[Rung], limits: Mapping[str, float]) -> Rung | None:
-    """The first rung that leaves tolerance."""
+    """The first rung that fails a gate."""
     return next((rung for rung in rungs if rung.failed(limits)), None)
 
 
 def _twin_metrics(bundle: Bundle, golden: Golden, rounded: bool) -> dict[str, float]:
-    runner = FeaturesRunner(bundle, widened(bundle.read_graph(FEATURES), rounded).open())
+    runner = FeaturesRunner(bundle, widen(bundle.read_graph(FEATURES), rounded).open())
     return golden_result(golden, runner.run, runner.conditions).metrics

@@ -1,4 +1,4 @@
-"""`ditf check --export-polygraphy`: golden data as Polygraphy's --load-inputs and --load-outputs read it."""
+"""`ditf check --export-polygraphy`: write golden data for Polygraphy's --load-inputs and --load-outputs."""
 
 from __future__ import annotations
 
@@ -6,12 +6,12 @@ from pathlib import Path
 
 import numpy as np
 
-from ditf.calib.debug.onnx_twin import widened
+from ditf.calib.debug.widened_graph import widen
 from ditf.runtime.bundles.bundle import FEATURES, Bundle
 from ditf.runtime.bundles.golden_file import Golden
 from ditf.runtime.errors import missing_extra
+from ditf.runtime.features_runner import FeaturesRunner
 from ditf.runtime.files.writing import replacing
-from ditf.runtime.runner import FeaturesRunner
 
 INPUTS, OUTPUTS = "inputs.json", "outputs.json"
 RUNNER = "ditf-float32"
@@ -20,14 +20,15 @@ RUNNER = "ditf-float32"
 def export_polygraphy(bundle: Bundle, golden: Golden, folder: Path) -> tuple[Path, Path]:
     """Write inputs.json and outputs.json for features.onnx.
 
-    golden.npz has a sample of token rows, and Polygraphy compares whole outputs: the outputs are those of the
-    file in float32 arithmetic, which `ditf check --ladder` compares with the model.
+    Polygraphy compares whole outputs, and golden.npz has only a sample of token rows. The outputs are
+    therefore computed from features.onnx in float32 arithmetic, which `ditf check --ladder` compares with the
+    model.
 
     Args:
-        folder: made if it is not there.
+        folder: where the files go; it is made if it does not exist.
 
     Returns:
-        Their paths.
+        The paths of inputs.json and outputs.json.
 
     Raises:
         MissingComponent: polygraphy, onnx or onnxruntime is not installed.
@@ -37,7 +38,7 @@ def export_polygraphy(bundle: Bundle, golden: Golden, folder: Path) -> tuple[Pat
         from polygraphy.json import save_json
     except ImportError:
         raise missing_extra("polygraphy", "check") from None
-    runner = FeaturesRunner(bundle, widened(bundle.read_graph(FEATURES)).open())
+    runner = FeaturesRunner(bundle, widen(bundle.read_graph(FEATURES)).open())
     feeds = runner.feeds()
     dtype = np.float32 if bundle.manifest.precision == "float32" or not bundle.manifest.adaln else np.float16
     inputs, results = [], []

@@ -1,8 +1,8 @@
-"""A tensor in a few hundred numbers: enough to tell, later and elsewhere, whether another is the same.
+"""Linear sketches: a tensor summarised in a few hundred numbers, to compare it with another one later.
 
-Over all axes but the last a signed sum, for several seeded patterns of signs; then channels are folded into
-buckets. It is linear, so the sketch of a difference is the difference of sketches, and one wrong channel
-shows in one bucket of most patterns.
+A sketch sums the tensor over all axes but the last with seeded random signs, for several patterns of signs,
+and then adds channels up into buckets. It is linear, so the sketch of a difference is the difference of the
+sketches, and one wrong channel shows in one bucket of most patterns.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ PATTERNS = 4
 
 
 def sketch(tensor: np.ndarray) -> np.ndarray:
-    """Sketch of a tensor of any shape [..., C]: float32 [PATTERNS * min(C, BUCKETS)]."""
+    """Sketch a tensor of any shape [..., C] into float32 [PATTERNS * min(C, BUCKETS)]."""
     rows = tensor.reshape(-1, tensor.shape[-1]).astype(np.float64)
     signs = np.random.default_rng(len(rows)).choice((-1.0, 1.0), (PATTERNS, len(rows)))
-    with np.errstate(invalid="ignore", over="ignore"):  # infinities show as such
+    with np.errstate(invalid="ignore", over="ignore"):  # infinities stay infinite
         channels = signs @ rows
         count = channels.shape[1]
         padded = np.zeros((PATTERNS, -(-count // BUCKETS) * BUCKETS))
@@ -27,13 +27,13 @@ def sketch(tensor: np.ndarray) -> np.ndarray:
 
 
 def worst_error(actual: np.ndarray, expected: np.ndarray) -> float:
-    """The largest error of a bucket or channel, over its own size and the median one's.
+    """The largest of |actual - expected| / (|expected| + its median) over buckets or channels.
 
     Args:
         actual, expected: [C], sketches, or rms values of channels.
 
     Returns:
-        Infinity where `actual` is not finite, or of another length.
+        The error; infinity if `actual` is not finite or has another length.
     """
     if actual.shape != expected.shape or not np.isfinite(actual).all():
         return float("inf")

@@ -1,4 +1,4 @@
-"""The benchmarks that `ditf eval` knows: how each is read, and when a match is right in it."""
+"""The benchmarks of `ditf eval`: how each is read, and when a match counts as right."""
 
 from __future__ import annotations
 
@@ -21,17 +21,17 @@ Kind = Literal["points", "homographies", "flows", "videos"]
 
 @dataclass(frozen=True)
 class Benchmark:
-    """One benchmark; its reader's docstring states protocol and source.
+    """One benchmark; the docstring of its reader states the protocol and the source.
 
     Attributes:
-        name: on the command line.
-        kind: what its items are, and so which evaluation it takes.
-        read: reads a split from the dataset's folder.
-        splits: the first is the default.
-        criteria: when a match is right; without alphas where it has none.
-        headline: metric and threshold of tables by category, pictures and what a --min-pck names.
-        needs_data: False where nothing has to be fetched.
-        named: keypoints have the same names in every category.
+        name: its name on the command line.
+        kind: the kind of its items, which decides the evaluation.
+        read: function that reads a split from the dataset's folder.
+        splits: names of the splits; the first is the default.
+        criteria: when a match is right; it has no alphas if the metric has none.
+        headline: metric and threshold that tables by category, pictures and --min-pck use.
+        needs_data: whether a dataset has to be fetched.
+        named: whether keypoints have the same names in every category.
     """
 
     name: str
@@ -44,10 +44,10 @@ class Benchmark:
     named: bool = False
 
     def with_alphas(self, alphas: list[float]) -> Benchmark:
-        """The same at other alphas.
+        """The same benchmark at other alphas.
 
         Raises:
-            InputError: it has none, or they are no positive numbers.
+            InputError: the benchmark has no alpha, or one of them is not a positive number.
         """
         if not self.criteria.alphas:
             raise InputError(f"{self.name} has no alpha", "leave --alpha out")

@@ -1,9 +1,8 @@
-"""Features of a benchmark's images: each computed once, held in memory up to a limit, and on disk."""
+"""Features of a benchmark's images: each is computed once and kept, in memory and on disk."""
 
 from __future__ import annotations
 
 import hashlib
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -11,54 +10,61 @@ import numpy as np
 
 from ditf.calib.eval.datasets.base import LARGEST, ImageSource, read_image
 from ditf.runtime.errors import InputError
+from ditf.runtime.feature_cache import FeatureCache, image_key
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.files.arrays import read_npz
-from ditf.runtime.files.reading import open_regular, read_regular
-from ditf.runtime.files.writing import replacing
+from ditf.runtime.files.hashed import sha256
+from ditf.runtime.files.reading import read_regular
+from ditf.runtime.files.writing import write_whole
+from ditf.runtime.store.stored_map import map_file, read_stored, safetensors_package
 
 Extract = Callable[[list[np.ndarray], "str | None"], list[FeatureMap]]
 """Features of RGB images uint8 [H, W, 3] under a condition."""
 
-CAPACITY = 1 << 30  # bytes of features held in memory
+CAPACITY = 1 << 30  # bytes of features held in memory, and of one file
 
 
-class FeatureCache:
+class BenchmarkFeatures:
     """Features by image and condition.
 
-    On disk a feature map is one .npz file in a folder that is named after the model, and the file after the
-    image's content: another bundle, backend or picture never finds it. It is written beside its place and
-    renamed, so an interrupted run leaves whole files only, and the next one goes on from them.
+    On disk each map is one file, of the same form as in a `FeatureStore`, in a folder that is named after the
+    model. The file is named after the image's content and the condition, so features of another bundle,
+    backend or picture are never taken for them. Files appear whole: an interrupted run leaves nothing
+    half-written, and the next run continues from what is there.
 
     Args:
-        extract: what computes features.
-        model: all that they depend on beside image and condition: the bundle's hash, the backend, the fit.
-        folder: of the files; None keeps features in memory only.
-        capacity: bytes to hold in memory; the longest unused go first.
+        extract: the function that computes features.
+        model: all that the features depend on beside image and condition: the bundle's hash, backend and fit.
+        folder: where the files go; None keeps features in memory only.
+        capacity: bytes to hold in memory; the least recently used features are dropped first.
 
     Attributes:
-        computed, read: how many maps were computed, and read from disk.
+        computed, read: the number of maps that were computed, and that were read from disk.
+
+    Raises:
+        MissingComponent: `folder` is given and safetensors is not installed.
     """
 
     def __init__(
         self, extract: Extract, model: Sequence[str], folder: Path | None = None, capacity: int = CAPACITY
     ) -> None:
+        if folder is not None:
+            safetensors_package()
+            folder = folder / hashlib.sha256("\0".join(model).encode()).hexdigest()[:16]
         self._extract = extract
-        self._folder = None if folder is None else folder / _digest("\0".join(model).encode())[:16]
-        self._capacity = capacity
-        self._held: OrderedDict[str, FeatureMap] = OrderedDict()
-        self._bytes = 0
-        self._hashes: dict[Path, str] = {}
+        self._folder = folder
+        self._held = FeatureCache(capacity)
+        self._keys: dict[tuple[Path, str | None], bytes] = {}
         self.computed = self.read = 0
 
     def maps(self, images: Sequence[ImageSource], prompt: str | None = None) -> list[FeatureMap]:
-        """Features of some images, in host memory; those that are not known are computed together.
+        """Features of some images, in host memory. Those that are not known are computed in one call.
 
         Raises:
-            InputError: an unreadable image, or features that hold NaN or infinity; names the image.
+            InputError: an image cannot be read, or its features hold NaN or infinity; the message names it.
         """
         keys = [self._key(image, prompt) for image in images]
-        found: dict[str, FeatureMap] = {}
-        missing: dict[str, ImageSource] = {}
+        found: dict[bytes, FeatureMap] = {}
+        missing: dict[bytes, ImageSource] = {}
         for key, image in zip(keys, images, strict=True):
             known = self._known(key)
             if known is None:
@@ -66,10 +72,10 @@ class FeatureCache:
             else:
                 found[key] = known
         if missing:
-            found.update(zip(missing, self._compute(list(missing.values()), prompt), strict=True))
-            for key in missing:
-                self._write(key, found[key])
-                self._hold(key, found[key])
+            computed = self._compute(list(missing.values()), prompt)
+            for (key, image), features in zip(missing.items(), computed, strict=True):
+                self._write(key, image, features)
+                found[key] = self._held.put(key, features)
         return [found[key] for key in keys]
 
     def _compute(self, images: list[ImageSource], prompt: str | None) -> list[FeatureMap]:
@@ -83,59 +89,49 @@ class FeatureCache:
         self.computed += len(maps)
         return maps
 
-    def _key(self, image: ImageSource, prompt: str | None) -> str:
+    def _key(self, image: ImageSource, prompt: str | None) -> bytes:
         if isinstance(image, np.ndarray):
-            content = _digest(np.ascontiguousarray(image).tobytes() + str(image.shape).encode())
-        else:
-            if image not in self._hashes:
-                try:
-                    self._hashes[image] = _digest(read_regular(image, LARGEST))
-                except OSError as error:
-                    raise InputError(f"{image} cannot be read ({error.strerror})") from None
-            content = self._hashes[image]
-        return _digest(f"{content}\0{prompt}".encode())
+            return image_key(f"{prompt}", image)
+        if (image, prompt) not in self._keys:
+            try:
+                self._keys[image, prompt] = image_key(f"{prompt}", read_regular(image, LARGEST))
+            except OSError as error:
+                raise InputError(f"{image} cannot be read ({error.strerror})") from None
+        return self._keys[image, prompt]
 
-    def _known(self, key: str) -> FeatureMap | None:
-        if key in self._held:
-            self._held.move_to_end(key)
-            return self._held[key]
-        if self._folder is None:
-            return None
+    def _known(self, key: bytes) -> FeatureMap | None:
+        held = self._held.get(key)
+        if held is not None or self._folder is None:
+            return held
+        path = self._file(key)
         try:
-            with open_regular(self._folder / f"{key}.npz") as file:
-                arrays = read_npz(file, key, CAPACITY)
-            height, width = (int(n) for n in arrays["image_size"])
-            rows, columns = (float(n) for n in arrays["cells"])
-            known = FeatureMap(arrays["features"], (height, width), (rows, columns))
-        except (OSError, ValueError, KeyError, TypeError, InputError):
-            return None  # not there, or damaged: computed again
+            stored = read_stored(path)
+            if path.stat().st_size > CAPACITY or stored.key != key.hex() or not stored.whole(path):
+                return None
+            features = stored.features(path)
+        except (OSError, InputError):
+            return None  # missing or damaged: it is computed again
         self.read += 1
-        self._hold(key, known)
-        return known
+        return self._held.put(key, features)
 
-    def _hold(self, key: str, features: FeatureMap) -> None:
-        self._held[key] = features
-        self._bytes += features.array.nbytes
-        while self._bytes > self._capacity and len(self._held) > 1:
-            _, oldest = self._held.popitem(last=False)
-            self._bytes -= oldest.array.nbytes
-
-    def _write(self, key: str, features: FeatureMap) -> None:
+    def _write(self, key: bytes, image: ImageSource, features: FeatureMap) -> None:
         if self._folder is None:
             return
         self._folder.mkdir(parents=True, exist_ok=True)
-        with replacing(self._folder / f"{key}.npz") as temporary, temporary.open("wb") as file:
-            np.savez(file, features=features.array, image_size=features.image_size, cells=features.cells)
+        content = (
+            hashlib.sha256(image.tobytes()).hexdigest() if isinstance(image, np.ndarray) else sha256(image)
+        )
+        write_whole(self._file(key), map_file(_name(image), content, features, features.array, key.hex()))
+
+    def _file(self, key: bytes) -> Path:
+        assert self._folder is not None
+        return self._folder / f"{key.hex()}.safetensors"
 
 
 def _on_host(features: FeatureMap) -> FeatureMap:
-    """The same map without a device's memory behind it, checked for NaN."""
+    """The same map without the device memory behind it. Fetching the array checks it for NaN and infinity."""
     return FeatureMap(features.array, features.image_size, features.cells)
 
 
 def _name(image: ImageSource) -> str:
     return str(image) if isinstance(image, Path) else "an image of the benchmark"
-
-
-def _digest(data: bytes) -> str:
-    return hashlib.sha256(data).hexdigest()

@@ -1,4 +1,4 @@
-"""Points and dense flow against the truth: PCK per point and per image, and end-point error."""
+"""Comparing matched points and dense flow with the truth: PCK per point and per image, end-point error."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ from ditf.runtime import Model
 from ditf.runtime.errors import InputError
 
 Report = Callable[[str, int, int], None]
-"""Told an item's name, the items done and in all."""
+"""Called with an item's name, the number of items done, and the number of all items."""
 
 PairMatcher = Callable[[Pair], np.ndarray]
-"""Matches [K, 2] of a pair's points, (x, y) px of its target."""
+"""Returns matches [K, 2] of a pair's points, (x, y) px of its target."""
 
 FlowEstimator = Callable[[FlowPair], np.ndarray]
-"""Flow [H, W, 2] of a pair, (x, y) px, for every pixel of its source."""
+"""Returns the flow [H, W, 2] of a pair, (x, y) px, for every pixel of its source."""
 
 
-SAMPLES = 64  # foreground pixels of a flow that a picture shows
+SAMPLES = 64  # foreground pixels whose flow a picture shows
 
 
 def matcher(model: Model) -> PairMatcher:
-    """Matching with a bundle: features of both images, then `Model.match` from whole source pixels."""
+    """A matcher that computes features of both images and calls `Model.match` from whole source pixels."""
 
     def match(pair: Pair) -> np.ndarray:
         source, target = model.features_of([read_image(image) for image in pair.images])
@@ -37,7 +37,7 @@ def matcher(model: Model) -> PairMatcher:
 
 
 def quiet(name: str, done: int, total: int) -> None:
-    """A report to nobody."""
+    """Report nothing."""
 
 
 @dataclass(frozen=True)
@@ -45,11 +45,11 @@ class Criteria:
     """When a match is right.
 
     Attributes:
-        alphas: shares of an item's reference length.
-        pixels: distances.
-        strict: less than, not at most.
-        error: the mean distance counts too.
-        per_image: so does PCK per image; of a single image it says nothing new.
+        alphas: thresholds as shares of an item's reference length.
+        pixels: thresholds in pixels.
+        strict: whether a distance has to be less than the threshold, not at most.
+        error: whether the mean distance is a metric too.
+        per_image: whether PCK per image is a metric; it adds nothing if there is a single image.
     """
 
     alphas: Sequence[float]
@@ -59,10 +59,11 @@ class Criteria:
     per_image: bool = True
 
     def shares(self, distances: np.ndarray, reference: float) -> dict[Key, np.ndarray]:
-        """Each metric's value at each point.
+        """The value of each metric at each point.
 
         Args:
-            distances: [K] px; reference: what alpha is a share of, px.
+            distances: [K] px.
+            reference: the length that alpha is a share of, px.
         """
         less = np.less if self.strict else np.less_equal
         found: dict[Key, np.ndarray] = {}
@@ -81,8 +82,8 @@ def evaluate_pairs(
     """Match the points of every pair.
 
     Returns:
-        Of each pair "pck" at every alpha and "pck_px" (weight: its points), "pck_per_image" (weight 1) and
-        "epe", as far as they are asked for.
+        One outcome per pair with "pck" at every alpha and "pck_px" (weight: its points), "pck_per_image"
+        (weight 1) and "epe", as the criteria ask.
     """
     outcomes = []
     for index, pair in enumerate(pairs):
@@ -128,7 +129,7 @@ def evaluate_flows(
 
 
 def _per_image(shares: dict[Key, tuple[float, float]], criteria: Criteria) -> dict[Key, tuple[float, float]]:
-    """PCK of one image, each image weighing the same."""
+    """PCK of one image with weight 1, so that all images count the same."""
     if not criteria.per_image:
         return {}
     return {

@@ -1,4 +1,4 @@
-"""What a creature looks like: colours, markings and background, drawn anew for each picture."""
+"""Painting a creature: colours, markings and background, drawn at random for each picture."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from ditf.calib.eval.creature_skeleton import Skeleton
 
 Colour = tuple[int, int, int]
 Place = Callable[[np.ndarray], np.ndarray]
-"""From units of the animal to the canvas, (x, y) px."""
+"""Maps a point in units of the animal to the canvas, (x, y) px."""
 
 
 class _Brush:
-    """Tapered strokes on the colour layer; what takes markings is noted in a mask."""
+    """Tapered strokes on the colour layer, and a mask of the parts that take markings."""
 
     def __init__(self, canvas: Image.Image, place: Place, scale: float) -> None:
         self.canvas = canvas
@@ -29,7 +29,7 @@ class _Brush:
     def stroke(
         self, a: np.ndarray, b: np.ndarray, ra: float, rb: float, colour: Colour, marked: bool = False
     ) -> None:
-        """The convex hull, nearly, of two circles."""
+        """Draw about the convex hull of two circles."""
         p, q = self._place(a), self._place(b)
         ra, rb = ra * self._scale, rb * self._scale
         length = math.hypot(*(q - p))
@@ -45,8 +45,9 @@ def paint(rng: np.random.Generator, s: Skeleton, place: Place, scale: float, can
     """Draw an animal on a background.
 
     Args:
-        place: from units of the skeleton to the canvas; scale: pixels of one unit.
-        canvas: side of the square, pixels.
+        place: maps units of the skeleton to the canvas.
+        scale: pixels per unit.
+        canvas: side of the square canvas, pixels.
     """
     image = _background(rng, canvas)
     hue, saturation, value = rng.random(), rng.uniform(0.15, 0.8), rng.uniform(0.4, 0.75)
@@ -115,7 +116,7 @@ def paint(rng: np.random.Generator, s: Skeleton, place: Place, scale: float, can
 
 
 def _mark(rng: np.random.Generator, image: Image.Image, mask: Image.Image, scale: float) -> None:
-    """Stripes, spots or nothing, over what the mask shows."""
+    """Draw stripes, spots or nothing on the parts that the mask shows."""
     kind = rng.integers(3)
     if kind == 0:
         return
@@ -137,7 +138,7 @@ def _mark(rng: np.random.Generator, image: Image.Image, mask: Image.Image, scale
 
 
 def _background(rng: np.random.Generator, canvas: int) -> Image.Image:
-    """Smooth colours, over them some blurred shapes."""
+    """Smooth colours with a few shapes over them."""
     grid = (rng.integers(2, 5), rng.integers(2, 5), 3)
     coarse = rng.uniform(50, 206, 3) + rng.uniform(-50, 50, grid)
     image = Image.fromarray(coarse.astype(np.uint8)).resize((canvas, canvas), Image.Resampling.BICUBIC)

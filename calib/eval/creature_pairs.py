@@ -9,9 +9,9 @@ from ditf.calib.eval.creatures import KEYPOINTS, SPECIES, Creature, draw_creatur
 from ditf.calib.eval.datasets.base import Pair
 
 TRAIN, TEST = 1, 2
-"""First number of a picture's seed: what the demo model was trained on, and what is held out."""
+"""First number of a picture's seed: the demo model was trained on TRAIN, and TEST is held out."""
 
-SIZE = 256  # of the pictures, pixels
+SIZE = 256  # side of the pictures, pixels
 PAIRS = 200
 
 GROUPS = ("in species", "across species")
@@ -28,11 +28,11 @@ def _pair(index: int, cross: bool, split: int) -> tuple[Creature, Creature]:
 
 
 class CreaturePairs(Sequence[Pair]):
-    """Pairs as `ditf eval` takes them, drawn when they are asked for; all in species come first.
+    """Pairs for `ditf eval`, drawn on access; the pairs within a species come first.
 
     Args:
-        count: pairs in species, and as many across, each species with each other as often; they do not
-            depend on how many are taken.
+        count: number of pairs within a species and number of pairs across species. A pair does not depend on
+            the count, and across species all combinations are equally frequent.
         split: first number of the pictures' seeds.
     """
 

@@ -1,4 +1,4 @@
-"""How a creature stands: joints and sizes of an animal in a pose, by species."""
+"""The skeleton of a creature: joints and sizes of an animal in a pose, by species."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ import numpy as np
 KEYPOINTS = (
     "nose", "eye", "ear", "withers", "back", "tail base", "tail tip", "belly", "front foot", "hind foot",
 )  # fmt: skip
-"""What is marked in every picture, in the order of `Skeleton.keypoints`; feet are of the near side."""
+"""The keypoints of every picture, in the order of `Skeleton.keypoints`; the feet are the near ones."""
 
 
 @dataclass(frozen=True)
 class Proportions:
-    """A species, in units of its body's length from shoulder to hip."""
+    """Proportions of a species, in units of its body's length from shoulder to hip."""
 
     depth: float  # of the body, top to bottom
     leg: float
@@ -42,14 +42,14 @@ SPECIES = {
     "rabbit": Proportions(0.60, 0.32, 0.15, 0.16, 50, 0.28, 0.24, 0.12, 0.50, 0.11, 0.16, 30, 0.16),
     "pig": Proportions(0.64, 0.32, 0.15, 0.14, 15, 0.44, 0.24, 0.20, 0.16, 0.14, 0.25, 40, 0.05),
 }
-"""Species by name; a creature's class label is its place here."""
+"""Species by name; a creature's class label is its index here."""
 
 _VARIATION = 0.10
-"""Standard deviation of every proportion within a species, relative."""
+"""Relative standard deviation of every proportion within a species."""
 
 
 class Skeleton:
-    """Joints of one animal in a pose, facing right, y down, in units of its body's length."""
+    """Joints of one animal in a pose, in units of its body's length; it faces right and y points down."""
 
     def __init__(self, rng: np.random.Generator, species: Proportions) -> None:
         def varied(value: float) -> float:
@@ -97,7 +97,7 @@ class Skeleton:
         return [top, knee, knee + _direction(-math.pi / 2 + swing - fold) * (length + self.half * 0.3) / 2]
 
     def outline(self) -> tuple[np.ndarray, np.ndarray]:
-        """Centres [n, 2] and radii [n] of circles that hold all that is drawn."""
+        """Centres [n, 2] and radii [n] of circles that contain everything that is drawn."""
         circles = [(self.hip, self.half), (self.shoulder, self.half), (self.head, self.head_radius)]
         circles += [(self.nose, self.head_radius * 0.5), (self.ear, self.ear_width / 2)]
         circles += [(self.tail_middle, self.tail_width / 2), (self.tail_tip, self.tail_width / 2)]
@@ -105,7 +105,7 @@ class Skeleton:
         return np.stack([c for c, _ in circles]), np.array([r for _, r in circles])
 
     def keypoints(self) -> np.ndarray:
-        """[len(KEYPOINTS), 2], in that order."""
+        """The keypoints, float64 [len(KEYPOINTS), 2], in that order."""
         middle = (self.hip + self.shoulder) / 2
         return np.stack([
             self.nose, self.eye, self.ear, self.shoulder + self.up * self.half,
@@ -115,5 +115,5 @@ class Skeleton:
 
 
 def _direction(angle: float) -> np.ndarray:
-    """Unit vector at an angle above the horizontal, y down."""
+    """Unit vector at an angle above the horizontal, with y down."""
     return np.array([math.cos(angle), -math.sin(angle)])

@@ -1,8 +1,8 @@
-"""Creatures: animals drawn from parts, whose keypoints are known exactly.
+"""Creatures: drawn animals whose keypoints are known exactly.
 
-Side views of quadrupeds of several species, which differ in proportions alone. Colours, markings, pose,
-scale, place, direction and background are drawn anew for each picture, so that neither colour nor place
-tells where a keypoint is.
+They are side views of quadrupeds of several species, which differ only in their proportions. Colours,
+markings, pose, scale, place, direction and background are random in each picture, so that neither colour nor
+place reveals a keypoint.
 """
 
 from __future__ import annotations
@@ -26,9 +26,9 @@ class Creature:
 
     Attributes:
         image: uint8 [size, size, 3] RGB.
-        keypoints: float64 [len(KEYPOINTS), 2] (x, y) in pixels, centres at integers, all inside the picture.
+        keypoints: float64 [len(KEYPOINTS), 2] (x, y) in pixels, with centres at integers; all are inside.
         box: (x0, y0, x1, y1) around the drawn animal, pixels.
-        species: place in `SPECIES`.
+        species: index into `SPECIES`.
     """
 
     image: np.ndarray
@@ -41,9 +41,9 @@ def draw_creature(species: int, seed: int | tuple[int, ...], size: int = 256) ->
     """Draw one animal.
 
     Args:
-        species: place in `SPECIES`.
-        seed: all that is random follows from it and from the species.
-        size: of the square picture, pixels.
+        species: index into `SPECIES`.
+        seed: together with the species it determines the picture.
+        size: side of the square picture, pixels.
     """
     seeds = (seed,) if isinstance(seed, int) else seed
     rng = np.random.default_rng([*seeds, species])

@@ -1,4 +1,4 @@
-"""Accuracy of estimated homographies: the mean distance of warped corners. See `datasets.hpatches`."""
+"""Accuracy of estimated homographies by the mean distance of warped corners (see `datasets.hpatches`)."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from ditf.calib.eval.datasets.base import read_image
 from ditf.calib.eval.datasets.hpatches import SHORT_SIDE, HomographyPair
 from ditf.calib.eval.outcomes import Outcome
 
-PIXELS = (1.0, 3.0, 5.0)
+LIMITS = (1.0, 3.0, 5.0)  # px
 
 HomographyEstimator = Callable[[HomographyPair], "np.ndarray | None"]
-"""Homography [3, 3] from pixels of a pair's source to pixels of its target; None where none was found."""
+"""Returns the homography [3, 3] from pixels of a pair's source to pixels of its target, or None."""
 
 
 def corners_of(size: tuple[int, int]) -> np.ndarray:
@@ -24,7 +24,7 @@ def corners_of(size: tuple[int, int]) -> np.ndarray:
 
 
 def warp(points: np.ndarray, homography: np.ndarray) -> np.ndarray:
-    """Points [N, 2] through a homography [3, 3]; infinite where one goes to infinity."""
+    """Map points [N, 2] by a homography [3, 3]; a point that goes to infinity becomes infinite."""
     warped = np.concatenate([points, np.ones((len(points), 1))], axis=1) @ homography.T
     with np.errstate(divide="ignore", invalid="ignore"):
         result: np.ndarray = warped[:, :2] / warped[:, 2:]
@@ -34,7 +34,7 @@ def warp(points: np.ndarray, homography: np.ndarray) -> np.ndarray:
 def corner_error(estimate: np.ndarray | None, truth: np.ndarray, size: tuple[int, int]) -> float:
     """Mean distance in px of the corners of an image of size (H, W) warped by two homographies.
 
-    Infinite where there is no estimate.
+    The distance is infinite if there is no estimate.
     """
     if estimate is None:
         return float("inf")
@@ -49,8 +49,8 @@ def evaluate_homographies(
     """Estimate the homography of every pair.
 
     Returns:
-        Of each pair "homography_accuracy" at 1, 3 and 5 px of images whose shorter side is 480, and
-        "homography_found".
+        One outcome per pair with "homography_accuracy" at 1, 3 and 5 px of images whose shorter side is 480,
+        and "homography_found".
     """
     outcomes = []
     for index, pair in enumerate(pairs):
@@ -59,7 +59,7 @@ def evaluate_homographies(
         source, target = (read_image(image).shape for image in pair.images)
         error = corner_error(found, pair.homography, (source[0], source[1]))
         error *= SHORT_SIDE / min(target[:2])
-        shares = {("homography_accuracy", f"{limit:g}"): (float(error <= limit), 1.0) for limit in PIXELS}
+        shares = {("homography_accuracy", f"{limit:g}"): (float(error <= limit), 1.0) for limit in LIMITS}
         shares["homography_found", ""] = (float(found is not None), 1.0)
         outcomes.append(Outcome(pair.name, pair.category, pair.group, shares, found=found))
     return outcomes

@@ -1,8 +1,8 @@
-"""What every benchmark measures, in one form: sums and weights of units that can be resampled.
+"""Results of every benchmark in one form: sums and weights of units that can be resampled.
 
-A metric is sum / weight over the units: PCK per point is correct points over points, PCK per image is the
-pairs' shares over pairs, J&F is the objects' means over objects. So one piece of code makes tables,
-categories and intervals.
+A metric is the sum over the units divided by their weight. PCK per point is correct points over points, PCK
+per image is the sum of the pairs' shares over pairs, and J&F is the sum of the objects' means over objects.
+The same code therefore makes all tables, categories and intervals.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 Key = tuple[str, str]
-"""A metric and its threshold, ("pck", "0.1"); "" where it has none."""
+"""A metric and its threshold, such as ("pck", "0.1"); the threshold is "" if the metric has none."""
 
 Metrics = dict[str, dict[str, float]]
 """{metric: {threshold: value}}."""
@@ -25,13 +25,13 @@ _CHUNK = 1 << 22  # resampling counts held at a time
 
 @dataclass(frozen=True)
 class Outcome:
-    """One unit, measured: a pair, or a video.
+    """The result of one unit, a pair or a video.
 
     Attributes:
-        name, category, group: as its item has them.
+        name, category, group: those of the item.
         shares: {metric: (sum, weight)}.
-        points: {metric: value of each of the unit's points}, where they are few enough to be kept.
-        found: what was found, for pictures: matches [K, 2], a homography, labels.
+        points: {metric: value of each of the unit's points}, if they are few enough to be kept.
+        found: the estimate, for pictures: matches [K, 2], a homography or labels.
     """
 
     name: str
@@ -48,7 +48,7 @@ class Outcome:
 
 
 def totals(outcomes: Sequence[Outcome]) -> Metrics:
-    """Every metric over all units."""
+    """The value of every metric over all units."""
     result: Metrics = {}
     for metric, threshold in outcomes[0].shares:
         sums = [outcome.shares[metric, threshold] for outcome in outcomes]
@@ -66,7 +66,7 @@ def by_category(outcomes: Sequence[Outcome]) -> dict[str, Metrics]:
 
 
 def category_mean(outcomes: Sequence[Outcome]) -> Metrics:
-    """Every metric's mean over the categories, each counting the same."""
+    """The mean of every metric over the categories, which count the same."""
     categories = list(by_category(outcomes).values())
     return {
         metric: {
@@ -78,7 +78,7 @@ def category_mean(outcomes: Sequence[Outcome]) -> Metrics:
 
 
 def by_keypoint(outcomes: Sequence[Outcome], names: Sequence[Sequence[str]], key: Key) -> dict[str, float]:
-    """A metric of each keypoint by name; `names` are those of each unit's points."""
+    """A metric of each keypoint by name; `names` holds the names of each unit's points."""
     values: dict[str, list[float]] = {}
     for outcome, keypoints in zip(outcomes, names, strict=True):
         for name, value in zip(keypoints, outcome.points[key], strict=True):
@@ -114,12 +114,14 @@ def difference(
 ) -> Difference:
     """The paired difference of a metric, ones - others, with a percentile bootstrap interval of 95 %.
 
-    Whole units are drawn with replacement, the same for both: points of a pair are no independent evidence.
-    Of a benchmark that has a single pair its points are drawn, and the interval says nothing of other images.
+    Whole units are drawn with replacement, the same for both sides, because points of a pair are not
+    independent. If a benchmark has a single pair, its points are drawn, and the interval says nothing about
+    other images.
 
     Args:
-        ones, others: of the same items in the same order.
-        unit: what they are of; seed: of the resampling.
+        ones, others: outcomes of the same items in the same order.
+        unit: name of the items, for people.
+        seed: seed of the resampling.
     """
     if [one.name for one in ones] != [other.name for other in others]:
         raise ValueError("outcomes of different items cannot be compared")
@@ -138,7 +140,7 @@ def difference(
 
 
 def _resampled(sides: list[np.ndarray], seed: int) -> np.ndarray:
-    """Differences of the sides' ratios in every round, [_ROUNDS]."""
+    """Differences of the sides' ratios in every round, float64 [_ROUNDS]."""
     rng = np.random.default_rng(seed)
     count = len(sides[0])
     step = max(1, min(_ROUNDS, _CHUNK // count))
@@ -151,6 +153,6 @@ def _resampled(sides: list[np.ndarray], seed: int) -> np.ndarray:
 
 
 def _values(sums: np.ndarray) -> np.ndarray:
-    """Sum over weight of [n, 2]."""
+    """Sum over weight, for [n, 2]."""
     values: np.ndarray = sums[:, 0] / sums[:, 1]
     return values

@@ -1,4 +1,4 @@
-"""Pictures of what a benchmark found: right in green, wrong in red, the truth marked. Pillow alone."""
+"""Pictures of a benchmark's results: right matches in green, wrong ones in red, the truth in yellow."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from ditf.calib.eval.homography import corners_of, warp
 from ditf.calib.eval.outcomes import Outcome
 
 RIGHT, WRONG, TRUTH = (60, 220, 90), (240, 50, 60), (255, 235, 60)
-_HEIGHT = 480  # largest of an image, px
+_HEIGHT = 480  # largest height of an image, px
 _GAP = 12
 _CAPTION = 26
-_FEW = 100  # points up to which every match has its line and every truth its cross
-_FILL = 110  # of 255, of labels laid over a frame
+_FEW = 100  # with more points, right matches have no line and their truth no cross
+_FILL = 110  # opacity of labels over a frame, of 255
 
 
 def draw_outcome(benchmark: Benchmark, item: Any, outcome: Outcome) -> Image.Image:
-    """One item of a benchmark with what was found in it.
+    """Draw one item of a benchmark with its result.
 
     Returns:
-        RGB, both images side by side, scaled to at most 480 px of height, a caption above.
+        An RGB image: both images side by side, at most 480 px high, under a caption.
     """
     value = outcome.value(benchmark.headline)
     metric, threshold = benchmark.headline
@@ -61,7 +61,7 @@ def _right(
 
 
 class _Sheet:
-    """Two images side by side under a caption, and places on them."""
+    """Two images side by side under a caption."""
 
     def __init__(self, images: Sequence[Any], caption: str) -> None:
         whole = [Image.fromarray(read_image(image)) for image in images]
@@ -79,7 +79,7 @@ class _Sheet:
         self.draw.text((6, 5), caption, "black", ImageFont.load_default(13))
 
     def place(self, side: int, points: np.ndarray) -> list[tuple[float, float]]:
-        """Points (x, y) px of an image, on the sheet."""
+        """Positions on the sheet of points (x, y) px of an image."""
         x, y = ((np.asarray(points, np.float64) + 0.5) * self._scales[side]).T
         return [(float(a) + self._left[side], float(b) + _CAPTION) for a, b in zip(x, y, strict=True)]
 
@@ -93,7 +93,7 @@ def _points(
     box: Box | None,
     right: np.ndarray,
 ) -> Image.Image:
-    """Source points, their matches, and from each wrong match a line to its truth."""
+    """Draw source points and their matches, with a line from each wrong match to its truth."""
     sheet = _Sheet(images, caption)
     draw = sheet.draw
     if box is not None:
@@ -123,7 +123,7 @@ def _cross(draw: ImageDraw.ImageDraw, place: tuple[float, float], size: int) -> 
 
 
 def _quads(item: HomographyPair, caption: str, found: np.ndarray | None, right: bool) -> Image.Image:
-    """The source's outline in the target, true and as estimated."""
+    """Draw the true and the estimated outline of the source in the target."""
     sheet = _Sheet(item.images, caption)
     corners = corners_of(read_image(item.source).shape[:2])
     outlines = [(item.homography, TRUTH)]
@@ -138,7 +138,7 @@ def _quads(item: HomographyPair, caption: str, found: np.ndarray | None, right: 
 
 
 def _labels(item: Video, caption: str, found: tuple[int, np.ndarray]) -> Image.Image:
-    """The truth of a frame, and what was found: right green, missed yellow, anything else red."""
+    """Draw a frame's true labels and those found: right ones green, missed ones yellow, wrong ones red."""
     index, labels = found
     truth = item.labels(index)
     frame = read_image(item.frames[index]).astype(np.float32)

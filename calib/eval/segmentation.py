@@ -27,7 +27,7 @@ from ditf.calib.eval.outcomes import Outcome
 from ditf.runtime.errors import InputError, missing_extra
 
 Propagation = Callable[[Video, np.ndarray], Iterable[np.ndarray]]
-"""Labels uint8 [H, W] of every frame after the first, given those of the first."""
+"""Yields labels uint8 [H, W] of every frame after the first, given those of the first."""
 
 _BOUND = 0.008  # share of the diagonal
 _BINS = 4
@@ -42,7 +42,7 @@ def region_similarity(truth: np.ndarray, found: np.ndarray) -> float:
 def boundary(mask: np.ndarray) -> np.ndarray:
     """Boundary pixels of a bool mask [H, W], half a pixel towards the origin.
 
-    The last row and column look along themselves only, and their corner is none.
+    In the last row and column pixels are compared along it only, and the corner is never a boundary.
     """
     edge = np.zeros_like(mask)
     edge[:-1, :-1] = (mask[:-1, :-1] ^ mask[:-1, 1:]) | (mask[:-1, :-1] ^ mask[1:, :-1])
@@ -81,11 +81,11 @@ def statistics(values: np.ndarray) -> tuple[float, float, float]:
 
 
 def evaluate_videos(videos: Sequence[Video], propagate: Propagation, report: Report = quiet) -> list[Outcome]:
-    """Follow the objects of every video.
+    """Propagate the labels of every video and score them.
 
     Returns:
-        Of each video "davis": "J&F", "J", "F" and their "-recall" and "-decay" (weight: its objects).
-        `found` is the worst scored frame's index and its labels.
+        One outcome per video with "davis": "J&F", "J", "F" and their "-recall" and "-decay" (weight: its
+        objects). `found` holds the index of the worst scored frame and its labels.
 
     Raises:
         InputError: labels of another size or number.

@@ -1,4 +1,4 @@
-"""Pictures of what calibration found: where massive channels appear and how AdaLN meets them."""
+"""Plots of a calibration: where massive channels appear and how AdaLN scales them."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ _COLOURS = ("#d1495b", "#00798c", "#edae49", "#66a182", "#8d5a97", "#2e4057")
 
 
 def plot_calibration(document: Mapping[str, Any], path: Path) -> None:
-    """Draw calibration.json: four panels over the layers.
+    """Draw calibration.json in four panels.
 
-    Channel means of the residual, sorted, one line a layer; the massive channels' ratio to the median, layer
-    by layer; AdaLN's scale on them against all channels; and the largest values against float16's limit.
+    They show the sorted channel means of the residual for each layer, the ratio of the massive channels to
+    the median channel over the layers, AdaLN's scale on them and on all channels, and the largest values
+    beside float16's limit.
 
     Args:
-        document: as `ditf calibrate` writes it.
-        path: PNG, SVG or PDF.
+        document: calibration.json, as `ditf calibrate` writes it.
+        path: the file to write, PNG, SVG or PDF.
     """
     from matplotlib.figure import Figure
 
@@ -40,7 +41,7 @@ def plot_calibration(document: Mapping[str, Any], path: Path) -> None:
 
 
 def _massive_anywhere(layers: list[Mapping[str, Any]]) -> list[int]:
-    """Channels massive in some layer, the strongest first, as many as there are colours."""
+    """Channels that are massive in some layer, the strongest first, at most one per colour."""
     strongest: dict[int, float] = {}
     for layer in layers:
         for entry in layer["image"]["massive_channels"]:
@@ -124,7 +125,7 @@ def largest_of(
     kinds: Sequence[str],
     stream: str | None = None,
 ) -> float | None:
-    """The largest value of some kinds inside one block of calibration.json; None where it has none."""
+    """The largest value of some kinds inside one block of calibration.json, or None."""
     found = [
         entry["max_abs"]
         for entry in ranges

@@ -1,4 +1,4 @@
-"""A picture of timings: where every call lies, and where the baseline's did."""
+"""Plots of timings: the distribution of every part's calls beside the baseline's."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from ditf.calib.latency import Row
 
 
 def plot_latency(rows: Sequence[Row], baseline: Mapping[str, Row], title: str, path: Path) -> None:
-    """Draw the share of calls that took at most so long, a panel for each part.
+    """Draw the cumulative distribution of the calls' times, one panel per part.
 
     Args:
         baseline: rows of an earlier run by name; may be empty.
-        path: PNG, SVG or PDF.
+        path: the file to write, PNG, SVG or PDF.
     """
     from matplotlib.figure import Figure
 

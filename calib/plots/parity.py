@@ -1,4 +1,4 @@
-"""Pictures of parity: where on the image features are off, by how much, and which matches moved."""
+"""Plots of parity: the error of features over the image, and the matches that moved."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ditf.calib.golden import GoldenResult, take_rows
+from ditf.calib.golden_parity import GoldenResult, take_rows
 from ditf.runtime.bundles.golden_file import Golden
 
 _LEAST = 1e-9  # below float32's resolution of a cosine
@@ -17,14 +17,15 @@ _LEAST = 1e-9  # below float32's resolution of a cosine
 def plot_parity(
     golden: Golden, result: GoldenResult, grid: tuple[int, int], limits: Mapping[str, float], path: Path
 ) -> None:
-    """Draw three panels: the error of each sampled token over the first golden image, the histogram of all
-    tokens' errors with the gates, and on the second image the matches, a line from the model's to the
-    bundle's where they moved by more than a pixel.
+    """Draw three panels: errors over the first image, their histogram, and matches on the second image.
+
+    The histogram shows the gates. On the second image a line joins the model's match and the bundle's match
+    if they differ by more than a pixel.
 
     Args:
         grid: (h, w) of the features.
-        limits: gates.
-        path: PNG, SVG or PDF.
+        limits: limits of the gates by metric.
+        path: the file to write, PNG, SVG or PDF.
     """
     from matplotlib.figure import Figure
 

@@ -1,4 +1,4 @@
-"""`ditf bench`: how long a bundle takes here, against peers, and against how long it took."""
+"""`ditf bench`: time a bundle on this machine, against peers and against an earlier run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import numpy as np
 import typer
@@ -16,76 +16,68 @@ from PIL import Image
 from ditf.calib.images import procedural_images
 from ditf.calib.latency import Change, Row, compare, measure
 from ditf.calib.machine import machine, peak_bytes, resident_bytes
-from ditf.cli.export import needs_exporter
-from ditf.cli.support.console import (
-    SCHEMA,
-    BackendOption,
-    BundleArgument,
-    HostCodeOption,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_picture,
-    check_writable,
-    open_bundle,
-    parse_size,
-    say,
-    show,
-    state,
-    table,
-    write_json,
-)
+from ditf.cli.support.baseline import Baseline
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.exporter import needs_exporter
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_picture, check_writable
+from ditf.export.planning.options import parse_size
 from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import Bundle
-from ditf.runtime.bundles.manifest import NAME
+from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.hashed import sha256
-from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import fit_image
 
 _PACKAGES = ("ditf", "numpy", "pillow", "onnxruntime", "tensorrt", "tensorrt-rtx", "torch", "diffusers")
 _PEERS = ("eager", "compile", "onnxruntime")
 _IMAGES = 8  # inputs that rotate
-_LARGEST_BASELINE = 16 << 20  # bytes
 _MOST_PIXELS = 50_000_000
-_SAME = ("cpu", "cores", "gpu", "power_mode")  # what a baseline must share
 
 
+@verb(SIGNATURE, HOST_CODE)
 def bench(
     bundle: BundleArgument,
     backend: BackendOption = "auto",
     image_size: Annotated[
-        str, typer.Option("--image-size", metavar="HxW", help="Size of the pictures, before they are fitted.")
+        str,
+        typer.Option("--image-size", metavar="HxW", help="Size of the test images, before they are fitted."),
     ] = "480x640",
-    points: Annotated[int, typer.Option(min=1, max=100_000, help="Points that are matched.")] = 64,
+    points: Annotated[int, typer.Option(min=1, max=100_000, help="Number of points to match.")] = 64,
     seconds: Annotated[
-        float, typer.Option(min=0.01, max=3600, help="Time for each part, in all; at least 3 calls a round.")
+        float, typer.Option(min=0.01, max=3600, help="Total time for each part; at least 3 calls a round.")
     ] = 5.0,
-    repetitions: Annotated[int, typer.Option(min=3, max=100, help="Rounds of all parts, taking turns.")] = 5,
+    repetitions: Annotated[
+        int, typer.Option(min=3, max=100, help="Number of rounds, in which the parts take turns.")
+    ] = 5,
     baseline: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="A --json of an earlier run, to compare with.")
+        Optional[Path], typer.Option(metavar="FILE", help="--json of an earlier run, to compare with.")
     ] = None,
     max_regression: Annotated[
-        str, typer.Option("--max-regression", metavar="P%", help="Exit 1 if a part is slower by more.")
+        str,
+        typer.Option(
+            "--max-regression", metavar="P%", help="Exit 1 if a part is slower than --baseline by more."
+        ),
     ] = "10%",
     against: Annotated[
         Optional[str],
         typer.Option(metavar="eager,compile,onnxruntime", help="Peers to measure in the same run."),
     ] = None,
     model: Annotated[
-        Optional[str], typer.Option(metavar="ID|DIR", help="Checkpoint of eager and compile, if it moved.")
+        Optional[str],
+        typer.Option(
+            metavar="ID|DIR",
+            help="Checkpoint for eager and compile, if it is no longer where it was exported from.",
+        ),
     ] = None,
-    plot: Annotated[Optional[Path], typer.Option(metavar="PNG", help="Draw the distributions.")] = None,
+    plot: Annotated[
+        Optional[Path], typer.Option(metavar="PNG", help="Plot the distributions of times.")
+    ] = None,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Time preprocessing, features, matching and all of it; gate it against a baseline: exit 1 if slower."""
+    """Time preprocessing, features, matching and all of them together; exit 1 if slower than --baseline."""
     check_writable(json_file, plot, inputs=(bundle,))
     if plot is not None:
         check_picture(plot, "check")
@@ -97,7 +89,7 @@ def bench(
     peers = _peers(against)
     if model is not None and not set(peers) & {"eager", "compile"}:
         raise InputError("--model is for --against eager or compile", "leave it out, or add --against eager")
-    before = None if baseline is None else _Baseline(baseline)
+    before = None if baseline is None else Baseline(baseline)
     opened = open_bundle(bundle)
     origin = machine(*_PACKAGES)
     if before is not None:
@@ -105,9 +97,8 @@ def bench(
     at_start = resident_bytes()
     start = time.perf_counter()
     with ExitStack() as stack:
-        opened_model = stack.enter_context(Model(opened, backend))
+        opened_model = stack.enter_context(open_model(opened, backend))
         load = time.perf_counter() - start
-        say(f"{bundle} on {opened_model.detail} ({opened_model.reason})")
         work = _Work(opened_model, size, points)
         start = time.perf_counter()
         work.end_to_end(0)
@@ -151,7 +142,7 @@ def bench(
         json_file,
         {
             "bundle": str(bundle),
-            "bundle_sha256": sha256(opened.path / NAME),
+            "bundle_sha256": sha256(opened.path / MANIFEST),
             "backend": name,
             "detail": detail,
             "image_size": list(size),
@@ -176,7 +167,7 @@ def bench(
 
 
 class _Work:
-    """What is timed; inputs rotate, so that nothing is answered from a cache."""
+    """The timed parts. Inputs rotate, so that no call is answered from a cache."""
 
     def __init__(self, model: Model, size: tuple[int, int], points: int) -> None:
         self._model = model
@@ -199,64 +190,16 @@ class _Work:
         return self._model.match(source, target, self._points)
 
     def end_to_end(self, index: int) -> object:
-        """A frame against a source whose features are kept."""
+        """Match a frame against a source whose features are kept."""
         target = self._model.features(self._images[index % _IMAGES])
         return self._model.match(self._maps[(index + 1) % _IMAGES], target, self._points)
 
 
-class _Baseline:
-    """An earlier run's --json."""
-
-    def __init__(self, path: Path) -> None:
-        self._path = path
-        try:
-            document = read_json(path, _LARGEST_BASELINE)
-            self.rows = {name: Row.from_json(name, row) for name, row in document["rows"].items()}
-            self._machine = dict(document["machine"])
-            self._backend = document["backend"]
-            self._settings = {"points": document["points"], "image_size": document["image_size"]}
-            if document["schema"] != SCHEMA or not isinstance(self._backend, str) or not self.rows:
-                raise ValueError("another schema, or nothing measured")
-        except FileNotFoundError:
-            raise InputError(f"{path}: no such file", "make one with ditf bench --json") from None
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-            raise InputError(
-                f"{path} is no --json of ditf bench ({error})", "make one with --json"
-            ) from error
-
-    def check(self, origin: dict[str, Any], settings: dict[str, Any]) -> None:
-        """Times of different machines, or of different work, say nothing about a regression."""
-        for name, now in settings.items():
-            if self._settings[name] != now:
-                flag = "--" + name.replace("_", "-")
-                then = self._settings[name]
-                raise InputError(
-                    f"{self._path} was measured with {flag} {then}, this is {now}", f"leave {flag} as it was"
-                )
-        for name in _SAME:
-            if self._machine.get(name) != origin.get(name):
-                then, now = self._machine.get(name), origin.get(name)
-                raise InputError(
-                    f"{self._path} was measured on {name} {then}, this is {now}",
-                    "measure a baseline on this machine",
-                )
-
-    def check_backend(self, backend: str) -> None:
-        if self._backend != backend:
-            raise InputError(
-                f"{self._path} was measured with {self._backend}, this is {backend}",
-                f"use --backend {self._backend}, or measure a new baseline",
-            )
-
-    def changes(self, rows: dict[str, Row]) -> list[Change]:
-        return [compare(row, self.rows[name]) for name, row in rows.items() if name in self.rows]
-
-
 def parse_percent(text: str) -> float:
-    """A share such as "10%" as 0.1.
+    """Parse a percentage: "10%" is 0.1.
 
     Raises:
-        InputError: not a percentage.
+        InputError: the text is not a percentage.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*%", text.strip())
     if not match:
@@ -275,19 +218,15 @@ def _peers(text: Optional[str]) -> tuple[str, ...]:
 def _open_peer(
     stack: ExitStack, peer: str, bundle: Bundle, work: _Work, model: Optional[str]
 ) -> tuple[Callable[[int], object], str]:
-    """Something that computes the same features, and what it is."""
+    """Open a peer that computes the same features; returns its function and a description."""
     if peer == "onnxruntime":
         other = stack.enter_context(Model(bundle, "onnxruntime"))
         feeds = other.feeds()
         return lambda index: next(other.maps(work.fitted[index % _IMAGES][None], feeds)), other.detail
     with needs_exporter():
-        from ditf.export.checkpoints.loading import quieten_libraries
+        from ditf.export.measure.torch_baseline import torch_baseline
 
-        if not state.verbose:
-            quieten_libraries()
-        from ditf.export.measure.torch_baseline import torch_peer
-
-    torch = stack.enter_context(torch_peer(bundle.manifest, peer, model))
+    torch = stack.enter_context(torch_baseline(bundle.manifest, peer, model))
     return lambda index: torch.features(work.fitted[index % _IMAGES]), torch.detail
 
 

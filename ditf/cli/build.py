@@ -1,4 +1,4 @@
-"""`ditf build` and `ditf engines`: engines for the GPU that is here, or ahead of time."""
+"""`ditf build` and `ditf engines`: build TensorRT engines here or ahead of time, list and remove them."""
 
 from __future__ import annotations
 
@@ -8,26 +8,16 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.cli.support.console import (
-    BundleArgument,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_writable,
-    open_bundle,
-    say,
-    show,
-    steps,
-    table,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle
+from ditf.cli.support.options import SIGNATURE, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_writable
+from ditf.cli.support.progress import steps
 from ditf.engines.build import Built, prune
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
 from ditf.runtime.backends.engine_records import engine_folders, read_record, verify_plans
-from ditf.runtime.backends.flavour import PORTABLE, TARGETS, choose
+from ditf.runtime.backends.flavour import PORTABLE, TARGETS, choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
 
@@ -37,22 +27,24 @@ TargetOption = Annotated[
     Optional[str],
     typer.Option(
         metavar="sm_89,...|portable",
-        help="GPUs to build for ahead of time (tensorrt-rtx); portable by default.",
+        help="GPUs to build for ahead of time, with tensorrt-rtx; portable by default.",
     ),
 ]
 
 
+@verb(SIGNATURE)
 def build(
     bundle: BundleArgument,
     backend: Annotated[
-        str, typer.Option(metavar="auto|tensorrt|tensorrt-rtx", help="What builds; auto says which.")
+        str,
+        typer.Option(metavar="auto|tensorrt|tensorrt-rtx", help="Builder; auto chooses one and prints it."),
     ] = "auto",
     target: TargetOption = None,
     batch: Annotated[
         Optional[list[str]],
         typer.Option(
             metavar="N|MIN,USUAL,MAX",
-            help="Of a bundle exported with --batch dynamic; 1 by default. Several times: several profiles.",
+            help="Batch for a bundle of --batch dynamic; 1 by default. Repeat for several profiles.",
         ),
     ] = None,
     level: Annotated[
@@ -60,26 +52,31 @@ def build(
     ] = None,
     workspace: Annotated[
         Optional[str],
-        typer.Option(metavar="BYTES", help="Scratch memory of features.plan, such as 2GB; no limit."),
+        typer.Option(
+            metavar="BYTES",
+            help="Limit of the scratch memory of features.plan, such as 2GB; none by default.",
+        ),
     ] = None,
     hardware_compatible: Annotated[
-        bool, typer.Option("--hardware-compatible", help="For Ampere and newer, not this GPU alone.")
+        bool,
+        typer.Option(
+            "--hardware-compatible", help="Build for Ampere and newer GPUs, not for this GPU alone."
+        ),
     ] = False,
     version_compatible: Annotated[
         bool,
         typer.Option(
             "--version-compatible",
-            help="For newer versions of TensorRT too; opens only with --allow-host-code.",
+            help="Build for newer versions of TensorRT too; such engines open only with --allow-host-code.",
         ),
     ] = False,
-    strip_weights: Annotated[bool, typer.Option("--strip-weights", help="A plan without weights.")] = False,
-    force: Annotated[bool, typer.Option("--force", help="Build again what is there.")] = False,
+    strip_weights: Annotated[
+        bool, typer.Option("--strip-weights", help="Build plans without weights.")
+    ] = False,
+    force: Annotated[bool, typer.Option("--force", help="Build again what exists.")] = False,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Build TensorRT engines of a bundle: the second time there is nothing to do."""
+    """Build TensorRT engines of a bundle; engines that exist and fit are kept."""
     check_writable(json_file, inputs=(bundle,))
     opened = open_bundle(bundle)
     sizes = [_parse_batch(text) for text in batch or ()]
@@ -102,9 +99,9 @@ def build_targets(
     options: Optional[dict[str, Any]] = None,
     force: bool = False,
 ) -> list[Built]:
-    """Build for every target of a comma-separated list, and say what came of it."""
+    """Build for every target of a comma-separated list, and print what was built."""
     targets = parse_targets(target)
-    flavour, trt = choose(backend)
+    flavour, trt = choose_flavour(backend)
     say(f"{flavour.name} {trt.__version__}" + (" (auto)" if backend == "auto" else ""))
     built = []
     for one in targets:
@@ -124,14 +121,12 @@ engines = typer.Typer(help="List a bundle's engines, or remove those that do not
 
 
 @engines.command("list")
+@verb(SIGNATURE)
 def list_engines(
     bundle: BundleArgument,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """What engines a bundle has, for which GPU and version, and whether they are of its graphs."""
+    """List a bundle's engines: GPU, version, and whether they were built from its graphs."""
     check_writable(json_file, inputs=(bundle,))
     opened = open_bundle(bundle)
     rows: list[tuple[str, ...]] = [("engine", "built with", "for", "batch", "bytes", "state")]
@@ -158,14 +153,12 @@ def list_engines(
 
 
 @engines.command("prune")
+@verb(SIGNATURE)
 def prune_engines(
     bundle: BundleArgument,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Remove engines that are damaged, or of other graphs than the bundle's."""
+    """Remove engines that are damaged or were built from other graphs."""
     check_writable(json_file, inputs=(bundle,))
     opened = open_bundle(bundle)
     removed = prune(opened, engine_folders(opened.path))
@@ -179,10 +172,10 @@ def prune_engines(
 
 
 def parse_bytes(text: str) -> int:
-    """A size such as "2GB" or "500M"; powers of ten.
+    """Parse a size such as "2GB" or "500M", in powers of ten.
 
     Raises:
-        InputError: not a size.
+        InputError: the text is not a size.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]?)b?", text.lower())
     if not match or float(match[1]) == 0:
@@ -194,10 +187,10 @@ def parse_bytes(text: str) -> int:
 
 
 def parse_targets(text: Optional[str]) -> list[Optional[str]]:
-    """Targets of a comma-separated list, each once.
+    """Parse a comma-separated list of targets; each is kept once.
 
     Raises:
-        InputError: one of them is none.
+        InputError: one of them is unknown.
     """
     if text is None:
         return [None]

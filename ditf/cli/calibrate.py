@@ -1,105 +1,55 @@
-"""`ditf calibrate`: where a model's massive channels are, and how large its activations get."""
+"""`ditf calibrate`: measure a model's massive channels and the ranges of its activations."""
 
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.calib.recipe import INNER, SHOWN, Extent, decide
-from ditf.cli.export import PromptEmbedsOption, needs_exporter, options_of
-from ditf.cli.support.console import (
-    JsonOption,
-    QuietOption,
-    VaeOption,
-    VerboseOption,
-    check_picture,
-    check_writable,
-    parse_size,
-    say,
-    show,
-    stages,
-    state,
-    table,
-    write_json,
-)
+from ditf.calib.recipe import INNER, SHOWN, Extent, choose_recipe
+from ditf.cli.support.exporter import needs_exporter
+from ditf.cli.support.options import JsonOption, verb
+from ditf.cli.support.output import say, show, table, write_json
+from ditf.cli.support.paths import check_picture, check_writable
+from ditf.cli.support.progress import stages
+from ditf.export.planning.options import ExportOptions
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing, write_whole
 
 
+@verb(
+    takes="model vae layer conditioning prompt prompts prompt_embeds class_label guidance text_tokens"
+    " timestep size seed ensemble",
+    helps={"layer": "Last layer to measure: 9 or single.9."},
+)
 def calibrate(
-    model: Annotated[str, typer.Option(help="'demo', a directory saved by diffusers, or a hub id.")] = "demo",
-    vae: VaeOption = None,
-    layer: Annotated[Optional[str], typer.Option(help="Last layer that is looked at.")] = None,
+    *,
+    options: ExportOptions,
     images: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="Images; built-in pictures by default.")
+        Optional[Path],
+        typer.Option(metavar="DIR", help="Images to calibrate with; built-in pictures by default."),
     ] = None,
-    conditioning: Annotated[
-        str, typer.Option(metavar="bake|bank|live", help="Of the export that takes the calibration.")
-    ] = "bake",
-    prompt: Annotated[
-        Optional[list[str]], typer.Option(help="For text-conditional models; repeat it for a bank.")
-    ] = None,
-    prompts: Annotated[
-        Optional[Path], typer.Option(metavar="FILE", help="Prompts for a bank, in lines 'name: prompt'.")
-    ] = None,
-    prompt_embeds: PromptEmbedsOption = None,
-    class_label: Annotated[
-        Optional[list[str]], typer.Option(help="For class-conditional models; repeat it for a bank.")
-    ] = None,
-    guidance: Annotated[
-        Optional[float], typer.Option(help="For guidance-distilled models (FLUX.1-dev).")
-    ] = None,
-    text_tokens: Annotated[Optional[int], typer.Option(help="T5 tokens to keep.")] = None,
-    timestep: Annotated[
-        Optional[list[int]], typer.Option(help="Diffusion timestep, 0..999; repeat it for a bank.")
-    ] = None,
-    size: Annotated[Optional[str], typer.Option(metavar="HxW", help="Input size in pixels.")] = None,
-    seed: Annotated[int, typer.Option(help="Of the noise.")] = 0,
-    ensemble: Annotated[int, typer.Option(help="Noises averaged.")] = 1,
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="JSON", help="Where the statistics are written.")
+        Path, typer.Option("--output", "-o", metavar="JSON", help="File for the statistics.")
     ] = Path("calibration.json"),
     plot: Annotated[
-        Optional[Path], typer.Option(metavar="PNG", help="Also draw them, layer by layer.")
+        Optional[Path], typer.Option(metavar="PNG", help="Also plot the statistics by layer.")
     ] = None,
     json_file: JsonOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Run the unmodified model over images and record what enters each block."""
+    options = replace(options, calibration_images=images)
     check_writable(output, plot, json_file)
     if plot is not None:
         check_picture(plot, "export")
-    values: dict[str, Any] = {
-        "model": model,
-        "vae": vae,
-        "layer": layer,
-        "conditioning": conditioning,
-        "prompt": prompt,
-        "prompts": prompts,
-        "prompt_embeds": prompt_embeds,
-        "class_label": class_label,
-        "guidance": guidance,
-        "text_tokens": text_tokens,
-        "timestep": timestep,
-        "size": None if size is None else parse_size(size),
-        "seed": seed,
-        "ensemble": ensemble,
-        "calibration_images": images,
-    }
-    options = options_of(values)
     with needs_exporter():
-        from ditf.export.checkpoints.loading import quieten_libraries
-
-        if not state.verbose:
-            quieten_libraries()
         from ditf.export.measure.calibrate import calibrate as run
-        from ditf.export.measure.calibrate import stage_count
-    with stages(stage_count(options)) as report:
-        document = run(options, report, output.absolute().parent)
+        from ditf.export.measure.calibrate import calibration_stage_count
+    with stages(calibration_stage_count(options)) as report:
+        document = run(options, report, output.absolute().parent).to_json()
     write_whole(output, json.dumps(document, indent=1) + "\n")
     if plot is not None:
         from ditf.calib.plots.activations import plot_calibration
@@ -126,7 +76,7 @@ def _numbers(layer: dict[str, Any]) -> dict[str, Any]:
 
 
 def _render(document: dict[str, Any]) -> str:
-    """Residual by layer, and of the block that follows what its branches hold and add."""
+    """A row for each layer: its residual, and the ranges inside the branches of the block that follows."""
     from ditf.calib.plots.activations import largest_of
 
     rows: list[tuple[str, ...]] = [
@@ -159,10 +109,10 @@ def _render(document: dict[str, Any]) -> str:
 
 
 def _prediction(document: dict[str, Any]) -> list[str]:
-    """What --fp16 would make of the ranges, in lines."""
+    """Lines that say which exceptions --fp16 would make for these ranges."""
     extents = [Extent.from_json(entry) for entry in document["ranges"]]
     try:
-        exceptions = decide(extents).exceptions()
+        exceptions = choose_recipe(extents).exceptions()
     except InputError as error:
         return [f"--fp16 would refuse: {error}"]
     if not exceptions:

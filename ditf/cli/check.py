@@ -1,4 +1,4 @@
-"""`ditf check`: parity of a bundle with the unmodified PyTorch model, with no PyTorch."""
+"""`ditf check`: measure a bundle's parity with the unmodified PyTorch model, without PyTorch."""
 
 from __future__ import annotations
 
@@ -9,26 +9,13 @@ from typing import Annotated, Optional
 
 import typer
 
-from ditf.calib.golden import GoldenResult, golden_result, image_size
+from ditf.calib.golden_parity import GoldenResult, golden_result, image_size
 from ditf.calib.parity import METRICS, TOLERANCES, WHOLE, Gate, gates, match_parity
-from ditf.cli.support.check_where import Report, check_bisect, check_ladder, check_ranges
-from ditf.cli.support.console import (
-    BackendOption,
-    BundleArgument,
-    HostCodeOption,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_picture,
-    check_writable,
-    open_bundle,
-    say,
-    show,
-    table,
-    vae_text,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle, open_model, vae_text
+from ditf.cli.support.check_where import Findings, check_bisect, check_ladder, check_ranges
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import say, show, table, write_json
+from ditf.cli.support.paths import check_picture, check_writable
 from ditf.runtime import FeatureMap, Model
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.golden_file import Golden, read_golden
@@ -39,36 +26,37 @@ from ditf.runtime.files.writing import replacing
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 
 
+@verb(SIGNATURE, HOST_CODE)
 def check(
     bundle: BundleArgument,
     backend: BackendOption = "auto",
     ranges: Annotated[
-        bool, typer.Option("--ranges", help="How large every 16-bit value gets, instead of parity.")
+        bool, typer.Option("--ranges", help="Show how large every 16-bit value gets, instead of parity.")
     ] = False,
     ladder: Annotated[
-        bool, typer.Option("--ladder", help="Parity step by step, from PyTorch to the backend.")
+        bool, typer.Option("--ladder", help="Show parity step by step, from PyTorch to the backend.")
     ] = False,
-    bisect: Annotated[bool, typer.Option("--bisect", help="The first block and value that are off.")] = False,
+    bisect: Annotated[
+        bool, typer.Option("--bisect", help="Find the first block and value that deviate.")
+    ] = False,
     limit: Annotated[
         Optional[list[str]],
         typer.Option(
-            metavar="METRIC=VALUE", help="Gate a metric, such as whole_cosine_mean=0.9, here; repeat."
+            metavar="METRIC=VALUE", help="Set the limit of a metric, such as whole_cosine_mean=0.9; repeat."
         ),
     ] = None,
     plot: Annotated[
-        Optional[Path], typer.Option(metavar="PNG", help="Draw errors over the image, cosines, matches.")
+        Optional[Path], typer.Option(metavar="PNG", help="Plot errors over the image, cosines and matches.")
     ] = None,
     polygraphy: Annotated[
         Optional[Path],
-        typer.Option("--export-polygraphy", metavar="DIR", help="Write golden data as Polygraphy reads it."),
+        typer.Option(
+            "--export-polygraphy", metavar="DIR", help="Write the golden data in Polygraphy's format."
+        ),
     ] = None,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Run the golden images through a bundle and gate the result: exit 1 if it is off."""
+    """Compare a bundle's outputs on the golden images with the unmodified model's; exit 1 if they deviate."""
     check_writable(json_file, plot, inputs=(bundle,))
     if plot is not None:
         check_picture(plot, "check")
@@ -83,33 +71,33 @@ def check(
     golden = read_golden(opened)
     asked = dict(_parse_limit(text, golden) for text in limit or ())
     limits |= asked
-    report = Report()
+    findings = Findings()
     if ranges:
-        check_ranges(opened, golden, report)
+        check_ranges(opened, golden, findings)
     if ladder:
-        check_ladder(opened, golden, backend, limits, report)
+        check_ladder(opened, golden, backend, limits, findings)
     if bisect:
-        check_bisect(opened, golden, limits, report)
+        check_bisect(opened, golden, limits, findings)
     if polygraphy is not None:
         from ditf.calib.debug.polygraphy_data import export_polygraphy
 
         for path in export_polygraphy(opened, golden, polygraphy):
             show(f"wrote {path}")
     if not (ranges or ladder or bisect or polygraphy) or plot is not None:
-        _check_parity(opened, golden, backend, limits, asked.keys(), plot, report)
+        _check_parity(opened, golden, backend, limits, asked.keys(), plot, findings)
     write_json(
         json_file,
         {
             "bundle": str(bundle),
             "precision": opened.manifest.precision,
-            **report.document,
-            "gates": report.gates,
+            **findings.document,
+            "gates": findings.gates,
         },
-        ok=not (report.failures or report.missed),
+        ok=not (findings.failures or findings.missed),
     )
-    if report.failures or report.missed:
-        fix = "export it again" if report.failures else "export with other options, or ask for less"
-        raise GateFailed(f"{bundle}: {'; '.join([*report.failures, *report.missed])}", fix)
+    if findings.failures or findings.missed:
+        fix = "export it again" if findings.failures else "export with other options, or ask for less"
+        raise GateFailed(f"{bundle}: {'; '.join([*findings.failures, *findings.missed])}", fix)
 
 
 def _check_parity(
@@ -119,16 +107,15 @@ def _check_parity(
     limits: dict[str, float],
     asked: Collection[str],
     plot: Optional[Path],
-    report: Report,
+    findings: Findings,
 ) -> None:
-    """Parity of the backend, and its pictures; `asked`: the limits that are the user's."""
-    with Model(bundle, backend) as model:
-        say(f"{bundle.path} on {model.detail} ({model.reason})")
+    """Measure the parity of the backend, and plot it; `asked` names the limits that the user gave."""
+    with open_model(bundle, backend) as model:
         known, checked = len(model.conditions), len(bundle.manifest.golden.get("conditions", [0]))
         if known > 1:
             say(f"features under {checked} of {known} conditions; the worst of each metric counts")
         metrics, result = golden_metrics(model, golden)
-        report.document["backend"] = model.detail
+        findings.document["backend"] = model.detail
     results = gates(metrics, {"match_graph_agrees": _GRAPH_LIMIT, **limits})
     failed = [gate for gate in results if not gate.ok]
     show(_render(metrics, results))
@@ -136,15 +123,15 @@ def _check_parity(
         show(_whole_text(bundle.manifest))
     if not failed:
         show(f"passed: {len(results)} of {len(results)} gates")
-    report.document |= {
+    findings.document |= {
         "metrics": metrics,
         "vae": bundle.manifest.vae,
         "text_tokens": bundle.manifest.text_tokens,
     }
-    report.gates += [gate.to_json() for gate in results]
+    findings.gates += [gate.to_json() for gate in results]
     for mine, what, told in (
-        (False, "does not match its model", report.failures),
-        (True, "misses --limit", report.missed),
+        (False, "does not match its model", findings.failures),
+        (True, "misses --limit", findings.missed),
     ):
         names = [
             f"{gate.name} {gate.value:.6g} (limit {gate.limit:g})"
@@ -165,7 +152,7 @@ def _parse_limit(text: str, golden: Golden) -> tuple[str, float]:
     """Metric and value of "METRIC=VALUE".
 
     Raises:
-        InputError: not that, or not measured of this bundle.
+        InputError: the text has another form, or this bundle has no such metric.
     """
     name, _, number = text.partition("=")
     try:
@@ -188,7 +175,7 @@ def _parse_limit(text: str, golden: Golden) -> tuple[str, float]:
 
 
 def _whole_text(manifest: Manifest) -> str:
-    """What the second parity, that of the choice, is against."""
+    """Describe the second parity: the model with its own VAE and all its text, against this bundle."""
     against, has = [], []
     if manifest.vae is not None:
         against.append("with its own VAE")
@@ -200,7 +187,7 @@ def _whole_text(manifest: Manifest) -> str:
 
 
 def golden_metrics(model: Model, golden: Golden) -> tuple[dict[str, float], GoldenResult]:
-    """Every parity metric of an opened bundle, match.onnx's agreement among them, and what they are of."""
+    """Every parity metric of a bundle, with match.onnx's agreement, and the outputs behind them."""
     result = golden_result(golden, model.run, model.conditions)
     metrics = dict(result.metrics)
     if result.matches is not None:

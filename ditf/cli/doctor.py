@@ -1,4 +1,4 @@
-"""`ditf doctor`: what is installed here, and which backends open."""
+"""`ditf doctor`: show what is installed here, and which backends open."""
 
 from __future__ import annotations
 
@@ -6,15 +6,9 @@ import platform
 from dataclasses import asdict
 
 import ditf
-from ditf.cli.support.console import (
-    JsonOption,
-    QuietOption,
-    VerboseOption,
-    check_writable,
-    show,
-    table,
-    write_json,
-)
+from ditf.cli.support.options import JsonOption, verb
+from ditf.cli.support.output import show, table, write_json
+from ditf.cli.support.paths import check_writable
 from ditf.runtime.backends import BACKENDS, Probe, load_backend
 from ditf.runtime.bundles.manifest import tool_versions
 from ditf.runtime.errors import MissingComponent
@@ -36,12 +30,11 @@ _PACKAGES = {
 }
 
 
+@verb()
 def doctor(
     json_file: JsonOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Say what is installed and which backends open here, and why not: exit 3 if none does."""
+    """Show what is installed, which backends open here, and why others do not; exit 3 if none does."""
     check_writable(json_file)
     versions = tool_versions(*_PACKAGES)
     rows: list[tuple[str, ...]] = [("ditf", ditf.__version__, "")]

@@ -1,4 +1,4 @@
-"""`ditf eval`: how often a bundle's matches are right, on the benchmarks of the field."""
+"""`ditf eval`: measure a bundle's matches on the benchmarks of the field."""
 
 from __future__ import annotations
 
@@ -16,68 +16,71 @@ from ditf.calib.eval.benchmarks import BENCHMARKS, Benchmark
 from ditf.calib.eval.correspondence import Report
 from ditf.calib.eval.creature_pairs import PAIRS, CreaturePairs
 from ditf.calib.eval.datasets.base import Reading, check_images
-from ditf.cli.support.console import (
-    BackendOption,
-    FitOption,
-    HostCodeOption,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_writable,
-    load,
-    open_bundle,
-    say,
-    show,
-    stages,
-    steps,
-    tell,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.eval_pictures import check_pictures, write_pictures
 from ditf.cli.support.eval_report import (
+    BenchmarkRun,
     Floor,
-    Run,
-    check_pictures,
     comparison,
     comparison_document,
     comparison_table,
     detail_tables,
     document,
     headline_table,
-    write_pictures,
 )
-from ditf.cli.support.eval_wiring import METHODS, Wiring
+from ditf.cli.support.eval_wiring import Wiring
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, FitOption, JsonOption, verb
+from ditf.cli.support.output import say, show, tell, write_json
+from ditf.cli.support.paths import check_writable
+from ditf.cli.support.progress import stages, steps
 from ditf.runtime.errors import GateFailed, InputError
+from ditf.runtime.matching.soft_argmax import METHODS, check_method
 
-_LISTED = 20  # problems of the data that are printed
+_LISTED = 20  # problems of the data that are printed at most
 _CREATURES = "creatures"
 
 
+@verb(SIGNATURE, HOST_CODE)
 def evaluate_bundle(
     name: Annotated[str, typer.Argument(metavar="BENCHMARK", help=", ".join(BENCHMARKS))],
     bundles: Annotated[
-        list[Path], typer.Argument(metavar="BUNDLE...", help="Directories made by ditf-export; a row each.")
+        list[Path],
+        typer.Argument(metavar="BUNDLE...", help="Directories made by ditf-export; each gets a row."),
     ],
     data: Annotated[
         Optional[Path], typer.Option(metavar="DIR", help="The dataset's folder, as it is distributed.")
     ] = None,
     split: Annotated[Optional[str], typer.Option(help="Part of the dataset; test or val by default.")] = None,
     alpha: Annotated[
-        Optional[list[float]], typer.Option(metavar="SHARE", help="Of the object's or image's size; repeat.")
+        Optional[list[float]],
+        typer.Option(
+            metavar="SHARE", help="PCK threshold, as a share of the object's or image's size; repeat."
+        ),
     ] = None,
     limit: Annotated[
-        Optional[int], typer.Option(metavar="N", min=1, help="Only N pairs, drawn with a fixed seed.")
+        Optional[int], typer.Option(metavar="N", min=1, help="Use only N pairs, drawn with a fixed seed.")
     ] = None,
     count: Annotated[
         Optional[int],
-        typer.Option("--pairs", min=1, max=100_000, help="Of creatures: pairs in species, and across."),
+        typer.Option(
+            "--pairs",
+            min=1,
+            max=100_000,
+            help="Number of creature pairs within a species, and as many across species.",
+        ),
     ] = None,
     prompt: Annotated[
         Optional[str],
-        typer.Option(metavar="NAME", help="Condition of a bundle that has several; {category} is filled in."),
+        typer.Option(
+            metavar="NAME",
+            help="Name of the condition in a bundle that has several; {category} is filled in.",
+        ),
     ] = None,
     compare: Annotated[
-        Optional[Path], typer.Option(metavar="BUNDLE", help="Difference from this one, with its interval.")
+        Optional[Path],
+        typer.Option(
+            metavar="BUNDLE", help="Show the difference from this bundle, with its confidence interval."
+        ),
     ] = None,
     minimum: Annotated[
         Optional[list[str]],
@@ -87,29 +90,26 @@ def evaluate_bundle(
         Optional[Path], typer.Option(metavar="DIR", help="Draw the worst and the best pairs.")
     ] = None,
     cache: Annotated[
-        Optional[Path], typer.Option(metavar="DIR", help="Keep features here; a later run goes on from them.")
+        Optional[Path], typer.Option(metavar="DIR", help="Keep features in this folder, for later runs.")
     ] = None,
     method: Annotated[
         str,
-        typer.Option(metavar="|".join(METHODS), help="How points are matched; argmax is DiTF's protocol."),
+        typer.Option(
+            metavar="|".join(METHODS), help="Method that matches points; argmax is DiTF's protocol."
+        ),
     ] = METHODS[0],
     skip_missing: Annotated[
-        bool, typer.Option("--skip-missing", help="Leave out what cannot be read; else exit 1.")
+        bool, typer.Option("--skip-missing", help="Leave out items that cannot be read, instead of exit 1.")
     ] = False,
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Measure a benchmark by its own protocol (docs/eval.md): PCK, or what takes its place."""
+    """Evaluate bundles on a benchmark by its own protocol and metric (docs/eval.md), such as PCK."""
     benchmark = _benchmark(name, alpha)
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}", f"choose {', '.join(METHODS)}")
+    check_method(method)
     if method != METHODS[0] and benchmark.kind != "points":
-        raise InputError(f"--method is of points, {name} has none", "leave --method out")
+        raise InputError(f"--method applies to points, and {name} has none", "leave --method out")
     floors = [Floor.parse(text, benchmark) for text in minimum or []]
     paths = [*bundles, *([compare] if compare is not None else [])]
     for index, path in enumerate(paths):
@@ -170,17 +170,17 @@ def _split(benchmark: Benchmark, split: Optional[str]) -> str:
 def _read(
     benchmark: Benchmark, data: Optional[Path], split: str, count: Optional[int], limit: Optional[int]
 ) -> Reading:
-    """Items that can be used, every image decoded once, and the problems of the others."""
+    """Read the items and decode every image once; problems are kept beside the items that can be used."""
     if benchmark.needs_data and data is None:
         raise InputError(f"{benchmark.name} needs its data", "give --data DIR; docs/eval.md has the layout")
     if not benchmark.needs_data and data is not None:
         raise InputError(f"{benchmark.name} needs no data", "leave --data out")
     if benchmark.name == _CREATURES:
         if limit is not None:
-            raise InputError("--limit is of datasets", "for creatures, give --pairs")
+            raise InputError("--limit applies to datasets", "for creatures, give --pairs")
         return Reading(CreaturePairs(PAIRS if count is None else count))
     if count is not None:
-        raise InputError("--pairs is of creatures", "for other benchmarks, give --limit")
+        raise InputError("--pairs applies to creatures only", "for other benchmarks, give --limit")
     reading = benchmark.read(data or Path(), split)
     if limit is not None and limit < len(reading.items):
         # The first of one fixed shuffle: a smaller limit takes a part of what a larger one takes.
@@ -191,10 +191,11 @@ def _read(
 
 
 def _refuse_problems(reading: Reading, skip: bool, json_file: Optional[Path], about: dict[str, Any]) -> None:
-    """List what is wrong with the data; without --skip-missing that is the end.
+    """Print what is wrong with the data, and stop unless --skip-missing is given.
 
     Raises:
-        GateFailed: without --skip-missing; InputError: nothing is left.
+        GateFailed: --skip-missing is not given.
+        InputError: no item is left.
     """
     for text, count in list(reading.problems.items())[:_LISTED]:
         tell(f"{text}{f' ({count} pairs)' if count > 1 else ''}")
@@ -207,7 +208,7 @@ def _refuse_problems(reading: Reading, skip: bool, json_file: Optional[Path], ab
         raise InputError(summary, "is --data the right folder? docs/eval.md has the layout")
     if not skip:
         write_json(json_file, {**about, "gates": []}, ok=False)
-        raise GateFailed(summary, "mend the dataset, or give --skip-missing to leave them out")
+        raise GateFailed(summary, "fix the dataset, or give --skip-missing to leave them out")
     say(f"{summary}: left out")
 
 
@@ -230,17 +231,16 @@ def _run(
     method: str,
     backend: str,
     fit: str,
-) -> Run:
-    """A bundle over all items."""
-    with load(path, backend, fit) as model, _progress(path.name) as report:
-        say(f"{path} on {model.detail} ({model.reason})")
+) -> BenchmarkRun:
+    """Run one bundle over all items."""
+    with open_model(open_bundle(path), backend, fit) as model, _progress(path.name) as report:
         wiring = Wiring(model, prompt, cache, method)
         if prompt is not None:
             wiring.check_prompts(item.category for item in reading.items)
         outcomes = wiring.evaluate(benchmark, reading, report)
         if cache is not None:
             say(f"features: {wiring.store.computed} computed, {wiring.store.read} read from {cache}")
-        return Run(path, model.manifest, model.detail, outcomes)
+        return BenchmarkRun(path, model.manifest, model.detail, outcomes)
 
 
 @contextmanager

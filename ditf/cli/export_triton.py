@@ -1,4 +1,4 @@
-"""`ditf export-triton`: a bundle as models for a Triton Inference Server."""
+"""`ditf export-triton`: write a bundle as models of a Triton Inference Server."""
 
 from __future__ import annotations
 
@@ -9,21 +9,10 @@ from typing import Annotated, Optional
 
 import typer
 
-from ditf.cli.support.console import (
-    BundleArgument,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_outside,
-    check_writable,
-    open_bundle,
-    say,
-    show,
-    table,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle
+from ditf.cli.support.options import SIGNATURE, BatchDelayOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_outside, check_writable
 from ditf.engines.triton import RepositoryModel, bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import FLAVOUR, NoEngine, Plans, choose_plans
@@ -33,45 +22,44 @@ from ditf.runtime.errors import InputError
 _MAX_BATCH = 8
 
 
+@verb(SIGNATURE)
 def export_triton(
     bundle: BundleArgument,
     repository: Annotated[
-        Path, typer.Option(metavar="DIR", help="Triton's model repository; other models in it stay.")
+        Path, typer.Option(metavar="DIR", help="Triton's model repository; other models in it are kept.")
     ],
     name: Annotated[
-        Optional[str], typer.Option(metavar="NAME", help="Models are NAME.features, ...; the bundle's name.")
+        Optional[str],
+        typer.Option(
+            metavar="NAME", help="Models are called NAME.features, ...; the bundle's name by default."
+        ),
     ] = None,
     backend: Annotated[
         str,
         typer.Option(
             metavar="auto|tensorrt|onnxruntime",
-            help="What runs the graphs; auto takes engines that ditf build made, if there are any.",
+            help="Backend that runs the graphs; auto uses engines that ditf build made, if there are any.",
         ),
     ] = "auto",
     target: Annotated[
         Optional[str],
-        typer.Option(metavar="sm_87,...", help="GPUs of the servers; all there are engines for."),
+        typer.Option(metavar="sm_87,...", help="GPUs of the servers; by default all that have engines."),
     ] = None,
     device: Annotated[str, typer.Option(metavar="gpu|cpu", help="Where the graphs run.")] = "gpu",
     instances: Annotated[
-        int, typer.Option(metavar="N", min=1, max=64, help="Of each graph, on each GPU.")
+        int, typer.Option(metavar="N", min=1, max=64, help="Instances of each graph on each GPU.")
     ] = 1,
-    batch_delay: Annotated[
-        float, typer.Option(metavar="MS", min=0, max=1000, help="How long an image waits for others.")
-    ] = 5.0,
+    batch_delay: BatchDelayOption = 5.0,
     max_batch: Annotated[
         Optional[int],
         typer.Option(
             metavar="N",
             min=1,
             max=1024,
-            help="Images in a call, of a bundle with --batch dynamic; 8, or its engine's.",
+            help="Images in one call, for a bundle with --batch dynamic; by default 8, or the engine's.",
         ),
     ] = None,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Write a bundle's models into a Triton model repository: features, match and correspond.
 
@@ -94,17 +82,17 @@ def export_triton(
 
 
 def _plans(opened: Bundle, backend: str, target: Optional[str], device: str) -> tuple[Optional[Plans], str]:
-    """The engines to serve, or None for ONNX Runtime; and why."""
+    """The engines to serve, or None for ONNX Runtime, and the reason."""
     if backend not in ("auto", FLAVOUR, "onnxruntime"):
         raise InputError(
-            f"--backend {backend!r} is nothing that Triton runs here",
+            f"--backend {backend!r} is not one that Triton runs here",
             f"choose auto, {FLAVOUR} or onnxruntime",
         )
     targets = _parse_gpus(target)
     if backend == "onnxruntime" or device == "cpu":
         if targets or backend == FLAVOUR:
             raise InputError(
-                "engines are TensorRT's, on GPUs", "leave out --target, or --backend and --device"
+                "engines need TensorRT and a GPU", "leave out --target, or --backend and --device"
             )
         return None, "named" if backend == "onnxruntime" else "auto; engines need GPUs"
     try:
@@ -119,7 +107,7 @@ def _parse_gpus(text: Optional[str]) -> list[str]:
     """Compute capabilities of a comma-separated list, each once.
 
     Raises:
-        InputError: one of them is none.
+        InputError: one of them is not a compute capability.
     """
     if text is None:
         return []
@@ -131,7 +119,7 @@ def _parse_gpus(text: Optional[str]) -> list[str]:
 
 
 def _batch(opened: Bundle, plans: Optional[Plans], max_batch: Optional[int]) -> tuple[int, int]:
-    """Usual and largest batch."""
+    """The usual and the largest batch."""
     own = opened.manifest.batch
     if own != "dynamic":
         if max_batch not in (None, own):
@@ -144,7 +132,8 @@ def _batch(opened: Bundle, plans: Optional[Plans], max_batch: Optional[int]) -> 
     usual, largest = plans.batch
     if max_batch is not None and max_batch > largest:
         raise InputError(
-            f"--max-batch {max_batch} is more than its engines take, {largest}", "build them with --batch"
+            f"--max-batch {max_batch} is more than the {largest} that its engines take",
+            "build them with --batch",
         )
     return min(usual, max_batch or largest), max_batch or largest
 

@@ -10,77 +10,87 @@ from typing import Annotated, Optional
 import numpy as np
 import typer
 
-from ditf.cli.support.console import (
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.options import (
+    HOST_CODE,
+    SIGNATURE,
     BackendOption,
     BundleArgument,
-    FeaturesDtypeOption,
     FitOption,
-    HostCodeOption,
     JsonOption,
     PromptOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_outside,
-    check_writable,
-    load,
-    open_bundle,
-    say,
-    show,
-    stages,
-    state,
-    table,
-    write_json,
+    verb,
 )
+from ditf.cli.support.output import bytes_text, say, show, table, write_json
+from ditf.cli.support.paths import check_outside, check_writable
+from ditf.cli.support.progress import stages
+from ditf.cli.support.state import state
 from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import FITS, SUFFIXES, find_images
 from ditf.runtime.store.extraction import Extraction, extract, image_name
-from ditf.runtime.store.extraction_ray import Job
-from ditf.runtime.store.feature_store import DTYPES, StoreIdentity, narrowed
+from ditf.runtime.store.extraction_ray import ExtractionJob
+from ditf.runtime.store.feature_store import STORE_DTYPES, StoreIdentity, narrowed
 from ditf.runtime.store.ray_driver import ray_cluster
 from ditf.runtime.store.writer import StoreWriter
 
-ENGINES = ("local", "ray")
+_ENGINES = ("local", "ray")
 _LARGEST_LIST = 256 << 20  # bytes of a list of images
 
 
+@verb(SIGNATURE, HOST_CODE)
 def features(
     bundle: BundleArgument,
     output: Annotated[
         Path,
-        typer.Option("--output", "-o", metavar="STORE|NPZ", help="A directory, or a file that ends in .npz."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="STORE|NPZ",
+            help="Write a store into this directory, or one file that ends in .npz.",
+        ),
     ],
     images: Annotated[
         Optional[list[Path]],
-        typer.Argument(metavar="[IMAGE|DIR]...", help="Images of any size, or folders of them."),
+        typer.Argument(metavar="[IMAGE|DIR]...", help="Images of any size, or folders of images."),
     ] = None,
     inputs: Annotated[
         Optional[list[Path]],
-        typer.Option("--input", metavar="DIR|FILE", help="A folder, or a file with an image's path a line."),
+        typer.Option(
+            "--input", metavar="DIR|FILE", help="A folder of images, or a file with one path a line."
+        ),
     ] = None,
     engine: Annotated[
-        str, typer.Option(metavar="local|ray", help="Here, or on the machines of a Ray cluster.")
+        str, typer.Option(metavar="local|ray", help="Run here, or on the machines of a Ray cluster.")
     ] = "local",
     ray_address: Annotated[
         Optional[str],
-        typer.Option(metavar="ADDRESS", help="As ray.init takes it; RAY_ADDRESS, or one on this machine."),
+        typer.Option(
+            metavar="ADDRESS",
+            help="Address as ray.init takes it; by default RAY_ADDRESS, or a cluster on this machine.",
+        ),
     ] = None,
     workers: Annotated[
         Optional[int],
-        typer.Option(metavar="N", min=1, max=4096, help="Ray actors; one a GPU, or one a machine."),
+        typer.Option(
+            metavar="N",
+            min=1,
+            max=4096,
+            help="Number of Ray actors; by default one for each GPU, or one for each machine.",
+        ),
     ] = None,
-    features_dtype: FeaturesDtypeOption = None,
+    features_dtype: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="float16|float32",
+            help="Type of the stored features; float16 in a store, the bundle's own in .npz by default.",
+        ),
+    ] = None,
     prompt: PromptOption = None,
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Write the features of images.
 
@@ -88,12 +98,14 @@ def features(
     .npz file, which holds, for image i: features_i [C, h, w], image_size_i (H, W) and extent_i, the rows and
     columns of the map that the image covers; and `names`, in order.
     """
-    if features_dtype is not None and features_dtype not in DTYPES:
-        raise InputError(f"--features-dtype {features_dtype!r} is not {' or '.join(DTYPES)}", "leave it out")
-    if engine not in ENGINES:
-        raise InputError(f"unknown engine {engine!r}", f"choose one of {', '.join(ENGINES)}")
+    if features_dtype is not None and features_dtype not in STORE_DTYPES:
+        raise InputError(
+            f"--features-dtype {features_dtype!r} is not {' or '.join(STORE_DTYPES)}", "leave it out"
+        )
+    if engine not in _ENGINES:
+        raise InputError(f"unknown engine {engine!r}", f"choose one of {', '.join(_ENGINES)}")
     if engine != "ray" and (ray_address is not None or workers is not None):
-        raise InputError("--ray-address and --workers are of a Ray cluster", "add --engine ray")
+        raise InputError("--ray-address and --workers require --engine ray", "add --engine ray")
     read = (bundle, *(images or ()), *(inputs or ()))
     if output.suffix == ".npz":
         if engine == "ray":
@@ -111,17 +123,16 @@ def features(
         raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
     paths = _listed(images or (), inputs or ())
     opened = open_bundle(bundle)
-    writer = StoreWriter(output, StoreIdentity.of(opened, fit, prompt, features_dtype or DTYPES[0]))
+    writer = StoreWriter(output, StoreIdentity.of(opened, fit, prompt, features_dtype or STORE_DTYPES[0]))
     count = len({image_name(path) for path in paths})
     if engine == "ray":
         with ray_cluster(ray_address, state.verbose) as cluster:
             say(f"{bundle} on {cluster.detail}")
             with writer, stages(count) as progress:
-                job = Job.of(opened, writer, prompt, fit, backend)
+                job = ExtractionJob.of(opened, writer, prompt, fit, backend)
                 done = cluster.extract(job, paths, workers, progress)
     else:
-        with load(bundle, backend, fit) as model:
-            say(f"{bundle} on {model.detail} ({model.reason})")
+        with open_model(opened, backend, fit) as model:
             model.feeds(prompt)
             with writer, stages(count) as progress:
                 done = extract(model, paths, writer, prompt, progress)
@@ -161,16 +172,16 @@ def _report(
     if done.failed:
         total = done.computed + done.kept + len(done.failed)
         raise GateFailed(
-            f"{len(done.failed)} of {total} images failed, {next(iter(done.failed))} the first",
-            "mend them and run this again: it computes what is missing",
+            f"{len(done.failed)} of {total} images failed; the first is {next(iter(done.failed))}",
+            "fix or remove them, and run this again: it computes what is missing",
         )
 
 
 def _listed(images: Sequence[Path], inputs: Sequence[Path]) -> list[Path]:
-    """Images, those in folders, and those that files list. One that is not there is among them.
+    """Paths of images: those given, those in folders, and those that files list; some may be missing.
 
     Raises:
-        InputError: none at all is there, a folder without, or a file that is no list.
+        InputError: no image exists, a folder has none, or a file is no list.
     """
     paths: list[Path] = []
     for path in images:
@@ -185,10 +196,10 @@ def _listed(images: Sequence[Path], inputs: Sequence[Path]) -> list[Path]:
 
 
 def _read_list(path: Path) -> list[Path]:
-    """The paths in a file, one a line.
+    """Read a file that lists one path a line.
 
     Raises:
-        InputError: it cannot be read, is itself an image, or lists nothing.
+        InputError: the file cannot be read, is itself an image, or lists nothing.
     """
     if path.suffix.lower() in SUFFIXES:
         raise InputError(f"--input {path} is an image", "leave --input out")
@@ -216,8 +227,7 @@ def _write_npz(
     backend: str,
     json_file: Optional[Path],
 ) -> None:
-    with load(bundle, backend, fit) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
+    with open_model(open_bundle(bundle), backend, fit) as model:
         maps = model.features_of(images, prompt=prompt)
     arrays: dict[str, np.ndarray] = {"names": np.array([str(path) for path in images])}
     rows: list[tuple[str, ...]] = [("image", "pixels", "features", "type")]
@@ -237,5 +247,5 @@ def _write_npz(
 
 
 def _as(feature_map: FeatureMap, features_dtype: Optional[str]) -> np.ndarray:
-    """A map in a type; in the bundle's own by default."""
+    """The map in a type, by default the bundle's own."""
     return feature_map.array if features_dtype is None else narrowed(feature_map.array, features_dtype)

@@ -1,25 +1,14 @@
-"""`ditf inspect`: what is in a bundle."""
+"""`ditf inspect`: show what is in a bundle."""
 
 from __future__ import annotations
 
 from dataclasses import asdict
 from pathlib import Path
 
-from ditf.cli.support.console import (
-    BundleArgument,
-    JsonOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    bytes_text,
-    check_writable,
-    open_bundle,
-    pca_text,
-    show,
-    table,
-    vae_text,
-    write_json,
-)
+from ditf.cli.support.bundles import open_bundle, pca_text, vae_text
+from ditf.cli.support.options import SIGNATURE, BundleArgument, JsonOption, verb
+from ditf.cli.support.output import bytes_text, show, table, write_json
+from ditf.cli.support.paths import check_writable
 from ditf.runtime.backends.engine_records import RECORD, engine_folders, record_content
 from ditf.runtime.bundles.bundle import CONDITIONS
 from ditf.runtime.bundles.manifest import Manifest
@@ -27,14 +16,12 @@ from ditf.runtime.bundles.signing import Trust
 from ditf.runtime.errors import BundleError
 
 
+@verb(SIGNATURE)
 def inspect(
     bundle: BundleArgument,
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Show what a bundle computes, where its bytes are and which type they have."""
+    """Show what a bundle computes, and the size and type of its parts."""
     check_writable(json_file, inputs=(bundle,))
     opened = open_bundle(bundle)
     manifest = opened.manifest
@@ -95,7 +82,7 @@ def inspect(
 
 
 def _trusted(folder: Path, trust: Trust) -> str:
-    """What a signature says of an engine, where one is asked for."""
+    """Whether an engine is signed; "" if no signature is required."""
     if trust.signers is None:
         return ""
     try:

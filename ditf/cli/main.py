@@ -1,4 +1,4 @@
-"""Entry points `ditf` and `ditf-export`: dispatch, and turning failures into one line and an exit code."""
+"""Entry points `ditf` and `ditf-export`: dispatch verbs, and turn failures into one line and an exit code."""
 
 from __future__ import annotations
 
@@ -30,7 +30,8 @@ from ditf.cli import (
     sign,
     track,
 )
-from ditf.cli.support.console import state, tell
+from ditf.cli.support.output import tell
+from ditf.cli.support.state import state
 from ditf.cli.support.termination import EXIT_CODE, MESSAGE, Terminated, exit_now, terminable
 from ditf.runtime.errors import DitfError
 from ditf.runtime.printable import PrintableFormatter
@@ -92,21 +93,23 @@ def export_main() -> NoReturn:
 
 
 def run(arguments: list[str], command: str | None = None) -> int:
-    """Run a command line; returns its exit code.
+    """Run a command line.
 
     Args:
-        arguments: after the program's name.
-        command: as the user typed it, for the record; `ditf` and the arguments by default.
+        arguments: the arguments after the program's name.
+        command: the command line as the user typed it, which manifests record; `ditf` and the arguments by
+            default.
 
-    0 done; 1 a gate failed; 2 wrong usage or bad input; 3 a component is missing; 70 a defect of ditf;
-    130 and 143 interrupted.
+    Returns:
+        The exit code: 0 for success, 1 for a failed gate, 2 for wrong usage or bad input, 3 for a missing
+        component, 70 for a defect of ditf, 130 and 143 for SIGINT and SIGTERM.
     """
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PrintableFormatter())  # warnings, where nothing else is set up
     state.reset(command or shlex.join(["ditf", *arguments]))
     try:
         program = typer.main.get_command(app)
-        with terminable(forced=arguments[:1] != ["serve"]):  # a server answers first what it let in
+        with terminable(forced=arguments[:1] != ["serve"]):  # a server answers running requests first
             code = program.main(arguments or ["--help"], prog_name="ditf", standalone_mode=False)
         return _interrupted() if code == _SIGINT else int(code or 0)
     except DitfError as error:
@@ -121,7 +124,7 @@ def run(arguments: list[str], command: str | None = None) -> int:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check the path and the disk", 2)
     except Exception as error:
-        # torch and ONNX Runtime have no class of their own for it.
+        # torch and ONNX Runtime have no exception class for it.
         if isinstance(error, MemoryError) or re.search("allocate memory|out of memory", str(error)):
             return _fail("out of memory; use a smaller --size or --ensemble 1", 2)
         if isinstance(error, RuntimeError) and str(error).startswith("Symlink loop"):  # of Path.resolve

@@ -1,50 +1,43 @@
-"""`ditf match`: where points of one image, or all of it, are in another."""
+"""`ditf match`: find points of one image, or all of it, in another."""
 
 from __future__ import annotations
 
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any, Optional
+from typing import Annotated, Optional
 
 import numpy as np
 import typer
-from PIL import Image
 
-from ditf.cli.support.console import (
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.match_report import Answer, draw_pictures, optional_document, show_answer
+from ditf.cli.support.options import (
+    HOST_CODE,
+    SIGNATURE,
     BackendOption,
     BundleArgument,
     FitOption,
-    HostCodeOption,
     JsonOption,
+    PointsOption,
     PromptOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_writable,
-    load,
-    say,
-    show,
-    table,
-    write_json,
+    verb,
 )
-from ditf.runtime import FeatureMap, Homography, Matches, Model
+from ditf.cli.support.output import say, write_json
+from ditf.cli.support.paths import check_writable
+from ditf.runtime import FeatureMap, Matches, Model
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import SUFFIXES, open_image
-from ditf.runtime.matching.flow import Flow
-from ditf.runtime.matching.homography import METHODS as HOMOGRAPHIES
-from ditf.runtime.matching.homography import cell_threshold, find_homography, opencv
+from ditf.runtime.matching.homography import HOMOGRAPHY_METHODS, cell_threshold, find_homography, opencv
 from ditf.runtime.matching.mutual import check_options, mutual_points
 from ditf.runtime.matching.points import check_points, parse_points
 from ditf.runtime.matching.soft_argmax import check_method
 
-_ROWS = 40  # of mutual matches that are printed
-
 
 @dataclass(frozen=True)
 class _Request:
-    """What was asked for; `queries` is None for dense matches, and empty for none."""
+    """The options of one match; `queries` is None for dense matches, and empty for no points."""
 
     queries: np.ndarray | None
     method: str | None
@@ -57,62 +50,54 @@ class _Request:
     flow_back: bool
 
 
-@dataclass(frozen=True)
-class _Answer:
-    """What was found: `points` [N, 2] in the source and their matches; None for what was not asked for."""
-
-    points: np.ndarray
-    matches: Matches
-    homography: Homography | None
-    heat: np.ndarray | None  # of the request's first point
-    flow: Flow | None
-    back: Flow | None
-
-
+@verb(SIGNATURE, HOST_CODE)
 def match(
     bundle: BundleArgument,
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points are in.")],
-    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Image to find them in.")],
+    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image that the points are in.")],
+    target: Annotated[Path, typer.Argument(metavar="TARGET", help="Image in which to find them.")],
     more_points: Annotated[
         Optional[list[str]], typer.Argument(metavar="[X,Y]...", help="More points.")
     ] = None,
-    points: Annotated[
-        Optional[list[str]],
-        typer.Option("--points", metavar="X,Y", help="Points in source pixels: x,y, once or several times."),
-    ] = None,
+    points: PointsOption = None,
     grid: Annotated[
-        Optional[int], typer.Option(metavar="N", min=1, max=1000, help="An N x N grid of points instead.")
+        Optional[int],
+        typer.Option(metavar="N", min=1, max=1000, help="Match an N x N grid of points instead."),
     ] = None,
     method: Annotated[
         Optional[str],
         typer.Option(
             metavar="argmax|window|kernel",
-            help="The pixel of the highest cosine, or sub-pixel: window or kernel soft-argmax. By default"
-            " argmax; for all cells, their centres, and window with --homography.",
+            help="Take the pixel of the highest cosine, or a sub-pixel place: window or kernel soft-argmax."
+            " By default argmax; with --mutual of all cells their centres, or window with --homography.",
         ),
     ] = None,
     mutual: Annotated[
         bool,
         typer.Option(
             "--mutual",
-            help="Matches that hold in both directions: of all cells, or which of the points come back"
+            help="Keep matches that hold in both directions: of all cells, or of the points that return"
             " to within a cell.",
         ),
     ] = False,
     max_matches: Annotated[
-        Optional[int], typer.Option(metavar="N", help="With --mutual: the N of the highest cosine.")
+        Optional[int],
+        typer.Option(metavar="N", help="With --mutual: keep the N matches of the highest cosine."),
     ] = None,
     ratio: Annotated[
         Optional[float],
-        typer.Option(metavar="R", help="With --mutual, of all cells: Lowe's ratio test, for example 0.95."),
+        typer.Option(metavar="R", help="With --mutual of all cells: Lowe's ratio test, for example 0.95."),
     ] = None,
     homography: Annotated[
         Optional[str],
-        typer.Option(metavar="usac|ransac|lmeds", help="The homography that most of the matches agree with."),
+        typer.Option(
+            metavar="usac|ransac|lmeds", help="Find the homography that most of the matches agree with."
+        ),
     ] = None,
     flow: Annotated[
         Optional[Path],
-        typer.Option(metavar="NPZ", help="Write where every source pixel is: field and confidence."),
+        typer.Option(
+            metavar="NPZ", help="Write where every source pixel is in TARGET: field and confidence."
+        ),
     ] = None,
     draw_flow: Annotated[
         Optional[Path],
@@ -120,7 +105,7 @@ def match(
     ] = None,
     heat_map: Annotated[
         Optional[Path],
-        typer.Option(metavar="PNG", help="Draw the cosine of the first point with every target pixel."),
+        typer.Option(metavar="PNG", help="Draw the cosine between the first point and every target pixel."),
     ] = None,
     output: Annotated[
         Optional[Path],
@@ -130,10 +115,6 @@ def match(
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Match points of SOURCE to TARGET at full resolution."""
     check_writable(output, flow, draw_flow, heat_map, json_file, inputs=(bundle, source, target))
@@ -158,8 +139,10 @@ def match(
         check_method(method)
     check_options(max_matches=max_matches, ratio=ratio)
     if homography is not None:
-        if homography not in HOMOGRAPHIES:
-            raise InputError(f"unknown method {homography!r}", f"choose one of {', '.join(HOMOGRAPHIES)}")
+        if homography not in HOMOGRAPHY_METHODS:
+            raise InputError(
+                f"unknown method {homography!r}", f"choose one of {', '.join(HOMOGRAPHY_METHODS)}"
+            )
         opencv()
     left, right = open_image(source), open_image(target)
     queries = check_points(given or _grid(left.size, grid or 0), (left.height, left.width))
@@ -174,15 +157,14 @@ def match(
         flow=bool(flow or draw_flow),
         flow_back=draw_flow is not None,
     )
-    with load(bundle, backend, fit) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
+    with open_model(open_bundle(bundle), backend, fit) as model:
         start = time.perf_counter()
         source_map, target_map = (model.features(image, prompt=prompt) for image in (left, right))
         extracted = time.perf_counter()
         answer = _answer(model, source_map, target_map, request)
         matched = time.perf_counter()
     seconds = {"features": extracted - start, "match": matched - extracted}
-    _show(answer, request)
+    show_answer(answer, few=request.mutual or request.queries is None)
     say(
         f"features of both images {seconds['features'] * 1e3:.0f} ms,"
         f" matching {seconds['match'] * 1e3:.1f} ms (one run, the first)"
@@ -190,7 +172,7 @@ def match(
     if flow is not None and answer.flow is not None:
         with replacing(flow) as temporary, temporary.open("wb") as file:
             np.savez(file, allow_pickle=False, field=answer.flow.field, confidence=answer.flow.confidence)
-    _draw(left, right, queries[0] if given else None, answer, output, heat_map, draw_flow)
+    draw_pictures(left, right, queries[0] if given else None, answer, output, heat_map, draw_flow)
     write_json(
         json_file,
         {
@@ -203,14 +185,14 @@ def match(
             "points": answer.points.tolist(),
             "matches": answer.matches.points.tolist(),
             "scores": answer.matches.scores.tolist(),
-            **_more(answer, homography),
+            **optional_document(answer, homography),
             "seconds": seconds,
         },
     )
 
 
-def _answer(model: Model, source: FeatureMap, target: FeatureMap, request: _Request) -> _Answer:
-    """Everything that was asked for."""
+def _answer(model: Model, source: FeatureMap, target: FeatureMap, request: _Request) -> Answer:
+    """Compute what the request asks for."""
     method = request.method or "argmax"
     if request.queries is None or request.mutual:
         both = (
@@ -223,7 +205,7 @@ def _answer(model: Model, source: FeatureMap, target: FeatureMap, request: _Requ
         points, matches = both.source_points, Matches(both.points, both.scores)
     else:
         points, matches = request.queries, model.match(source, target, request.queries, method)
-    return _Answer(
+    return Answer(
         points,
         matches,
         find_homography(points, matches.points, cell_threshold(target), request.homography)
@@ -237,95 +219,8 @@ def _answer(model: Model, source: FeatureMap, target: FeatureMap, request: _Requ
     )
 
 
-def _show(answer: _Answer, request: _Request) -> None:
-    """Print what was found."""
-    rows: list[tuple[str, ...]] = [("source", "target", "cosine")]
-    count = len(answer.points)
-    shown = _ROWS if request.mutual or request.queries is None else count
-    found = answer.matches
-    for (x, y), (u, v), score in zip(
-        answer.points[:shown], found.points[:shown], found.scores[:shown], strict=True
-    ):
-        rows.append((_place(x, y), _place(u, v), f"{score:.4f}"))
-    if count or request.mutual:
-        show(table(rows))
-    if count > shown:
-        show(f"... {count} matches in all; --json has them")
-    elif request.mutual:
-        show(f"{count} mutual matches")
-    if answer.homography is not None:
-        inliers = int(answer.homography.inliers.sum())
-        show(f"homography: {inliers} of {count} matches agree, {answer.homography.error_px:.2f} px apart")
-        show("\n".join(" ".join(f"{value:12.6g}" for value in row) for row in answer.homography.matrix))
-    if answer.flow is not None:
-        flow = _flow_summary(answer.flow)
-        show(
-            f"flow: {flow['median_px']:.1f} px in the median, {flow['max_px']:.1f} px at the most,"
-            f" cosine {flow['median_confidence']:.4f} in the median"
-        )
-
-
-def _place(x: float, y: float) -> str:
-    """A position for people: to a hundredth of a pixel."""
-    return f"{round(float(x), 2):g},{round(float(y), 2):g}"
-
-
-def _more(answer: _Answer, homography: str | None) -> dict[str, Any]:
-    """JSON of what is not always there."""
-    more: dict[str, Any] = {}
-    if answer.homography is not None:
-        more["homography"] = {
-            "method": homography,
-            "matrix": answer.homography.matrix.tolist(),
-            "inliers": answer.homography.inliers.tolist(),
-            "error_px": answer.homography.error_px,
-        }
-    if answer.flow is not None:
-        more["flow"] = _flow_summary(answer.flow)
-    if answer.heat is not None:
-        more["heat_map"] = {"min": float(answer.heat.min()), "max": float(answer.heat.max())}
-    return more
-
-
-def _flow_summary(flow: Flow) -> dict[str, float]:
-    """Lengths and confidence of a flow."""
-    length = np.linalg.norm(flow.field, axis=2)
-    return {
-        "median_px": float(np.median(length)),
-        "max_px": float(length.max()),
-        "median_confidence": float(np.median(flow.confidence)),
-    }
-
-
-def _draw(
-    left: Image.Image,
-    right: Image.Image,
-    first: np.ndarray | None,
-    answer: _Answer,
-    output: Path | None,
-    heat_map: Path | None,
-    draw_flow: Path | None,
-) -> None:
-    """The pictures that were asked for."""
-    from ditf.runtime import drawing_dense
-    from ditf.runtime.drawing import draw_matches
-
-    pictures: list[tuple[Path, Image.Image]] = []
-    if output is not None:
-        pictures.append((output, draw_matches(left, right, answer.points, answer.matches)))
-    if heat_map is not None and first is not None and answer.heat is not None:
-        picture = drawing_dense.draw_heat_map(left, right, first, answer.heat)
-        pictures.append((heat_map, picture))
-    if draw_flow is not None and answer.flow is not None and answer.back is not None:
-        picture = drawing_dense.draw_flow(left, right, answer.flow.field, answer.back.field)
-        pictures.append((draw_flow, picture))
-    for path, picture in pictures:
-        with replacing(path) as temporary:
-            picture.save(temporary)
-
-
 def _check_choice(points: bool, grid: bool, anything: bool) -> None:
-    """Points or a grid, or else something that needs neither."""
+    """Require points, a grid, or an option that needs neither."""
     if points and grid:
         raise InputError("points and a grid exclude each other", "give --points x,y or --grid N")
     if not anything:
@@ -333,14 +228,14 @@ def _check_choice(points: bool, grid: bool, anything: bool) -> None:
 
 
 def _check_needs(options: dict[str, tuple[bool, bool, str]]) -> None:
-    """Reject options that would do nothing: {option: (given, of use, what it needs)}."""
+    """Reject options without effect: {option: (given, has an effect, what it needs)}."""
     for option, (given, useful, needs) in options.items():
         if given and not useful:
             raise InputError(f"{option} needs {needs}", "or leave it out")
 
 
 def _check_picture(path: Path | None) -> None:
-    """Reject a file name that no common picture format has."""
+    """Reject a file name without a picture format's suffix."""
     if path is not None and path.suffix.lower() not in SUFFIXES:
         raise InputError(f"{path} does not name a picture format", "for example match.png")
 

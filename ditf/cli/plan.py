@@ -1,94 +1,62 @@
-"""`ditf plan`: what an export would cost on a device, from the configs alone."""
+"""`ditf plan`: estimate the cost of an export on a device from the configs alone."""
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Any, Optional
 
 import typer
 
-from ditf.cli.export import needs_exporter, options_of, parse_precision
-from ditf.cli.support.console import (
-    JsonOption,
-    QuietOption,
-    VaeOption,
-    VerboseOption,
-    bytes_text,
-    check_writable,
-    parse_size,
-    show,
-    state,
-    table,
-    write_json,
-)
+from ditf.cli.support.exporter import needs_exporter
+from ditf.cli.support.options import JsonOption, verb
+from ditf.cli.support.output import bytes_text, show, table, write_json
+from ditf.cli.support.paths import check_writable
 from ditf.export.estimate.devices import DEVICES, Device, find_device
+from ditf.export.planning.options import ExportOptions
 from ditf.runtime.errors import GateFailed, InputError
 
 if TYPE_CHECKING:
-    from ditf.export.estimate.cost import Cost
+    from ditf.export.estimate.estimate import Estimate
     from ditf.export.planning.plan import Plan
 
 
+@verb(
+    takes="model vae layer size precision ensemble text_tokens",
+    helps={
+        "model": "'demo', a directory with its configs, or a published model's hub id.",
+        "text_tokens": "Keep only this many T5 tokens; all, or those of a short prompt, by default.",
+    },
+)
 def plan(
-    model: Annotated[
-        str, typer.Option(help="'demo', a directory with its configs, or a published model's hub id.")
-    ] = "demo",
-    vae: VaeOption = None,
-    layer: Annotated[
-        Optional[str], typer.Option(help="Block whose input is the feature: 9 or single.9.")
-    ] = None,
-    size: Annotated[
-        Optional[str], typer.Option(metavar="HxW", help="Input size in pixels; the model's own by default.")
-    ] = None,
-    fp16: Annotated[bool, typer.Option("--fp16", help="Short for --precision fp16.")] = False,
-    precision: Annotated[
-        Optional[str],
-        typer.Option(metavar="fp32|fp16|bf16|int8", help="Of weights, GEMMs and attention; fp32 by default."),
-    ] = None,
-    ensemble: Annotated[int, typer.Option(help="Noises averaged inside the graph.")] = 1,
-    batch: Annotated[int, typer.Option(help="Images in one call.")] = 1,
-    text_tokens: Annotated[
-        Optional[int], typer.Option(help="T5 tokens to keep; all, or a short prompt's, by default.")
-    ] = None,
+    *,
+    options: ExportOptions,
+    batch: Annotated[int, typer.Option(help="Number of images in one call.")] = 1,
     device: Annotated[
-        Optional[str], typer.Option(metavar="|".join(DEVICES), help="One device in detail; all by default.")
+        Optional[str],
+        typer.Option(metavar="|".join(DEVICES), help="Show one device in detail; all devices by default."),
     ] = None,
     json_file: JsonOption = None,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
-    """Say what an export would cost, before weights are there: exit 1 if the device's memory is too small."""
+    """Estimate an export from the configs alone; exit 1 if it does not fit the memory of --device."""
     check_writable(json_file)
     chosen = DEVICES if device is None else {device: find_device(device)}
-    values: dict[str, Any] = {
-        "model": model,
-        "vae": vae,
-        "layer": layer,
-        "precision": parse_precision(precision, fp16),
-        "size": None if size is None else parse_size(size),
-        "ensemble": ensemble,
-        "batch": batch,
-        "text_tokens": text_tokens,
-    }
-    options = options_of(values)
+    options = replace(options, batch=batch)
+    model, vae = options.model, options.vae
     with needs_exporter():
-        from ditf.export.checkpoints.loading import quieten_libraries
-
-        if not state.verbose:
-            quieten_libraries()
-        from ditf.export.estimate.cost import count_cost
+        from ditf.export.estimate.estimate import Estimate
         from ditf.export.estimate.published_configs import open_configs, open_vae_configs
-        from ditf.export.estimate.suggestions import remedies
-        from ditf.export.planning.plan import decide
+        from ditf.export.estimate.suggestions import suggest
+        from ditf.export.planning.plan import plan_from_configs
     with ExitStack() as stack:
         checkpoint = stack.enter_context(open_configs(model))
         encoder = None if vae is None else stack.enter_context(open_vae_configs(vae))
-        decided = decide(options, checkpoint, encoder)
-        cost = count_cost(decided)
+        decided = plan_from_configs(options, checkpoint, encoder)
+        cost = Estimate(decided)
         if device is not None:
             cost.seconds(chosen[device])  # or say that its rate is not published, before anything is shown
         ok = device is None or cost.memory_bytes <= chosen[device].memory_bytes
-        advice = [] if device is None or ok else remedies(decided, chosen[device].memory_bytes)
+        advice = [] if device is None or ok else suggest(decided, chosen[device].memory_bytes)
     show(_described(decided, cost))
     if device is None:
         show(
@@ -113,8 +81,8 @@ def plan(
         )
 
 
-def _described(plan: Plan, cost: Cost) -> str:
-    from ditf.export.estimate.cost import MATCH_IMAGE, MATCH_POINTS, MATCHING, PARTS
+def _described(plan: Plan, cost: Estimate) -> str:
+    from ditf.export.estimate.work import MATCH_IMAGE, MATCH_POINTS, MATCHING, PARTS
 
     (height, width), (h, w) = plan.size, plan.grid
     rows: list[tuple[str, ...]] = [("part", "GFLOP", "bytes moved", "operands")]
@@ -146,12 +114,12 @@ def _count(parameters: int) -> str:
     return f"{parameters / 1e9:.2f} B" if parameters >= 10**8 else f"{parameters / 1e6:.2f} M"
 
 
-def _row(device: Device, name: str, cost: Cost) -> tuple[str, ...]:
+def _row(device: Device, name: str, cost: Estimate) -> tuple[str, ...]:
     return name, _time(device, cost), _memory(device, cost)
 
 
-def _detailed(device: Device, cost: Cost) -> str:
-    from ditf.export.estimate.cost import MATCHING, PARTS
+def _detailed(device: Device, cost: Estimate) -> str:
+    from ditf.export.estimate.work import MATCHING, PARTS
 
     parts = [part for part in (*PARTS, MATCHING) if any(work.part == part for work in cost.work)]
     rows = [("features", _time(device, cost)), *((f"  {p}", _time(device, cost, p)) for p in parts)]
@@ -164,7 +132,7 @@ def _detailed(device: Device, cost: Cost) -> str:
     )
 
 
-def _time(device: Device, cost: Cost, *parts: str) -> str:
+def _time(device: Device, cost: Estimate, *parts: str) -> str:
     try:
         milliseconds = 1e3 * cost.seconds(device, *parts)
     except InputError:
@@ -172,14 +140,14 @@ def _time(device: Device, cost: Cost, *parts: str) -> str:
     return f"{milliseconds:.3g} ms" if milliseconds < 1000 else f"{milliseconds / 1000:.3g} s"
 
 
-def _memory(device: Device, cost: Cost) -> str:
+def _memory(device: Device, cost: Estimate) -> str:
     share = cost.memory_bytes / device.memory_bytes
     verdict = "" if share <= 1 else ": does not fit"
     return f"{bytes_text(cost.memory_bytes)} of {device.memory:g} GB, {share:.0%}{verdict}"
 
 
-def _document(plan: Plan, cost: Cost, devices: dict[str, Device]) -> dict[str, Any]:
-    from ditf.export.estimate.cost import MATCHING, PARTS
+def _document(plan: Plan, cost: Estimate, devices: dict[str, Device]) -> dict[str, Any]:
+    from ditf.export.estimate.work import MATCHING, PARTS
 
     def seconds(device: Device) -> Optional[dict[str, float]]:
         try:

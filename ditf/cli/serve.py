@@ -1,4 +1,4 @@
-"""`ditf serve`: bundles over HTTP, for other processes and for people."""
+"""`ditf serve`: serve bundles over HTTP."""
 
 from __future__ import annotations
 
@@ -15,104 +15,98 @@ from typing import Annotated, Optional
 import typer
 from PIL import Image
 
-from ditf.cli.support.console import (
-    BackendOption,
-    FitOption,
-    HostCodeOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    load,
-    show,
-    state,
-)
+from ditf.cli.support.bundles import open_bundle
+from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BatchDelayOption, FitOption, verb
+from ditf.cli.support.output import show
+from ditf.cli.support.state import state
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.files.reading import open_regular
-from ditf.runtime.serving.limits import MIB, SCORES_PER_S, Limits
+from ditf.runtime.serving.limits import CACHE_BYTES, MIB, Batching, Limits
 
 KEY_VARIABLE = "DITF_API_KEY"
 
 _KEY_BYTES = 1 << 16
-_CLOSING_S = 5.0  # for a call of the engine that runs when all else has ended
+_CLOSING_S = 5.0  # for an engine's call that still runs when all requests have ended
 
 _log = logging.getLogger("ditf.serve")
 
 
+@verb(SIGNATURE, HOST_CODE)
 def serve(
     bundles: Annotated[
         list[Path], typer.Argument(metavar="BUNDLE...", help="Directories made by ditf-export.")
     ],
     host: Annotated[
-        str, typer.Option(help="Address to listen on; 0.0.0.0 is every one this machine has.")
+        str, typer.Option(help="Address to listen on; 0.0.0.0 stands for all addresses of this machine.")
     ] = "127.0.0.1",
-    port: Annotated[int, typer.Option(min=0, max=65535, help="0 is any free one; it is printed.")] = 8000,
+    port: Annotated[
+        int, typer.Option(min=0, max=65535, help="Port to listen on; 0 takes a free one and prints it.")
+    ] = 8000,
     api_key_file: Annotated[
         Optional[Path],
-        typer.Option(metavar="FILE", help=f"The key that requests must bear; or set {KEY_VARIABLE}."),
+        typer.Option(
+            metavar="FILE", help=f"File with the key that requests must carry; or set {KEY_VARIABLE}."
+        ),
     ] = None,
-    batch_delay: Annotated[
-        float, typer.Option(metavar="MS", min=0, max=1000, help="How long an image waits for others.")
-    ] = 5.0,
+    batch_delay: BatchDelayOption = Batching.delay_s * 1e3,
     max_batch: Annotated[
         int,
         typer.Option(
-            metavar="N", min=1, max=1024, help="Images in a call, of a bundle with --batch dynamic."
+            metavar="N", min=1, max=1024, help="Images in one call, for a bundle with --batch dynamic."
         ),
-    ] = 8,
+    ] = Batching.images,
     queue: Annotated[
-        int, typer.Option(metavar="N", min=1, max=100_000, help="Requests at once; more are answered 503.")
-    ] = 64,
+        int,
+        typer.Option(
+            metavar="N", min=1, max=100_000, help="Requests accepted at once; more are answered 503."
+        ),
+    ] = Limits.requests,
     deadline: Annotated[
-        float, typer.Option(metavar="S", min=0.001, help="A request that waited longer is answered 504.")
-    ] = 30.0,
-    max_body: Annotated[float, typer.Option(metavar="MIB", min=0.001, help="Of one request.")] = 64.0,
+        float, typer.Option(metavar="S", min=0.001, help="Requests that wait longer are answered 504.")
+    ] = Limits.deadline_s,
+    max_body: Annotated[
+        float, typer.Option(metavar="MIB", min=0.001, help="Largest body of one request.")
+    ] = Limits.body_bytes / MIB,
     max_pixels: Annotated[
-        float, typer.Option(metavar="MPX", min=0.001, help="Of one image, in millions.")
-    ] = 32.0,
+        float, typer.Option(metavar="MPX", min=0.001, help="Largest image, in millions of pixels.")
+    ] = Limits.pixels / 1e6,
     cache: Annotated[
-        float, typer.Option(metavar="MIB", min=0, help="Of features of images seen before; 0 for none.")
-    ] = 256.0,
+        float,
+        typer.Option(
+            metavar="MIB", min=0, help="Memory for features of images seen before; 0 turns the cache off."
+        ),
+    ] = CACHE_BYTES / MIB,
     drain: Annotated[
-        float, typer.Option(metavar="S", min=0, help="To finish what is in flight, on SIGTERM.")
-    ] = 30.0,
+        float, typer.Option(metavar="S", min=0, help="Time to finish running requests after SIGTERM.")
+    ] = Limits.drain_s,
     log_format: Annotated[
-        str, typer.Option(metavar="auto|json|text", help="Of the log, on stderr; auto: text on a terminal.")
+        str,
+        typer.Option(
+            metavar="auto|json|text",
+            help="Format of the log on stderr; auto is text on a terminal, else JSON.",
+        ),
     ] = "auto",
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Serve bundles over HTTP: the Open Inference Protocol at /v2, and routes for curl.
 
-    The address is printed when requests are taken. SIGTERM or Ctrl-C: what is in flight is answered first.
+    The address is printed when the server is ready. SIGTERM and Ctrl-C let running requests finish.
     """
     try:
         from ditf.runtime.serving.http import logs
         from ditf.runtime.serving.http.app import make_app
         from ditf.runtime.serving.http.descriptors import fit_connections
-        from ditf.runtime.serving.http.metrics import Metrics
+        from ditf.runtime.serving.http.metrics import ServerMetrics
         from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
-        from ditf.runtime.serving.service import Batching, Service
+        from ditf.runtime.serving.service import Service
     except ImportError as error:
         raise missing_extra(error.name or "fastapi", "serve") from None
     if log_format not in logs.FORMATS:
         raise InputError(f"--log-format {log_format!r} is not {', '.join(logs.FORMATS)}")
     limits = fit_connections(
-        Limits(
-            requests=queue,
-            images=2 * queue,
-            connections_each=2 * queue,
-            body_bytes=int(max_body * MIB),
-            buffered_bytes=max(Limits.buffered_bytes, 2 * int(max_body * MIB)),
-            pixels=int(max_pixels * 1e6),
-            scores=max(1, int(deadline * SCORES_PER_S)),
-            deadline_s=deadline,
-            drain_s=drain,
-        )
+        Limits.for_server(queue, deadline, int(max_body * MIB), int(max_pixels * 1e6), drain)
     )
     key = _api_key(api_key_file)
     names = _names(bundles)
@@ -124,9 +118,9 @@ def serve(
             _log.warning(f"anyone who reaches {host} can use this server; set {KEY_VARIABLE}")
         models: dict[str, Model] = {}
         for name, path in names.items():
-            models[name] = model = load(path, backend, fit)
+            models[name] = model = Model(open_bundle(path), backend, fit)
             _tell("opened", bundle=str(path), backend=model.detail, reason=model.reason)
-        metrics = Metrics()
+        metrics = ServerMetrics()
         service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)
         try:
             service.warm_up()
@@ -143,10 +137,10 @@ def _tell(event: str, **fields: str) -> None:
 
 
 def _names(bundles: list[Path]) -> dict[str, Path]:
-    """Bundles by the name of their directory.
+    """Map the name of each bundle's directory to its path.
 
     Raises:
-        InputError: two have the same.
+        InputError: two directories have the same name.
     """
     names: dict[str, Path] = {}
     for path in bundles:
@@ -158,10 +152,10 @@ def _names(bundles: list[Path]) -> dict[str, Path]:
 
 
 def _api_key(file: Path | None) -> str | None:
-    """The key, of a file or the environment: never of the command line, which everyone can list.
+    """Read the key from a file or the environment. A command line would be visible to all users.
 
     Raises:
-        InputError: an unreadable file, one that others may use, or nothing that a header could hold.
+        InputError: the file cannot be read or is open to others, or the key does not fit a header.
     """
     if file is None:
         key = os.environ.get(KEY_VARIABLE)

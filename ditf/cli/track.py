@@ -1,4 +1,4 @@
-"""`ditf track`: where points of one image, or its labels, are in every frame of a video."""
+"""`ditf track`: follow points or labels of one image through the frames of a video."""
 
 from __future__ import annotations
 
@@ -10,63 +10,61 @@ import numpy as np
 import typer
 from PIL import Image
 
-from ditf.cli.support.console import (
+from ditf.cli.support.bundles import open_bundle, open_model
+from ditf.cli.support.options import (
+    HOST_CODE,
+    SIGNATURE,
     BackendOption,
     BundleArgument,
     FitOption,
-    HostCodeOption,
     JsonOption,
+    PointsOption,
     PromptOption,
-    QuietOption,
-    SignatureOption,
-    VerboseOption,
-    check_writable,
-    load,
-    say,
-    show,
-    stages,
-    table,
-    write_json,
+    verb,
 )
+from ditf.cli.support.output import say, show, table, write_json
+from ditf.cli.support.paths import check_writable
+from ditf.cli.support.progress import stages
 from ditf.runtime import Matches, Model, Propagator
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import list_images, open_image, picture_count
-from ditf.runtime.label_images import read_labels, write_labels
+from ditf.runtime.label_images import read_label_image, write_label_image
 from ditf.runtime.matching.points import check_points, parse_points
 
 
+@verb(SIGNATURE, HOST_CODE)
 def track(
     bundle: BundleArgument,
-    source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image the points or labels are of.")],
+    source: Annotated[
+        Path, typer.Argument(metavar="SOURCE", help="Image that the points or labels belong to.")
+    ],
     frames: Annotated[
         list[Path],
         typer.Argument(metavar="FRAME...", help="Frames of a video, as images, or a folder of them."),
     ],
-    points: Annotated[
-        Optional[list[str]],
-        typer.Option("--points", metavar="X,Y", help="Points in source pixels: x,y, once or several times."),
-    ] = None,
+    points: PointsOption = None,
     labels: Annotated[
         Optional[Path],
         typer.Option(
             metavar="PNG",
-            help="Labels of SOURCE instead, an indexed or grey PNG of its size; every frame's are written"
-            " to --output.",
+            help="Follow labels instead: an indexed or grey PNG of the size of SOURCE. Each frame's labels"
+            " are written to --output.",
         ),
     ] = None,
     output: Annotated[
         Optional[Path],
-        typer.Option("--output", "-o", metavar="DIR", help="Draw every frame's matches in this directory."),
+        typer.Option(
+            "--output",
+            "-o",
+            metavar="DIR",
+            help="Write pictures of the matches, or the labels, of every frame into this directory.",
+        ),
     ] = None,
     prompt: PromptOption = None,
     fit: FitOption = "stretch",
     backend: BackendOption = "auto",
     json_file: JsonOption = None,
-    signature: SignatureOption = None,
-    host_code: HostCodeOption = False,
-    verbose: VerboseOption = False,
-    quiet: QuietOption = False,
 ) -> None:
     """Follow points or labels of SOURCE through FRAMEs."""
     given = [] if labels is None else [labels]
@@ -81,7 +79,7 @@ def track(
     image = open_image(source)
     size = (image.height, image.width)
     queries = check_points(parse_points(points or []), size)
-    mask = None if labels is None else read_labels(labels, size)
+    mask = None if labels is None else read_label_image(labels, size)
     frames = _frames(frames)
     if output is not None:
         if output.exists() and not output.is_dir():
@@ -92,8 +90,7 @@ def track(
         written = [output / f"{index:06d}.png" for index in range(len(frames))]
         check_writable(*written, inputs=(bundle, source, *frames, *given))
     document: dict[str, Any] = {"bundle": str(bundle), "source": str(source)}
-    with load(bundle, backend, fit) as model:
-        say(f"{bundle} on {model.detail} ({model.reason})")
+    with open_model(open_bundle(bundle), backend, fit) as model:
         if mask is not None and output is not None:
             document |= _labels(model, image, mask, frames, output, prompt)
         else:
@@ -103,10 +100,10 @@ def track(
 
 
 def _frames(given: list[Path]) -> list[Path]:
-    """The frames, those of folders by name.
+    """Paths of the frames; those of a folder are sorted by name.
 
     Raises:
-        InputError: no such file, or several pictures in one.
+        InputError: a file is missing or holds several pictures.
     """
     frames: list[Path] = []
     for path in given:
@@ -133,7 +130,7 @@ def _points(
     output: Path | None,
     prompt: str | None,
 ) -> dict[str, Any]:
-    """Follow points: their table, pictures and JSON."""
+    """Follow points: print their table, draw them, and return their JSON."""
     found: list[Matches] = []
     with stages(len(frames)) as stage:
         tracker = model.track(image, queries, prompt)
@@ -148,7 +145,7 @@ def _points(
         rows.append((str(frame), *places, f"{matches.scores.min():.4f}"))
     show(table(rows))
     if output is not None:
-        from ditf.runtime.drawing import draw_matches
+        from ditf.runtime.drawing.matches import draw_matches
 
         for index, (frame, matches) in enumerate(zip(frames, found, strict=True)):
             with replacing(output / f"{index:06d}.png") as temporary:
@@ -171,7 +168,7 @@ def _labels(
     output: Path,
     prompt: str | None,
 ) -> dict[str, Any]:
-    """Carry labels through the frames; each frame's are written as soon as they are known."""
+    """Propagate labels through the frames; each frame's labels are written as soon as they are known."""
     labels, palette = mask
     listed: list[dict[str, Any]] = []
     with stages(len(frames)) as stage:
@@ -187,7 +184,7 @@ def _labels(
             found = propagator.update(model.features(frame, prompt=prompt))
             path = output / f"{index:06d}.png"
             with replacing(path) as temporary:
-                write_labels(temporary, found, palette)
+                write_label_image(temporary, found, palette)
             pixels = np.bincount(found.ravel(), minlength=256)[values]
             rows.append((str(frame), *(f"{count / found.size:.2%}" for count in pixels)))
             counts = {str(value): int(count) for value, count in zip(values, pixels, strict=True)}

@@ -1,4 +1,4 @@
-"""Where the parameters of a graph are, and what of the checkpoint is in none, for the manifest."""
+"""Counts for the manifest: a graph's parameters by part, and what of the checkpoint it leaves out."""
 
 from __future__ import annotations
 
@@ -6,44 +6,23 @@ from collections.abc import Iterable
 
 from torch import nn
 
-from ditf.export.assemble.features_graph import Specialised
+from ditf.export.assemble.features_graph import AssembledGraph
 from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.roles import role_of
 from ditf.export.planning.plan import Plan
-
-_PARTS = (  # first match wins
-    ("encoder.", "VAE encoder"),
-    ("condition.", "conditioning"),
-    ("trunk.embedder.", "patch and position embedders"),
-    (".gate", "modulation and gates"),
-    (".norm_query", "self-attention"),
-    (".norm_key", "self-attention"),
-    ("norm.", "modulation and gates"),
-    (".norm_", "modulation and gates"),
-    (".cross_attention.", "cross-attention"),
-    (".text.feed_forward", "text stream"),
-    (".text.", "text stream"),
-    ("trunk.text", "text stream"),
-    ("trunk.padding", "patch and position embedders"),
-    ("trunk.cosine", "patch and position embedders"),
-    ("trunk.sine", "patch and position embedders"),
-    (".attention.", "self-attention"),
-    (".project.", "self-attention"),
-    (".dual.", "self-attention"),
-    (".feed_forward", "feed-forward"),
-    (".out.", "self-attention"),
-    ("noise", "noise"),
-    ("keep", "discard mask"),
-    ("projection.", "projection"),
-)
 
 Counts = dict[str, dict[str, int]]
 
 
 def parameter_parts(module: nn.Module) -> dict[str, Counts]:
-    """{part: {dtype: {"parameters": n, "bytes": n}}} of a graph module."""
+    """{part: {dtype: {"parameters": n, "bytes": n}}} of a features graph, by the roles of its modules.
+
+    Raises:
+        LookupError: a module does not say what its parameters are for.
+    """
     parts: dict[str, Counts] = {}
     for name, tensor in module.named_parameters():
-        part = next(label for pattern, label in _PARTS if pattern in name)
+        part = role_of(module, name).value
         dtype = str(tensor.dtype).removeprefix("torch.")
         entry = parts.setdefault(part, {}).setdefault(dtype, {"parameters": 0, "bytes": 0})
         entry["parameters"] += tensor.numel()
@@ -51,11 +30,11 @@ def parameter_parts(module: nn.Module) -> dict[str, Counts]:
     return parts
 
 
-def removed_parts(plan: Plan, made: Specialised) -> Counts:
-    """What each step of the export left out, as it is stored in the checkpoint.
+def removed_parts(plan: Plan, made: AssembledGraph) -> Counts:
+    """What each step of the export left out, in the size that it has in the checkpoint.
 
-    Nothing here knows a tensor by its name: unused is what was not read, and what the conditioner alone
-    read is in the graph only if the conditioner is.
+    No tensor is known by its name. A tensor that was not read is unused, and what only the conditioner read
+    is in the graph only if the conditioner is.
     """
     weights = plan.checkpoint.weights("transformer")
     running = tuple(f"{plan.family.block_name(index)}." for index in range(plan.layer))

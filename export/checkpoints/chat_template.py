@@ -1,7 +1,7 @@
-"""Chat templates of tokenizers, rendered in a process whose time and memory are limited.
+"""Renders the chat templates of tokenizers in a process with limited time and memory.
 
-A template is a program that comes with the checkpoint. Jinja's sandbox keeps it from files and from Python,
-but not from looping for years or from filling the memory.
+A template is a program that comes with the checkpoint. Jinja's sandbox keeps it away from files and from
+Python, but it can still loop for years or fill the memory.
 """
 
 from __future__ import annotations
@@ -17,25 +17,20 @@ from typing import Any
 
 from ditf.runtime.errors import InputError
 
-_SECONDS, _BYTES, _CHARACTERS = (
-    2,
-    512 << 20,
-    1 << 20,
-)  # a chat has about 100 characters
-_DEADLINE = 300  # seconds until a process that does nothing is stopped
+_SECONDS, _BYTES, _CHARACTERS = 2, 512 << 20, 1 << 20  # a chat has about 100 characters
+_DEADLINE = 300  # seconds after which the process is stopped, whatever it does
 _PAGE = resource.getpagesize()
 
 
 def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
-    """Each prompt as the one message of a chat, as the pipelines of diffusers ask for it.
+    """Render each prompt as the only message of a chat, as diffusers' pipelines do.
 
     Args:
-        tokenizer: of transformers, with a chat template.
+        tokenizer: a tokenizer of transformers that has a chat template.
         thinking: the template's `enable_thinking`.
 
     Raises:
-        InputError: there is no template, it fails, or it takes more than 2 s, 512 MiB or a million
-            characters.
+        InputError: the template is missing, fails, or takes more than 2 s, 512 MiB or a million characters.
     """
     fix = "download the checkpoint again"
     what = f"the chat template of {tokenizer.name_or_path}"
@@ -74,12 +69,12 @@ def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list
 
 
 def as_template(chat: str) -> str:
-    """A template that gives this very text, whatever is asked."""
+    """A template that always renders to this text."""
     return "{{ " + ascii(chat) + " }}"
 
 
 def _serve() -> None:
-    """Render the request on stdin and write the answer to stdout: the process that is limited."""
+    """Limit this process, render the request on stdin, and write the answer to stdout."""
     from transformers.utils.chat_template_utils import render_jinja_template
 
     request = json.load(sys.stdin.buffer)
@@ -87,19 +82,19 @@ def _serve() -> None:
     seconds = int(used.ru_utime + used.ru_stime) + 1 + _SECONDS
     pages = int(Path("/proc/self/statm").read_text().split()[0])
     for kind, limit in (
-        (resource.RLIMIT_CORE, 0),  # what ends at the limit of time would leave one
+        (resource.RLIMIT_CORE, 0),  # a process that hits the limit of time would leave a core file
         (resource.RLIMIT_CPU, seconds),
         (resource.RLIMIT_AS, pages * _PAGE + _BYTES),
     ):
         hard = resource.getrlimit(kind)[1]
         resource.setrlimit(kind, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
     try:
-        rendered: Any = render_jinja_template(**request)  # typed as a string, and gives a tuple
+        rendered: Any = render_jinja_template(**request)  # annotated as a string, but returns a tuple
         answer: dict[str, Any] = {"chats": rendered[0]}
         if sum(map(len, rendered[0])) > _CHARACTERS:
             answer = {"problem": f"gives more than {_CHARACTERS:,} characters"}
     except MemoryError:
         answer = {"problem": f"needs more than {_BYTES >> 20} MiB"}
-    except Exception as error:  # whatever a template can provoke
+    except Exception as error:  # a template can raise anything
         answer = {"problem": f"fails ({str(error)[:120] or type(error).__name__!a})"}
     sys.stdout.write(json.dumps(answer))

@@ -1,4 +1,4 @@
-"""What a checkpoint may name and bring along: classes that its family lists, plain files, and no code."""
+"""Checks that a checkpoint names only classes that its family lists, and brings plain files and no code."""
 
 from __future__ import annotations
 
@@ -16,22 +16,28 @@ _LIBRARIES = ("diffusers", "transformers")
 _TEXT = ("text_encoder", "tokenizer")
 _TABLES = ("tokenizer.json", "vocab.json")
 _TEMPLATES = "additional_chat_templates"
-_READ = (".json", ".jinja", ".txt", ".model", ".safetensors")  # what diffusers and transformers look for
+_READ = (
+    ".json",
+    ".jinja",
+    ".txt",
+    ".model",
+    ".safetensors",
+)  # what diffusers and transformers read
 _LARGEST_CONFIG, _LARGEST_TABLE = 4 << 20, 64 << 20  # bytes: some tokenizers have 256,000 tokens
 _CODE = re.compile(r"auto_map|custom_pipelines|trust_remote_code|_?(attn|experts)_implementation(_internal)?")
 _REMOVE = "a checkpoint's own code is never run: use one whose classes are in diffusers and transformers"
 
 
 def check_components(checkpoint: Checkpoint, classes: Sequence[str], unneeded: tuple[str, ...] = ()) -> None:
-    """Compare the classes that model_index.json names with those that are supported. Nothing is imported.
+    """Compare the classes that model_index.json names with the supported ones. Nothing is imported.
 
     Args:
         classes: text encoders and tokenizers of transformers that may be named.
-        unneeded: starts of the names of components that are not loaded.
+        unneeded: prefixes of the names of components that are not loaded.
 
     Raises:
-        InputError: a pipeline or component of another library, or a class that is not listed; or a file of a
-            text encoder or tokenizer that `check_files` refuses.
+        InputError: model_index.json names a pipeline of its own, a component of another library or a class
+            that is not listed, or `check_files` refuses a file of a text encoder or tokenizer.
     """
     for name, entry in checkpoint.index().items():
         if name == "_class_name" and not isinstance(entry, str):
@@ -52,11 +58,11 @@ def check_components(checkpoint: Checkpoint, classes: Sequence[str], unneeded: t
 
 
 def check_files(folder: Path) -> None:
-    """Look at the files of a component before libraries open them, which wait for FIFOs and read any size.
+    """Check the files of a component before libraries open them, which wait for FIFOs and read any size.
 
     Raises:
-        InputError: a file that is not regular, a text file too large to be one, or a configuration that
-            cannot be read or names code.
+        InputError: a file is not regular, a text file is too large, or a configuration cannot be read or
+            names code.
     """
     for path in sorted([*folder.glob("*"), *(folder / _TEMPLATES).glob("*")]):
         if path.suffix not in _READ or path.is_dir():
@@ -76,13 +82,13 @@ def _check_config(path: Path, document: Any) -> None:
     for key, value in _entries(document):
         if not _CODE.fullmatch(key) or not value:
             continue
-        if "implementation" in key and "/" not in str(value):  # a name such as "sdpa"; a repository otherwise
+        if "implementation" in key and "/" not in str(value):  # a name such as "sdpa", no repository
             continue
         raise InputError(f"{path} names code to run: {key} is {value!a:.60}", _REMOVE)
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:
-    """All keys of a JSON value with what they hold, at any depth."""
+    """All keys of a JSON value with their values, at any depth."""
     waiting = [value]
     while waiting:
         value = waiting.pop()

@@ -1,4 +1,4 @@
-"""Checkpoints on the Hugging Face hub: the files of one that are needed, and what can go wrong."""
+"""Downloads checkpoints from the Hugging Face hub, and only the files that an export reads."""
 
 from __future__ import annotations
 
@@ -13,37 +13,32 @@ _UNUSED = ("safety_checker", "feature_extractor", "image_encoder")
 
 
 def download(model: str, revision: str | None, variant: str | None, unneeded: tuple[str, ...] = ()) -> Path:
-    """The snapshot of a model; what an earlier call left in the hub's cache is used.
+    """Download a model, or take it from the hub's cache; returns the folder of the snapshot.
 
     Args:
-        model: hub id; revision: branch, tag or commit.
-        variant: of the weights.
-        unneeded: starts of the names of components whose weights are left out.
+        model: hub id.
+        revision: branch, tag or commit.
+        variant: of the weights, such as "fp16".
+        unneeded: prefixes of the names of components whose weights are left out.
 
     Raises:
-        InputError: no such model or revision, or a gated one.
-        MissingComponent: the hub cannot be reached and the cache has nothing.
+        InputError: there is no such model or revision, or the model is gated.
+        MissingComponent: the hub cannot be reached and the cache does not have the model.
     """
     return _snapshot(model, revision, lambda files: wanted_files(files, variant, unneeded))
 
 
 def download_vae(model: str, revision: str | None) -> Path:
-    """The snapshot of a VAE, or of nothing but the VAE of a whole checkpoint.
+    """Download a VAE, or only the VAE of a whole checkpoint; returns the folder of the snapshot.
 
     Raises:
-        InputError: no such model or revision, or a gated one.
-        MissingComponent: the hub cannot be reached and the cache has nothing.
+        InputError, MissingComponent: as for `download`.
     """
     return _snapshot(model, revision, wanted_vae_files)
 
 
 def _snapshot(model: str, revision: str | None, choose: Callable[[list[str]], list[str]]) -> Path:
-    """The files of a model that `choose` picks.
-
-    Raises:
-        InputError: no such model or revision, or a gated one.
-        MissingComponent: the hub cannot be reached and the cache has nothing.
-    """
+    """Download the files of a model that `choose` picks from all their names."""
     from huggingface_hub import HfApi, snapshot_download
     from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 
@@ -72,10 +67,10 @@ def _snapshot(model: str, revision: str | None, choose: Callable[[list[str]], li
 
 
 def wanted_files(files: Iterable[str], variant: str | None, unneeded: tuple[str, ...] = ()) -> list[str]:
-    """The files of a repository that an export reads.
+    """The names of the files of a repository that an export reads.
 
-    Weights at the top (a second copy for other programs), pickles, and other variants than the one that
-    is asked for are left out; of a component that lacks the variant the plain weights are taken.
+    Left out are weights at the top level (a second copy for other programs), pickles, and other variants
+    than the one asked for. A component that lacks the variant is read from its plain weights.
     """
     paths = [PurePosixPath(name) for name in files]
     inside = [
@@ -98,9 +93,9 @@ def wanted_files(files: Iterable[str], variant: str | None, unneeded: tuple[str,
 
 
 def wanted_vae_files(files: Iterable[str]) -> list[str]:
-    """The files of a VAE's repository, or of the vae/ of a whole checkpoint's, that an export reads.
+    """The names of the files that an export reads: of a VAE's repository, or of a checkpoint's vae/ folder.
 
-    Weights that other programs have a second copy of beside diffusers' own are left out.
+    Second copies of the weights for other programs are left out.
     """
     listed = list(files)
     inside = [name for name in listed if name.startswith("vae/")]

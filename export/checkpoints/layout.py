@@ -1,4 +1,4 @@
-"""A diffusers checkpoint directory: finding it, its configs, and the files its weights are in."""
+"""The layout of a diffusers checkpoint directory: its components, their configs and their weights."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ class Checkpoint:
 
     Attributes:
         path: the directory.
-        id: what the user called it.
-        revision: commit hash, for a model from the hub.
-        variant: of the weights that are read, such as "fp16"; None for the plain ones.
+        id: the name that the user gave: "demo", a path or a hub id.
+        revision: commit hash of a model from the hub, else None.
+        variant: the variant of the weights that is read, such as "fp16"; None for the plain weights.
     """
 
     path: Path
@@ -32,14 +32,14 @@ class Checkpoint:
     variant: str | None = None
 
     def has(self, component: str) -> bool:
-        """Whether a component (transformer, vae, ...) is there."""
+        """Whether the directory has a component (transformer, vae, ...)."""
         return (self.path / component).is_dir()
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's JSON configuration.
 
         Raises:
-            InputError: missing or not JSON.
+            InputError: the configuration is missing or not JSON.
         """
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
         path = self.path / component / name
@@ -52,17 +52,18 @@ class Checkpoint:
         return config
 
     def index(self) -> dict[str, Any]:
-        """model_index.json, which names the pipeline and its components; {} where there is none."""
+        """model_index.json, which names the pipeline and its components; {} if there is none."""
         return _read_json(self.path / "model_index.json") or {}
 
     def check_complete(self, unneeded: tuple[str, ...] = ()) -> None:
-        """Whether every component that model_index.json names is there.
+        """Check that every component that model_index.json names is there.
 
         Args:
-            unneeded: starts of the names of those that may be missing.
+            unneeded: prefixes of the names of components that may be missing.
 
         Raises:
-            InputError: names the first that is missing: a snapshot that was not downloaded to its end.
+            InputError: a component is missing, as in a snapshot whose download was interrupted; the message
+                names the first.
         """
         for name, entry in self.index().items():
             named = isinstance(entry, list) and len(entry) == 2 and all(isinstance(e, str) for e in entry)
@@ -77,7 +78,7 @@ class Checkpoint:
                 )
 
     def check_weights(self, unneeded: tuple[str, ...] = ()) -> None:
-        """Open the weights of VAE and text encoders; no value is read.
+        """Open the weights of the VAE and the text encoders; no value is read.
 
         Args:
             unneeded: as for `check_complete`.
@@ -91,7 +92,11 @@ class Checkpoint:
                 self.weights(name)
 
     def class_names(self) -> dict[str, int]:
-        """{name: number} of the classes, as DiTPipeline reads them; {} where there are none."""
+        """Names and numbers of the classes, as DiTPipeline reads them; {} if there are none.
+
+        Raises:
+            InputError: id2label of model_index.json is malformed.
+        """
         labels = self.index().get("id2label") or {}
         if not isinstance(labels, dict) or not all(
             number.isdecimal() and len(number) < 10 for number in labels
@@ -102,11 +107,15 @@ class Checkpoint:
         }
 
     def weights(self, component: str) -> SafetensorsWeights:
-        """A component's weights, read lazily."""
+        """A component's weights; a tensor is read when it is asked for.
+
+        Raises:
+            InputError: a file is missing, truncated or not safetensors.
+        """
         return SafetensorsWeights(weight_files(self.path / component, self.variant))
 
     def stored(self, component: str) -> tuple[int, int]:
-        """Parameters and bytes of a component's weights; (0, 0) where they are no safetensors."""
+        """Number of parameters and of bytes of a component's weights; (0, 0) if they are not safetensors."""
         try:
             weights = self.weights(component)
         except InputError:
@@ -115,7 +124,7 @@ class Checkpoint:
         return parameters, sum(weights.bytes_of.values())
 
     def loading_variant(self, component: str) -> str | None:
-        """The variant to name to `from_pretrained`, which looks for plain files otherwise."""
+        """The variant to pass to `from_pretrained`, which looks for plain files by default."""
         return variant_of(weight_files(self.path / component, self.variant)[0])
 
 
@@ -124,7 +133,8 @@ class Part:
     """One model of a checkpoint.
 
     Attributes:
-        name: its folder; "." where the checkpoint is nothing but this model.
+        checkpoint: the checkpoint.
+        name: the model's folder in it; "." where the checkpoint is only this model.
     """
 
     checkpoint: Checkpoint
@@ -134,12 +144,12 @@ class Part:
         """Its JSON configuration.
 
         Raises:
-            InputError: missing or not JSON.
+            InputError: the configuration is missing or not JSON.
         """
         return self.checkpoint.config(self.name)
 
     def weights(self) -> SafetensorsWeights:
-        """Its weights, read lazily."""
+        """Its weights; a tensor is read when it is asked for."""
         return self.checkpoint.weights(self.name)
 
 

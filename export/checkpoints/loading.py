@@ -1,4 +1,4 @@
-"""Loading the unmodified diffusers and transformers parts of a checkpoint, from safetensors only."""
+"""Loads the unmodified diffusers and transformers models of a checkpoint, from safetensors only."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ import torch
 
 from ditf.export.checkpoints.components import check_components, check_files
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.offload import stream_encoder, streams
+from ditf.export.checkpoints.offload import is_offloaded, offload_encoder
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
 from ditf.runtime.files.unfinished import register
@@ -28,27 +28,27 @@ _LEGACY = {
     ("Transformer2DModel", "ada_norm_zero"): "DiTTransformer2DModel",
     ("Transformer2DModel", "ada_norm_single"): "PixArtTransformer2DModel",
 }
-"""What early checkpoints of DiT and PixArt call their class, with the norm that tells them apart."""
+"""(class, norm type) in the configs of early DiT and PixArt checkpoints: the present name of the class."""
 
 _LOCAL = {"local_files_only": True, "trust_remote_code": False}
-"""For transformers, which asks on the terminal whether to run a checkpoint's code where nothing is said."""
+"""For transformers, which otherwise asks on the terminal whether to run a checkpoint's code."""
 
 _UPGRADE = "run: pip install --upgrade diffusers"
 
 
 def current_class(config: Mapping[str, Any]) -> str:
-    """The diffusers class of a config, by its present name."""
+    """The present name of the diffusers class that a config is for."""
     name = str(config.get("_class_name"))
     return _LEGACY.get((name, str(config.get("norm_type"))), name)
 
 
 def full_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
-    """A config with the defaults of its diffusers class for what it leaves out.
+    """A config completed with the defaults of its diffusers class.
 
     Raises:
-        MissingComponent: the installed diffusers has no such class, or the config was written by a newer
-            one and has keys that this one does not know.
-        InputError: a value of the wrong type, or a negative size.
+        MissingComponent: the installed diffusers has no such class, or a newer version wrote the config and
+            it has keys that the installed version does not know.
+        InputError: a value has the wrong type, or a size is negative.
     """
     found = getattr(diffusers, name, None)
     if found is None:
@@ -78,7 +78,7 @@ def full_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _fits(value: Any, hint: Any, default: Any) -> bool:
-    """Whether a JSON value is of an annotated type; what is not a plain annotation is not judged."""
+    """Whether a JSON value has an annotated type; True for annotations that are not plain types."""
     if value is None:
         return default is None or type(None) in get_args(hint)
     if get_origin(hint) in (Union, UnionType):
@@ -107,10 +107,11 @@ def _newer(one: str, other: str) -> bool:
 
 
 def check_structure(name: str, config: Mapping[str, Any], weights: Weights) -> None:
-    """Compare tensors with those of the model that the config describes; no value is read.
+    """Compare the names and shapes of tensors with the model that the config describes; no value is read.
 
     Raises:
-        InputError: a missing, extra or wrong-shaped tensor, the first by name; or an impossible config.
+        InputError: a tensor is missing, unknown or has the wrong shape (the message names the first one), or
+            no model can be made of the config.
     """
     expected = model_shapes(name, config)
     fix = "the checkpoint's config and weights do not belong together: download it again"
@@ -126,17 +127,17 @@ def check_structure(name: str, config: Mapping[str, Any], weights: Weights) -> N
 
 
 def model_shapes(name: str, config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """{tensor: shape} of a diffusers class made from a config.
+    """Names and shapes of the tensors of a diffusers model made from a config.
 
     Raises:
-        InputError: as `shape_model`.
+        InputError: as for `shape_model`.
     """
     state = shape_model(name, config).state_dict()
     return {tensor: tuple(value.shape) for tensor, value in state.items()}
 
 
 def shape_model(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
-    """A diffusers class made from a config, on the meta device.
+    """A diffusers model made from a config, on the meta device: it has shapes and no values.
 
     Raises:
         InputError: no model can be made of this config.
@@ -149,7 +150,7 @@ def shape_model(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
             model: torch.nn.Module = getattr(diffusers, name)(
                 **{k: v for k, v in known.items() if k in accepted}
             )
-    except Exception as error:  # whatever a config can provoke in someone else's code
+    except Exception as error:  # a config can make a library raise anything
         raise InputError(
             f"{name} cannot be made from its config ({first_line(error)})", "download the checkpoint again"
         ) from error
@@ -157,10 +158,10 @@ def shape_model(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
 
 
 def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
-    """A model in float32 and eval mode.
+    """Load a component of a checkpoint as a model in float32 and eval mode.
 
     Raises:
-        InputError: what is there is not that model, or its weights are incomplete, NaN or infinite.
+        InputError: the component is not that model, or its weights are incomplete, NaN or infinite.
     """
     folder = checkpoint.path / component
     variant = checkpoint.loading_variant(component)
@@ -184,17 +185,18 @@ def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
 
 
 def load_text_pipeline(checkpoint: Checkpoint, pipelines: Sequence[str], classes: Sequence[str]) -> Any:
-    """The checkpoint's pipeline with its tokenizers and text encoders, in float32, and nothing else.
+    """Load the checkpoint's pipeline with its tokenizers and text encoders only, in float32.
 
-    Of encoders too large to hold the weights are read as they are used. The pipeline is made here and not by
-    diffusers from model_index.json, which may name other classes.
+    The weights of a large encoder are read from disk when they are used. diffusers' own loader is not used,
+    because model_index.json could make it load other classes.
 
     Args:
-        pipelines: of diffusers; the checkpoint's own if it is one of them, else the first.
-        classes: text encoders and tokenizers of transformers that it may name.
+        pipelines: names of diffusers pipelines. The checkpoint's own is used if it is one of them, else the
+            first.
+        classes: text encoders and tokenizers of transformers that model_index.json may name.
 
     Raises:
-        InputError: as `load_model`, or a class that is not one of them.
+        InputError: as for `load_model`, or model_index.json names a class that is not in `classes`.
     """
     check_components(checkpoint, classes)
     index = checkpoint.index()
@@ -232,7 +234,7 @@ def _load_tokenizer(checkpoint: Checkpoint, name: str, tokenizer_class: Any) -> 
 
 
 def _load_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Any:
-    """A text encoder in float32; of a large one the weights are read when they are used."""
+    """Load a text encoder in float32; the weights of a large one are read when they are used."""
     folder = checkpoint.path / name
     options = {
         "variant": checkpoint.loading_variant(name),
@@ -240,18 +242,18 @@ def _load_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Any:
         "use_safetensors": True,
         **_LOCAL,
     }
-    if not streams(checkpoint.stored(name)[0]):
+    if not is_offloaded(checkpoint.stored(name)[0]):
         return _from_pretrained(encoder_class, folder, **options).eval()
     try:
-        streamed = stream_encoder(encoder_class, folder, checkpoint.weights(name))
+        offloaded = offload_encoder(encoder_class, folder, checkpoint.weights(name))
     except (TypeError, ValueError, OSError, RuntimeError) as error:
         raise InputError(
             f"{encoder_class.__name__} cannot be made of {folder}/config.json ({first_line(error)})",
             "download or save the checkpoint again",
         ) from error
-    if streamed is not None:
-        return streamed
-    # Tensors of an older layout: from_pretrained converts them, and writes here what it has to change.
+    if offloaded is not None:
+        return offloaded
+    # The tensors have an older layout. from_pretrained converts them and writes the result to this folder.
     rewritten = tempfile.mkdtemp(prefix="ditf-encoder-")
     remove = partial(shutil.rmtree, rewritten, ignore_errors=True)
     register(remove)
@@ -269,10 +271,10 @@ def _load_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Any:
 def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
     check_files(folder)
     try:
-        with warnings.catch_warnings():  # of what diffusers will change in its own classes
+        with warnings.catch_warnings():  # diffusers announces changes of its own classes
             warnings.simplefilter("ignore", FutureWarning)
             return loaded.from_pretrained(folder, **options)
-    except Exception as error:  # whatever files can provoke in someone else's code
+    except Exception as error:  # files can make a library raise anything
         raise InputError(
             f"{loaded.__name__} cannot load {folder} ({first_line(error)})",
             "download or save the checkpoint again, with safetensors weights",
@@ -280,17 +282,17 @@ def _from_pretrained(loaded: Any, folder: Path, **options: Any) -> Any:
 
 
 def first_line(error: Exception) -> str:
-    """What a library says, short enough for one line."""
+    """The first line of a library's error message, at most 160 characters."""
     lines = str(error).strip().splitlines() or [type(error).__name__]
     return lines[0][:160]
 
 
 def quieten_libraries() -> None:
-    """Stop the bars and the advice that diffusers and transformers print for their own users."""
+    """Turn off the progress bars and the advice that diffusers and transformers print."""
     import transformers
 
     for library in (diffusers.utils.logging, transformers.utils.logging):
         library.set_verbosity_error()
         library.disable_progress_bar()
-    for name in ("accelerate", "huggingface_hub"):  # the hub's client tells of every attempt
+    for name in ("accelerate", "huggingface_hub"):  # the hub's client logs every attempt
         logging.getLogger(name).setLevel(logging.ERROR)

@@ -1,4 +1,7 @@
-"""The noise of x_t, with the checkpoint's own scheduler (design, section 2)."""
+"""The noise of x_t at every timestep, from the config of the checkpoint's own scheduler.
+
+See docs/design.md, "The feature".
+"""
 
 from __future__ import annotations
 
@@ -22,14 +25,14 @@ class NoiseLevel:
 
 
 def noise_level(scheduler: Mapping[str, Any], timestep: int) -> NoiseLevel:
-    """The level at a timestep.
+    """The noise level at a timestep.
 
     Args:
-        scheduler: config of the checkpoint's scheduler.
-        timestep: 0..num_train_timesteps-1.
+        scheduler: the config of the checkpoint's scheduler.
+        timestep: 0..999.
 
     Raises:
-        InputError: timestep out of range, or a scheduler that is not supported.
+        InputError: the timestep is out of range, or the scheduler is not supported.
     """
     levels = noise_levels(scheduler)
     if not 0 <= timestep < len(levels):
@@ -39,16 +42,18 @@ def noise_level(scheduler: Mapping[str, Any], timestep: int) -> NoiseLevel:
 
 
 def noise_levels(scheduler: Mapping[str, Any]) -> torch.Tensor:
-    """(signal, noise) of every timestep, float64 [T, 2].
+    """Signal and noise of every timestep, float64 [T, 2]: x_t = signal * x_0 + noise * eps.
 
-    Flow matching is linear in t; a scheduler with betas is DDPM: sqrt(abar_t), sqrt(1 - abar_t).
+    With flow matching they are linear in t. A scheduler with betas is DDPM: they are sqrt(abar_t) and
+    sqrt(1 - abar_t). The graph and the plan take the schedule from here. The reference model
+    (`ditf.export.measure.reference_model`) adds noise by itself, so that it can check this.
 
     Raises:
-        InputError: a scheduler of neither kind.
+        InputError: the scheduler is of neither kind.
     """
     name = str(scheduler.get("_class_name"))
     steps = scheduler.get("num_train_timesteps", 1000)
-    if steps != 1000:  # what every published model was trained with, and what a timestep means everywhere
+    if steps != 1000:  # every published model was trained with 1000, and ditf's timesteps are 0..999
         raise InputError(f"a scheduler of {steps} timesteps is not supported", "supported: 1000")
     if name.startswith("FlowMatch"):
         noise = torch.arange(steps, dtype=torch.float64) / steps
@@ -60,10 +65,10 @@ def noise_levels(scheduler: Mapping[str, Any]) -> torch.Tensor:
 
 
 def ddpm_scheduler(scheduler: Mapping[str, Any]) -> DDPMScheduler:
-    """The forward process that a DDPM-like sampler (DDIM, DPM-Solver, ...) inverts.
+    """The DDPM forward process that a sampler such as DDIM or DPM-Solver inverts.
 
     Raises:
-        InputError: betas that make none.
+        InputError: the config's betas make no schedule of 1000 steps.
     """
     betas = ("num_train_timesteps", "beta_start", "beta_end", "beta_schedule", "trained_betas")
     try:
@@ -71,7 +76,7 @@ def ddpm_scheduler(scheduler: Mapping[str, Any]) -> DDPMScheduler:
         if made.alphas_cumprod.shape != (1000,) or not bool(made.alphas_cumprod.isfinite().all()):
             raise ValueError("its betas are not 1000 numbers")
         return made
-    except Exception as error:  # whatever a config can provoke in someone else's code
+    except Exception as error:  # a config can make a library raise anything
         raise InputError(
             f"the scheduler's config makes no noise schedule ({first_line(error)})",
             "download the checkpoint again",
@@ -79,5 +84,5 @@ def ddpm_scheduler(scheduler: Mapping[str, Any]) -> DDPMScheduler:
 
 
 def draw_noise(ensemble: int, shape: tuple[int, int, int], seed: int) -> torch.Tensor:
-    """eps, float32 [ensemble, c, h, w], the same on every machine for a seed."""
+    """eps, float32 [ensemble, c, h, w]; a seed gives the same noise on every machine."""
     return torch.randn((ensemble, *shape), generator=torch.Generator().manual_seed(seed))

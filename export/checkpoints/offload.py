@@ -1,7 +1,7 @@
-"""Unmodified models whose weights stay on disk: each module reads its own, runs, and drops them.
+"""Runs unmodified models whose weights stay on disk: each module reads its weights, runs, and drops them.
 
-accelerate's hooks do it; what they are given is read in float32 and checked like everything else. A model
-that is small enough is held in memory: reading it again for every image would only cost time.
+accelerate's hooks do this. The weights that they get are read in float32 and checked for NaN and infinity. A
+small model is held in memory, because reading it again for every image would cost time.
 """
 
 from __future__ import annotations
@@ -17,18 +17,19 @@ from torch import nn
 from ditf.export.checkpoints.weights import Weights
 
 RESIDENT = 1 << 30
-"""Bytes, in float32, of the largest model that is held in memory."""
+"""Size in float32, in bytes, of the largest model that is held in memory."""
 
 
-def streams(parameters: int) -> bool:
-    """Whether a model of so many parameters stays on disk."""
+def is_offloaded(parameters: int) -> bool:
+    """Whether the weights of a model with so many parameters stay on disk."""
     return 4 * parameters > RESIDENT
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
-    """Tensors by name, as accelerate asks for them.
+    """The mapping that accelerate reads tensors from.
 
     Args:
+        weights: the checkpoint's.
         stored: {name in the model: name in the checkpoint}.
     """
 
@@ -46,26 +47,28 @@ class _Tensors(Mapping[str, torch.Tensor]):
         return len(self._stored)
 
 
-def stream_model(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
+def offload_model(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
     """A diffusers model in float32 and eval mode that reads its parameters when they are used.
 
     Args:
-        config: of the model; weights: of exactly its tensors (see `loading.check_structure`).
+        model_class: the diffusers class.
+        config: the model's.
+        weights: exactly the model's tensors (see `loading.check_structure`).
 
     Raises (when made and when run):
-        InputError: a tensor that cannot be read, or holds NaN or infinity.
+        InputError: a tensor cannot be read, or holds NaN or infinity.
     """
     from accelerate import init_empty_weights
 
     known = {key: value for key, value in config.items() if not key.startswith("_")}
     with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # of what diffusers will change in its own classes
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers announces changes of its own classes
         model: nn.Module = model_class.from_config(known)
-    return _streamed(model, weights, {name: name for name in weights.shapes})
+    return _offloaded(model, weights, {name: name for name in weights.shapes})
 
 
-def stream_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | None:
-    """The same of a model of transformers; None where its tensors are not stored as it has them."""
+def offload_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | None:
+    """The same for a model of transformers; None if the checkpoint stores its tensors in another layout."""
     from accelerate import init_empty_weights
 
     config = encoder_class.config_class.from_pretrained(folder, local_files_only=True)
@@ -82,10 +85,10 @@ def stream_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | 
     stored = {name: same.get(id(tensor), name) for name, tensor in tensors.items() if name in persistent}
     if any(weights.shapes.get(stored[name]) != tuple(tensors[name].shape) for name in stored):
         return None
-    return _streamed(model, weights, stored)
+    return _offloaded(model, weights, stored)
 
 
-def _streamed(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
+def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
     from accelerate.hooks import attach_align_device_hook
 
     for name, buffer in model.named_buffers():

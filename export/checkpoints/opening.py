@@ -1,4 +1,4 @@
-"""Opening a checkpoint or a VAE: the built-in demo, a directory, or a model on the hub."""
+"""Opens a checkpoint or a VAE: the built-in demo, a directory, or a model on the hub."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.runtime.errors import InputError
 
-DEMO = "demo"
 DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model"
-"""In diffusers' layout: transformer/ in float16 and scheduler/; pixels, no VAE."""
+"""The demo: transformer/ in float16, and scheduler/. It works in pixels, so it has no VAE."""
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 
@@ -21,15 +21,16 @@ _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
 def open_checkpoint(
     model: str, revision: str | None = None, variant: str | None = None, unneeded: tuple[str, ...] = ()
 ) -> Iterator[Checkpoint]:
-    """Find a checkpoint: the built-in demo, a directory, or a model on the hub.
+    """Find a checkpoint, and download it if it is on the hub.
 
     Args:
+        model: "demo", a directory or a hub id.
         revision: branch, tag or commit of a hub model.
         variant: of the weights, such as "fp16".
-        unneeded: starts of the names of components that may be missing; their weights are not downloaded.
+        unneeded: prefixes of the names of components that may be missing; their weights are not downloaded.
 
     Raises:
-        InputError: no such directory or model, pickle weights, or not a diffusers layout.
+        InputError: there is no such directory or model, or it is no complete diffusers checkpoint.
         MissingComponent: the hub cannot be reached.
     """
     path = Path(model).expanduser()
@@ -62,13 +63,14 @@ def open_checkpoint(
 
 
 def open_vae(vae: str, revision: str | None = None) -> Part:
-    """Find a VAE: in a directory of its own or of a whole checkpoint, or on the hub.
+    """Find a VAE, alone or in a whole checkpoint, and download it if it is on the hub.
 
     Args:
+        vae: a directory or a hub id.
         revision: branch, tag or commit of a hub model.
 
     Raises:
-        InputError: no such directory or model, or no VAE in it.
+        InputError: there is no such directory or model, or it has no VAE.
         MissingComponent: the hub cannot be reached.
     """
     path = Path(vae).expanduser()
@@ -91,10 +93,10 @@ def open_vae(vae: str, revision: str | None = None) -> Part:
 
 
 def vae_part(checkpoint: Checkpoint) -> Part:
-    """The VAE of a checkpoint, which may be nothing else.
+    """The VAE of a checkpoint, which may be only a VAE.
 
     Raises:
-        InputError: it has none.
+        InputError: the checkpoint has no VAE.
     """
     for name in ("vae", "."):
         if (checkpoint.path / name / "config.json").is_file():

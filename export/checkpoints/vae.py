@@ -21,17 +21,17 @@ _AGAIN = "download the checkpoint again"
 
 @dataclass(frozen=True)
 class LatentSpace:
-    """x_0 and what encodes it.
+    """The space of x_0, and the encoder into it.
 
     Attributes:
-        stride: image pixels along the side of a pixel of x_0; 1 without a VAE.
-        channels: of x_0.
-        shift, scale: x_0 = (posterior mean - shift) * scale. AutoencoderTiny's latents are scaled already:
-            its config says 0 and 1.
-        source: where the VAE is; None when the model works in pixels.
+        stride: how many image pixels one pixel of x_0 covers along a side; 1 without a VAE.
+        channels: number of channels of x_0.
+        shift, scale: x_0 = (posterior mean - shift) * scale. AutoencoderTiny's latents are already scaled, so
+            its config has 0 and 1.
+        source: the VAE, or None when the model works in pixels.
         name: diffusers class of the VAE.
-        patch: side of the squares of the VAE's latents that are a pixel of x_0; where it is not 1, a batch
-            norm of the VAE shifts and scales each channel instead (`Flux2Pipeline._encode_vae_image`).
+        patch: side of the squares of VAE latents that are packed into one pixel of x_0. Where it is not 1,
+            a batch norm of the VAE shifts and scales each channel (`Flux2Pipeline._encode_vae_image`).
     """
 
     stride: int
@@ -49,13 +49,13 @@ class LatentSpace:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint, channels: int) -> LatentSpace:
-        """A checkpoint's own, from its configs.
+        """The latent space of a checkpoint, read from its configs.
 
         Args:
-            channels: of the latents that the transformer takes.
+            channels: how many channels the transformer takes.
 
         Raises:
-            InputError: a VAE of an unsupported class, or one that does not fit the transformer.
+            InputError: the VAE's class is not supported, or the VAE does not fit the transformer.
         """
         if not checkpoint.has("vae"):
             if channels != 3:
@@ -74,13 +74,15 @@ class LatentSpace:
         return found
 
     def encoded_by(self, vae: Part) -> LatentSpace:
-        """The same space with another encoder (--vae); whether it is the same, only x_0 can tell.
+        """This latent space with the encoder of another VAE (--vae).
+
+        Only the shapes are compared here; `ditf.export.measure.vae_compatibility` compares the latents.
 
         Args:
-            vae: its config is read, no weight.
+            vae: the replacement; its config is read, its weights are not.
 
         Raises:
-            InputError: this space has no VAE or a packed one, or the other's latents have another shape.
+            InputError: this space has no VAE or a packed one, or the latents of `vae` have another shape.
         """
         if not self.vae:
             raise InputError("--vae: this model works in pixels and has no VAE", "leave --vae out")
@@ -130,13 +132,13 @@ class LatentSpace:
         )
 
     def identity(self) -> dict[str, str | None]:
-        """Of the VAE: id, revision and class."""
+        """Id, revision and class of the VAE, as the manifest records them."""
         assert self.source is not None
         checkpoint = self.source.checkpoint
         return {"id": checkpoint.id, "revision": checkpoint.revision, "class": self.name}
 
     def config(self) -> dict[str, Any]:
-        """Of the VAE, defaults filled in."""
+        """The VAE's config, with defaults for what it leaves out."""
         assert self.source is not None
         return full_config(self.name, self.source.config())
 
@@ -144,13 +146,13 @@ class LatentSpace:
         """The unmodified VAE in float32.
 
         Raises:
-            InputError: its weights are missing, damaged or another model's.
+            InputError: its weights are missing, damaged or those of another model.
         """
         assert self.source is not None
         return load_model(getattr(diffusers, self.name), self.source.checkpoint, self.source.name)
 
     def shift_and_scale(self, vae: Any) -> tuple[torch.Tensor | float, torch.Tensor | float]:
-        """Shift and scale of x_0; where they are the VAE's, each [c, 1, 1] float32."""
+        """Shift and scale of x_0: numbers, or float32 [c, 1, 1] from the batch norm of a packed VAE."""
         if self.patch == 1:
             return self.shift, self.scale
         variance = vae.bn.running_var + vae.config.batch_norm_eps
@@ -158,10 +160,10 @@ class LatentSpace:
 
     @torch.no_grad()
     def encode(self, vae: Any, pixels: torch.Tensor) -> torch.Tensor:
-        """x_0 as the unmodified VAE and its pipeline make it, float32 [n, c, h', w'].
+        """Encode as the unmodified VAE and its diffusers pipeline do; returns x_0, float32 [n, c, h', w'].
 
         Args:
-            vae: from `load_vae`, None in pixels.
+            vae: from `load_vae`; None for a model that works in pixels.
             pixels: in [-1, 1], float32 [n, 3, H, W].
         """
         if vae is None:
@@ -182,7 +184,7 @@ class LatentSpace:
 
 
 def _check_tiny(config: dict[str, Any], what: str) -> None:
-    """What every published AutoencoderTiny has, and the graph relies on."""
+    """Check what the graph relies on and every published AutoencoderTiny has."""
     if config["act_fn"] != "relu":
         raise InputError(f"{what} has act_fn={config['act_fn']!r}", "supported: relu")
     widths = config["encoder_block_out_channels"]

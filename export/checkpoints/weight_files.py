@@ -16,18 +16,18 @@ _AGAIN = "download or save the checkpoint again"
 
 
 def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
-    """The safetensors files of a component: one, or the shards its index names.
+    """The safetensors files of a component: one file, or the shards that its index names.
 
     Args:
-        variant: "fp16" for files such as model.fp16.safetensors. None prefers plain files, and takes a
-            variant where there is nothing else.
+        variant: "fp16" for files such as model.fp16.safetensors. None takes plain files if there are any,
+            else the first variant.
 
     Raises:
-        InputError: none, pickles only, a missing shard.
+        InputError: there are no safetensors files, a shard is missing, or the variant does not exist.
     """
     indexes = {variant_of(path): path for path in sorted(folder.glob("*.safetensors.index*.json"))}
     files = sorted(folder.glob("*.safetensors"))
-    # At the top of a VAE's repository other programs' copies lie beside it.
+    # The top level of a VAE's repository may have copies for other programs.
     files = [path for path in files if path.name.startswith(_DIFFUSERS_NAME)] or files
     single = {variant_of(path): path for path in files if not _SHARD.search(path.name)}
     found = indexes.keys() | single.keys()
@@ -50,7 +50,7 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
 
 
 def variant_of(path: Path) -> str | None:
-    """The part of a name like model.fp16.safetensors or x.safetensors.index.fp16.json; None of plain ones."""
+    """The variant in a name like model.fp16.safetensors or x.safetensors.index.fp16.json, else None."""
     name = _SHARD.sub("", path.name)
     match = re.fullmatch(r"[^.]+\.safetensors\.index\.([^.]+)\.json|[^.]+\.([^.]+)\.safetensors", name)
     return None if match is None else match[1] or match[2]

@@ -1,4 +1,4 @@
-"""Tensors of a transformer by name: from safetensors when asked for, or shapes alone."""
+"""Tensors of a transformer by name: read from safetensors one at a time, or shapes without values."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Weights(ABC):
     """Tensors by name.
 
     Attributes:
-        shapes: {name: shape} of all tensors there are.
-        bytes_of: {name: bytes} as they are stored.
-        read: names of the tensors that were read: the proof of what was not.
+        shapes: {name: shape} of all tensors.
+        bytes_of: {name: size in bytes}, as stored.
+        read: names of the tensors that were read so far; all others were not needed.
     """
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]], bytes_of: Mapping[str, int]) -> None:
@@ -37,14 +37,14 @@ class Weights(ABC):
         return name in self.shapes
 
     def numel(self, name: str) -> int:
-        """Elements of one tensor; it is not read."""
+        """Number of elements of one tensor; the tensor is not read."""
         return math.prod(self.shapes[name])
 
     def tensor(self, name: str) -> torch.Tensor:
-        """One tensor in float32.
+        """Read one tensor in float32.
 
         Raises:
-            InputError: there is none, it cannot be read, or it holds NaN or infinity.
+            InputError: the tensor does not exist, cannot be read, or holds NaN or infinity.
         """
         if name not in self.shapes:
             raise InputError(
@@ -57,7 +57,11 @@ class Weights(ABC):
     def _load(self, name: str) -> torch.Tensor: ...
 
     def load_into(self, make: Callable[[], torch.nn.Module], prefix: str) -> torch.nn.Module:
-        """A module made by `make`, its parameters filled from the tensors under `prefix`, in eval mode."""
+        """Make a module and fill its parameters from the tensors under `prefix`; returns it in eval mode.
+
+        Raises:
+            InputError: a tensor is missing or has another shape.
+        """
         with torch.device("meta"):
             module = make()
         state = {name: self.tensor(f"{prefix}.{name}") for name in module.state_dict()}
@@ -72,9 +76,9 @@ class Weights(ABC):
 
 
 class SafetensorsWeights(Weights):
-    """Weights in safetensors files, each tensor read when it is asked for.
+    """Weights in safetensors files; each tensor is read when it is asked for.
 
-    Raises (when made and when read):
+    Raises (when made and when a tensor is read):
         InputError: a file is missing, truncated or not safetensors.
     """
 
@@ -92,7 +96,7 @@ class SafetensorsWeights(Weights):
         super().__init__(shapes, bytes_of)
 
     def fingerprint(self) -> str:
-        """Of names, shapes and the first row of every tensor: the same wherever a checkpoint lies.
+        """A hash of the names, shapes and first rows of all tensors; it does not depend on the location.
 
         Returns:
             16 hexadecimal digits.
@@ -116,7 +120,8 @@ class SafetensorsWeights(Weights):
     def _load(self, name: str) -> torch.Tensor:
         with _open_safetensors(self._file_of[name]) as file:
             tensor: torch.Tensor = file.get_tensor(name).to(torch.float32)
-        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():  # of a whole tensor: twice its size
+        # isfinite of the whole tensor would take as much memory as the tensor.
+        if not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise InputError(
                 f"tensor {name} of {self._file_of[name]} holds NaN or infinity",
                 "the checkpoint is damaged: download or save it again",
@@ -125,7 +130,7 @@ class SafetensorsWeights(Weights):
 
 
 class MetaWeights(Weights):
-    """Shapes without values, as a model of a config has them: to count what a graph would hold."""
+    """Shapes without values, to count what a graph made from a config would hold."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
         super().__init__(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
@@ -137,7 +142,7 @@ class MetaWeights(Weights):
 @contextmanager
 def _open_safetensors(path: Path) -> Iterator[Any]:
     try:
-        open_regular(path).close()  # the library would wait for a FIFO
+        open_regular(path).close()  # safe_open would wait for a FIFO
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:

@@ -1,8 +1,8 @@
-"""What NVIDIA publishes about the devices that `ditf plan` knows: dense rates, bandwidth, memory.
+"""The devices that `ditf plan` knows: dense rates, bandwidth and memory, as NVIDIA publishes them.
 
-Rates are without sparsity, at the highest clock that is published, and count a multiply-add as two. FP16 is
-the tensor cores' with float32 sums. FP32 is the CUDA cores': TF32, which TensorRT may take, is not in it.
-What is not published, and does not follow from what is, is None.
+Rates are without sparsity, at the highest published clock, and count a multiply-add as two operations. FP16
+is the rate of tensor cores with float32 sums. FP32 is the rate of CUDA cores, without TF32, which TensorRT
+may use. A rate that is not published, and does not follow from published ones, is None.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ class Device:
     """One device.
 
     Attributes:
-        title: in full.
+        title: the full name.
         float32, float16, int8: dense tera-operations a second; None where nothing is published.
-        bandwidth: of its memory, GB/s (1e9 bytes).
-        memory: GB (1e9 bytes), on a Jetson shared with the CPU and the operating system.
-        source: of the figures.
+        bandwidth: bandwidth of the memory in GB/s (1e9 bytes).
+        memory: GB (1e9 bytes); on a Jetson it is shared with the CPU and the operating system.
+        source: where the figures are from.
     """
 
     title: str
@@ -37,7 +37,7 @@ class Device:
         return int(self.memory * 1e9)
 
     def seconds(self, kind: str, operations: float, moved: float) -> float:
-        """The least time of a product: its operations at the peak rate, or its bytes at full bandwidth.
+        """The least seconds that a product takes, at the peak rate or at full bandwidth, whichever is longer.
 
         Args:
             kind: "float32", "float16", "bfloat16" (as fast as float16 on all of these) or "int8".
@@ -96,14 +96,14 @@ DEVICES: dict[str, Device] = {
         "H200 data sheet: 1,979 FP16 TFLOPS and 3,958 INT8 TOPS with sparsity",
     ),
 }  # fmt: skip
-"""By the name of `ditf plan --device`."""
+"""Devices by their names for `ditf plan --device`."""
 
 
 def find_device(name: str) -> Device:
     """A device by name.
 
     Raises:
-        InputError: unknown; lists those that are known.
+        InputError: the device is unknown; the message lists those that are known.
     """
     if name not in DEVICES:
         raise InputError(f"unknown device {name!r:.60}", f"choose {', '.join(DEVICES)}")

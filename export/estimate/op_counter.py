@@ -1,7 +1,7 @@
-"""What a module computes and holds, written down while it runs on tensors without values.
+"""Counts the FLOPs and the memory of a module while it runs on tensors without values.
 
-Convention: two operations a multiply-add; matrix products, convolutions and attention count, everything else
-is nothing, as in torch.utils.flop_counter.
+A multiply-add counts as two operations. Matrix products, convolutions and attention count, and nothing else
+does, as in torch.utils.flop_counter.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ class Product:
     """A matrix product or convolution.
 
     Attributes:
-        path: of the module that computes it; module: itself.
-        batched: of two activations, as in attention.
-        kind: type of its operands, "float16".
+        path: the path of the module that computes it; module: that module.
+        batched: whether both operands are activations, as in attention.
+        kind: type of the operands, such as "float16".
         operations: two for a multiply-add.
-        moved: bytes of operands and result, each once. Logits of attention stay on the chip, as in a fused
-            kernel.
+        moved: bytes of operands and result, each counted once. Logits of attention stay on the chip, as in a
+            fused kernel.
     """
 
     path: str
@@ -48,12 +48,15 @@ class Product:
     moved: int
 
 
-class Ledger(TorchDispatchMode):
-    """Products and storage of one run of a module.
+class OpCount(TorchDispatchMode):
+    """The products and the storage of one run of a module.
 
     Args:
-        module: whose parameters are no activations.
-        inputs: held from the start.
+        module: the module; its parameters are no activations.
+        inputs: what it is called with; they are held from the start.
+
+    Attributes:
+        products: in the order in which they are computed.
     """
 
     def __init__(self, module: nn.Module, inputs: Sequence[torch.Tensor]) -> None:
@@ -67,13 +70,13 @@ class Ledger(TorchDispatchMode):
         self._size: dict[int, int] = {}
         self._born: dict[int, int] = {}
         self._last: dict[int, int] = {}
-        self._weights: set[int] = set()  # of attention: what a softmax gave
+        self._weights: set[int] = set()  # storages of attention weights: what a softmax gave
         self._step = 0
         for tensor in inputs:
             self._touch(tensor)
 
     def peak_bytes(self) -> int:
-        """The most bytes that live at once: a value lives from the call that makes it to its last reader."""
+        """The most bytes that live at once; a value lives from the call that makes it to its last reader."""
         change: Counter[int] = Counter()
         for key, size in self._size.items():
             change[self._born[key]] += size
@@ -86,7 +89,7 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def following(self) -> Iterator[None]:
-        """Knows which module computes, while the module is called."""
+        """Notes which submodule computes, while the module is called."""
         handles = []
         for path, module in self._where[0][1].named_modules():
             handles.append(module.register_forward_pre_hook(self._enter(path)))
@@ -147,7 +150,7 @@ class Ledger(TorchDispatchMode):
         self.products.append(Product(path, module, batched, kind, operations, moved))
 
 
-class _WrittenOut(TorchFunctionMode):
+class _ExplicitAttention(TorchFunctionMode):
     """Attention as the ONNX exporter writes it, in the type of its operands.
 
     On tensors without values PyTorch would compute float16 attention in float32.
@@ -164,25 +167,25 @@ class _WrittenOut(TorchFunctionMode):
 
 
 @torch.no_grad()
-def keep_ledger(module: nn.Module, *inputs: torch.Tensor) -> Ledger:
-    """Run a module on the meta device and write down what it does.
+def count_operations(module: nn.Module, *inputs: torch.Tensor) -> OpCount:
+    """Run a module on the meta device and count what it computes and holds.
 
     Args:
         module: on the meta device; inputs: what its forward takes.
 
     Raises:
-        InputError: its parts do not fit together, because a config names other shapes.
+        InputError: the parts of the module do not fit together, because a config names other shapes.
     """
-    ledger = Ledger(module, inputs)
+    counted = OpCount(module, inputs)
     try:
-        with ledger.following(), torch.device("meta"), _WrittenOut(), ledger:
+        with counted.following(), torch.device("meta"), _ExplicitAttention(), counted:
             module(*inputs)
     except RuntimeError as error:
         raise InputError(
             f"the configs of the checkpoint make no model that runs ({first_line(error)})",
             "download the checkpoint again",
         ) from error
-    return ledger
+    return counted
 
 
 def _key(tensor: torch.Tensor) -> int:

@@ -1,4 +1,4 @@
-"""Configs of published models, to count and time what an export of them would be without a download."""
+"""Configs of published models, so that an export of them can be estimated without a download."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import full_config
-from ditf.export.checkpoints.opening import DEMO, DEMO_CHECKPOINT, vae_part
+from ditf.export.checkpoints.opening import DEMO_CHECKPOINT, vae_part
 from ditf.export.families import FAMILIES
-from ditf.export.families.base import Condition, Family
+from ditf.export.families.base import Family
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.unfinished import scratch_folder
 
@@ -69,7 +70,7 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "Chroma1-HD": {"_class_name": "ChromaTransformer2DModel"},
     "Z-Image-Turbo": {"_class_name": "ZImageTransformer2DModel"},
 }
-"""By name; what a config leaves out is the class's own default."""
+"""Transformer configs by model name. What a config leaves out has the diffusers class's default."""
 
 HUB_IDS = {
     "DiT-XL/2 512": "facebook/DiT-XL-2-512",
@@ -85,7 +86,7 @@ HUB_IDS = {
     "Chroma1-HD": "lodestones/Chroma1-HD",
     "Z-Image-Turbo": "Tongyi-MAI/Z-Image-Turbo",
 }
-"""Of the models above, by their names."""
+"""Hub ids of the models above, by their names."""
 
 VAES = {
     "madebyollin/taesd": 4,
@@ -99,7 +100,7 @@ _STAGES = 4  # of the encoder: a stride of 8 in every published VAE
 
 
 def published_family(name: str) -> Family:
-    """The family of a published config."""
+    """The family of a published model, by its name."""
     config = CONFIGS[name]
     family = next(f for f in FAMILIES if f.transformer_class == config["_class_name"])
     return family(full_config(family.transformer_class, config))
@@ -107,13 +108,13 @@ def published_family(name: str) -> Family:
 
 @contextmanager
 def open_configs(model: str) -> Iterator[Checkpoint]:
-    """A checkpoint of which only the configs are read: the demo, a directory, or a published model.
+    """Open a checkpoint of which only the configs are read.
 
     Args:
-        model: a published one by its name or its hub id; nothing is downloaded.
+        model: "demo", a directory, or a published model by its name or hub id; nothing is downloaded.
 
     Raises:
-        InputError: none of these.
+        InputError: the model is none of these.
     """
     path = Path(model).expanduser()
     published = {**{name.lower(): name for name in CONFIGS}, **{i.lower(): n for n, i in HUB_IDS.items()}}
@@ -134,13 +135,13 @@ def open_configs(model: str) -> Iterator[Checkpoint]:
 
 @contextmanager
 def open_vae_configs(vae: str) -> Iterator[Part]:
-    """A VAE for --vae of which only the config is read: a directory, or a published AutoencoderTiny.
+    """Open a VAE for --vae of which only the config is read.
 
     Args:
-        vae: a published one by its hub id; nothing is downloaded.
+        vae: a directory, or the hub id of a published AutoencoderTiny; nothing is downloaded.
 
     Raises:
-        InputError: none of these.
+        InputError: the VAE is neither.
     """
     if vae and Path(vae).expanduser().is_dir():
         yield vae_part(Checkpoint(Path(vae).expanduser(), vae))
@@ -157,7 +158,7 @@ def open_vae_configs(vae: str) -> Iterator[Part]:
 
 
 def _write_configs(folder: Path, name: str) -> None:
-    """The configs of a published model in diffusers' layout; of VAE and scheduler, what matters here."""
+    """Write the configs of a published model in diffusers' layout; of VAE and scheduler only what is read."""
     family = published_family(name)
     kl = {
         "block_out_channels": [128, 256, 512, 512],
@@ -182,25 +183,3 @@ def _write_configs(folder: Path, name: str) -> None:
     for file, config in configs.items():
         (folder / file).parent.mkdir()
         (folder / file).write_text(json.dumps(config), "utf-8")
-
-
-def prompt_tokens(family: Family, text_tokens: int | None) -> int | None:
-    """Text tokens that an export would keep, for `example_condition`; of a short prompt where the rest goes.
-
-    Args:
-        text_tokens: of --text-tokens.
-    """
-    if not family.takes_prompt:
-        return None
-    tokens = family.short_text or family.text_length(family.example_condition())
-    return tokens if text_tokens is None else min(tokens, family.leading_tokens + text_tokens)
-
-
-def example_condition(family: Family, text_tokens: int | None = None) -> Condition:
-    """Tensors of the shapes that a model's text encoders give, filled with zeros.
-
-    Args:
-        text_tokens: unmasked text tokens; all by default.
-    """
-    condition = family.example_condition()
-    return condition if text_tokens is None else family.trim_text(condition, text_tokens)

@@ -1,4 +1,4 @@
-"""What to change in a plan that does not fit a device."""
+"""Suggests how to change a plan that does not fit a device."""
 
 from __future__ import annotations
 
@@ -7,18 +7,19 @@ from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
-from ditf.export.estimate.cost import count_cost
+from ditf.export.estimate.estimate import Estimate
 from ditf.export.graph.precision import PRECISIONS
 from ditf.export.planning.plan import Plan
+from ditf.export.planning.size import Size
 
 _SHRUNK = tuple(Fraction(eighths, 8) for eighths in (7, 6, 5, 4, 3, 2))
 
 
-def remedies(plan: Plan, memory: int) -> list[str]:
-    """Changes that each, alone, make a plan fit; if none does, the smallest set of them that was found.
+def suggest(plan: Plan, memory: int) -> list[str]:
+    """Changes that each make a plan fit alone; if none does, the smallest set of them that was found.
 
-    Tried are an ensemble of one, a batch of one, float16, a size smaller by eighths of its sides, and the
-    last layer that fits.
+    It tries an ensemble of one, a batch of one, float16, sizes that are smaller by eighths of their sides,
+    and the last layer that fits.
 
     Args:
         memory: bytes of the device.
@@ -42,7 +43,7 @@ def remedies(plan: Plan, memory: int) -> list[str]:
 
 
 def _cheap(plan: Plan) -> Iterator[tuple[str, Plan]]:
-    """Changes of which there is one step only."""
+    """Changes that have one step only."""
     if plan.options.ensemble > 1:
         yield "--ensemble 1", _with(plan, ensemble=1)
     if plan.options.batch not in (1, "dynamic"):
@@ -56,7 +57,7 @@ def _shape_changes(plan: Plan, memory: int) -> list[str]:
     found = []
     for size in _smaller_sizes(plan):
         if _fits(replace(plan, size=size), memory):
-            found.append(f"--size {size[0]}x{size[1]}")
+            found.append(f"--size {size}")
             break
     low, high = -1, plan.layer  # low fits, or is no layer; high does not fit
     while high - low > 1:
@@ -68,17 +69,17 @@ def _shape_changes(plan: Plan, memory: int) -> list[str]:
     return [*([f"--layer {low}"] if low >= 0 else []), *found]
 
 
-def _smaller_sizes(plan: Plan) -> Iterator[tuple[int, int]]:
+def _smaller_sizes(plan: Plan) -> Iterator[Size]:
     cell = plan.latents.stride * plan.family.patch_size
     for factor in _SHRUNK:
-        height, width = (int(length * factor) // cell * cell for length in plan.size)
-        if min(height, width) > 0:
-            yield height, width
+        size = Size(*(int(length * factor) // cell * cell for length in plan.size))
+        if min(size) > 0:
+            yield size
 
 
 def _with(plan: Plan, **options: Any) -> Plan:
-    return replace(plan, options=plan.options.model_copy(update=options))
+    return replace(plan, options=replace(plan.options, **options))
 
 
 def _fits(plan: Plan, memory: int) -> bool:
-    return count_cost(plan).memory_bytes <= memory
+    return Estimate(plan).memory_bytes <= memory

@@ -1,4 +1,4 @@
-"""Model families: one file each, which holds every fact about it."""
+"""Model families: each has one file, which holds every fact about it."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ def family_of(checkpoint: Checkpoint) -> Family:
     """The family of a checkpoint, by the class of its transformer.
 
     Raises:
-        InputError: not a supported one; lists those that are.
-        MissingComponent: the installed diffusers does not have the class.
+        InputError: the class is not supported; lists those that are.
+        MissingComponent: the installed diffusers lacks the class.
     """
     config = checkpoint.config("transformer")
     name = current_class(config)

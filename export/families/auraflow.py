@@ -14,25 +14,24 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.graph.blocks.adaln import ModulatedNorm
-from ditf.export.graph.blocks.auraflow import NORM_EPS, AuraFlowJointBlock, AuraFlowSingleBlock, Stream
+from ditf.export.graph.blocks.auraflow import AuraFlowJointSpec, AuraFlowSingleSpec
+from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT, ConditionTensors
+from ditf.export.graph.blocks.joint_trunk import JointBlocks, JointTrunk, build_joint_trunk
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear
-from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
-from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, NORM_ROWS, JointTrunk
+from ditf.export.graph.blocks.trunk import PatchEmbedder
 from ditf.export.graph.condition import (
-    MODULATION,
     Conditioner,
     LinearRows,
-    Projection,
+    ModulationProjection,
     with_constant_frequencies,
 )
-from ditf.export.graph.precision import Precision
+from ditf.export.graph.precision import EMBEDDERS, Precision
 
 _TEXT_TOKENS = 256  # max_sequence_length of AuraFlowPipeline.encode_prompt
 
 
 class AuraFlow(Family):
-    """AuraFlow: joint blocks, then single ones; register tokens before the text; no mask."""
+    """AuraFlow: joint blocks, then single ones. Register tokens precede the text, and no token is masked."""
 
     name = "auraflow"
     transformer_class = "AuraFlowTransformer2DModel"
@@ -90,62 +89,30 @@ class AuraFlow(Family):
             "encoder_hidden_states": condition["prompt_embeds"].expand(batch, -1, -1),
         }
 
-    def _sizes(self, layer: int) -> list[int]:
-        """Modulation rows: image and text of each joint block, then each single block."""
-        joint = min(layer, self.config["num_mmdit_layers"])
-        sizes = [IMAGE_ROWS] * (2 * joint + layer - joint)
-        if 0 < layer <= joint:
-            sizes[-1] = NORM_ROWS
-        return sizes
+    def _blocks(self, layer: int) -> JointBlocks:
+        heads = self.config["num_attention_heads"]
+        names = [self.block_name(index) for index in range(layer + 1)]
+        doubles = [AuraFlowJointSpec(heads)] * self.config["num_mmdit_layers"]
+        return JointBlocks.cut(names, doubles, AuraFlowSingleSpec(heads))
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        joint = min(spec.layer, self.config["num_mmdit_layers"])
-        names = [f"{self.block_name(i)}.{norm}" for i in range(joint) for norm in ("norm1", "norm1_context")]
-        names += [f"{self.block_name(i)}.norm1" for i in range(joint, spec.layer + 1)]
-        sizes = [*self._sizes(spec.layer), NORM_ROWS]
-        parts = [(f"{name}.linear", rows * self.channels) for name, rows in zip(names, sizes, strict=True)]
-        linears = LinearRows(weights, parts)
+        modulated = self._blocks(spec.layer).modulated
+        linears = LinearRows(weights, [(f"{name}.linear", rows * self.channels) for name, rows in modulated])
         return _Conditioner(weights, self.channels, linears, spec.layer > 0, spec.precision)
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
-        sizes = self._sizes(spec.layer)
-        rows: Sequence[torch.Tensor | None] = (None,) * (len(sizes) + 1)
-        text = None
-        if fixed is not None:
-            rows = fixed["modulation"].split([*sizes, NORM_ROWS])
-            text = fixed["text"][None] if spec.layer else None
-        heads, joint = self.config["num_attention_heads"], min(spec.layer, self.config["num_mmdit_layers"])
-        doubles, singles = [], []
-        for index in range(spec.layer):
-            name, last = self.block_name(index), index == spec.layer - 1
-            if index < joint:
-                image = Stream(weights, name, heads, spec.precision, rows=rows[2 * index])
-                other = Stream(
-                    weights, name, heads, spec.precision, text=True, rows=rows[2 * index + 1], last=last
-                )
-                doubles.append(AuraFlowJointBlock(image, other, last))
-            else:
-                stream = Stream(weights, name, heads, spec.precision, rows=rows[joint + index])
-                singles.append(AuraFlowSingleBlock(stream, last))
-        return JointTrunk(
-            self._embedder(weights, spec.grid),
-            doubles,
-            singles,
-            ModulatedNorm(rows[-1], NORM_EPS),
-            text,
-            None,
-            sizes,
-        )
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> JointTrunk:
+        embedder = self._embedder(weights, spec)
+        return build_joint_trunk(weights, self._blocks(spec.layer), embedder, spec.precision, constants)
 
-    def _embedder(self, weights: Weights, grid: tuple[int, int]) -> PatchEmbedder:
-        """`AuraFlowPatchEmbed`: a linear over patches, and the middle of a learned square of positions."""
+    def _embedder(self, weights: Weights, spec: TrunkSpec) -> PatchEmbedder:
+        """`AuraFlowPatchEmbed` is a linear over patches, plus the middle of a learned square of positions."""
         weight, bias = read_linear(weights, "pos_embed.proj")
         side = self.largest_grid
-        top, left = (side // 2 - length // 2 for length in grid)
+        top, left = (side // 2 - length // 2 for length in spec.grid)
         square = weights.tensor("pos_embed.pos_embed").reshape(side, side, -1)
-        position = square[top : top + grid[0], left : left + grid[1]].flatten(0, 1)
+        position = square[top : top + spec.grid[0], left : left + spec.grid[1]].flatten(0, 1)
         patch = weight.unflatten(1, (-1, self.patch_size, self.patch_size))
-        return PatchEmbedder(patch, bias, position)
+        return PatchEmbedder(patch, bias, position, spec.precision)
 
 
 class _TimeEmbedding(nn.Module):
@@ -174,18 +141,18 @@ class _Conditioner(Conditioner):
         super().__init__()
         projection = weights.load_into(lambda: TimestepEmbedding(256, channels), "time_step_proj")
         self.embedding = with_constant_frequencies(_TimeEmbedding(projection))
-        self.projection = Projection(linears, precision.of(MODULATION), channels)
+        self.projection = ModulationProjection(linears, precision, channels)
         self.context: Linear | None = None
         if text:
-            self.context = Linear(*read_linear(weights, "context_embedder"), torch.float32)
+            self.context = Linear.read(weights, "context_embedder", precision=precision, kept=EMBEDDERS)
             self.registers = constant(weights.tensor("register_tokens")[0])
         self.inputs = ("prompt_embeds",) if text else ()
 
     def forward(
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        given = {"modulation": self.projection(self.embedding(timestep))}
+        given = {MODULATION: self.projection(self.embedding(timestep))}
         if self.context is not None:
             tokens = self.context(condition["prompt_embeds"][0]).to(torch.float32)
-            given["text"] = torch.cat([self.registers, tokens])
+            given[TEXT] = torch.cat([self.registers, tokens])
         return given

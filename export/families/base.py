@@ -1,4 +1,4 @@
-"""What a model family tells the exporter, and what every family shares: names and checks."""
+"""The facts that a model family gives the exporter, and the names and checks that families share."""
 
 from __future__ import annotations
 
@@ -12,24 +12,26 @@ import torch
 
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.trunk import Given, Trunk
+from ditf.export.graph.blocks.condition_tensors import ConditionTensors
+from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import Conditioner
 from ditf.export.graph.precision import Precision
 from ditf.runtime.errors import InputError
 
 Condition = Mapping[str, torch.Tensor]
-"""What the text encoders made of a prompt (or the class label), batch 1: `prompt_embeds` and so on. The
-names are the inputs of a graph exported with --conditioning live."""
+"""Text-encoder outputs for one prompt, or the class label, with batch 1: `prompt_embeds` and so on. The names
+are the inputs of a graph exported with --conditioning live."""
 
 
 @dataclass(frozen=True)
 class Defaults:
-    """Settings of a family where the user gives none; `source` says where they come from.
+    """The settings that apply where the user gives none.
 
     Attributes:
-        layer: None is half of the depth.
-        size: (H, W) in pixels; None is the size the model was trained on.
-        channels: massive channels that were published for this very model.
+        source: where the settings come from.
+        layer: k; None means half of the depth.
+        size: (H, W) in pixels; None means the size that the model was trained on.
+        channels: the massive channels that were published for this model, if any were.
     """
 
     timestep: int
@@ -71,7 +73,7 @@ class Blocks:
         )
 
     def locate(self, index: int) -> tuple[str, int]:
-        """Kind of a block and its number among its kind."""
+        """The kind of a block, and its number among the blocks of its kind."""
         for kind, count in self.kinds:
             if index < count:
                 return kind, index
@@ -79,7 +81,7 @@ class Blocks:
         raise IndexError(index)
 
     def describe(self, index: int) -> str:
-        """For people: "layer 9 = double.9 of 19+38"."""
+        """A description for people: "layer 9 = double.9 of 19+38"."""
         counts = "+".join(str(count) for _, count in self.kinds)
         kind, number = self.locate(index)
         return f"layer {index} = {kind}.{number} of {counts}"
@@ -87,11 +89,12 @@ class Blocks:
 
 @dataclass(frozen=True)
 class TrunkSpec:
-    """What a truncated transformer is fixed to.
+    """What a truncated transformer is built for.
 
     Attributes:
         layer: k; blocks 0..k-1 run.
-        size: (H, W) of the image in pixels; grid: (h, w) in tokens.
+        size: (H, W) of the image in pixels.
+        grid: (h, w) of the image in tokens.
         text_tokens: L, the text's length.
         precision: of the graph.
     """
@@ -106,10 +109,10 @@ class TrunkSpec:
 class Family(ABC):
     """Facts about one family of Diffusion Transformers, for one checkpoint's transformer config.
 
-    What most diffusers transformers have in common is here; a family overrides what differs.
+    The defaults here hold for most diffusers transformers; a family overrides those that differ.
 
     Args:
-        config: of the transformer, with the class's own defaults where it says nothing.
+        config: the transformer's, completed with the defaults of its class.
     """
 
     name: ClassVar[str]
@@ -131,7 +134,7 @@ class Family(ABC):
 
     @property
     def channels(self) -> int:
-        """Width of the hidden states."""
+        """C, the width of the hidden states."""
         return int(self.config["num_attention_heads"] * self.config["attention_head_dim"])
 
     @property
@@ -151,123 +154,123 @@ class Family(ABC):
 
     @property
     def largest_grid(self) -> int | None:
-        """Tokens along a side that the position embedding reaches; None where it has no end."""
+        """The longest side in tokens that the position embedding covers; None where it covers any."""
         return None
 
     vae_class: ClassVar[str] = "AutoencoderKL"
-    """Of the published checkpoints, in diffusers."""
+    """The diffusers class of the published checkpoints' VAE."""
 
     pipelines: ClassVar[tuple[str, ...]] = ()
-    """Classes in diffusers that encode prompts: a checkpoint's own if it is one of them, else the first."""
+    """Diffusers pipelines that encode prompts: the checkpoint's own if it is one of them, else the first."""
 
     text_classes: ClassVar[tuple[str, ...]] = ()
-    """Text encoders and tokenizers in transformers that its checkpoints have; no other is imported."""
+    """The text encoders and tokenizers of its checkpoints in transformers; no other class is imported."""
 
     ddpm: ClassVar[bool] = False
-    """Whether the published checkpoints have a DDPM schedule; flow matching otherwise."""
+    """Whether the published checkpoints have a DDPM schedule. The others have flow matching."""
 
     short_text: ClassVar[int | None] = None
-    """Text tokens of a short prompt, where what is masked after them is dropped."""
+    """The text tokens of a short prompt, in families that drop the masked tokens after them."""
 
     longest_text: ClassVar[int | None] = None
-    """Text tokens at the most, where some checkpoints read more than `example_condition` has."""
+    """The most text tokens, in families of which some checkpoints read more than `example_condition` has."""
 
     @abstractmethod
     def example_condition(self) -> Condition:
-        """Tensors as `encode_conditions` makes them, their values aside: nothing is masked."""
+        """Tensors of the shapes that `encode_conditions` makes, with arbitrary values and nothing masked."""
 
     @abstractmethod
     def encode_conditions(
         self, checkpoint: Checkpoint, subjects: Sequence[str | int], guidance: float | None
     ) -> list[Condition]:
-        """Run the text encoders on prompts, or look class labels up.
+        """Run the text encoders on prompts, or look up class labels.
 
         Raises:
-            InputError: a prompt over an encoder's limit.
+            InputError: a prompt is longer than an encoder reads.
         """
 
     @property
     def null_class(self) -> int:
-        """Of a class-conditional family: the label of no class."""
+        """The label of a class-conditional family that stands for no class."""
         raise NotImplementedError(f"{self.name} has no classes")
 
     leading_tokens: ClassVar[int] = 0
-    """Text tokens in front of T5's, which --text-tokens leaves alone."""
+    """The text tokens before T5's; --text-tokens does not change them."""
 
     text_multiple: ClassVar[int] = 1
-    """What the model pads a text's length to a multiple of, with tokens that it reads."""
+    """The model pads a text to a multiple of this length, with tokens that it reads."""
 
     def text_length(self, condition: Condition) -> int:
-        """L, the text tokens of a condition, masked ones among them."""
+        """L, the number of text tokens of a condition, masked ones included."""
         embeds = condition.get("prompt_embeds")
         return 0 if embeds is None else embeds.shape[1]
 
     def text_tokens(self, condition: Condition) -> int:
-        """How many text tokens of a condition matter; the rest, at its end, is masked."""
+        """The number of text tokens of a condition that are read; the others, at its end, are masked."""
         return self.text_length(condition)
 
     def trim_text(self, condition: Condition, tokens: int) -> Condition:
-        """The condition with the first text tokens only: exact if all of those that matter are kept."""
+        """The condition with its first text tokens only; exact if all tokens that are read are among them."""
         return {
             name: tensor[:, :tokens] if name in ("prompt_embeds", "prompt_attention_mask") else tensor
             for name, tensor in condition.items()
         }
 
     def block_name(self, index: int) -> str:
-        """Where block `index` is in the transformer and in its weights."""
+        """The name of block `index` in the transformer and in its weights."""
         return f"transformer_blocks.{index}"
 
     text_stream: ClassVar[bool] = True
-    """Whether the text has a residual of its own (PixArt's caption is only attended to)."""
+    """Whether the text has a residual of its own. PixArt's caption is only attended to."""
 
     attention_name: ClassVar[str] = "attn1"
-    """The attention of a block whose first input is its modulated first norm."""
+    """The submodule of a block whose input is the block's modulated first norm."""
 
     rms_norms: ClassVar[bool] = False
-    """Whether the modulated norms are RMSNorms, which take no mean off."""
+    """Whether the modulated norms are RMSNorms, which subtract no mean."""
 
     @abstractmethod
     def reference_inputs(
         self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
     ) -> dict[str, Any]:
-        """Keyword arguments of the unmodified transformer's forward, beside the latents.
+        """The keyword arguments of the unmodified transformer's forward; the latents are its first argument.
 
         Args:
             size: (H, W) of the image in pixels; grid: (h, w) in tokens.
-            batch: number of latents.
+            batch: the number of latents.
         """
 
     def reference_latents(self, x_t: torch.Tensor) -> Any:
-        """First argument of the unmodified transformer's forward, of latents [B, c, h', w']."""
+        """The first argument of the unmodified transformer's forward, from latents [B, c, h', w']."""
         return x_t
 
     def reference_tokens(self, tokens: torch.Tensor, count: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Image [..., N, C] and text [..., L, C] of a sequence of the unmodified transformer.
+        """Split a sequence of the unmodified transformer into image [..., N, C] and text [..., L, C].
 
         Args:
-            tokens: [..., M, C]; those of the image alone are all image.
+            tokens: [..., M, C]; L is 0 where they are the image's alone.
             count: N.
         """
         return tokens[..., -count:, :], tokens[..., :-count, :]
 
     @abstractmethod
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        """What turns a condition into modulation and text for blocks 0..k-1 and block k's norm.
+        """The module that computes modulation and text for blocks 0..k-1, and for block k's norm.
 
         Args:
-            spec: of the trunk that reads it; the precision is the conditioner's own.
+            spec: of the trunk that reads them, with the precision of the conditioner itself.
         """
 
     @abstractmethod
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> Trunk:
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> Trunk:
         """Blocks 0..k-1 as a module to trace.
 
         Args:
-            fixed: what the conditioner made, to be constants; None when it is given at run time.
+            constants: the conditioner's tensors, to be folded in; None where they are given at run time.
         """
 
     def require(self, **allowed: tuple[Any, ...]) -> None:
-        """Check config values this family's graph depends on.
+        """Check the config values that this family's graph depends on.
 
         Raises:
             InputError: the config has another value.
@@ -284,10 +287,12 @@ def check_prompt(prompt: str, tokenizer: Any, limit: int, encoder: str, chat: st
     """Reject a prompt that a text encoder would cut.
 
     Args:
+        limit: tokens that the encoder reads.
+        encoder: its name, for the message.
         chat: the text that the tokenizer's chat template makes of the prompt, where the pipeline uses it.
 
     Raises:
-        InputError: says how many tokens there are and may be.
+        InputError: the prompt has more tokens than the limit; says both.
     """
     text, where = (prompt, "") if chat is None else (chat, " in its template")
     count = len(tokenizer(text, truncation=False, verbose=False).input_ids)

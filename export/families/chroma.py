@@ -1,4 +1,4 @@
-"""Chroma (lodestones 2025): diffusers ChromaTransformer2DModel, FLUX.1's blocks modulated otherwise."""
+"""Chroma (lodestones 2025): diffusers ChromaTransformer2DModel, FLUX.1's blocks with another modulation."""
 
 from __future__ import annotations
 
@@ -17,22 +17,27 @@ from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
 from ditf.export.families.flux import Flux
-from ditf.export.families.mmdit import stream_rows
-from ditf.export.graph.blocks.layers import Linear, constant, read_linear
-from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, NORM_ROWS, SINGLE_ROWS
-from ditf.export.graph.condition import MODULATION, Conditioner, with_constant_frequencies
+from ditf.export.graph.blocks.adaln import NORM_ROWS
+from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT, TEXT_BIAS
+from ditf.export.graph.blocks.layers import Linear, constant
+from ditf.export.graph.blocks.single_stream import SINGLE_ROWS
+from ditf.export.graph.blocks.two_stream import IMAGE_ROWS
+from ditf.export.graph.condition import Conditioner, with_constant_frequencies
+from ditf.export.graph.precision import EMBEDDERS
 
 _TEXT_TOKENS = 512  # max_sequence_length of ChromaPipeline.encode_prompt
 _MASKED = -10000.0  # added to the logits of a masked token: its weight is exactly 0
 
 
 class Chroma(Flux):
-    """Chroma: FLUX.1's blocks; one network makes every row of their modulation from timestep and row number.
+    """Chroma has FLUX.1's blocks, with another modulation.
 
-    The text is T5's alone, and of its padding one token is read. diffusers' pipeline hands that mask on as
+    One network makes every row of the modulation from the timestep and the row's number.
+
+    The text is T5's alone, and one token of its padding is read. diffusers' pipeline passes that mask on as
     floats, which its attention adds to the logits instead of masking (huggingface/diffusers 12116, 13619).
-    What is meant, and what the authors' code does, is to mask: the unmodified transformer is given the tokens
-    that are read, and no others.
+    The authors' code masks, and so does ditf: the unmodified transformer is given only the tokens that are
+    read.
     """
 
     name = "chroma"
@@ -88,7 +93,8 @@ class Chroma(Flux):
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         all_doubles, all_singles = (count for _, count in self.blocks.kinds)
-        doubles = self._doubles(spec.layer)
+        blocks = self.joint_blocks(spec.layer)
+        doubles = len(blocks.doubles)
         image = SINGLE_ROWS * all_singles  # where they start: single-stream blocks, images, texts
         text = image + IMAGE_ROWS * all_doubles
         starts = [start + IMAGE_ROWS * index for index in range(doubles) for start in (image, text)] + [
@@ -99,8 +105,8 @@ class Chroma(Flux):
             if spec.layer < all_doubles
             else SINGLE_ROWS * (spec.layer - all_doubles)
         )
-        sizes = [*stream_rows(spec.layer, doubles), NORM_ROWS]
-        rows = [row for start, size in zip(starts, sizes, strict=True) for row in range(start, start + size)]
+        spans = zip(starts, blocks.rows, strict=True)
+        rows = [row for start, size in spans for row in range(start, start + size)]
         width = self.config["approximator_num_channels"]
         embedding = ChromaCombinedTimestepTextProjEmbeddings(
             width // 4, text + IMAGE_ROWS * all_doubles + NORM_ROWS
@@ -116,17 +122,17 @@ class Chroma(Flux):
         )
         context = None
         if spec.layer:
-            context = Linear(*read_linear(weights, "context_embedder"), torch.float32)  # writes the residual
+            context = Linear.read(weights, "context_embedder", precision=spec.precision, kept=EMBEDDERS)
         return _Conditioner(embedding, network, rows, context)
 
 
 class _Modulation(nn.Module):
-    """Timestep -> some rows of the modulation [R, C].
+    """Computes some rows of the modulation [R, C] from the timestep.
 
     Args:
-        embedding: of the unmodified model.
+        embedding: the unmodified model's.
         network: `distilled_guidance_layer`.
-        rows: numbers of those that are made.
+        rows: the numbers of the rows.
     """
 
     def __init__(self, embedding: nn.Module, network: nn.Module, rows: Sequence[int]) -> None:
@@ -145,7 +151,7 @@ class _Modulation(nn.Module):
 
 
 class _Conditioner(Conditioner):
-    """Timestep -> modulation; text embeddings -> text tokens, and what masks those that are not read."""
+    """Computes the modulation from the timestep, and text tokens and their mask from text embeddings."""
 
     def __init__(
         self, embedding: nn.Module, network: nn.Module, rows: Sequence[int], context: Linear | None
@@ -161,6 +167,6 @@ class _Conditioner(Conditioner):
         given = {MODULATION: self.modulation(timestep)}
         if self.context is not None:
             mask = condition["prompt_attention_mask"][0]
-            given["text"] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
-            given["text_bias"] = torch.where(mask == 0, _MASKED, 0.0).to(torch.float32)
+            given[TEXT] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
+            given[TEXT_BIAS] = torch.where(mask == 0, _MASKED, 0.0).to(torch.float32)
         return given

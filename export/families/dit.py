@@ -12,15 +12,14 @@ from torch import nn
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec
-from ditf.export.families.sincos import sincos_embedder
-from ditf.export.graph.blocks.adaln import ModulatedNorm
-from ditf.export.graph.blocks.dit import ROWS, StreamBlock, StreamTrunk
-from ditf.export.graph.blocks.trunk import Given
+from ditf.export.families.patch_embedders import sincos_embedder
+from ditf.export.graph.blocks.adaln import NORM_ROWS, modulations
+from ditf.export.graph.blocks.condition_tensors import MODULATION, ConditionTensors
+from ditf.export.graph.blocks.dit import BLOCK_ROWS, DiTBlock, DiTSpec, DiTTrunk
 from ditf.export.graph.condition import (
-    MODULATION,
     Conditioner,
     LinearRows,
-    Projection,
+    ModulationProjection,
     with_constant_frequencies,
 )
 from ditf.export.graph.precision import Precision
@@ -29,7 +28,7 @@ _NORM1_EPS = 1e-6  # AdaLayerNormZero fixes it (diffusers/models/normalization.p
 
 
 class DiT(Family):
-    """DiT-XL/2 and its kin; the demo model is one."""
+    """DiT-XL/2 and models of its class, such as the demo model."""
 
     name = "dit"
     transformer_class = "DiTTransformer2DModel"
@@ -43,7 +42,7 @@ class DiT(Family):
 
     @property
     def null_class(self) -> int:
-        """It comes after the last class."""
+        """The label after the last class."""
         return int(self.config["num_embeds_ada_norm"])
 
     def example_condition(self) -> Condition:
@@ -65,48 +64,45 @@ class DiT(Family):
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         return _Conditioner(
             [
-                self._norm(weights, index, ROWS if index < spec.layer else 2, spec.precision)
+                self._norm(weights, index, BLOCK_ROWS if index < spec.layer else NORM_ROWS, spec.precision)
                 for index in range(spec.layer + 1)
             ]
         )
 
     def _norm(
         self, weights: Weights, index: int, rows: int, precision: Precision
-    ) -> tuple[nn.Module, Projection]:
-        """AdaLayerNormZero: linear(silu(embedding of timestep and class)), each block its own."""
+    ) -> tuple[nn.Module, ModulationProjection]:
+        """AdaLayerNormZero of one block: linear(silu(embedding of timestep and class))."""
         norm = f"{self.block_name(index)}.norm1"
         embedding = weights.load_into(
             lambda: CombinedTimestepLabelEmbeddings(self.null_class, self.channels), f"{norm}.emb"
         )
         linear = LinearRows(weights, [(f"{norm}.linear", rows * self.channels)])
-        return embedding, Projection(linear, precision.of(MODULATION), self.channels)
+        return embedding, ModulationProjection(linear, precision, self.channels)
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> StreamTrunk:
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> DiTTrunk:
         self.require(
             norm_type=("ada_norm_zero",),
             activation_fn=("gelu-approximate",),
             norm_elementwise_affine=(False,),
             upcast_attention=(False,),
         )
-        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
-        if fixed is not None:
-            rows = fixed["modulation"].split([ROWS] * spec.layer + [2])
-        eps = (_NORM1_EPS, self.config["norm_eps"])
-        heads = self.config["num_attention_heads"]
+        *parts, own = modulations(constants, [BLOCK_ROWS] * spec.layer + [NORM_ROWS])
+        kind = DiTSpec(self.config["num_attention_heads"], (_NORM1_EPS, self.config["norm_eps"]))
         blocks = [
-            StreamBlock(weights, self.block_name(i), heads, rows[i], eps, None, spec.precision)
-            for i in range(spec.layer)
+            DiTBlock(weights, self.block_name(index), kind, modulation, spec.precision)
+            for index, modulation in enumerate(parts)
         ]
-        embedder = sincos_embedder(weights, self.config, spec.grid, interpolation_scale=1)
-        return StreamTrunk(embedder, blocks, ModulatedNorm(rows[-1], _NORM1_EPS))
+        embedder = sincos_embedder(weights, self.config, spec.grid, 1, spec.precision)
+        return DiTTrunk(embedder, blocks, own.norm(0, _NORM1_EPS))
 
 
 class _Conditioner(Conditioner):
-    """Each block embeds timestep and class by itself."""
+    """Computes the modulation; each block embeds timestep and class by itself."""
 
     inputs = ("class_labels",)
 
-    def __init__(self, norms: list[tuple[nn.Module, Projection]]) -> None:
+    def __init__(self, norms: list[tuple[nn.Module, ModulationProjection]]) -> None:
         super().__init__()
         self.embeddings = nn.ModuleList(with_constant_frequencies(embedding) for embedding, _ in norms)
         self.projections = nn.ModuleList(projection for _, projection in norms)
@@ -119,4 +115,4 @@ class _Conditioner(Conditioner):
             projection(embedding(timestep, labels, torch.float32))
             for embedding, projection in zip(self.embeddings, self.projections, strict=True)
         ]
-        return {"modulation": torch.cat(rows)}
+        return {MODULATION: torch.cat(rows)}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
@@ -16,17 +17,15 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.mmdit import PooledConditioner, stream_rows
-from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.families.pooled_conditioner import PooledConditioner
+from ditf.export.graph.blocks.condition_tensors import ConditionTensors
+from ditf.export.graph.blocks.joint_trunk import JointBlocks, JointTrunk, build_joint_trunk
 from ditf.export.graph.blocks.layers import Rotary, read_linear
-from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
-from ditf.export.graph.blocks.two_stream import (
-    NORM_ROWS,
-    JointBlock,
-    JointTrunk,
-    SingleBlock,
-)
+from ditf.export.graph.blocks.single_stream import SingleStreamSpec
+from ditf.export.graph.blocks.trunk import PatchEmbedder
+from ditf.export.graph.blocks.two_stream import TwoStreamSpec
 from ditf.export.graph.condition import Conditioner
+from ditf.export.graph.precision import Precision
 
 _PACK = 2  # latent pixels along the side of a token: the pipeline packs them, not the transformer
 _EPS = 1e-6  # the blocks fix it
@@ -34,13 +33,51 @@ _ROPE_BASE = 10000  # FluxTransformer2DModel fixes it
 
 
 def _pipeline() -> Any:
-    """Imported when needed: it brings image processors that no other family uses."""
+    """FluxPipeline is imported when it is needed, since it imports image processors."""
     from diffusers import FluxPipeline
 
     return FluxPipeline
 
 
-class Flux(Family):
+class FluxLayout(Family):
+    """What FLUX.1, FLUX.2 and Chroma share: two-stream blocks, then single-stream ones, and their trunk."""
+
+    takes_prompt = True
+    attention_name = "attn"
+
+    @property
+    def blocks(self) -> Blocks:
+        return Blocks((("double", self.config["num_layers"]), ("single", self.config["num_single_layers"])))
+
+    def block_name(self, index: int) -> str:
+        kind, number = self.blocks.locate(index)
+        return f"transformer_blocks.{number}" if kind == "double" else f"single_transformer_blocks.{number}"
+
+    @property
+    @abstractmethod
+    def block_specs(self) -> tuple[TwoStreamSpec, SingleStreamSpec]:
+        """What its blocks are like."""
+
+    def joint_blocks(self, layer: int) -> JointBlocks:
+        """Blocks 0..k-1, and block k, whose first norm is the feature's."""
+        double, single = self.block_specs
+        names = [self.block_name(index) for index in range(layer + 1)]
+        return JointBlocks.cut(names, [double] * self.config["num_layers"], single)
+
+    @abstractmethod
+    def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
+        """Latents -> tokens."""
+
+    @abstractmethod
+    def rotary(self, spec: TrunkSpec) -> Rotary:
+        """Cosines and sines of text and image tokens, [L + N, D / 2]."""
+
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> JointTrunk:
+        blocks, embedder = self.joint_blocks(spec.layer), self.embedder(weights, spec.precision)
+        return build_joint_trunk(weights, blocks, embedder, spec.precision, constants, self.rotary(spec))
+
+
+class Flux(FluxLayout):
     """FLUX.1 dev and schnell: two-stream blocks, then single-stream ones."""
 
     name = "flux"
@@ -54,8 +91,6 @@ class Flux(Family):
         "T5Tokenizer",
         "T5TokenizerFast",
     )
-    takes_prompt = True
-    attention_name = "attn"
 
     @property
     def takes_guidance(self) -> bool:  # type: ignore[override]
@@ -75,10 +110,6 @@ class Flux(Family):
         )
 
     @property
-    def blocks(self) -> Blocks:
-        return Blocks((("double", self.config["num_layers"]), ("single", self.config["num_single_layers"])))
-
-    @property
     def patch_size(self) -> int:
         return _PACK
 
@@ -88,7 +119,7 @@ class Flux(Family):
 
     @property
     def _text_limit(self) -> int:
-        """T5 tokens: the pipeline's 512; schnell was trained with 256."""
+        """T5 tokens: the pipeline reads 512, schnell was trained with 256."""
         return 512 if self.takes_guidance else 256
 
     def example_condition(self) -> Condition:
@@ -115,10 +146,6 @@ class Flux(Family):
             conditions.append(condition)
         return conditions
 
-    def block_name(self, index: int) -> str:
-        kind, number = self.blocks.locate(index)
-        return f"transformer_blocks.{number}" if kind == "double" else f"single_transformer_blocks.{number}"
-
     def reference_inputs(
         self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
     ) -> dict[str, Any]:
@@ -134,7 +161,7 @@ class Flux(Family):
 
     @staticmethod
     def reference_positions(grid: tuple[int, int], text_tokens: int) -> dict[str, torch.Tensor]:
-        """Of image [N, 3] and text [L, 3], as the pipeline makes them."""
+        """Positions of image [N, 3] and text [L, 3], as the pipeline makes them."""
         image = _pipeline()._prepare_latent_image_ids(1, *grid, "cpu", torch.float32)
         return {"img_ids": image, "txt_ids": torch.zeros(text_tokens, 3)}
 
@@ -151,82 +178,24 @@ class Flux(Family):
         embedding = weights.load_into(
             lambda: make(self.channels, self.config["pooled_projection_dim"]), "time_text_embed"
         )
-        names = [f"{self.block_name(index)}.{norm}.linear" for index, norm in self._norms(spec.layer)]
-        linears = [*zip(names, stream_rows(spec.layer, self._doubles(spec.layer)), strict=True)]
-        own = "norm1" if self.blocks.locate(spec.layer)[0] == "double" else "norm"
-        linears.append((f"{self.block_name(spec.layer)}.{own}.linear", NORM_ROWS))
+        modulated = self.joint_blocks(spec.layer).modulated
         context = "context_embedder" if spec.layer else None
         return PooledConditioner(
-            weights, embedding, linears, context, self.takes_guidance, self.channels, spec.precision
+            weights, embedding, modulated, context, self.takes_guidance, self.channels, spec.precision
         )
 
-    def _doubles(self, layer: int) -> int:
-        """Two-stream blocks that run."""
-        return min(layer, int(self.config["num_layers"]))
-
-    def _norms(self, layer: int) -> list[tuple[int, str]]:
-        """(block, norm) in the order of the modulation's rows."""
-        doubles = self._doubles(layer)
-        return [
-            *((index, norm) for index in range(doubles) for norm in ("norm1", "norm1_context")),
-            *((index, "norm") for index in range(doubles, layer)),
-        ]
-
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
-        sizes = stream_rows(spec.layer, self._doubles(spec.layer))
-        rows: Sequence[torch.Tensor | None] = (None,) * (len(sizes) + 1)
-        text = None
-        if fixed is not None:
-            rows = fixed["modulation"].split([*sizes, NORM_ROWS])
-            text = fixed["text"][None] if spec.layer else None
+    @property
+    def block_specs(self) -> tuple[TwoStreamSpec, SingleStreamSpec]:
         heads = self.config["num_attention_heads"]
-        doubles = self._doubles(spec.layer)
-        double_blocks = [
-            JointBlock(
-                weights,
-                self.block_name(index),
-                heads,
-                spec.precision,
-                dual=False,
-                qk_norm=True,
-                rotary=True,
-                image_rows=rows[2 * index],
-                text_rows=rows[2 * index + 1],
-                last=index == spec.layer - 1,
-                text=text if index == 0 else None,
-                eps=_EPS,
-            )
-            for index in range(doubles)
-        ]
-        single_blocks = [
-            SingleBlock(
-                weights,
-                self.block_name(index),
-                heads,
-                spec.precision,
-                rows=rows[doubles + index],
-                last=index == spec.layer - 1,
-                eps=_EPS,
-            )
-            for index in range(doubles, spec.layer)
-        ]
-        return JointTrunk(
-            self._embedder(weights),
-            double_blocks,
-            single_blocks,
-            ModulatedNorm(rows[-1], _EPS),
-            text,
-            self._rotary(spec),
-            sizes,
-        )
+        return TwoStreamSpec(heads, rotary=True, eps=_EPS), SingleStreamSpec(heads, eps=_EPS)
 
-    def _embedder(self, weights: Weights) -> PatchEmbedder:
-        """The linear over packed latents (c, 2, 2) as the convolution that it is."""
+    def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
+        """The linear over packed latents (c, 2, 2), as a convolution."""
         weight, bias = read_linear(weights, "x_embedder")
-        return PatchEmbedder(weight.unflatten(1, (-1, _PACK, _PACK)), bias, None)
+        return PatchEmbedder(weight.unflatten(1, (-1, _PACK, _PACK)), bias, None, precision)
 
-    def _rotary(self, spec: TrunkSpec) -> Rotary:
-        """Cosines and sines [L + N, D / 2]; the text is at the origin."""
+    def rotary(self, spec: TrunkSpec) -> Rotary:
+        """The text is at the origin."""
         ids = _pipeline()._prepare_latent_image_ids(1, *spec.grid, "cpu", torch.float32)
         embedding = FluxPosEmbed(_ROPE_BASE, self.config["axes_dims_rope"])
         cosine, sine = embedding(torch.cat([torch.zeros(spec.text_tokens, 3), ids]))

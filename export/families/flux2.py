@@ -14,25 +14,21 @@ from ditf.export.checkpoints.chat_template import as_template, render_chats
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.mmdit import stream_rows
-from ditf.export.graph.blocks.adaln import ModulatedNorm
+from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
+from ditf.export.families.flux import FluxLayout
+from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT, ConditionTensors
+from ditf.export.graph.blocks.joint_trunk import JointTrunk
 from ditf.export.graph.blocks.layers import Linear, Rotary, read_linear
-from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
-from ditf.export.graph.blocks.two_stream import (
-    NORM_ROWS,
-    JointBlock,
-    JointTrunk,
-    SingleBlock,
-    SingleNames,
-)
+from ditf.export.graph.blocks.single_stream import SingleStreamBlock, SingleStreamSpec
+from ditf.export.graph.blocks.trunk import PatchEmbedder
+from ditf.export.graph.blocks.two_stream import TwoStreamSpec
 from ditf.export.graph.condition import (
-    MODULATION,
     Conditioner,
     LinearRows,
-    Projection,
+    ModulationProjection,
     with_constant_frequencies,
 )
+from ditf.export.graph.precision import EMBEDDERS, Precision
 from ditf.runtime.errors import InputError
 
 _PIPELINE = "Flux2KleinPipeline"
@@ -42,29 +38,27 @@ _DOUBLE_IMAGE, _DOUBLE_TEXT, _SINGLE = (
     for name in ("double_stream_modulation_img", "double_stream_modulation_txt", "single_stream_modulation")
 )
 _FUSED = "attn.to_qkv_mlp_proj"
-_PARTS = SingleNames("attn.mlp_proj", "attn.to_out", gated=True)
+_FEED_FORWARD = "attn.mlp_proj"  # its part of the fused linear
 
 
 def _pipeline() -> Any:
-    """Imported when needed: it brings image processors that few families use."""
+    """Flux2KleinPipeline is imported when it is needed, since it imports image processors."""
     from diffusers import Flux2KleinPipeline
 
     return Flux2KleinPipeline
 
 
-class Flux2(Family):
-    """FLUX.2 [klein]: two-stream blocks, then single-stream ones, whose modulation is one for each kind.
+class Flux2(FluxLayout):
+    """FLUX.2 [klein]: two-stream blocks, then single-stream ones; all blocks of a kind share a modulation.
 
-    x_0 is the VAE's latents in squares of 2x2, normed by its batch norm. The text is rotated by its place.
-    All 512 text tokens are read, padding too, as the pipeline does.
+    x_0 is the VAE's latents in squares of 2x2, normed by the VAE's batch norm. The text is rotated by its
+    position. All 512 text tokens are read, padding included, as in the pipeline.
     """
 
     name = "flux2"
     transformer_class = "Flux2Transformer2DModel"
     pipelines = (_PIPELINE,)
     text_classes = ("Qwen3ForCausalLM", "Qwen2Tokenizer", "Qwen2TokenizerFast")
-    takes_prompt = True
-    attention_name = "attn"
     vae_class = "AutoencoderKLFlux2"
     defaults = Defaults(
         timestep=260,
@@ -73,14 +67,6 @@ class Flux2(Family):
         source="none published for FLUX.2: half of its depth, and the timestep and size DiTF published for"
         " FLUX.1, which has the same noise schedule",
     )
-
-    @property
-    def blocks(self) -> Blocks:
-        return Blocks((("double", self.config["num_layers"]), ("single", self.config["num_single_layers"])))
-
-    def block_name(self, index: int) -> str:
-        kind, number = self.blocks.locate(index)
-        return f"transformer_blocks.{number}" if kind == "double" else f"single_transformer_blocks.{number}"
 
     def example_condition(self) -> Condition:
         return {"prompt_embeds": torch.zeros(1, _TEXT_TOKENS, self.config["joint_attention_dim"])}
@@ -120,26 +106,20 @@ class Flux2(Family):
 
     @staticmethod
     def _positions(grid: tuple[int, int], text_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
-        """Of image [N, 4] and text [L, 4]."""
+        """Positions of image [N, 4] and text [L, 4]."""
         pipeline = _pipeline()
         image = pipeline._prepare_latent_ids(torch.empty(1, 1, *grid))
         return image[0], pipeline._prepare_text_ids(torch.empty(1, text_tokens, 1))[0]
 
-    def _doubles(self, layer: int) -> int:
-        """Two-stream blocks that run."""
-        return min(layer, int(self.config["num_layers"]))
-
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        doubles = self._doubles(spec.layer)
-        shared = [_DOUBLE_IMAGE, _DOUBLE_TEXT] * doubles + [_SINGLE] * (spec.layer - doubles)
+        blocks = self.joint_blocks(spec.layer)
+        shared = [_DOUBLE_IMAGE, _DOUBLE_TEXT] * len(blocks.doubles) + [_SINGLE] * len(blocks.singles)
         shared.append(_DOUBLE_IMAGE if spec.layer < self.config["num_layers"] else _SINGLE)
         parts: list[tuple[str, int]] = []
         count = 0
         starts: dict[str, int] = {}
         rows: list[int] = []
-        for name, used in zip(
-            shared, [*stream_rows(spec.layer, self._doubles(spec.layer)), NORM_ROWS], strict=True
-        ):
+        for name, used in zip(shared, blocks.rows, strict=True):
             if name not in starts:
                 starts[name] = count
                 parts.append((name, weights.shapes[f"{name}.weight"][0]))
@@ -151,70 +131,30 @@ class Flux2(Family):
             ),
             "time_guidance_embed",
         )
-        context = Linear(*read_linear(weights, "context_embedder"), torch.float32) if spec.layer else None
-        projection = Projection(LinearRows(weights, parts), spec.precision.of(MODULATION), self.channels)
+        context = None
+        if spec.layer:
+            context = Linear.read(weights, "context_embedder", precision=spec.precision, kept=EMBEDDERS)
+        projection = ModulationProjection(LinearRows(weights, parts), spec.precision, self.channels)
         return _Conditioner(embedding, projection, rows, context)
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
-        self.require(guidance_embeds=(False,), patch_size=(1,), eps=(1e-6,))
-        sizes = stream_rows(spec.layer, self._doubles(spec.layer))
-        rows: Sequence[torch.Tensor | None] = (None,) * (len(sizes) + 1)
-        text = None
-        if fixed is not None:
-            rows = fixed[MODULATION].split([*sizes, NORM_ROWS])
-            text = fixed["text"][None] if spec.layer else None
-        heads, eps, doubles = (
-            self.config["num_attention_heads"],
-            self.config["eps"],
-            self._doubles(spec.layer),
-        )
-        cosine, sine = self._rotary(spec)
-        double_blocks = [
-            JointBlock(
-                weights,
-                self.block_name(index),
-                heads,
-                spec.precision,
-                dual=False,
-                qk_norm=True,
-                rotary=True,
-                image_rows=rows[2 * index],
-                text_rows=rows[2 * index + 1],
-                last=index == spec.layer - 1,
-                text=text if index == 0 else None,
-                text_rotary=(cosine[: spec.text_tokens], sine[: spec.text_tokens]),
-                gated=True,
-                eps=eps,
-            )
-            for index in range(doubles)
-        ]
-        single_blocks = [
-            SingleBlock(
-                _Unfused(weights, self.block_name(index), self.channels),
-                self.block_name(index),
-                heads,
-                spec.precision,
-                rows=rows[doubles + index],
-                last=index == spec.layer - 1,
-                parts=_PARTS,
-                eps=eps,
-            )
-            for index in range(doubles, spec.layer)
-        ]
-        weight, bias = read_linear(weights, "x_embedder")
-        return JointTrunk(
-            PatchEmbedder(weight[:, :, None, None], bias, None),
-            double_blocks,
-            single_blocks,
-            ModulatedNorm(rows[-1], eps),
-            text,
-            (cosine, sine),
-            sizes,
-            text_rotated=True,
+    @property
+    def block_specs(self) -> tuple[TwoStreamSpec, SingleStreamSpec]:
+        heads, eps = self.config["num_attention_heads"], self.config["eps"]
+        return (
+            TwoStreamSpec(heads, rotary=True, text_rotary=True, gated=True, eps=eps),
+            _FusedSingleSpec(heads, _FEED_FORWARD, "attn.to_out", gated=True, eps=eps),
         )
 
-    def _rotary(self, spec: TrunkSpec) -> Rotary:
-        """Cosines and sines [L + N, D / 2]."""
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> JointTrunk:
+        self.require(guidance_embeds=(False,), patch_size=(1,), eps=(1e-6,))
+        return super().trunk(weights, spec, constants)
+
+    def embedder(self, weights: Weights, precision: Precision) -> PatchEmbedder:
+        """The linear over the channels of a latent pixel, as a convolution."""
+        weight, bias = read_linear(weights, "x_embedder")
+        return PatchEmbedder(weight[:, :, None, None], bias, None, precision)
+
+    def rotary(self, spec: TrunkSpec) -> Rotary:
         image, text = self._positions(spec.grid, spec.text_tokens)
         embedding = Flux2PosEmbed(self.config["rope_theta"], self.config["axes_dims_rope"])
         cosine, sine = embedding(torch.cat([text, image]))
@@ -222,7 +162,7 @@ class Flux2(Family):
 
 
 class _Unfused(Weights):
-    """The fused first linear of a single-stream block as query, key, value and feed-forward."""
+    """Presents the fused first linear of a single-stream block as query, key, value and feed-forward."""
 
     def __init__(self, weights: Weights, name: str, channels: int) -> None:
         source = f"{name}.{_FUSED}.weight"
@@ -231,7 +171,7 @@ class _Unfused(Weights):
             "attn.to_q": (0, channels),
             "attn.to_k": (channels, 2 * channels),
             "attn.to_v": (2 * channels, 3 * channels),
-            _PARTS.feed_forward: (3 * channels, rows),
+            _FEED_FORWARD: (3 * channels, rows),
         }
         self._parts = {f"{name}.{part}.weight": slice(*edge) for part, edge in edges.items()}
         self._fused = weights.tensor(source)
@@ -250,8 +190,20 @@ class _Unfused(Weights):
         return self._weights.tensor(name)
 
 
+class _FusedSingleBlock(SingleStreamBlock):
+    """A single-stream block whose first linears are one in the checkpoint."""
+
+    def __init__(self, weights: Weights, name: str, spec: SingleStreamSpec, *others: Any) -> None:
+        width = weights.shapes[f"{name}.{_FUSED}.weight"][1]
+        super().__init__(_Unfused(weights, name, width), name, spec, *others)
+
+
+class _FusedSingleSpec(SingleStreamSpec):
+    block = _FusedSingleBlock
+
+
 class _Conditioner(Conditioner):
-    """Timestep -> rows of the shared modulations, once for every block; text embeddings -> text tokens.
+    """Computes the shared modulations, repeated for every block, and text tokens from text embeddings.
 
     Args:
         rows: of the shared modulations, in the order of the blocks.
@@ -259,7 +211,11 @@ class _Conditioner(Conditioner):
     """
 
     def __init__(
-        self, embedding: nn.Module, projection: Projection, rows: Sequence[int], context: Linear | None
+        self,
+        embedding: nn.Module,
+        projection: ModulationProjection,
+        rows: Sequence[int],
+        context: Linear | None,
     ) -> None:
         super().__init__()
         self.embedding = with_constant_frequencies(embedding)
@@ -274,5 +230,5 @@ class _Conditioner(Conditioner):
         shared = self.projection(self.embedding(timestep.to(torch.float32), None))
         given = {MODULATION: shared[self.rows]}
         if self.context is not None:
-            given["text"] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
+            given[TEXT] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
         return given

@@ -13,16 +13,21 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
-from ditf.export.graph.blocks.adaln import ModulatedRMSNorm
+from ditf.export.families.refined_text import RefinedConditioner, RefinedText, axes_rotary
+from ditf.export.graph.blocks.adaln import UNMODULATED, modulations
+from ditf.export.graph.blocks.condition_tensors import TEXT, ConditionTensors
 from ditf.export.graph.blocks.layers import Rotary, read_linear
-from ditf.export.graph.blocks.pre_post_norm import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
-from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
+from ditf.export.graph.blocks.pre_post_norm import (
+    PrePostNormBlock,
+    PrePostNormSpec,
+    PrePostNormTrunk,
+    modulation_rows,
+)
+from ditf.export.graph.blocks.trunk import PatchEmbedder
 from ditf.export.graph.condition import (
-    MODULATION,
     Conditioner,
     LinearRows,
-    Projection,
+    ModulationProjection,
     with_constant_frequencies,
 )
 from ditf.export.graph.precision import Precision
@@ -36,9 +41,9 @@ _TIME_WIDTH = 1024  # widest timestep embedding
 class Lumina2(Family):
     """Lumina-Image 2.0: blocks that refine the image alone, then blocks over text and image.
 
-    Its norms are RMSNorms with weights, and are not shifted: the feature is
-    F = (1 + scale_k) * weight_k * z / rms(z), what block k hands to its attention. An image token's first
-    position is the number of text tokens.
+    Its norms are RMSNorms with weights and without a shift, so the feature is
+    F = (1 + scale_k) * weight_k * z / rms(z), the input of block k's attention. The first of an image token's
+    three positions is the number of text tokens.
     """
 
     name = "lumina2"
@@ -61,7 +66,7 @@ class Lumina2(Family):
 
     @property
     def _refiners(self) -> int:
-        """Blocks over the image alone; as many refine the text, before it is read."""
+        """The number of blocks over the image alone; as many blocks refine the text before it is read."""
         return int(self.config["num_refiner_layers"])
 
     @property
@@ -109,7 +114,7 @@ class Lumina2(Family):
         }
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        sizes = [ROWS] * spec.layer + [1]
+        sizes = modulation_rows(spec.layer)
         linears = LinearRows(
             weights,
             [(f"{self.block_name(i)}.norm1.linear", rows * self.channels) for i, rows in enumerate(sizes)],
@@ -118,61 +123,53 @@ class Lumina2(Family):
         time = weights.load_into(
             lambda: TimestepEmbedding(256, width), "time_caption_embed.timestep_embedder"
         )
-        projection = Projection(linears, spec.precision.of(MODULATION), self.channels)
+        projection = ModulationProjection(linears, spec.precision, self.channels)
         text = self._text(weights, spec.precision) if spec.layer > self._refiners else None
         embedding = with_constant_frequencies(_TimeEmbedding(time))
         return RefinedConditioner(embedding, projection, text)
 
     def _text(self, weights: Weights, precision: Precision) -> RefinedText:
         blocks = [
-            self._block(weights, f"context_refiner.{index}", precision, text=True)
+            PrePostNormBlock(
+                weights,
+                f"context_refiner.{index}",
+                self._kind("norm1"),
+                UNMODULATED,
+                precision,
+                stream="text",
+            )
             for index in range(self._refiners)
         ]
         rotary = self._rotary([torch.arange(_TEXT_TOKENS + 1), torch.zeros(1), torch.zeros(1)])
         embedder = "time_caption_embed.caption_embedder"
-        return RefinedText(weights, embedder, self.config["norm_eps"], blocks, rotary)
+        return RefinedText(weights, embedder, self.config["norm_eps"], blocks, rotary, precision)
 
-    def _block(
-        self,
-        weights: Weights,
-        name: str,
-        precision: Precision,
-        rows: torch.Tensor | None = None,
-        *,
-        last: bool = False,
-        text: bool = False,
-    ) -> SandwichBlock:
-        names = SandwichNames(
-            "attn",
-            ("norm1" if text else "norm1.norm", "norm2", "ffn_norm1", "ffn_norm2"),
-            ("feed_forward.linear_1", "feed_forward.linear_3", "feed_forward.linear_2"),
-        )
-        return SandwichBlock(
-            weights,
-            name,
-            names,
+    def _kind(self, first_norm: str) -> PrePostNormSpec:
+        """What its blocks are like; the first norm of those that have no AdaLN has another name."""
+        return PrePostNormSpec(
             self.config["num_attention_heads"],
-            precision,
-            rows=rows,
-            eps=(self.config["norm_eps"], _QK_EPS),
-            last=last,
-            stream="text" if text else "image",
+            "attn",
+            (first_norm, "norm2", "ffn_norm1", "ffn_norm2"),
+            ("feed_forward.linear_1", "feed_forward.linear_3", "feed_forward.linear_2"),
+            self.config["norm_eps"],
+            _QK_EPS,
         )
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> SandwichTrunk:
-        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
+    def trunk(
+        self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None
+    ) -> PrePostNormTrunk:
         reads_text = spec.layer > self._refiners
-        if fixed is not None:
-            rows = fixed["modulation"].split([ROWS] * spec.layer + [1])
+        *parts, own = modulations(constants, modulation_rows(spec.layer))
         blocks = [
-            self._block(
+            PrePostNormBlock(
                 weights,
                 self.block_name(index),
+                self._kind("norm1.norm"),
+                modulation,
                 spec.precision,
-                rows[index],
                 last=reads_text and index == spec.layer - 1,
             )
-            for index in range(spec.layer)
+            for index, modulation in enumerate(parts)
         ]
         norm = weights.tensor(f"{self.block_name(spec.layer)}.norm1.norm.weight")
         weight, bias = read_linear(weights, "x_embedder")
@@ -180,12 +177,12 @@ class Lumina2(Family):
         text = spec.text_tokens if reads_text else 0
         positions = torch.stack(torch.meshgrid(*map(torch.arange, spec.grid), indexing="ij")).flatten(1)
         first = torch.cat([torch.arange(text), torch.full((positions.shape[1],), text)])
-        return SandwichTrunk(
-            PatchEmbedder(patch, bias, None),
+        return PrePostNormTrunk(
+            PatchEmbedder(patch, bias, None, spec.precision),
             blocks,
             self._refiners,
-            ModulatedRMSNorm(norm, rows[-1], self.config["norm_eps"]),
-            fixed["text"][None] if fixed is not None and reads_text else None,
+            own.rms_norm(0, norm, self.config["norm_eps"]),
+            constants[TEXT][None] if constants is not None and reads_text else None,
             self._rotary([first, *nn.functional.pad(positions, (text, 0))]),
         )
 
@@ -194,7 +191,7 @@ class Lumina2(Family):
 
 
 class _TimeEmbedding(nn.Module):
-    """`timestep_embedder`, whose time is 1 for the image and 0 for noise."""
+    """`timestep_embedder`; its time is 1 for the image and 0 for noise."""
 
     def __init__(self, projection: nn.Module) -> None:
         super().__init__()

@@ -14,11 +14,24 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.sincos import sincos_embedder
-from ditf.export.graph.blocks.adaln import ModulatedNorm
-from ditf.export.graph.blocks.dit import ROWS, CrossAttention, FoldedCrossAttention, StreamBlock, StreamTrunk
+from ditf.export.families.patch_embedders import sincos_embedder
+from ditf.export.graph.blocks.adaln import NORM_ROWS, modulations
+from ditf.export.graph.blocks.condition_tensors import (
+    KEYS,
+    MODULATION,
+    TEXT_BIAS,
+    VALUES,
+    ConditionTensors,
+)
+from ditf.export.graph.blocks.dit import (
+    BLOCK_ROWS,
+    CrossAttention,
+    DiTBlock,
+    DiTSpec,
+    DiTTrunk,
+    FoldedCrossAttention,
+)
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear
-from ditf.export.graph.blocks.trunk import Given
 from ditf.export.graph.condition import Conditioner, with_constant_frequencies
 from ditf.export.graph.range_probes import Where
 
@@ -47,7 +60,7 @@ class PixArt(Family):
 
     @property
     def _micro_conditions(self) -> bool:
-        """Resolution and aspect ratio beside the timestep; by default only alpha's 1024 px models."""
+        """Whether resolution and aspect ratio are embedded too; by default only in alpha's 1024 px models."""
         given = self.config.get("use_additional_conditions")
         return self.sample_size == 128 if given is None else bool(given)
 
@@ -89,7 +102,7 @@ class PixArt(Family):
         }
 
     def _added_conditions(self, size: tuple[int, int], batch: int) -> dict[str, torch.Tensor | None]:
-        """As PixArtAlphaPipeline.__call__ makes them."""
+        """The tensors that PixArtAlphaPipeline.__call__ makes."""
         if not self._micro_conditions:
             return {"resolution": None, "aspect_ratio": None}
         height, width = size
@@ -111,8 +124,7 @@ class PixArt(Family):
                 "caption_projection",
             )
         blocks = [f"{self.block_name(i)}.attn2" for i in range(spec.layer)]
-        types = {spec.precision.of(block) for block in blocks}  # one for all: they are stacked
-        dtype = types.pop() if len(types) == 1 else torch.float32
+        dtype = spec.precision.of(*blocks)  # one for all: they are stacked
         keys, values = (
             [
                 Linear(*read_linear(weights, name), dtype, Where(name, "text"))
@@ -123,13 +135,13 @@ class PixArt(Family):
         return _Conditioner(
             adaln,
             self._added_conditions(spec.size, 1),
-            torch.cat([*tables[:-1], tables[-1][:2]]),
+            torch.cat([*tables[:-1], tables[-1][:NORM_ROWS]]),
             projection,
             keys,
             values,
         )
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> StreamTrunk:
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> DiTTrunk:
         self.require(
             norm_type=("ada_norm_single",),
             activation_fn=("gelu-approximate",),
@@ -137,34 +149,34 @@ class PixArt(Family):
             upcast_attention=(False,),
             attention_type=("default",),
         )
-        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
-        if fixed is not None:
-            rows = fixed["modulation"].split([ROWS] * spec.layer + [2])
-        eps = self.config["norm_eps"]
-        heads = self.config["num_attention_heads"]
+        *parts, own = modulations(constants, [BLOCK_ROWS] * spec.layer + [NORM_ROWS])
+        eps, heads = self.config["norm_eps"], self.config["num_attention_heads"]
+        kind = DiTSpec(heads, (eps, eps))
         blocks = []
-        for i in range(spec.layer):
-            name = self.block_name(i)
-            text = None if fixed is None else (fixed["keys"][i], fixed["values"][i])
-            cross: nn.Module
+        for index, modulation in enumerate(parts):
+            name = self.block_name(index)
+            text = None if constants is None else (constants[KEYS][index], constants[VALUES][index])
+            cross: CrossAttention | FoldedCrossAttention
             if text is not None and FoldedCrossAttention.pays(len(text[0]), heads, self.channels):
                 cross = FoldedCrossAttention(weights, f"{name}.attn2", heads, text, spec.precision)
             else:
-                cross = CrossAttention(weights, f"{name}.attn2", heads, text, spec.precision)
-            blocks.append(StreamBlock(weights, name, heads, rows[i], (eps, eps), cross, spec.precision))
+                cross = CrossAttention(weights, f"{name}.attn2", heads, index, text, spec.precision)
+            blocks.append(DiTBlock(weights, name, kind, modulation, spec.precision, cross))
         scale = self.config.get("interpolation_scale") or max(self.sample_size // 64, 1)
-        embedder = sincos_embedder(weights, self.config, spec.grid, scale)
-        return StreamTrunk(embedder, blocks, ModulatedNorm(rows[-1], eps))
+        embedder = sincos_embedder(weights, self.config, spec.grid, scale, spec.precision)
+        return DiTTrunk(embedder, blocks, own.norm(0, eps))
 
 
 class _Conditioner(Conditioner):
-    """AdaLN-single: [6, C] for every block, which adds its own table; keys and values of the caption.
+    """Computes the modulation, and the keys and values of the caption for each block.
+
+    In AdaLN-single all blocks share [6, C], and each adds a table of its own.
 
     Args:
         adaln: the shared modulation; added: its micro-conditions.
-        tables: [6 k + 2, C] of all blocks.
-        projection: of the caption; None where the config has none or no block reads it.
-        keys, values: linears of each block.
+        tables: [6 k + 2, C], the tables of all blocks.
+        projection: of the caption; None where the config has none or no block reads the caption.
+        keys, values: a linear for each block.
     """
 
     def __init__(
@@ -189,10 +201,11 @@ class _Conditioner(Conditioner):
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
         packed, _ = self.adaln(timestep, self.added, batch_size=1, hidden_dtype=torch.float32)
-        shared = packed.unflatten(1, (ROWS, -1))[0]
+        shared = packed.unflatten(1, (BLOCK_ROWS, -1))[0]
         blocks = len(self.keys)
-        rows = torch.cat([shared.repeat(blocks, 1), shared[:2]]) if blocks else shared[:2]
-        given = {"modulation": rows + self.tables}
+        own = shared[:NORM_ROWS]
+        rows = torch.cat([shared.repeat(blocks, 1), own]) if blocks else own
+        given = {MODULATION: rows + self.tables}
         if not blocks:
             return given
         text = condition["prompt_embeds"][0]
@@ -201,7 +214,7 @@ class _Conditioner(Conditioner):
         mask = condition["prompt_attention_mask"][0].to(torch.float32)
         return {
             **given,
-            "keys": torch.stack([key(text) for key in self.keys]),
-            "values": torch.stack([value(text) for value in self.values]),
-            "text_bias": (1.0 - mask) * _MASKED,
+            KEYS: torch.stack([key(text) for key in self.keys]),
+            VALUES: torch.stack([value(text) for value in self.values]),
+            TEXT_BIAS: (1.0 - mask) * _MASKED,
         }

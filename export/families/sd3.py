@@ -13,11 +13,11 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.mmdit import PooledConditioner
-from ditf.export.families.sincos import cropped_embedder
-from ditf.export.graph.blocks.adaln import ModulatedNorm
-from ditf.export.graph.blocks.trunk import Given
-from ditf.export.graph.blocks.two_stream import DUAL_ROWS, IMAGE_ROWS, NORM_ROWS, JointBlock, JointTrunk
+from ditf.export.families.patch_embedders import cropped_embedder
+from ditf.export.families.pooled_conditioner import PooledConditioner
+from ditf.export.graph.blocks.condition_tensors import ConditionTensors
+from ditf.export.graph.blocks.joint_trunk import JointBlocks, JointTrunk, build_joint_trunk
+from ditf.export.graph.blocks.two_stream import TwoStreamSpec
 from ditf.export.graph.condition import Conditioner
 
 _CLIP_TOKENS = 77  # come first in prompt_embeds, T5's follow
@@ -92,56 +92,28 @@ class SD3(Family):
             "pooled_projections": condition["pooled_prompt_embeds"].expand(batch, -1),
         }
 
-    def _rows(self, index: int, layer: int) -> tuple[int, int]:
-        """Modulation rows of the image and of the text in a block that runs."""
-        image = DUAL_ROWS if index in self.config["dual_attention_layers"] else IMAGE_ROWS
-        return image, NORM_ROWS if index == layer - 1 else IMAGE_ROWS
+    def _blocks(self, layer: int) -> JointBlocks:
+        doubles = [
+            TwoStreamSpec(
+                self.config["num_attention_heads"],
+                qk_norm=self.config["qk_norm"] is not None,
+                dual=index in self.config["dual_attention_layers"],
+                eps=_EPS,
+            )
+            for index in range(self.blocks.count)
+        ]
+        return JointBlocks.cut([self.block_name(index) for index in range(layer + 1)], doubles)
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
         embedding = weights.load_into(
             lambda: CombinedTimestepTextProjEmbeddings(self.channels, self.config["pooled_projection_dim"]),
             "time_text_embed",
         )
-        linears = []
-        for index in range(spec.layer):
-            image, text = self._rows(index, spec.layer)
-            name = self.block_name(index)
-            linears += [(f"{name}.norm1.linear", image), (f"{name}.norm1_context.linear", text)]
-        linears.append((f"{self.block_name(spec.layer)}.norm1.linear", NORM_ROWS))
+        modulated = self._blocks(spec.layer).modulated
         context = "context_embedder" if spec.layer else None
-        return PooledConditioner(weights, embedding, linears, context, False, self.channels, spec.precision)
+        return PooledConditioner(weights, embedding, modulated, context, False, self.channels, spec.precision)
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> JointTrunk:
+    def trunk(self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None) -> JointTrunk:
         self.require(qk_norm=(None, "rms_norm"))
-        sizes = [rows for index in range(spec.layer) for rows in self._rows(index, spec.layer)]
-        rows: Sequence[torch.Tensor | None] = (None,) * (len(sizes) + 1)
-        text = None
-        if fixed is not None:
-            rows = fixed["modulation"].split([*sizes, NORM_ROWS])
-            text = fixed["text"][None] if spec.layer else None
-        doubles = [
-            JointBlock(
-                weights,
-                self.block_name(index),
-                self.config["num_attention_heads"],
-                spec.precision,
-                dual=index in self.config["dual_attention_layers"],
-                qk_norm=self.config["qk_norm"] is not None,
-                rotary=False,
-                image_rows=rows[2 * index],
-                text_rows=rows[2 * index + 1],
-                last=index == spec.layer - 1,
-                text=text if index == 0 else None,
-                eps=_EPS,
-            )
-            for index in range(spec.layer)
-        ]
-        return JointTrunk(
-            cropped_embedder(weights, spec.grid),
-            doubles,
-            [],
-            ModulatedNorm(rows[-1], _EPS),
-            text,
-            None,
-            sizes,
-        )
+        embedder = cropped_embedder(weights, spec.grid, spec.precision)
+        return build_joint_trunk(weights, self._blocks(spec.layer), embedder, spec.precision, constants)

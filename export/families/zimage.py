@@ -15,19 +15,23 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
-from ditf.export.families.refined import RefinedConditioner, RefinedText, axes_rotary
-from ditf.export.graph.blocks.adaln import ModulatedRMSNorm
+from ditf.export.families.refined_text import RefinedConditioner, RefinedText, axes_rotary
+from ditf.export.graph.blocks.adaln import UNMODULATED, modulations
+from ditf.export.graph.blocks.condition_tensors import TEXT, ConditionTensors
 from ditf.export.graph.blocks.layers import Rotary, read_linear
-from ditf.export.graph.blocks.pre_post_norm import ROWS, SandwichBlock, SandwichNames, SandwichTrunk
-from ditf.export.graph.blocks.trunk import Given, PatchEmbedder
+from ditf.export.graph.blocks.pre_post_norm import (
+    PrePostNormBlock,
+    PrePostNormSpec,
+    PrePostNormTrunk,
+    modulation_rows,
+)
+from ditf.export.graph.blocks.trunk import PatchEmbedder
 from ditf.export.graph.condition import (
-    MODULATION,
     Conditioner,
     LinearRows,
-    Projection,
+    ModulationProjection,
     with_constant_frequencies,
 )
-from ditf.export.graph.precision import Precision
 
 _TEXT_TOKENS = 512  # max_sequence_length of ZImagePipeline.encode_prompt
 _MULTIPLE = 32  # SEQ_MULTI_OF: text and image are each padded to a multiple of it
@@ -39,13 +43,14 @@ _TIME_WIDTH, _TIME_HIDDEN = 256, 1024  # ADALN_EMBED_DIM, at the widest; mid_siz
 class ZImage(Family):
     """Z-Image: blocks that refine the image alone, then blocks over image and text.
 
-    As Lumina2's, its norms are RMSNorms with weights, and are not shifted: the feature is
-    F = (1 + scale_k) * weight_k * z / rms(z), what block k hands to its attention.
+    As in Lumina2, the norms are RMSNorms with weights and without a shift, so the feature is
+    F = (1 + scale_k) * weight_k * z / rms(z), the input of block k's attention.
 
-    Text and image are padded to multiples of 32 with learned tokens, which every block reads as any other
-    token, so a graph has them too. The image's stand at the origin, the text from 1 on, the image behind it:
-    how far from its padding is the condition's to say. The image comes first in the unmodified model's
-    sequence and last in the graph's, of which attention sees nothing.
+    Text and image are padded to multiples of 32 with learned tokens. Every block reads them like other
+    tokens, so the graph contains them. The image's padding is at the origin, the text starts at position 1
+    and the image follows it, so the distance between image and padding depends on the condition. The image
+    comes first in the unmodified model's sequence and last in the graph's, which makes no difference to
+    attention.
     """
 
     name = "zimage"
@@ -74,7 +79,7 @@ class ZImage(Family):
 
     @property
     def _refiners(self) -> int:
-        """Blocks over the image alone; as many refine the text, before it is read."""
+        """The number of blocks over the image alone; as many blocks refine the text before it is read."""
         return int(self.config["n_refiner_layers"])
 
     @property
@@ -140,7 +145,7 @@ class ZImage(Family):
         return tokens[..., :count, :], tokens[..., _padded(count) :, :]
 
     def conditioner(self, weights: Weights, spec: TrunkSpec) -> Conditioner:
-        sizes = [ROWS] * spec.layer + [1]
+        sizes = modulation_rows(spec.layer)
         linears = LinearRows(
             weights,
             [
@@ -151,77 +156,72 @@ class ZImage(Family):
         width = min(self.channels, _TIME_WIDTH)
         time = weights.load_into(lambda: TimestepEmbedder(width, _TIME_HIDDEN), "t_embedder")
         embedding = with_constant_frequencies(_TimeEmbedding(time, self.config["t_scale"]))
-        projection = Projection(linears, spec.precision.of(MODULATION), self.channels, activated=False)
+        projection = ModulationProjection(linears, spec.precision, self.channels, activated=False)
         rotary = self._rotary([torch.arange(_TEXT_TOKENS + 1), torch.zeros(1), torch.zeros(1)])
         text = None
         if spec.layer > self._refiners:
             blocks = [
-                self._block(weights, f"context_refiner.{index}", spec.precision, text=True)
+                PrePostNormBlock(
+                    weights,
+                    f"context_refiner.{index}",
+                    self._kind,
+                    UNMODULATED,
+                    spec.precision,
+                    stream="text",
+                )
                 for index in range(self._refiners)
             ]
             padding = weights.tensor("cap_pad_token")[0]
-            text = RefinedText(weights, "cap_embedder", self.config["norm_eps"], blocks, rotary, padding)
+            text = RefinedText(
+                weights, "cap_embedder", self.config["norm_eps"], blocks, rotary, spec.precision, padding
+            )
         padded = spec.layer > 0 and _padding(spec.grid) > 0
         return RefinedConditioner(embedding, projection, text, _MULTIPLE, rotary if padded else None)
 
-    def _block(
-        self,
-        weights: Weights,
-        name: str,
-        precision: Precision,
-        rows: torch.Tensor | None = None,
-        *,
-        last: bool = False,
-        text: bool = False,
-    ) -> SandwichBlock:
-        names = SandwichNames(
+    @property
+    def _kind(self) -> PrePostNormSpec:
+        """What its blocks are like."""
+        return PrePostNormSpec(
+            self.config["n_heads"],
             "attention",
             ("attention_norm1", "attention_norm2", "ffn_norm1", "ffn_norm2"),
             ("feed_forward.w1", "feed_forward.w3", "feed_forward.w2"),
-        )
-        return SandwichBlock(
-            weights,
-            name,
-            names,
-            self.config["n_heads"],
-            precision,
-            rows=rows,
-            eps=(self.config["norm_eps"], _QK_EPS),
-            last=last,
-            stream="text" if text else "image",
+            self.config["norm_eps"],
+            _QK_EPS,
         )
 
-    def trunk(self, weights: Weights, spec: TrunkSpec, fixed: Given | None) -> SandwichTrunk:
-        rows: Sequence[torch.Tensor | None] = (None,) * (spec.layer + 1)
+    def trunk(
+        self, weights: Weights, spec: TrunkSpec, constants: ConditionTensors | None
+    ) -> PrePostNormTrunk:
         reads_text = spec.layer > self._refiners
-        if fixed is not None:
-            rows = fixed[MODULATION].split([ROWS] * spec.layer + [1])
+        *parts, own = modulations(constants, modulation_rows(spec.layer))
         blocks = [
-            self._block(
+            PrePostNormBlock(
                 weights,
                 self.block_name(index),
+                self._kind,
+                modulation,
                 spec.precision,
-                rows[index],
                 last=index == spec.layer - 1,
             )
-            for index in range(spec.layer)
+            for index, modulation in enumerate(parts)
         ]
         norm = weights.tensor(f"{self.block_name(spec.layer)}.attention_norm1.weight")
         weight, bias = read_linear(weights, f"all_x_embedder.{_PATCH}-{_FRAMES}")
         patch = weight.unflatten(1, (_PATCH, _PATCH, -1)).permute(0, 3, 1, 2)
         padding = _padding(spec.grid) if spec.layer else 0
-        return SandwichTrunk(
-            PatchEmbedder(patch, bias, None),
+        return PrePostNormTrunk(
+            PatchEmbedder(patch, bias, None, spec.precision),
             blocks,
             self._refiners,
-            ModulatedRMSNorm(norm, rows[-1], self.config["norm_eps"]),
-            fixed["text"][None] if fixed is not None and reads_text else None,
+            own.rms_norm(0, norm, self.config["norm_eps"]),
+            constants[TEXT][None] if constants is not None and reads_text else None,
             self._positions(spec, spec.text_tokens if reads_text else 0, padding),
             weights.tensor("x_pad_token").expand(padding, -1) if padding else None,
         )
 
     def _positions(self, spec: TrunkSpec, text: int, padding: int) -> Rotary:
-        """Rotary of text, padding at the origin, and image."""
+        """The rotary embedding of text, padding (at the origin) and image."""
         image = torch.stack(torch.meshgrid(*map(torch.arange, spec.grid), indexing="ij")).flatten(1)
         behind = torch.full((image.shape[1],), spec.text_tokens + 1)
         first = torch.cat([1 + torch.arange(text), torch.zeros(padding, dtype=torch.int64), behind])
@@ -232,17 +232,17 @@ class ZImage(Family):
 
 
 def _padded(tokens: int) -> int:
-    """The length that so many tokens are padded to."""
+    """The length that this number of tokens is padded to."""
     return -(-tokens // _MULTIPLE) * _MULTIPLE
 
 
 def _padding(grid: tuple[int, int]) -> int:
-    """P, the tokens that pad the image."""
+    """P, the number of tokens that pad the image."""
     return -(grid[0] * grid[1]) % _MULTIPLE
 
 
 class _TimeEmbedding(nn.Module):
-    """`t_embedder`, whose time is 1 for the image and 0 for noise."""
+    """`t_embedder`; its time is 1 for the image and 0 for noise."""
 
     def __init__(self, embedder: nn.Module, scale: float) -> None:
         super().__init__()

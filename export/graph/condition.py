@@ -1,4 +1,8 @@
-"""What reaches the trunk of the condition: constants, rows of a bank, or computed in the graph."""
+"""How the condition reaches the trunk: as constants, as inputs, or computed in the graph.
+
+`--conditioning` names them: `bake` (`BakedCondition`), `bank` (`BankedCondition`) and `live`
+(`LiveCondition`).
+"""
 
 from __future__ import annotations
 
@@ -13,45 +17,48 @@ from torch import nn
 
 from ditf.export.checkpoints.noise_schedule import NoiseLevel
 from ditf.export.checkpoints.weights import Weights
+from ditf.export.graph.blocks.condition_tensors import MODULATION, ConditionTensors
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear
-from ditf.export.graph.blocks.trunk import Given
-from ditf.export.graph.range_probes import Where, tap
+from ditf.export.graph.precision import Precision
+from ditf.export.graph.range_probes import Where, probe
 
 LEVEL = "level"
-MODULATION = "modulation"
 TIMESTEP = "timestep"
 
-Levels = tuple[Given, torch.Tensor | float, torch.Tensor | float]
-"""What is given to the trunk, and signal and noise of x_t = signal * x_0 + noise * eps."""
+Levels = tuple[ConditionTensors, torch.Tensor | float, torch.Tensor | float]
+"""The tensors that the trunk is given, and signal and noise of x_t = signal * x_0 + noise * eps."""
 
 
 class Conditioner(nn.Module, ABC):
-    """A condition and a timestep -> what the trunk is given. Run once at export, or traced (`live`)."""
+    """Computes the tensors that the trunk is given from a condition and a timestep.
+
+    It runs once at export, or is part of the graph (`live`).
+    """
 
     inputs: tuple[str, ...]
-    """Names of the condition's tensors that `forward` reads, beside the timestep."""
+    """Names of the condition's tensors that `forward` reads; it also reads the timestep."""
 
     @abstractmethod
     def forward(
         self, timestep: torch.Tensor, condition: Mapping[str, torch.Tensor]
     ) -> dict[str, torch.Tensor]:
-        """Tensors by name, among them `modulation` [R, C] float32.
+        """Tensors by the names of `graph.blocks.condition_tensors`; the modulation [R, C] is always there.
 
         Args:
             timestep: int64 [1].
-            condition: as `Family.encode_conditions` makes them.
+            condition: tensors as `Family.encode_conditions` makes them.
         """
 
 
 class Frequencies(nn.Module):
     """diffusers' `Timesteps` with its frequencies as constants.
 
-    In a graph they would be exp() of a range; where a runtime's exp differs in the last bit, a timestep
-    or guidance in the thousands turns that into 1e-4 of the angle.
+    In a graph they would be exp() of a range. Where a runtime's exp differs in the last bit, a timestep or
+    guidance in the thousands turns the difference into 1e-4 of the angle.
 
     Args:
-        timesteps: the module whose place this takes.
-        device: of the weights beside it.
+        timesteps: the module that this one replaces.
+        device: of the weights around it.
     """
 
     def __init__(self, timesteps: Timesteps, device: torch.device) -> None:
@@ -82,10 +89,10 @@ def with_constant_frequencies(embedding: nn.Module) -> nn.Module:
 
 
 class LinearRows(Sequence[tuple[torch.Tensor, torch.Tensor | None]]):
-    """The first outputs of linear layers of a checkpoint, each read anew whenever it is asked for.
+    """The first outputs of linears of a checkpoint. Each linear is read again whenever it is asked for.
 
     Args:
-        parts: name of each linear, and how many of its outputs are used.
+        parts: name of each linear, and number of its outputs that are used.
     """
 
     def __init__(self, weights: Weights, parts: Sequence[tuple[str, int]]) -> None:
@@ -96,37 +103,37 @@ class LinearRows(Sequence[tuple[torch.Tensor, torch.Tensor | None]]):
         return len(self._parts)
 
     def __getitem__(self, index: Any) -> Any:
-        """Weight [out, in] and bias of one."""
+        """Weight [out, in] and bias of one linear."""
         name, rows = self._parts[index]
         weight, bias = read_linear(self._weights, name)
         return weight[:rows], None if bias is None else bias[:rows]
 
 
-class Projection(nn.Module):
-    """silu(x) W + b -> modulation rows [R, C], float32; the AdaLN linears of all blocks.
+class ModulationProjection(nn.Module):
+    """The AdaLN linears of all blocks: silu(x) W + b -> modulation rows [R, C], float32.
 
-    They are a third of FLUX.1's parameters, and of a condition that is baked in nothing but their product is
-    needed: each is read, multiplied and forgotten. `hold` makes them parameters, for a graph that has them or
-    for several conditions.
+    They are a third of FLUX.1's parameters. A condition that is baked needs only their product, so each is
+    read, multiplied and dropped. `hold` makes them parameters, for a graph that contains them or for several
+    conditions.
 
     Args:
         linears: weight [n C, D] and bias of each AdaLN linear, in the order of the rows.
-        dtype: of the parameters.
-        channels: C, where it is not D, the width of the condition.
-        activated: False where x itself is read, without the silu.
+        precision: of the graph that holds them.
+        channels: C, where it differs from D, the width of the condition.
+        activated: False where the linears read x itself, without the silu.
     """
 
     def __init__(
         self,
         linears: Sequence[tuple[torch.Tensor, torch.Tensor | None]],
-        dtype: torch.dtype,
+        precision: Precision,
         channels: int | None = None,
         activated: bool = True,
     ) -> None:
         super().__init__()
         self.activated = activated
         self.channels = channels or linears[0][0].shape[1]
-        self.dtype = dtype
+        self.dtype = precision.of(MODULATION)
         self.where = Where(MODULATION, "condition")
         self.linears = linears
         self.held = nn.ModuleList()
@@ -144,8 +151,8 @@ class Projection(nn.Module):
         return packed.unflatten(0, (-1, self.channels)).to(torch.float32)
 
     def _multiplied(self, x: torch.Tensor) -> torch.Tensor:
-        """The same product [R C], bit for bit, without holding any."""
-        tap(self.where, "input", x)
+        """The same product [R C], bit for bit, without holding a linear."""
+        probe(self.where, "input", x)
         parts, extremes, biases = [], [], []
         for weight, bias in self.linears:
             y = (x @ weight.T.contiguous())[0]
@@ -153,35 +160,35 @@ class Projection(nn.Module):
             extremes.append(torch.stack(torch.aminmax(weight)))
             if bias is not None:
                 biases.append(bias)
-        tap(self.where, "weight", torch.cat(extremes))
+        probe(self.where, "weight", torch.cat(extremes))
         if biases:
-            tap(self.where, "weight", torch.cat(biases))
-        return tap(self.where, "output", torch.cat(parts))
+            probe(self.where, "weight", torch.cat(biases))
+        return probe(self.where, "output", torch.cat(parts))
 
 
 def hold_projections(conditioner: nn.Module) -> None:
-    """Make the AdaLN linears of a conditioner parameters of it."""
+    """Make the AdaLN linears of a conditioner its parameters."""
     for module in conditioner.modules():
-        if isinstance(module, Projection):
+        if isinstance(module, ModulationProjection):
             module.hold()
 
 
 class ConditionSource(nn.Module, ABC):
-    """Where a graph has its condition from.
+    """The source of a graph's condition.
 
     Attributes:
-        inputs: names of the graph's inputs it reads.
+        inputs: names of the graph's inputs that it reads.
     """
 
     inputs: tuple[str, ...] = ()
 
     @abstractmethod
     def forward(self, feeds: Mapping[str, torch.Tensor]) -> Levels:
-        """What the trunk is given, and the noise level, of the graph's inputs by name."""
+        """The tensors that the trunk is given, and the noise level, from the graph's inputs by name."""
 
 
 class BakedCondition(ConditionSource):
-    """Everything is a constant: of the trunk's own, and the noise level."""
+    """The trunk has its condition as constants, and the noise level is one too."""
 
     def __init__(self, level: NoiseLevel) -> None:
         super().__init__()
@@ -192,7 +199,7 @@ class BakedCondition(ConditionSource):
 
 
 class BankedCondition(ConditionSource):
-    """What the conditioner made at export is an input of the graph, and so is the noise level [2]."""
+    """The tensors that the conditioner made at export are inputs, and so is the noise level [2]."""
 
     def __init__(self, names: Sequence[str]) -> None:
         super().__init__()
@@ -204,10 +211,10 @@ class BankedCondition(ConditionSource):
 
 
 class LiveCondition(ConditionSource):
-    """The conditioner is in the graph; embeddings and timestep are inputs.
+    """The conditioner is part of the graph, whose inputs are embeddings and timestep.
 
     Args:
-        conditioner: of the family.
+        conditioner: the family's.
         levels: signal and noise of every timestep, [T, 2].
     """
 

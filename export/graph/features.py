@@ -1,9 +1,15 @@
-"""The features graph: uint8 image in, DiTF features out (design, section 2)."""
+"""The definition of the feature, and the features graph: uint8 image in, DiTF features out.
+
+ditf defines the feature here only (docs/design.md, "The feature"): the traced graph, the measurement of
+ranges and the estimates all use `FeaturesGraph`. The reference (`ditf.export.measure.reference_model`) does
+not: there the unmodified model computes the feature, in code that is not ditf's.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -12,17 +18,42 @@ from torch.nn import functional
 from ditf.export.graph.blocks.layers import constant
 from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import ConditionSource
+from ditf.export.graph.roles import Role, Roles
 
 NOISE = "noise"
+
+Given = Mapping[str, torch.Tensor]
+"""The condition's tensors that a trunk takes at run time, by name."""
+
+
+@dataclass(frozen=True)
+class FeatureTap:
+    """The value of block k that is the feature.
+
+    Attributes:
+        name: the feature's name in calibration.json.
+        read: computes it, float32 [B, N, C], from the trunk, the averaged hidden states [B, N, C] that enter
+            block k, and the condition.
+    """
+
+    name: str
+    read: Callable[[Trunk, torch.Tensor, Given], torch.Tensor]
+
+
+MODULATED = FeatureTap("features", lambda trunk, z, given: trunk.modulate(z, given))
+"""The hidden states after block k's own first norm and modulation: what its attention reads."""
+
+HIDDEN_STATES = FeatureTap("hidden states", lambda trunk, z, given: z)
+"""The hidden states themselves (`--no-adaln`)."""
 
 
 @dataclass(frozen=True)
 class FeatureSettings:
-    """The definition of the feature, once the channels are known.
+    """The definition of the feature, once its channels are known.
 
     Attributes:
         channels: discarded channels, ascending.
-        stage: "before" the norm, or "after" it.
+        stage: whether they are discarded "before" or "after" the norm.
         adaln: False for plain hidden states.
     """
 
@@ -30,9 +61,21 @@ class FeatureSettings:
     stage: str = "before"
     adaln: bool = True
 
+    @property
+    def tap(self) -> FeatureTap:
+        return MODULATED if self.adaln else HIDDEN_STATES
 
-class Projection(nn.Module):
-    """P F in float32, as a 1x1 convolution: TensorRT-RTX has no float32 matrix product for Turing.
+    @property
+    def name(self) -> str:
+        """The feature's name in calibration.json; features whose ranges differ have different names."""
+        after = self.adaln and self.stage == "after"
+        return f"{self.tap.name} discarded after the norm" if after else self.tap.name
+
+
+class FeatureProjection(nn.Module):
+    """Projects features to P F in float32 (--pca).
+
+    It is a 1x1 convolution, because TensorRT-RTX has no float32 matrix product for Turing.
 
     Args:
         matrix: P, float32 [N, C].
@@ -48,22 +91,30 @@ class Projection(nn.Module):
 
 
 class FeaturesGraph(nn.Module):
-    """Normalise, encode, add noise, run the blocks, average, discard, norm and modulate, project.
+    """Normalises and encodes an image, adds noise, runs the blocks, and makes the feature of what they give.
 
     Args:
         encoder: pixels in [-1, 1], float32 [B, 3, H, W] -> x_0 [B, c, h', w'].
         condition: one of the modules of `graph/condition.py`.
-        trunk: x_t -> hidden states.
+        trunk: x_t -> hidden states that enter block k.
         noise: eps [E, c, h', w'].
         bake_noise: False makes eps an input of the graph.
         settings: the feature's definition.
         grid: (h, w) in tokens.
         output: dtype of the features.
-        projection: P, float32 [N, C], of --pca.
+        projection: P of --pca, float32 [N, C], or None.
 
     Attributes:
         inputs: names of what `forward` takes beside the image.
     """
+
+    roles: ClassVar[Roles] = {
+        "encoder": Role.VAE_ENCODER,
+        "condition": Role.CONDITIONING,
+        "noise": Role.NOISE,
+        "keep": Role.DISCARD_MASK,
+        "projection": Role.PROJECTION,
+    }
 
     def __init__(
         self,
@@ -84,11 +135,10 @@ class FeaturesGraph(nn.Module):
         self.ensemble = len(noise)
         self.noise = constant(noise) if bake_noise else None
         self.inputs = (*(() if bake_noise else (NOISE,)), *condition.inputs)
-        self.adaln = settings.adaln
-        self.stage = settings.stage
+        self.settings = settings
         self.grid = grid
         self.output = output
-        self.projection = nn.Identity() if projection is None else Projection(projection)
+        self.projection = nn.Identity() if projection is None else FeatureProjection(projection)
         self.keep: nn.Parameter | None = None
         if settings.channels:
             keep = torch.ones(trunk.channels)
@@ -102,20 +152,33 @@ class FeaturesGraph(nn.Module):
             image: uint8 [B, H, W, 3], RGB.
             feeds: one tensor for each of `inputs`; eps is float32 [E, c, h', w'].
         """
+        z, given = self.hidden_states(image, *feeds)
+        features = self.features(z, given).transpose(1, 2).unflatten(2, self.grid)
+        projected: torch.Tensor = self.projection(features)
+        return projected.to(self.output)
+
+    def hidden_states(self, image: torch.Tensor, *feeds: torch.Tensor) -> tuple[torch.Tensor, Given]:
+        """What enters block k, averaged over the ensemble: z [B, N, C]; and the condition that it met.
+
+        Args:
+            image, feeds: as for `forward`.
+        """
         named = dict(zip(self.inputs, feeds, strict=True))
         given, signal, noise_scale = self.condition(named)
         pixels = image.to(torch.float32).permute(0, 3, 1, 2) * (1 / 127.5) - 1.0
         noise = named[NOISE] if self.noise is None else self.noise
         x_t = self._add_noise(self.encoder(pixels) * signal, noise * noise_scale)
-        z = self._average(self.trunk(x_t, given))
-        if self.stage == "before":
+        return self._average(self.trunk(x_t, given)), given
+
+    def features(self, z: torch.Tensor, given: Given) -> torch.Tensor:
+        """The feature of averaged hidden states [B, N, C], before it is projected and cast: [B, N, C]."""
+        settings = self.settings
+        if settings.stage == "before":
             z = self._discard(z)
-        if self.adaln:
-            z = self.trunk.modulate(z, given)
-        if self.stage == "after":
+        z = settings.tap.read(self.trunk, z, given)
+        if settings.stage == "after":
             z = self._discard(z)
-        features: torch.Tensor = self.projection(z.transpose(1, 2).unflatten(2, self.grid))
-        return features.to(self.output)
+        return z
 
     def _add_noise(self, x_0: torch.Tensor, noise: torch.Tensor) -> torch.Tensor:
         """x_t [B * E, c, h', w']."""

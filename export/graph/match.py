@@ -1,7 +1,8 @@
-"""The match graph: two feature maps and points in, target pixels and cosines out.
+"""The match graph: it takes two feature maps and points, and gives target pixels and cosines.
 
-The same mathematics as `ditf.runtime.matching.points`, in matrix products, for any number of points and any
-target size; the interpolation matrices are made on the host (`interpolation_inputs`).
+It computes what `ditf.runtime.matching.points` computes, in matrix products, for any number of points and any
+target size (docs/design.md, "Exact matching"). The host makes the interpolation matrices
+(`interpolation_inputs`).
 """
 
 from __future__ import annotations
@@ -9,18 +10,18 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY
+from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY_SQUARE
 
 INPUTS = ("source", "target", "point_rows", "point_columns", "rows", "columns")
 OUTPUTS = ("points", "scores")
 
 
 CANCELLED = 1e-4
-"""Smallest trusted ratio of |up(F)|^2 to up(|F|^2): below it neighbouring cells are opposite to 0.02 %."""
+"""The smallest trusted ratio of |up(F)|^2 to up(|F|^2). Below it, cells are opposite to 0.02 %."""
 
 
 class MatchGraph(nn.Module):
-    """Exact argmax of the cosine over the bilinearly upsampled target."""
+    """Finds the exact argmax of the cosine over the bilinearly upsampled target."""
 
     def forward(
         self,
@@ -50,13 +51,13 @@ class MatchGraph(nn.Module):
         inner = (queries @ target_cells.flatten(1)).unflatten(1, (h, w))
         upsampled = rows @ (inner @ columns.transpose(0, 1))
         squared = _quadratic(rows) @ _norm_kernel(target_cells) @ _quadratic(columns).transpose(0, 1)
-        # Where cells point away from each other this cancels, and float32 leaves noise: the upsampled
-        # |f|^2 bounds it from above, and what is far below the bound is not trusted.
+        # Where cells point away from each other this sum cancels, and float32 leaves noise. The upsampled
+        # |f|^2 is an upper bound of it; a value far below the bound is not trusted.
         bound = rows @ target_cells.square().sum(0) @ columns.transpose(0, 1)
         squared = torch.maximum(squared, CANCELLED * bound)
         scores = (upsampled * _inverse_root(squared)).flatten(1)
         best = scores.amax(dim=1, keepdim=True)
-        # The first index by a minimum: no two runtimes agree on which of several ArgMax returns.
+        # Runtimes disagree on which of several maxima ArgMax returns, so a minimum finds the first index.
         count = scores.shape[1]
         index = torch.arange(count, dtype=torch.int32)
         last = torch.full((), count - 1, dtype=torch.int32)
@@ -68,7 +69,7 @@ class MatchGraph(nn.Module):
 
 
 def _inverse_root(squared: torch.Tensor) -> torch.Tensor:
-    return 1.0 / torch.sqrt(torch.clamp(squared, min=TINY))
+    return 1.0 / torch.sqrt(torch.clamp(squared, min=TINY_SQUARE))
 
 
 def _quadratic(matrix: torch.Tensor) -> torch.Tensor:

@@ -1,6 +1,6 @@
-"""Taps: the values that a graph computes in its own precision, seen while it runs in PyTorch.
+"""Range probes: they show the values that a graph computes in its own precision while it runs in PyTorch.
 
-A tap costs nothing where nobody records, and leaves no trace in an exported graph.
+Without a recorder a probe does nothing. It leaves no trace in an exported graph.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from typing import Literal
 import torch
 
 Stream = Literal["image", "text", "both", "condition"]
+"""Whose values these are: the tokens of the image, of the text, of both joined, or the condition itself."""
 
 
 @dataclass(frozen=True)
 class Where:
-    """What computes a value.
+    """The module that computes a value.
 
     Attributes:
-        name: its module in the checkpoint, such as "transformer_blocks.3.attn1.to_out.0".
-        stream: whose tokens the value has; "both" where they are joined. Where text or padding
-            stands in front of the image in one sequence it is "image", and a recorder tells them apart by
-            their number: what is not the image's is "text".
+        name: the module's name in the checkpoint, such as "transformer_blocks.3.attn1.to_out.0".
+        stream: whose tokens the value has. It is "image" for one sequence in which text or padding precedes
+            the image; a recorder, which knows the number of image tokens, then counts the others as "text".
     """
 
     name: str
@@ -32,14 +32,14 @@ class Where:
 
 
 Recorder = Callable[[Where, str, torch.Tensor], None]
-"""Called with what computes a value, what kind of value it is, and the value."""
+"""A function that is called with where a value is computed, the kind of value, and the value."""
 
 _RECORDERS: list[Recorder] = []
 
 
 @contextmanager
 def recording(recorder: Recorder) -> Iterator[None]:
-    """Show `recorder` every tapped value."""
+    """Show `recorder` every probed value."""
     _RECORDERS.append(recorder)
     try:
         yield
@@ -47,8 +47,13 @@ def recording(recorder: Recorder) -> Iterator[None]:
         _RECORDERS.remove(recorder)
 
 
-def tap(where: Where | None, kind: str, tensor: torch.Tensor) -> torch.Tensor:
-    """Returns the tensor as it is. Kinds are those of `ditf.calib.recipe`."""
+def probe(where: Where | None, kind: str, tensor: torch.Tensor) -> torch.Tensor:
+    """Show a tensor to the recorders, and return it unchanged.
+
+    Args:
+        where: what computes it; None for a value that no recorder needs.
+        kind: one of those of `ditf.calib.recipe`.
+    """
     if where is not None:
         for recorder in _RECORDERS:
             recorder(where, kind, tensor)
@@ -56,7 +61,7 @@ def tap(where: Where | None, kind: str, tensor: torch.Tensor) -> torch.Tensor:
 
 
 def branch_of(name: str) -> str:
-    """The branch of the residual that a module of the checkpoint belongs to: its block's submodule.
+    """The branch of the residual that a module of the checkpoint belongs to: a submodule of its block.
 
     "transformer_blocks.3.attn1.to_out.0" -> "transformer_blocks.3.attn1".
     """
@@ -65,6 +70,6 @@ def branch_of(name: str) -> str:
 
 
 def joined(names: tuple[str, ...]) -> str:
-    """One name for modules that are computed together: "blocks.3.attn1.to_q+to_k+to_v"."""
+    """One name for modules that are computed as one, such as "blocks.3.attn1.to_q+to_k+to_v"."""
     first, *others = names
     return "+".join([first, *(name.rsplit(".", 1)[-1] for name in others)])

@@ -1,4 +1,4 @@
-"""x_0 in the graph: what a VAE encodes, shifted and scaled, or the pixels themselves."""
+"""Encoders that compute x_0 in the graph: a VAE's latents, shifted and scaled, or the pixels themselves."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ from ditf.export.graph.blocks.layers import constant
 from ditf.export.graph.precision import Precision
 
 _QUERIES = 1024
-"""In a chunk of attention: enough to fill a matrix product, few enough to need little memory."""
+"""Queries in a chunk of attention: enough to fill a matrix product, few enough to need little memory."""
 
 
 class PixelEncoder(nn.Module):
-    """For a model that works in pixels: x_0 is the normalised image."""
+    """The encoder of a model that works in pixels: x_0 is the normalised image."""
 
     def forward(self, pixels: torch.Tensor) -> torch.Tensor:
         return pixels
 
 
 class KLEncoder(nn.Module):
-    """Encoder half of an AutoencoderKL, group norms in float32, the rest in the graph's precision.
+    """The encoder half of an AutoencoderKL. Group norms are float32, the rest has the graph's precision.
 
     Args:
-        vae: float32; its encoder is taken over and changed in place.
+        vae: in float32; its encoder is changed in place and becomes a part of this module.
         shift, scale: x_0 = (mean - shift) * scale, numbers or [c, 1, 1].
-        patch: side of the squares of the mean that are a pixel of x_0.
+        patch: side of the square of the mean's pixels that becomes one pixel of x_0.
     """
 
     def __init__(
@@ -75,12 +75,12 @@ class KLEncoder(nn.Module):
 
 
 class TinyEncoder(nn.Module):
-    """Encoder half of an AutoencoderTiny (TAESD), which has no norms: all in the graph's precision.
+    """The encoder half of an AutoencoderTiny (TAESD), all of it in the graph's precision: it has no norms.
 
-    Pixels are brought to [0, 1] and x_0 is shifted and scaled in float32.
+    Pixels are mapped to [0, 1], and x_0 is shifted and scaled, in float32.
 
     Args:
-        vae: float32; its encoder is taken over and changed in place.
+        vae: in float32; its encoder is changed in place and becomes a part of this module.
         shift, scale: x_0 = (latents - shift) * scale.
     """
 
@@ -102,10 +102,10 @@ class TinyEncoder(nn.Module):
 def scale_tiny_down(encoder: EncoderTiny, exponent: int) -> None:
     """Scale everything that an AutoencoderTiny's encoder computes by 2**-exponent, in place.
 
-    relu(a x) is a relu(x), so it is enough to scale the first convolution's weights and every bias.
+    ReLU passes a positive factor on, so it is enough to scale the first convolution's weights and every bias.
 
     Args:
-        encoder: float32, its activations ReLU.
+        encoder: in float32; its activations are ReLUs.
     """
     for index, layer in enumerate(tiny_convolutions(encoder.layers).values()):
         if index == 0:
@@ -127,13 +127,13 @@ def tiny_blocks(layers: nn.Module) -> Iterator[tuple[str, AutoencoderTinyBlock]]
 
 
 class QueryChunks:
-    """Attention of a diffusers `Encoder` in chunks of queries, as a processor: the same sums, less memory.
+    """A processor that computes the attention of a diffusers `Encoder` in chunks of queries, to save memory.
 
-    The logits of all tokens with all take N^2 numbers, 0.8 GB in float32 at 960 px; those of a chunk stay
-    near the processor. On ONNX Runtime every bit of the result is the same (docs/vae.md).
+    The logits of all pairs of tokens are N^2 numbers, which take 0.8 GB in float32 at 960 px; those of a
+    chunk stay in the processor's caches. On ONNX Runtime every bit of the result is the same (docs/vae.md).
 
     Args:
-        queries: in a chunk; the last one may have fewer.
+        queries: number of queries in a chunk; the last chunk may have fewer.
     """
 
     def __init__(self, queries: int = _QUERIES) -> None:
@@ -147,7 +147,7 @@ class QueryChunks:
         attention_mask: None = None,
         temb: None = None,
     ) -> torch.Tensor:
-        """[B, C, h, w] -> [B, C, h, w]; the last three are diffusers' way to call it."""
+        """[B, C, h, w] -> [B, C, h, w]. diffusers passes the last three arguments; they are not used."""
         tokens = attention.group_norm(x.flatten(2)).transpose(1, 2)
         query, key, value = (
             part(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
@@ -166,10 +166,10 @@ class QueryChunks:
 
 
 def residual_writers(encoder: Encoder) -> Iterator[tuple[str, nn.Module, bool]]:
-    """What adds to the residual of a diffusers `Encoder`: name, layer, whether it reads the residual itself.
+    """The layers that add to the residual of a diffusers `Encoder`: (name, layer, reads the residual itself).
 
-    A layer that reads the residual un-normalised (a shortcut, a downsampling convolution) passes a factor
-    on; of the others weight and bias make it.
+    A layer that reads the residual without a norm (a shortcut, a downsampling convolution) passes a factor
+    on. In the others, weight and bias have to carry the factor.
     """
     yield "conv_in", encoder.conv_in, False
     for name, module in encoder.named_modules():
@@ -192,11 +192,12 @@ def attentions(encoder: Encoder) -> Iterator[tuple[str, Attention]]:
 def scale_down(encoder: Encoder, recipe: Recipe) -> None:
     """Scale the encoder's values by the recipe's powers of two, in place; x_0 stays as it is.
 
-    Group norms do not see a factor on their input once its square is on their epsilon. Everything between
-    the residual's start and the last norm is linear in it, or behind such a norm.
+    A factor on the input of a group norm does not change its output if the square of the factor is on its
+    epsilon. Everything between the residual's start and the last norm is linear in the factor, or behind such
+    a norm.
 
     Args:
-        encoder: of an AutoencoderKL, float32.
+        encoder: the encoder of an AutoencoderKL, in float32.
     """
     factor = 2.0**-recipe.vae_residual.exponent
     if recipe.vae_residual.exponent:
@@ -217,7 +218,7 @@ def scale_down(encoder: Encoder, recipe: Recipe) -> None:
 
 
 class _Float32GroupNorm(nn.Module):
-    """GroupNorm computed in float32 between tensors of another type."""
+    """A GroupNorm that computes in float32 between tensors of another type."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
@@ -232,7 +233,7 @@ class _Float32GroupNorm(nn.Module):
 
 
 class _Float32Island(nn.Module):
-    """A module computed in float32 between tensors of another type."""
+    """A module that computes in float32 between tensors of another type."""
 
     def __init__(self, inner: nn.Module) -> None:
         super().__init__()

@@ -1,1 +1,1 @@
-"""Running the unmodified model: calibration, golden outputs, activation ranges."""
+"""Runs the unmodified model: calibration, golden outputs, activation ranges."""

@@ -1,8 +1,8 @@
-"""The largest value of everything that a float16 graph would hold, measured on the graph in float32."""
+"""Measures the largest value of everything that a 16-bit graph would hold, on the same graph in float32."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 
@@ -12,10 +12,10 @@ from torch import nn
 
 from ditf.calib.parity import feature_parity
 from ditf.calib.recipe import FEATURES, VAE_INNER, VAE_LOGITS, VAE_RESIDUAL, Extent
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.weight_spill import resting
 from ditf.export.graph.blocks.layers import Linear
-from ditf.export.graph.features import FeatureSettings, FeaturesGraph
+from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import MEASURING
 from ditf.export.graph.range_probes import Where, branch_of, recording
 from ditf.export.graph.vae_encoder import (
@@ -32,7 +32,7 @@ from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import GateFailed
 
 AGREEMENT = 1e-3
-"""Largest relative error of the measured graph's hidden states with the unmodified model's."""
+"""The largest relative error of the measured graph's hidden states against the unmodified model's."""
 
 
 @torch.no_grad()
@@ -42,53 +42,40 @@ def measure_ranges(
     noise: torch.Tensor,
     images: Sequence[np.ndarray],
     hidden_states: np.ndarray,
-    channels: Sequence[int],
+    settings: FeatureSettings,
 ) -> tuple[list[Extent], dict[str, torch.Tensor]]:
-    """Run the graph of a plan in float32 over images; the first one under the golden conditions.
+    """Run the graph of a plan in float32 over images; the first image runs under all golden conditions.
 
-    Gates stay explicit, so that what a linear emits is seen with and without its gate.
+    Gates stay explicit factors, so that the output of a linear is seen with and without its gate.
 
     Args:
         entries: encoded and trimmed.
         images: uint8 [H, W, 3] at the plan's size.
         hidden_states: what entered block k of the unmodified model on the first image under the first
-            condition, float32 [N, C]: the graph whose values are measured is the model.
-        channels: discarded before the norm.
+            condition, float32 [N, C]. It shows that the measured graph is the model.
+        settings: the feature that ships.
 
     Returns:
-        The extents, and the largest |x| of every input channel [C_in] of the trunk's linears by path.
+        The extents, among them the feature's, whose name is `settings.name`; and the largest |x| of every
+        input channel [C_in] of the trunk's linears, by path.
 
     Raises:
         GateFailed: the graph's hidden states are not the model's.
     """
-    # The graph of hidden states: the norm is applied below, so that one pass serves both.
-    bare = FeatureSettings(adaln=False)
     seen = _Largest(plan.grid[0] * plan.grid[1])
     with recording(seen.record):  # what is constant is computed now
-        made = specialise(replace(plan, precision=MEASURING), entries, noise, bare)
+        made = assemble(replace(plan, precision=MEASURING), entries, noise, settings)
     maxima: dict[str, torch.Tensor] = {}
     watched = _watching(made.graph.encoder, seen), _watching_inputs(made.graph.trunk, maxima)
     with recording(seen.record), watched[0], watched[1], resting():
         for number, image in enumerate(images):
             for index in golden_cases(len(made.feeds)) if number == 0 else (0,):
                 feeds = made.feeds[index]
-                z = (
-                    made.graph(torch.from_numpy(image.copy())[None], *feeds.values())
-                    .flatten(2)
-                    .transpose(1, 2)
-                )
+                z, given = made.graph.hidden_states(torch.from_numpy(image.copy())[None], *feeds.values())
                 if number == index == 0:
                     _compare(z[0].numpy(), hidden_states)
-                seen.add(FEATURES, FEATURES, "image", _features(made.graph, z, feeds, channels))
+                seen.add(settings.name, FEATURES, "image", made.graph.features(z, given))
     return seen.extents(), maxima
-
-
-def _features(
-    graph: FeaturesGraph, z: torch.Tensor, feeds: Mapping[str, torch.Tensor], channels: Sequence[int]
-) -> torch.Tensor:
-    z[:, :, list(channels)] = 0.0
-    given, _, _ = graph.condition(feeds)
-    return graph.trunk.modulate(z, given)
 
 
 def _compare(actual: np.ndarray, expected: np.ndarray) -> None:
@@ -101,10 +88,10 @@ def _compare(actual: np.ndarray, expected: np.ndarray) -> None:
 
 
 class _Largest:
-    """The largest |x| by what computes it; image and text apart.
+    """Keeps the largest |x| of every value, by the module that computes it; image and text apart.
 
     Args:
-        tokens: N, of the image.
+        tokens: N, the number of the image's tokens.
     """
 
     def __init__(self, tokens: int) -> None:
@@ -112,7 +99,7 @@ class _Largest:
         self._found: dict[tuple[str, str, str], float] = {}
 
     def record(self, where: Where, kind: str, tensor: torch.Tensor) -> None:
-        """A tap's value."""
+        """Note the value of a range probe."""
         if kind.endswith("weight"):
             if (where.name, kind, where.stream) not in self._found:
                 self.add(where.name, kind, where.stream, tensor)
@@ -131,7 +118,7 @@ class _Largest:
         self._found[key] = largest if not largest <= before else before
 
     def extents(self) -> list[Extent]:
-        """In the order in which they were first computed."""
+        """The extents, in the order in which the values were first computed."""
         return [
             Extent(name, branch_of(name), kind, stream, value)
             for (name, kind, stream), value in self._found.items()
@@ -140,7 +127,7 @@ class _Largest:
 
 @contextmanager
 def _watching(encoder: nn.Module, seen: _Largest) -> Iterator[None]:
-    """Hooks on the layers of a VAE encoder; none on pixels."""
+    """Set hooks on the layers of a VAE encoder; an encoder of pixels has none."""
     handles = []
 
     def watch(module: nn.Module, name: str, kind: str) -> None:
@@ -171,7 +158,7 @@ def _watching(encoder: nn.Module, seen: _Largest) -> Iterator[None]:
 
 @contextmanager
 def _watching_inputs(trunk: nn.Module, maxima: dict[str, torch.Tensor]) -> Iterator[None]:
-    """Hooks on the linears of a trunk, which keep the maxima of their input channels."""
+    """Set hooks on the linears of a trunk that keep the maxima of their input channels."""
 
     def keep(name: str, x: torch.Tensor) -> None:
         largest = x.abs().flatten(0, -2).amax(dim=0)
@@ -190,7 +177,7 @@ def _watching_inputs(trunk: nn.Module, maxima: dict[str, torch.Tensor]) -> Itera
 
 
 def _owner(name: str) -> str:
-    """The block whose output is the residual after a layer; the layer itself where it stands alone."""
+    """The block whose output is the residual after a layer, or the layer itself where it is in no block."""
     for suffix in (".conv2", ".conv_shortcut", ".to_out.0"):
         if name.endswith(suffix):
             return name.removesuffix(suffix)
@@ -198,7 +185,7 @@ def _owner(name: str) -> str:
 
 
 def _watch_logits(attention: nn.Module, name: str, seen: _Largest) -> list[torch.utils.hooks.RemovableHandle]:
-    """Query, key and value, and a bound of the logits: |q . k| <= |q| |k|, since no hook sees them."""
+    """Set hooks on query, key and value. No hook sees the logits: |q . k| <= |q| |k| is kept."""
     norms: list[torch.Tensor] = []
 
     def query(module: nn.Module, args: object, output: torch.Tensor) -> None:

@@ -1,213 +1,205 @@
-"""`ditf calibrate`: the activations of the unmodified model, block by block, over images."""
+"""`ditf calibrate`: statistics of the unmodified model's activations, block by block, over images."""
 
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
 
-from ditf.calib.blocks import BlockMeasurement, Entering, degenerate, mismatches
-from ditf.calib.images import COUNT, procedural_images
-from ditf.calib.recipe import Extent
+from ditf.calib.blocks import BlockMeasurement, Entering, degenerate
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
 from ditf.export.measure.activation_ranges import measure_ranges
+from ditf.export.measure.calibration import (
+    CALIBRATION_SCHEMA,
+    Calibration,
+    feature_settings,
+    measured_for,
+)
+from ditf.export.measure.images import CalibrationImages, image_names
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import Entry, encode, trim
 from ditf.export.planning.options import ExportOptions
 from ditf.export.planning.plan import Plan, make_plan
+from ditf.export.planning.stages import Report, Stage, run_stages
 from ditf.runtime.bundles.manifest import tool_versions
-from ditf.runtime.errors import InputError
-from ditf.runtime.files.json_file import read_json
-from ditf.runtime.images import fit_image, list_images, open_image
-
-_LARGEST = 128 << 20  # bytes of a calibration
-
-SCHEMA = 1
-
-Progress = Callable[[str], None]
 
 
-def stage_count(options: ExportOptions) -> int:
-    """Times that `calibrate` reports progress: loading, every image, and the ranges.
+def calibration_stage_count(options: ExportOptions) -> int:
+    """How often `calibrate` reports a stage.
 
     Raises:
-        InputError: a folder that is none, or has no images.
+        InputError: the folder of calibration images is no directory, or has no images.
     """
-    folder = options.calibration_images
-    return 2 + (COUNT if folder is None else len(list_images(folder)))
+    return len(_CalibrationRun(options).stages())
 
 
 def calibrate(
-    options: ExportOptions, progress: Progress = lambda line: None, folder: Path | None = None
-) -> dict[str, Any]:
-    """Run the unmodified model over images and collect what enters blocks 0..k.
+    options: ExportOptions, report: Report = lambda line: None, folder: Path | None = None
+) -> Calibration:
+    """Run the unmodified model over images and measure what enters blocks 0..k, and every value's range.
 
     Args:
         options: as for an export; `calibration_images` is a folder, the built-in pictures by default.
-        progress: called with a line for people for every image.
-        folder: with room for the graph's weights in float32; the system's temporary one by default.
-
-    Returns:
-        The document of calibration.json.
+        report: called with a line for people at the start of each stage; every image is one.
+        folder: has room for the graph's weights in float32; the system's temporary folder by default.
 
     Raises:
-        DitfError: anything wrong with the options, the checkpoint or the images; activations that are NaN or
-            infinite, with the first block that has them.
+        DitfError: anything wrong with the options, the checkpoint or the images; or activations that are NaN
+            or infinite, with the first block that has them.
     """
     with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
-        plan = make_plan(options, checkpoint)
-        progress(f"{plan.family.blocks.describe(plan.layer)}; loading the unmodified model")
+        run = _CalibrationRun(options, folder)
+        run.plan = make_plan(options, checkpoint)
+        run_stages(run.stages(), report)
+        return run.calibration
+
+
+class _CalibrationRun:
+    """What one `calibrate` has found so far; each stage reads what earlier ones have set."""
+
+    plan: Plan
+    images: CalibrationImages
+    entries: tuple[Entry, ...]
+    noise: torch.Tensor
+    observer: BlockObserver
+    calibration: Calibration
+
+    def __init__(self, options: ExportOptions, folder: Path | None = None) -> None:
+        self._options = options
+        self._folder = folder or Path(tempfile.gettempdir())
+
+    def stages(self) -> list[Stage]:
+        names = image_names(self._options.calibration_images)
+        line = f"image {{}} of {len(names)}: {{}}".format
+        return [
+            Stage(self._loading_line, self._load),
+            *(
+                Stage(partial(line, index + 1, name), partial(self._observe, index))
+                for index, name in enumerate(names)
+            ),
+            Stage(lambda: "measuring every value that float16 would hold", self._measure_ranges),
+        ]
+
+    def _loading_line(self) -> str:
+        return f"{self.plan.family.blocks.describe(self.plan.layer)}; loading the unmodified model"
+
+    def _load(self) -> None:
+        plan = self.plan
         with torch.no_grad():
-            encoded = encode(plan.entries, plan.family, checkpoint, plan.guidance)
-        live = options.conditioning == "live"
-        entries = trim(encoded, plan.family, live, options.text_tokens)
-        noise = plan.noise()
-        reference = Reference(checkpoint, plan.family, plan.layer, plan.size, noise, plan.latents)
-        found = observe(plan, reference.under(entries[0].condition, entries[0].timestep), progress)
-        del reference
-        progress("measuring every value that float16 would hold")
-        with spilling(folder or Path(tempfile.gettempdir())):
-            return {**found.document, **ranges_of(plan, found, entries, noise)}
+            encoded = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)
+        live = plan.options.conditioning == "live"
+        self.entries = trim(encoded, plan.family, live, plan.options.text_tokens)
+        self.noise = plan.noise()
+        self.images = CalibrationImages(plan.options.calibration_images, plan.size)
+        reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, self.noise, plan.latents)
+        self.observer = BlockObserver(
+            plan, reference.under(self.entries[0].condition, self.entries[0].timestep)
+        )
+
+    def _observe(self, index: int) -> None:
+        self.observer.add(self.images.arrays[index])
+
+    def _measure_ranges(self) -> None:
+        observed = self.observer.finish(self.images)
+        del self.observer  # frees the unmodified model
+        with spilling(self._folder):
+            self.calibration = measure_calibration(self.plan, observed, self.entries, self.noise, self.images)
 
 
 @dataclass(frozen=True)
-class Observed:
-    """What the unmodified model showed.
+class ObservedBlocks:
+    """What was seen of the unmodified model's blocks.
 
     Attributes:
-        document: of calibration.json, but for the ranges.
+        calibration: without ranges.
         hidden_states: [N, C] float32, what enters block k on the first image.
     """
 
-    document: dict[str, Any]
+    calibration: Calibration
     hidden_states: np.ndarray
 
 
-def ranges_of(plan: Plan, found: Observed, entries: Sequence[Entry], noise: torch.Tensor) -> dict[str, Any]:
-    """For calibration.json, on its images: `ranges`, and `inputs`, maxima of linears' input channels."""
-    _, images = calibration_images(plan.options.calibration_images, plan.size)
-    channels = massive_channels(found.document) if plan.discard is None else plan.discard
-    extents, maxima = measure_ranges(plan, entries, noise, images, found.hidden_states, channels)
-    return {
-        "ranges": [extent.to_json() for extent in extents],
-        "inputs": {
-            name: [float(f"{value:.3g}") for value in values.tolist()] for name, values in maxima.items()
-        },
-    }
-
-
-def observe(plan: Plan, reference: Reference, progress: Progress = lambda line: None) -> Observed:
-    """Run a reference under its condition over the calibration images."""
-    names, images = calibration_images(plan.options.calibration_images, plan.size)
-    blocks = plan.family.blocks
-    measurement = BlockMeasurement(
-        [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)],
-        centred=not plan.family.rms_norms,
-    )
-    last: list[np.ndarray] = []
-
-    def visit(layer: int, entering: Entering) -> None:
-        measurement.add(layer, entering)
-        if layer == plan.layer and not last:
-            last.append(entering.image.copy())
-
-    for number, (name, image) in enumerate(zip(names, images, strict=True), start=1):
-        progress(f"image {number} of {len(images)}: {name}")
-        reference.trace(image, visit)
-    document = {
-        "schema": SCHEMA,
-        "model": plan.checkpoint.id,
-        "revision": plan.checkpoint.revision,
-        **identity(plan),
-        "images": {
-            "count": len(images),
-            "source": str(plan.options.calibration_images or "built-in procedural pictures"),
-            "names": names,
-            "warning": degenerate(images),
-        },
-        "published_channels": _listed(plan.family.defaults.channels),
-        "layers": [
-            {"module": plan.family.block_name(layer.layer), **layer.to_json()}
-            for layer in measurement.finish()
-        ],
-        "versions": tool_versions("ditf", "torch", "diffusers", "transformers"),
-    }
-    return Observed(document, last[0])
-
-
-def massive_channels(document: Mapping[str, Any]) -> list[int]:
-    """Massive channels of what enters block k, ascending."""
-    return [entry["channel"] for entry in document["layers"][-1]["image"]["massive_channels"]]
-
-
-def read_extents(document: Mapping[str, Any]) -> list[Extent]:
-    """The ranges of a calibration; KeyError, TypeError or ValueError where they are none."""
-    return [Extent.from_json(entry) for entry in document["ranges"]]
-
-
-def read_maxima(document: Mapping[str, Any]) -> dict[str, torch.Tensor]:
-    """Maxima of the inputs of linears; KeyError, TypeError or ValueError where they are none."""
-    return {name: torch.tensor(values, dtype=torch.float32) for name, values in document["inputs"].items()}
-
-
-def read_calibration(path: Path, plan: Plan) -> dict[str, Any]:
-    """A file that `ditf calibrate` wrote, for this very export.
+def measure_calibration(
+    plan: Plan,
+    observed: ObservedBlocks,
+    entries: Sequence[Entry],
+    noise: torch.Tensor,
+    images: CalibrationImages,
+) -> Calibration:
+    """The calibration with the ranges of every value of the plan's graph, measured on the same images.
 
     Raises:
-        InputError: unreadable, not a calibration, or of another model, layer, timestep, condition or size.
+        GateFailed: as `measure_ranges`.
     """
-    fix = "make one with ditf calibrate"
-    try:
-        document = read_json(path, _LARGEST)
-        channels = massive_channels(document)
-        if plan.precision.compute != torch.float32:
-            if "ranges" not in document:
-                raise InputError(f"--calibration {path} has no ranges: it is a float32 bundle's", fix)
-            read_extents(document)
-            read_maxima(document)
-        if any(not 0 <= channel < plan.family.channels for channel in channels):
-            raise ValueError("channels the model does not have")
-    except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
-        raise InputError(f"--calibration {path} is no calibration ({error!r:.80})", fix) from error
-    wrong = mismatches(document, identity(plan))
-    if wrong:
-        raise InputError(f"--calibration {path} has {wrong[0]}", fix)
-    found: dict[str, Any] = document
-    return found
+    settings = feature_settings(plan, observed.calibration)
+    extents, maxima = measure_ranges(plan, entries, noise, images.arrays, observed.hidden_states, settings)
+    return observed.calibration.with_ranges(extents, maxima)
 
 
-def identity(plan: Plan) -> dict[str, Any]:
-    """What a calibration is of, and what an export that uses it must agree with: not where the model lies."""
-    given = [entry.embeds for entry in plan.entries if entry.embeds is not None]
-    vae = plan.latents.source
-    return {
-        "weights": plan.checkpoint.weights("transformer").fingerprint(),
-        "vae": None if vae is None else vae.weights().fingerprint(),
-        "guidance": plan.guidance,
-        "layer": plan.layer,
-        "timestep": plan.entries[0].timestep,
-        "conditioning": plan.options.conditioning,
-        "conditions": [entry.name for entry in plan.entries],
-        "text_tokens": plan.options.text_tokens,
-        "size": list(plan.size),
-        **({"prompt_embeds": given} if given else {}),
-    }
+def observe_blocks(plan: Plan, reference: Reference, images: CalibrationImages) -> ObservedBlocks:
+    """Run a reference, under the condition that it is set to, over all calibration images."""
+    observer = BlockObserver(plan, reference)
+    for image in images.arrays:
+        observer.add(image)
+    return observer.finish(images)
 
 
-def calibration_images(folder: Path | None, size: tuple[int, int]) -> tuple[list[str], list[np.ndarray]]:
-    """Names and pictures, uint8 [H, W, 3] at `size`: a folder's, or the built-in ones."""
-    if folder is None:
-        pictures = procedural_images(size)
-        return [f"procedural {index}" for index in range(len(pictures))], pictures
-    paths = list_images(folder)
-    return [path.name for path in paths], [fit_image(open_image(path), size)[0] for path in paths]
+class BlockObserver:
+    """Collects statistics of what enters each block of a reference, one image at a time."""
 
+    def __init__(self, plan: Plan, reference: Reference) -> None:
+        blocks = plan.family.blocks
+        self._plan = plan
+        self._reference = reference
+        self._measurement = BlockMeasurement(
+            [".".join(map(str, blocks.locate(index))) for index in range(plan.layer + 1)],
+            centred=not plan.family.rms_norms,
+        )
+        self._hidden_states: np.ndarray | None = None
 
-def _listed(channels: Sequence[int] | None) -> list[int] | None:
-    return None if channels is None else list(channels)
+    def add(self, image: np.ndarray) -> None:
+        """Run one image, uint8 [H, W, 3] at the plan's size."""
+        self._reference.trace(image, self._visit)
+
+    def _visit(self, layer: int, entering: Entering) -> None:
+        self._measurement.add(layer, entering)
+        if layer == self._plan.layer and self._hidden_states is None:
+            self._hidden_states = entering.image.copy()
+
+    def finish(self, images: CalibrationImages) -> ObservedBlocks:
+        """The statistics over the images that were added.
+
+        Args:
+            images: all of them, for the document.
+
+        Raises:
+            InputError: no image was added.
+        """
+        plan = self._plan
+        published = plan.family.defaults.channels
+        document = {
+            "schema": CALIBRATION_SCHEMA,
+            "model": plan.checkpoint.id,
+            "revision": plan.checkpoint.revision,
+            **measured_for(plan),
+            "images": {
+                "count": len(images.arrays),
+                "source": images.source,
+                "names": image_names(images.folder),
+                "warning": degenerate(images.arrays),
+            },
+            "published_channels": None if published is None else list(published),
+            "layers": [
+                {"module": plan.family.block_name(layer.layer), **layer.to_json()}
+                for layer in self._measurement.finish()
+            ],
+            "versions": tool_versions("ditf", "torch", "diffusers", "transformers"),
+        }
+        assert self._hidden_states is not None
+        return ObservedBlocks(Calibration(document), self._hidden_states)

@@ -1,4 +1,4 @@
-"""Looking at the features themselves before the graph is made: what `--pca` learns, and float16's margin."""
+"""Statistics of the unmodified model's features: the projection that `--pca` learns, and float16's margin."""
 
 from __future__ import annotations
 
@@ -12,42 +12,48 @@ import torch
 from ditf.calib.projection import SecondMoment
 from ditf.calib.recipe import check_features
 from ditf.export.graph.features import FeatureSettings
-from ditf.export.measure.calibrate import calibration_images
-from ditf.export.measure.golden import Case
+from ditf.export.measure.golden import GoldenCase
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import InputError
 
 
 @dataclass(frozen=True)
-class Survey:
-    """What was found.
+class FeatureStatistics:
+    """What was learned from the features.
 
     Attributes:
-        projection: P of --pca, float32 [N, C].
-        document: of the projection, for the manifest.
+        projection: P of --pca, float32 [N, C], or None without --pca.
+        manifest: what the manifest says about the projection, or None.
     """
 
     projection: np.ndarray | None = None
-    document: dict[str, Any] | None = None
+    manifest: dict[str, Any] | None = None
 
 
-def survey(plan: Plan, reference: Reference, settings: FeatureSettings, cases: Sequence[Case]) -> Survey:
-    """Run the unmodified model over the calibration images.
+def measure_features(
+    plan: Plan,
+    reference: Reference,
+    settings: FeatureSettings,
+    cases: Sequence[GoldenCase],
+    images: CalibrationImages,
+) -> FeatureStatistics:
+    """Compute the unmodified model's features of the calibration images, and learn the projection from them.
 
-    Each image is seen under one condition, in turns; where there are more conditions than images, images
-    are seen again.
+    Each image is run under one condition, in turns. Where there are more conditions than images, images are
+    used again.
 
     Raises:
-        InputError: features that are not finite, or without margin where they are to be float16.
+        InputError: the features are not finite, or too large for the margin that float16 features keep.
     """
-    _, images = calibration_images(plan.options.calibration_images, plan.size)
     moment = None if plan.options.pca is None else SecondMoment(plan.family.channels)
     largest = 0.0
-    for number in range(max(len(images), len(cases))):
+    count = len(images.arrays)
+    for number in range(max(count, len(cases))):
         entry = cases[number % len(cases)].entry
         reference.under(entry.condition, entry.timestep)
-        hidden_states = reference.hidden_states(images[number % len(images)])
+        hidden_states = reference.hidden_states(images.arrays[number % count])
         features = reference.features(hidden_states, settings)
         if not np.isfinite(features).all():
             raise InputError(
@@ -59,14 +65,14 @@ def survey(plan: Plan, reference: Reference, settings: FeatureSettings, cases: S
     if plan.output_dtype == torch.float16:
         check_features(largest if moment is None else moment.largest)
     if moment is None:
-        return Survey()
+        return FeatureStatistics()
     assert plan.options.pca is not None
     learned = moment.projection(plan.options.pca)
-    document = {
+    manifest = {
         "of": plan.family.channels,
-        "images": len(images),
-        "source": str(plan.options.calibration_images or "built-in procedural pictures"),
+        "images": count,
+        "source": images.source,
         "tokens": moment.tokens,
         "energy": learned.energy,
     }
-    return Survey(learned.matrix, document)
+    return FeatureStatistics(learned.matrix, manifest)

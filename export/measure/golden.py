@@ -1,17 +1,16 @@
-"""golden.npz: enough of the unmodified model's answers to check parity where there is no PyTorch."""
+"""Golden outputs: what the unmodified model gives on a pair of images, to check a bundle without PyTorch."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.nn import functional
 
-from ditf.calib.projection import project, projection_cost
+from ditf.calib.projection import project_features, projection_cost
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import Entry
@@ -20,64 +19,82 @@ from ditf.runtime.matching.cells import TIE_TOLERANCE
 POINTS = 64
 MAX_ROWS = 512  # per image
 MAX_CASES = 8
-_ROW_BYTES = 4 << 20  # of all rows; with two 960 px images the file stays below 8 MB
-_OTHER_BYTES = 1 << 20  # of the rows of all conditions but the first
-_HIDDEN_BYTES = 1 << 20  # of what enters the blocks
+_ROW_BYTES = 4 << 20  # all rows; with two 960 px images the file stays below 8 MB
+_OTHER_BYTES = 1 << 20  # the rows of all conditions but the first
+_HIDDEN_BYTES = 1 << 20  # the hidden states that enter the blocks
 _CHANNELS_AT_ONCE = 64
 
 
 @dataclass(frozen=True)
-class Case:
-    """A condition that is checked: its place in the bundle, and itself."""
+class GoldenCase:
+    """A condition that a bundle is checked under: its index in the bundle, and its entry."""
 
     index: int
     entry: Entry
 
 
 @dataclass(frozen=True)
-class Whole:
-    """What a bundle approximates, without the approximation.
+class ExactCase:
+    """The first condition without the bundle's approximations (--text-tokens, --vae).
 
     Attributes:
-        entry: the first condition with all its text.
-        x_0: of the two images by the checkpoint's own VAE, float32 [2, c, h', w'], where the bundle has
-            another encoder.
+        entry: the condition with all its text tokens.
+        x_0: the golden pair encoded by the checkpoint's own VAE, float32 [2, c, h', w'], where the bundle has
+            another encoder; else None.
     """
 
     entry: Entry
     x_0: torch.Tensor | None
 
 
-def golden_cases(entries: int) -> list[int]:
-    """Which of many conditions are checked: the first, the last and some between, `MAX_CASES` at most."""
-    return sorted({round(i) for i in np.linspace(0, entries - 1, min(entries, MAX_CASES)).tolist()})
+@dataclass(frozen=True)
+class GoldenOutputs:
+    """The golden outputs of one export.
+
+    Attributes:
+        arrays: the arrays of golden.npz, see `golden_outputs`.
+        manifest: what the manifest says about them.
+        projection_cost: what --pca costs on the golden pair (`ditf.calib.projection.projection_cost`); empty
+            without --pca.
+    """
+
+    arrays: Mapping[str, np.ndarray]
+    manifest: dict[str, Any]
+    projection_cost: dict[str, float]
 
 
-def write_golden(
-    path: Path,
+def golden_cases(conditions: int) -> list[int]:
+    """Which of many conditions are checked: the first, the last and some between, at most `MAX_CASES`."""
+    return sorted({round(i) for i in np.linspace(0, conditions - 1, min(conditions, MAX_CASES)).tolist()})
+
+
+def golden_outputs(
     reference: Reference,
     images: np.ndarray,
     settings: FeatureSettings,
     seed: int,
-    cases: Sequence[Case],
-    whole: Whole | None = None,
+    cases: Sequence[GoldenCase],
+    exact: ExactCase | None = None,
     projection: np.ndarray | None = None,
-) -> tuple[dict[str, Any], dict[str, float]]:
-    """Run the reference on a pair of images and write what a device compares itself with.
+) -> GoldenOutputs:
+    """Run the reference on a pair of images and keep what a device compares its own outputs with.
 
-    The file holds images uint8 [2, H, W, 3]; rows int64 [2, R], sampled token indices, and features
-    float32 [2, R, C] at them, under the first condition; points float32 [P, 2] in the first image, and
-    match_points [P, 2] and match_scores [P] in the second. For the condition with index i > 0: rows_i
-    [S] and features_i [S, C] of the first image. What enters blocks 0..k on the first image under the
-    first condition: hidden_rows [H] and hidden_states [k + 1, H, C]. Of a bundle that approximates:
-    whole_features [2, R, C] and whole_match_points [P, 2], what the model gives without any approximation.
+    The arrays are `images` uint8 [2, H, W, 3]; `rows` int64 [2, R], sampled token indices, and `features`
+    float32 [2, R, C] at them, under the first condition; `points` float32 [P, 2] in the first image, and
+    `match_points` [P, 2] and `match_scores` [P] in the second. Each further condition, with index i > 0, has
+    `rows_i` [S] and `features_i` [S, C] of the first image. `hidden_rows` [H] and `hidden_states`
+    [k + 1, H, C] are what enters blocks 0..k on the first image under the first condition. A bundle that
+    approximates has `whole_features` [2, R, C] and `whole_match_points` [P, 2], which the model gives without
+    any approximation.
 
     Args:
-        whole: what the bundle approximates, if it does.
+        reference: the unmodified model.
+        images: uint8 [2, H, W, 3].
+        settings: the feature's definition.
+        seed: picks rows and points.
+        cases: the conditions, the bundle's first one first.
+        exact: what the bundle approximates, or None.
         projection: P of --pca, float32 [N, C]: features are then P times what the model gives, in float32.
-
-    Returns:
-        What it holds, for the manifest; and what the projection costs on the pair (`projection_cost`).
     """
     full = _maps(reference, cases[0].entry, images, settings)
     maps = _projected(full, projection)
@@ -89,7 +106,7 @@ def write_golden(
     rows = np.stack([np.sort(rng.choice(h * w, count, replace=False)) for _ in maps])
     height, width = images.shape[1:3]
     points = np.stack([rng.integers(0, width, POINTS), rng.integers(0, height, POINTS)], axis=1)
-    match_points, match_scores = published_match(maps[0], maps[1], points, (height, width))
+    match_points, match_scores = reference_match(maps[0], maps[1], points, (height, width))
     cost = {}
     if projection is not None:
         cost = projection_cost((full[0], full[1]), (maps[0], maps[1]), points, (height, width))
@@ -104,10 +121,10 @@ def write_golden(
     few = max(1, min(h * w, _HIDDEN_BYTES // entering[0][0].nbytes // len(entering)))
     arrays["hidden_rows"] = np.sort(np.random.default_rng(seed).choice(h * w, few, replace=False))
     arrays["hidden_states"] = np.stack([tokens[arrays["hidden_rows"]] for tokens in entering])
-    if whole is not None:
-        exact = _projected(_maps(reference, whole.entry, images, settings, whole.x_0), projection)
-        arrays["whole_features"] = _take(exact, rows)
-        arrays["whole_match_points"] = published_match(exact[0], exact[1], points, (height, width))[0]
+    if exact is not None:
+        whole = _projected(_maps(reference, exact.entry, images, settings, exact.x_0), projection)
+        arrays["whole_features"] = _take(whole, rows)
+        arrays["whole_match_points"] = reference_match(whole[0], whole[1], points, (height, width))[0]
     others = cases[1:]
     for case in others:
         few = max(1, min(count, _OTHER_BYTES // (4 * channels * len(others))))
@@ -115,14 +132,13 @@ def write_golden(
         arrays[f"rows_{case.index}"] = chosen
         one = _projected(_maps(reference, case.entry, images[:1], settings), projection)
         arrays[f"features_{case.index}"] = _take(one, chosen[None])[0]
-    np.savez_compressed(path, allow_pickle=False, **arrays)
-    listed = {
+    manifest = {
         "images": "procedural pair",
         "rows_per_image": count,
         "points": POINTS,
         "conditions": [case.index for case in cases],
     }
-    return listed, cost
+    return GoldenOutputs(arrays, manifest, cost)
 
 
 def _maps(
@@ -139,7 +155,7 @@ def _maps(
 
 
 def _projected(maps: list[np.ndarray], projection: np.ndarray | None) -> list[np.ndarray]:
-    return maps if projection is None else [project(one, projection) for one in maps]
+    return maps if projection is None else [project_features(one, projection) for one in maps]
 
 
 def _take(maps: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
@@ -148,12 +164,12 @@ def _take(maps: Sequence[np.ndarray], rows: np.ndarray) -> np.ndarray:
 
 
 @torch.no_grad()
-def published_match(
+def reference_match(
     source: np.ndarray, target: np.ndarray, points: np.ndarray, size: tuple[int, int]
 ) -> tuple[np.ndarray, np.ndarray]:
-    """DiTF's published protocol, step by step in PyTorch: upsample, normalise, cosine, argmax.
+    """Match points as the DiTF paper does, step by step in PyTorch: upsample, normalise, cosine, argmax.
 
-    Features are upsampled some channels at a time, which changes nothing and keeps memory bounded.
+    Features are upsampled some channels at a time; the result is the same, and memory stays bounded.
 
     Args:
         source, target: float32 [C, h, w].
@@ -161,7 +177,7 @@ def published_match(
         size: (H, W) of both images.
 
     Returns:
-        points float32 [N, 2] and cosines float32 [N]; the first of tied pixels.
+        points float32 [N, 2], (x, y) px, and cosines float32 [N]; of tied pixels the first one wins.
     """
     x, y = torch.from_numpy(points[:, 0]), torch.from_numpy(points[:, 1])
     products = torch.zeros(len(points), size[0] * size[1])

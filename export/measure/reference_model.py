@@ -1,8 +1,11 @@
-"""The reference: the unmodified diffusers transformer, float32, observed through hooks.
+"""The reference: the unmodified diffusers transformer in float32, observed through hooks.
 
-Nothing here knows how a block computes its modulation. Block k of the unmodified model is run on the
-averaged, discarded hidden states, and what its attention receives is the feature:
-(1 + scale_k) * Norm_k(z) + shift_k, computed by someone else's code.
+This file does not know how a block computes its modulation. It runs block k of the unmodified model on the
+averaged hidden states with the massive channels discarded, and takes the input of the block's attention as
+the feature: (1 + scale_k) * Norm_k(z) + shift_k, computed by diffusers.
+
+The reference shares no arithmetic with the graph that it checks. A mistake in shared code would be in both
+and would not be found.
 """
 
 from __future__ import annotations
@@ -18,8 +21,8 @@ from torch import nn
 from ditf.calib.blocks import Entering
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_model
-from ditf.export.checkpoints.noise_schedule import ddpm_scheduler, noise_level
-from ditf.export.checkpoints.offload import stream_model, streams
+from ditf.export.checkpoints.noise_schedule import ddpm_scheduler
+from ditf.export.checkpoints.offload import is_offloaded, offload_model
 from ditf.export.checkpoints.vae import LatentSpace
 from ditf.export.families.base import Condition, Family
 from ditf.export.graph.features import FeatureSettings
@@ -27,7 +30,7 @@ from ditf.runtime.errors import MissingComponent
 
 
 class _Stop(Exception):
-    """Leaves a forward pass once a hook has what it wants."""
+    """Raised by a hook to end a forward pass once it has seen its tensors."""
 
 
 class Reference:
@@ -35,13 +38,17 @@ class Reference:
 
     Args:
         checkpoint: a diffusers directory.
-        family: of its transformer.
-        layer: k.
+        family: the family of its transformer.
+        layer: k, the block whose input is the feature.
         size: (H, W) of the images in pixels.
         noise: eps, float32 [E, c, h, w].
-        latents: what encodes images; the checkpoint's own VAE by default.
-        resident: hold all of it in memory, to move it; else a large model's weights are read as they are
-            used, up to block k and no further, in every pass.
+        latents: the latent space and its encoder; the checkpoint's own VAE by default.
+        resident: hold the whole model in memory, which `moved` needs. Otherwise the weights of a large model
+            are read in every pass when they are used, up to block k.
+
+    Raises:
+        InputError: weights are missing, damaged or do not belong to the config.
+        MissingComponent: the installed diffusers names the model's modules differently.
     """
 
     def __init__(
@@ -58,11 +65,11 @@ class Reference:
         self._family = family
         self._layer = layer
         self._transformer: Any
-        if resident or not streams(checkpoint.stored("transformer")[0]):
+        if resident or not is_offloaded(checkpoint.stored("transformer")[0]):
             self._transformer = load_model(transformer_class, checkpoint, "transformer")
         else:
             weights = checkpoint.weights("transformer")
-            self._transformer = stream_model(transformer_class, family.config, weights)
+            self._transformer = offload_model(transformer_class, family.config, weights)
         self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels)
         self._vae = self._latents.load_vae() if self._latents.vae else None
         self._scheduler = checkpoint.config("scheduler")
@@ -79,14 +86,14 @@ class Reference:
         self._block_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def under(self, condition: Condition, timestep: int) -> Reference:
-        """The same model; what follows is observed under this condition and timestep."""
+        """Set the condition and the timestep of the passes that follow; returns this object."""
         self._timestep = timestep
         inputs = self._family.reference_inputs(condition, timestep, self._size, self._grid, len(self._noise))
         self._inputs = {name: self._placed(value) for name, value in inputs.items()}
         return self
 
     def _placed(self, value: Any) -> Any:
-        """An input of the transformer where it is, embeddings in its type."""
+        """Move an input to the transformer's device; embeddings are cast to the transformer's type."""
         if isinstance(value, dict):
             return {name: self._placed(one) for name, one in value.items()}
         if isinstance(value, list):
@@ -97,9 +104,13 @@ class Reference:
         return value.to(self._device, self._dtype if wide else value.dtype)
 
     def moved(self, device: str, dtype: torch.dtype, compiled: bool = False) -> Reference:
-        """The same model, resident, elsewhere, for timing it: what it gives is then no reference.
+        """Move a resident model to another device or type, to time it there; returns this object.
+
+        Its outputs are no reference any more.
 
         Args:
+            device: "cpu" or "cuda".
+            dtype: of the weights and activations.
             compiled: compile the blocks before k with torch.compile.
         """
         self._device, self._dtype = torch.device(device), dtype
@@ -114,7 +125,7 @@ class Reference:
 
     @torch.no_grad()
     def hidden_states(self, image: np.ndarray) -> np.ndarray:
-        """x_k averaged over the noise ensemble: float32 [N, C], image tokens in row-major order.
+        """What enters block k, averaged over the noise ensemble: float32 [N, C], in row-major order.
 
         Args:
             image: uint8 [H, W, 3] at the export's size.
@@ -123,7 +134,7 @@ class Reference:
 
     @torch.no_grad()
     def hidden_states_of(self, x_0: torch.Tensor) -> np.ndarray:
-        """As `hidden_states`, of an image that is encoded already: x_0 float32 [1, c, h', w']."""
+        """The same as `hidden_states` for an encoded image, x_0 float32 [1, c, h', w']."""
         x_t = self._placed(self._family.reference_latents(self._add_noise(x_0)))
         args, kwargs = _observe(self._block, self._transformer, (x_t,), self._inputs)
         self._block_call = (args, kwargs)
@@ -132,11 +143,11 @@ class Reference:
 
     @torch.no_grad()
     def trace(self, image: np.ndarray, visit: Callable[[int, Entering], None]) -> None:
-        """One pass of the unmodified model; tokens are averaged over the ensemble.
+        """Run the unmodified model once and visit its blocks; tokens are averaged over the ensemble.
 
         Args:
             image: uint8 [H, W, 3] at the export's size.
-            visit: called with each of blocks 0..k and what enters it, in order.
+            visit: called with the index of each of blocks 0..k and the tokens that enter it, in order.
         """
         seen: list[tuple[np.ndarray, np.ndarray | None]] = []
 
@@ -173,12 +184,17 @@ class Reference:
                 handle.remove()
 
     def _image_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """Of a sequence that may hold text too (FLUX's single-stream blocks)."""
+        """The image tokens of a sequence that may also hold text, as in FLUX's single-stream blocks."""
         return self._family.reference_tokens(tokens, self._grid[0] * self._grid[1])[0]
 
     @torch.no_grad()
     def features(self, hidden_states: np.ndarray, settings: FeatureSettings) -> np.ndarray:
-        """The DiTF feature [C, h, w], float32, of hidden states from `hidden_states`."""
+        """Compute the DiTF feature, float32 [C, h, w], from the last result of `hidden_states`.
+
+        Args:
+            hidden_states: float32 [N, C].
+            settings: the feature's definition.
+        """
         channels = list(settings.channels)
         z = torch.from_numpy(hidden_states)[None].to(self._device, self._dtype, copy=True)
         if settings.stage == "before":
@@ -198,7 +214,11 @@ class Reference:
         return self._latents.encode(self._vae, pixels)
 
     def _add_noise(self, x_0: torch.Tensor) -> torch.Tensor:
-        """x_t [E, c, h', w']; DDPM through diffusers' own scheduler, flow matching by its formula."""
+        """x_t [E, c, h', w'], from diffusers' own DDPM scheduler or the formula of flow matching.
+
+        `noise_schedule.noise_levels` decides between the two for the graph. The decision is made again here,
+        because the reference has to find a graph that has the wrong noise.
+        """
         x_0 = x_0.expand(len(self._noise), -1, -1, -1)
         if "beta_schedule" in self._scheduler:
             scheduler = ddpm_scheduler(self._scheduler)
@@ -206,8 +226,8 @@ class Reference:
                 x_0, self._noise, torch.full((len(self._noise),), self._timestep)
             )
             return noisy
-        level = noise_level(self._scheduler, self._timestep)
-        return level.signal * x_0 + level.noise * self._noise
+        t = self._timestep / int(self._scheduler.get("num_train_timesteps", 1000))
+        return (1.0 - t) * x_0 + t * self._noise
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:
@@ -215,8 +235,8 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
         return module.get_submodule(name)
     except AttributeError as error:
         raise MissingComponent(
-            f"diffusers {diffusers.__version__} lays {type(module).__name__} out otherwise than this ditf"
-            f" expects ({error})",
+            f"diffusers {diffusers.__version__} names the modules of {type(module).__name__} differently than"
+            f" this ditf expects ({error})",
             "install a version that ditf was tested with: see constraints.txt",
         ) from error
 
@@ -224,7 +244,7 @@ def _submodule(module: nn.Module, name: str) -> nn.Module:
 def _observe(
     target: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run `model` until `target` is called; returns what `target` was called with."""
+    """Run `model` until it calls `target`; returns the arguments of that call."""
     seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -259,7 +279,7 @@ def _replace_first(
 def _cut_batch(
     call: tuple[tuple[Any, ...], dict[str, Any]], batch: int
 ) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call for a batch of one: every noise of the ensemble has the same condition."""
+    """The same call with a batch of one; the condition is the same for every noise of the ensemble."""
 
     def cut(value: Any) -> Any:
         return value[:1] if isinstance(value, torch.Tensor) and len(value) == batch else value

@@ -1,4 +1,4 @@
-"""What a bundle is measured against: the unmodified model in PyTorch, stopped at the bundle's layer."""
+"""The baseline that `ditf bench` times a bundle against: the unmodified model in PyTorch up to its layer."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.errors import InputError
 
-PEERS = ("eager", "compile")
+BASELINES = ("eager", "compile")
 
 
-class TorchPeer:
-    """The unmodified diffusers model; `detail` says how it runs."""
+class TorchBaseline:
+    """The unmodified diffusers model; `detail` says on which device, in which type and how it runs."""
 
     def __init__(self, reference: Reference, settings: FeatureSettings, detail: str) -> None:
         self._reference = reference
@@ -29,21 +29,24 @@ class TorchPeer:
         self.detail = detail
 
     def features(self, image: np.ndarray) -> np.ndarray:
-        """The feature [C, h, w] of uint8 [H, W, 3] at the bundle's size."""
+        """The features, float32 [C, h, w], of an image uint8 [H, W, 3] at the bundle's size."""
         return self._reference.features(self._reference.hidden_states(image), self._settings)
 
 
 @contextmanager
-def torch_peer(manifest: Manifest, name: str, model: str | None = None) -> Iterator[TorchPeer]:
-    """The model a bundle was exported from, opened in PyTorch: on the GPU in the bundle's precision if
-    there is one, else on the CPU in float32, which is what PyTorch is fast in there.
+def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> Iterator[TorchBaseline]:
+    """Open the model that a bundle was exported from in PyTorch.
+
+    It runs on the GPU if there is one, in float16 unless the bundle is float32. Else it runs on the CPU in
+    float32, the type that PyTorch is fastest in there.
 
     Args:
-        name: one of `PEERS`.
+        manifest: the bundle's.
+        name: one of `BASELINES`: "eager", or "compile" for torch.compile.
         model: directory or hub id; the manifest's by default.
 
     Raises:
-        DitfError: the model is not there, or is another.
+        DitfError: the model cannot be found or opened, or it is of another family.
     """
     options = ExportOptions(
         model=model or str(manifest.model["id"]),
@@ -81,4 +84,4 @@ def torch_peer(manifest: Manifest, name: str, model: str | None = None) -> Itera
         detail = f"torch {torch.__version__} {how}, {device}, {dtype}{threads}".replace(
             "torch.float", "float"
         )
-        yield TorchPeer(reference, settings, detail)
+        yield TorchBaseline(reference, settings, detail)

@@ -1,4 +1,7 @@
-"""--vae: whether another encoder may stand for the checkpoint's own. x_0 decides, not the channel count."""
+"""Whether the VAE of `--vae` may replace the checkpoint's own: both encode the same images, and x_0 decides.
+
+Compatibility tables can be wrong and channel counts say little, so the latents themselves are compared.
+"""
 
 from __future__ import annotations
 
@@ -7,42 +10,44 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from ditf.calib.images import golden_pair
 from ditf.calib.latents import CORRELATION, RELATIVE_ERROR, same_space, x_0_agreement
 from ditf.export.checkpoints.vae import LatentSpace
-from ditf.export.measure.calibrate import calibration_images
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import InputError
 
-MORE_IMAGES = 2
-"""Of the calibration images, beside the golden pair."""
+COMPARED_IMAGES = 2
+"""How many calibration images are compared, beside the golden pair."""
 
 _ALIKE = 0.9  # least correlation of channels that differ by nothing but a shift and a scale
 
 
 @dataclass(frozen=True)
-class Swap:
-    """An encoder that was accepted.
+class VaeComparison:
+    """A replacement VAE that was accepted.
 
     Attributes:
-        agreement: of `x_0_agreement`, over the golden pair and some calibration images.
-        x_0: of the golden pair by the checkpoint's own VAE, float32 [2, c, h', w'].
+        agreement: the figures of `ditf.calib.latents.x_0_agreement` over all compared images.
+        x_0: the golden pair encoded by the checkpoint's own VAE, float32 [2, c, h', w'].
     """
 
     agreement: dict[str, float]
     x_0: torch.Tensor
 
 
-def judge_encoder(plan: Plan) -> Swap:
-    """Run the encoder of --vae and the checkpoint's own VAE over the same images and compare x_0.
+def compare_vaes(plan: Plan, pair: np.ndarray, images: CalibrationImages) -> VaeComparison:
+    """Encode the same images with the VAE of --vae and with the checkpoint's own, and compare x_0.
+
+    Args:
+        plan: has a replacement VAE.
+        pair: the golden pair, uint8 [2, H, W, 3].
+        images: the first `COMPARED_IMAGES` of them are encoded too.
 
     Raises:
-        InputError: they are not of one latent space; names the figures.
+        InputError: the VAEs do not share a latent space; the message has the figures.
     """
-    pair = golden_pair(plan.size)
-    _, more = calibration_images(plan.options.calibration_images, plan.size)
-    images = np.stack([*pair, *more[:MORE_IMAGES]])
-    own, other = (_encode(space, images) for space in (plan.own_latents, plan.latents))
+    compared = np.stack([*pair, *images.arrays[:COMPARED_IMAGES]])
+    own, other = (_encode(space, compared) for space in (plan.own_latents, plan.latents))
     agreement = x_0_agreement(other.numpy(), own.numpy())
     if not same_space(agreement):
         raise InputError(
@@ -52,7 +57,7 @@ def judge_encoder(plan: Plan) -> Swap:
             f" {agreement['correlation_mean']:.2f} (least and mean; at least {CORRELATION})",
             _fix(agreement),
         )
-    return Swap(agreement, own[: len(pair)])
+    return VaeComparison(agreement, own[: len(pair)])
 
 
 def _fix(agreement: dict[str, float]) -> str:

@@ -1,23 +1,22 @@
-"""Running a graph in PyTorch, in its own precision, before it is traced.
+"""Runs a graph in PyTorch, in its own precision, before it is traced, and checks what it gives.
 
-ONNX Runtime on a CPU computes most of a float16 graph in float32 and hides overflow; PyTorch does not.
-What this measures is the rounding of this model in this precision: `ditf check` gates against it.
+ONNX Runtime computes most of a float16 graph in float32 on a CPU, which hides overflow; PyTorch does not. The
+result is how much this model is rounded in this precision, and `ditf check` derives its gates from it. The
+manifest calls it the rehearsal.
 
-Products are accumulated in float32 and rounded to float16 once, as GPUs do. That is also what makes it
-feasible: most CPUs have no float16 arithmetic, and PyTorch emulates it 40 to 200 times slower.
+Products are accumulated in float32 and rounded to float16 once, as GPUs do. This is also fast enough: most
+CPUs have no float16 arithmetic, and PyTorch's emulation of it is 40 to 200 times slower.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ditf.calib.images import golden_pair
 from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
 from ditf.export.checkpoints.weight_spill import resting
 from ditf.export.graph.features import FeaturesGraph
@@ -27,7 +26,7 @@ _SHORT = {torch.float16, torch.bfloat16}
 
 
 class Float32Accumulation(TorchDispatchMode):
-    """Matrix products and convolutions of 16-bit tensors: float32 inside, the result rounded once."""
+    """Computes matrix products and convolutions of 16-bit tensors in float32, and rounds the result once."""
 
     _PRODUCTS = frozenset(
         {
@@ -55,26 +54,31 @@ class Float32Accumulation(TorchDispatchMode):
 
 
 @torch.no_grad()
-def rehearse(
-    graph: FeaturesGraph, feeds: Sequence[Mapping[str, torch.Tensor]], golden: Path, precision: str
+def check_against_golden(
+    graph: FeaturesGraph,
+    feeds: Sequence[Mapping[str, torch.Tensor]],
+    golden: Mapping[str, np.ndarray],
+    precision: str,
 ) -> dict[str, float]:
-    """Feature parity of the module on the first golden image, the worst of the conditions in golden.npz.
+    """Compare the graph's features on the first golden image with the unmodified model's.
 
     Args:
         graph: the module that will be traced.
         feeds: for each condition, what the graph takes beside the image.
-        golden: golden.npz.
-        precision: its name.
+        golden: the arrays of golden.npz.
+        precision: the name of the graph's precision.
+
+    Returns:
+        The metrics of `feature_parity`, each the worst over the conditions that golden.npz has.
 
     Raises:
-        GateFailed: the graph is not the reference in this precision; nothing should be shipped.
+        GateFailed: the features differ by more than this precision explains.
     """
-    with np.load(golden) as arrays:
-        image = torch.from_numpy(arrays["images"][:1])
-        cases = {0: (arrays["rows"][0], arrays["features"][0])}
-        for index in range(1, len(feeds)):
-            if f"rows_{index}" in arrays:
-                cases[index] = (arrays[f"rows_{index}"], arrays[f"features_{index}"])
+    image = torch.from_numpy(golden["images"][:1])
+    cases = {0: (golden["rows"][0], golden["features"][0])}
+    for index in range(1, len(feeds)):
+        if f"rows_{index}" in golden:
+            cases[index] = (golden[f"rows_{index}"], golden[f"features_{index}"])
     measured = []
     for index, (rows, expected) in cases.items():
         with resting(), Float32Accumulation():
@@ -93,21 +97,20 @@ def rehearse(
 
 
 @torch.no_grad()
-def rehearse_alone(
-    graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], size: tuple[int, int], precision: str
+def check_finite(
+    graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], image: np.ndarray, precision: str
 ) -> None:
-    """Run the module where there is nothing to compare it with: it should at least give numbers.
+    """Check that the graph's features are finite, where there is nothing to compare them with.
 
     Args:
-        graph, precision: as for `rehearse`; feeds: of one condition.
-        size: (H, W) of the image.
+        graph, precision: as for `check_against_golden`; feeds: of one condition.
+        image: uint8 [H, W, 3].
 
     Raises:
-        GateFailed: features that are NaN or infinite.
+        GateFailed: a feature is NaN or infinite.
     """
-    image = torch.from_numpy(golden_pair(size)[:1])
     with resting(), Float32Accumulation():
-        features = graph(image, *feeds.values())
+        features = graph(torch.from_numpy(image)[None], *feeds.values())
     if not torch.isfinite(features).all():
         raise GateFailed(f"the {precision} graph gives features that are not finite", _fix(precision))
 

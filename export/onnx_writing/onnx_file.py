@@ -1,4 +1,4 @@
-"""Tracing a module to an ONNX file with its weights beside it, and checking what was written."""
+"""Traces a module to an ONNX file with its weights beside it, and checks what was written."""
 
 from __future__ import annotations
 
@@ -23,11 +23,12 @@ Progress = Callable[[int, int], None]
 
 @dataclass(frozen=True)
 class Traced:
-    """What was written, as PyTorch can run it.
+    """The program that was written to a file.
 
     Attributes:
+        program: the program itself, which PyTorch can run.
         names: {node of the program: value in the file}.
-        float32_products: names of the file's matrix products in float32.
+        float32_products: names of the file's matrix products that are computed in float32.
     """
 
     program: torch.export.ExportedProgram
@@ -48,13 +49,17 @@ def write_onnx(
 
     Args:
         inputs: example inputs by name, in the order of the module's forward.
+        outputs: names of what the module returns.
         dynamic_shapes: {dimension: torch.export.Dim} for every argument of the module's forward, by name
             or in order; None for static shapes.
-        progress: called with the bytes of weights that are written, and of all.
+        progress: called with the bytes of weights that are written so far, and of all weights.
+
+    Raises:
+        RuntimeError: as `check_onnx`.
     """
     logging.getLogger("torch.onnx").setLevel(logging.ERROR)
     with warnings.catch_warnings(), torch.no_grad():
-        # torch's own deprecations inside torch.export; nothing of ours can mend them.
+        # torch.export warns of torch's own deprecations, which ditf cannot avoid.
         warnings.simplefilter("ignore")
         program = torch.onnx.export(
             module.eval(),
@@ -79,7 +84,7 @@ def write_onnx(
 
 
 def _save(model: ir.Model, path: Path, external: bool, progress: Progress) -> None:
-    """Write a model, tensor by tensor; no more than one of them is in memory."""
+    """Write a model tensor by tensor, so that only one of them is in memory."""
     tensors = [value.const_value for value in model.graph.initializers.values()]
     total = sum(tensor.nbytes for tensor in tensors if tensor is not None)
     done = [0]
@@ -90,11 +95,11 @@ def _save(model: ir.Model, path: Path, external: bool, progress: Progress) -> No
         progress(done[0], total)
 
     ir.save(model, path, external_data=f"{path.name}.data" if external else None, callback=wrote)
-    progress(total, total)  # the smallest are in the model itself
+    progress(total, total)  # the smallest tensors are in the model itself, and are not reported
 
 
 def _strip_metadata(model: ir.Model) -> None:
-    """Remove what the exporter notes on every node: stack traces with this machine's paths."""
+    """Remove the metadata of every node: stack traces that hold this machine's paths."""
     for graph in model.graphs():
         graph.metadata_props.clear()
         for value in (*graph.inputs, *graph.outputs, *graph.initializers.values()):
@@ -110,7 +115,7 @@ def check_onnx(path: Path, opset: int) -> None:
     """Run onnx's checker, with shape inference, on a written file, and compare its opset.
 
     Raises:
-        RuntimeError: the exporter wrote something invalid; a defect of ours or of torch's.
+        RuntimeError: torch's exporter wrote an invalid file, or another opset.
     """
     try:
         onnx.checker.check_model(str(path), full_check=True)

@@ -1,7 +1,7 @@
-"""Names of a graph's values: the module that computes them, and what enters each block.
+"""Names for the values of a graph: after the module that computes them, and after the block that they enter.
 
-torch's exporter calls values "add_12". Named after their modules they say where something is off: in
-`ditf check --bisect` and `--ranges`, in a TensorRT builder's message, in Polygraphy and Netron.
+torch's exporter calls a value "add_12". A name with the module's path says where an error is: in
+`ditf check --bisect` and `--ranges`, in a TensorRT builder's message, in Polygraphy and in Netron.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ import onnx_ir as ir
 from ditf.runtime.bundles.manifest import hidden_states_name
 
 _SCOPES = "pkg.torch.onnx.name_scopes"
-_BLOCK = re.compile(r"trunk\.(blocks|doubles|singles)\.(\d+)(?=\.|$)")
 _EMBEDDER = "trunk.embedder"
+_RESIDUAL_OUTPUT = re.compile(r"trunk\.\w+\.\d+\.residual_output")
 
 
 def name_values(model: ir.Model) -> dict[str, str]:
-    """Name every node and the values it makes after its module, "trunk.blocks.3.feed_forward.up/MatMul".
+    """Name every node, and the values it makes, after its module: "trunk.blocks.3.feed_forward.up/MatMul".
 
-    What enters block i, the image's residual, is `hidden_states.<i>`; where text and image are one sequence,
-    text first, it holds both. Graph inputs, outputs and initializers keep their names. Needs the metadata
-    that torch's exporter notes on nodes.
+    The image's residual that enters block i is called `hidden_states.<i>`. Where text and image are one
+    sequence, text first, the value holds both. Graph inputs, outputs and initializers keep their names. The
+    paths come from the metadata that torch's exporter writes on nodes.
 
     Returns:
-        {torch's name: name} of the values.
+        {torch's name: new name} of the values.
     """
     graph = model.graph
     outputs = {id(value) for value in graph.outputs}
@@ -46,10 +46,10 @@ def name_values(model: ir.Model) -> dict[str, str]:
 
 
 def _scope(node: ir.Node) -> str:
-    """Path of the module that a node belongs to."""
+    """The path of the module that a node belongs to."""
     listed = re.findall(r"'([^']*)'", node.metadata_props.get(_SCOPES, ""))
     scope = listed[-2] if len(listed) > 1 else ""
-    return "" if scope.startswith("_empty") else scope  # torch's word for none
+    return "" if scope.startswith("_empty") else scope  # torch's name for no module
 
 
 def _unique(base: str, taken: Counter[str]) -> str:
@@ -58,20 +58,18 @@ def _unique(base: str, taken: Counter[str]) -> str:
 
 
 def _boundaries(graph: ir.Graph) -> dict[int, str]:
-    """Names of the residuals that leave the embedder and each block, by the identity of the value."""
-    blocks: dict[int, tuple[str, int]] = {}
-    for node in graph:
-        match = _BLOCK.match(_scope(node))
-        if match is not None:
-            blocks[id(node)] = (match[1], int(match[2]))
-    # Single-stream blocks follow the two-stream ones.
-    offset = 1 + max((number for kind, number in blocks.values() if kind == "doubles"), default=-1)
-    last: dict[int, ir.Value] = {}  # the last value that a block adds up is its residual
+    """Names of the residuals that leave the embedder and each block, by the identity of the value.
+
+    A block's is what its `ditf.export.graph.blocks.trunk.ResidualOutput` computes; the blocks follow one
+    another in the graph.
+    """
+    residuals: list[ir.Value] = []
+    embedded: ir.Value | None = None
     for node in graph:
         scope = _scope(node)
         if scope.startswith(_EMBEDDER):
-            last[0] = node.outputs[0]
-        elif id(node) in blocks and node.op_type == "Add":
-            kind, number = blocks[id(node)]
-            last[1 + number + (offset if kind == "singles" else 0)] = node.outputs[0]
-    return {id(value): hidden_states_name(index) for index, value in last.items()}
+            embedded = node.outputs[0]  # the last one leaves it
+        elif _RESIDUAL_OUTPUT.fullmatch(scope):
+            residuals.append(node.outputs[0])
+    first = [] if embedded is None else [embedded]
+    return {id(value): hidden_states_name(index) for index, value in enumerate([*first, *residuals])}

@@ -1,4 +1,7 @@
-"""trace.npz: what the traced program computes in PyTorch, value by value, to find where a file departs."""
+"""Writes trace.npz: a sketch of every value that the traced program computes in PyTorch.
+
+`ditf check --bisect` compares another runtime's values with it, and finds the first that departs.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +24,7 @@ _LEFT_OUT = (
     *("Reshape", "Transpose", "Slice", "Cast", "Split", "Unsqueeze", "Squeeze", "Expand", "Identity"),
     "Softmax",  # positive, so that signed sums cancel: what comes before and after says more
 )
-"""Operators that only move values, and one that a sketch does not suit."""
+"""Operators without a sketch: most only move values."""
 
 
 @torch.no_grad()
@@ -36,12 +39,12 @@ def write_trace(
     """Run a traced program in its own precision and write a sketch of every value it computes.
 
     The file holds `names` [T] in the order of the graph, the `lengths` [T] of their sketches, the sketches
-    one after another in `values`, and in `boundaries` [k + 1] how far what enters each block was from the
-    unmodified model's. See `_LEFT_OUT` for what is not in it.
+    one after another in `values`, and in `boundaries` [k + 1] the error of the hidden states that enter each
+    block. Values of the operators in `_LEFT_OUT` are not in it.
 
     Args:
-        inputs: of the program, by name: what `ditf check` will feed the graph.
-        golden: arrays of golden.npz; grid: (h, w) of the features.
+        inputs: the program's inputs by name, as `ditf check` will feed them.
+        golden: the arrays of golden.npz; grid: (h, w) of the features.
     """
     recorder = _Recorder(traced)
     with resting(), Float32Accumulation():
@@ -65,7 +68,7 @@ def write_trace(
 
 
 class _Recorder(Interpreter):
-    """Sketches of values by their names in the file, and what enters blocks whole."""
+    """Runs a program; keeps the sketch of every value by its name in the file, and hidden states whole."""
 
     def __init__(self, traced: Traced) -> None:
         super().__init__(traced.program.module(check_guards=False))

@@ -1,4 +1,4 @@
-"""The conditions of an export: which prompts or classes at which timesteps, and what they are called."""
+"""The conditions of an export: prompts or classes at timesteps, their names and their encoding."""
 
 from __future__ import annotations
 
@@ -30,11 +30,11 @@ class Entry:
     """One condition of a bundle.
 
     Attributes:
-        name: what the runtime calls it.
-        prompt, class_label: one of them; `class_label` None and no prompt is the null class.
+        name: the name that the runtime chooses it by.
+        prompt, class_label: one of them is set; where neither is, the condition is the null class.
         timestep: diffusion timestep.
-        condition: what the text encoders made of it, once they ran.
-        embeds: sha256 of the file that the condition was read from, where one was given.
+        condition: the tensors of the text encoders, once they ran.
+        embeds: sha256 of the file of --prompt-embeds that the condition is from, or None.
     """
 
     name: str
@@ -57,11 +57,11 @@ class Entry:
 def plan_entries(
     options: ExportOptions, checkpoint: Checkpoint, family: Family, defaults: Defaults
 ) -> tuple[Entry, ...]:
-    """The entries an export asks for, not encoded yet: every subject at every timestep.
+    """The entries that an export asks for, not encoded yet: every prompt or class at every timestep.
 
     Raises:
-        InputError: a prompt for a class-conditional model or the reverse, names that collide, more than
-            one entry to bake, a class out of range.
+        InputError: the model takes no prompt, or no class; two names are the same; more than one entry is to
+            be baked; or a class is out of range.
     """
     timesteps = options.timestep or (defaults.timestep,)
     subjects: list[Entry]
@@ -88,7 +88,7 @@ def plan_entries(
 
 
 def _given(options: ExportOptions, family: Family) -> list[Entry]:
-    """Of files of embeddings; each has its prompt's name, or the file's where that does not say it."""
+    """The entries of --prompt-embeds. Each is named after its prompt, or its file if that is unknown."""
     if options.prompt or options.prompts is not None or options.class_label:
         raise InputError(
             "--prompt-embeds is in place of a prompt: the file says which one it is of",
@@ -140,10 +140,10 @@ def _class_number(label: str, names: Mapping[str, int], last: int) -> int:
 
 
 def read_prompts(path: Path) -> list[tuple[str, str]]:
-    """(name, prompt) of each line `name: prompt`; empty lines and lines that start with # are left out.
+    """Read (name, prompt) from lines `name: prompt`; empty lines and lines that start with # are left out.
 
     Raises:
-        InputError: unreadable, a line without a name, or no line.
+        InputError: the file cannot be read, a line has no name or no prompt, or there is no line.
     """
     try:
         lines = read_regular(path, _LARGEST_FILE).decode("utf-8-sig").splitlines()
@@ -169,7 +169,7 @@ def encode(
     """The entries with their conditions. Where embeddings were given, no text encoder is opened.
 
     Raises:
-        InputError: a prompt too long, an encoder that gives NaN.
+        InputError: a prompt is too long, or a text encoder fails or gives NaN.
     """
     if entries[0].embeds is not None:
         setting = {} if guidance is None else {"guidance": torch.tensor([guidance])}
@@ -183,7 +183,7 @@ def encode(
         encoded = family.encode_conditions(checkpoint, unique, guidance)
     except (DitfError, MemoryError):
         raise
-    except Exception as error:  # whatever files can provoke in someone else's code
+    except Exception as error:  # damaged files can raise anything in the libraries that read them
         raise InputError(
             f"the text encoders of {checkpoint.id} fail ({first_line(error)})",
             "download the checkpoint again",
@@ -205,11 +205,11 @@ def encode(
 def trim(
     entries: Sequence[Entry], family: Family, live: bool = False, tokens: int | None = None
 ) -> tuple[Entry, ...]:
-    """The entries without the text tokens that are masked in all of them, which is exact.
+    """The entries without the text tokens that are masked in all of them; this changes no feature.
 
     Args:
-        live: keep the masked ones: another prompt may need them.
-        tokens: of T5, to trim to (--text-tokens), an approximation.
+        live: True keeps masked tokens, which another prompt may need.
+        tokens: number of T5 tokens to keep (--text-tokens), which is an approximation; None for all.
     """
     length = family.text_length if live else family.text_tokens
     longest = max(length(entry.condition) for entry in entries)
@@ -218,8 +218,30 @@ def trim(
     return tuple(replace(entry, condition=family.trim_text(entry.condition, longest)) for entry in entries)
 
 
+def example_condition(family: Family, text_tokens: int | None = None) -> Condition:
+    """Tensors of the shapes that a model's text encoders give, filled with zeros.
+
+    Args:
+        text_tokens: number of unmasked text tokens; all of them by default.
+    """
+    condition = family.example_condition()
+    return condition if text_tokens is None else family.trim_text(condition, text_tokens)
+
+
+def usual_text_tokens(family: Family, text_tokens: int | None) -> int | None:
+    """How many text tokens an export of a short prompt keeps, or None for a model that reads no text.
+
+    Args:
+        text_tokens: the value of --text-tokens.
+    """
+    if not family.takes_prompt:
+        return None
+    tokens = family.short_text or family.text_length(family.example_condition())
+    return tokens if text_tokens is None else min(tokens, family.leading_tokens + text_tokens)
+
+
 def describe(entries: Sequence[Entry]) -> str:
-    """For people: what is encoded."""
+    """What is encoded, for a line of progress."""
     if len(entries) == 1:
         return f"the condition {json.dumps(entries[0].name[:60])}"
     return f"{len(entries)} conditions"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from ditf.calib.images import COUNT
+from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.components import check_components
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import check_structure
 from ditf.export.checkpoints.noise_schedule import draw_noise, noise_level, noise_levels
-from ditf.export.checkpoints.opening import DEMO, open_vae
+from ditf.export.checkpoints.opening import open_vae
 from ditf.export.checkpoints.vae import LatentSpace
 from ditf.export.families import family_of
 from ditf.export.families.base import Defaults, Family
@@ -20,21 +22,24 @@ from ditf.export.families.demo import DEMO_DEFAULTS
 from ditf.export.graph.precision import PRECISIONS, Precision
 from ditf.export.planning.conditions import Entry, plan_entries
 from ditf.export.planning.options import SHORT_NAMES, ExportOptions
+from ditf.export.planning.size import Size
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images
 
-_MOST_BLOCKS = 1000  # no published model has a tenth; a damaged config should not be built
+_MOST_BLOCKS = 1000  # no published model has a tenth of it; a damaged config is not built
 
 
 @dataclass(frozen=True)
 class Plan:
-    """An export, decided.
+    """What an export will do.
 
     Attributes:
         entries: the conditions, not encoded yet.
-        latents: with the encoder of --vae, if there is one; own_latents: the checkpoint's own.
+        latents: the latent space with the encoder of --vae, if that is given; own_latents: with the
+            checkpoint's own encoder.
+        layer: k, the block whose input is the feature.
         levels: signal and noise of every timestep, float64 [T, 2].
-        discard: channels, or None to measure them.
+        discard: the discarded channels, or None where they are measured.
     """
 
     options: ExportOptions
@@ -45,18 +50,19 @@ class Plan:
     layer: int
     entries: tuple[Entry, ...]
     guidance: float | None
-    size: tuple[int, int]
+    size: Size
     levels: torch.Tensor
     discard: tuple[int, ...] | None
     precision: Precision
 
     @property
     def grid(self) -> tuple[int, int]:
-        cell = self.latents.stride * self.family.patch_size
-        return (self.size[0] // cell, self.size[1] // cell)
+        """(h, w) in tokens."""
+        return self.size.cells(_cell(self.family, self.latents))
 
     @property
     def output(self) -> Path:
+        """The bundle's directory."""
         if self.options.output is not None:
             return self.options.output
         name = Path(self.options.model.rstrip("/")).name
@@ -67,75 +73,69 @@ class Plan:
 
     @property
     def output_dtype(self) -> torch.dtype:
-        """Without the norm the hidden states keep their massive values, which float16 may not hold."""
+        """Type of the features.
+
+        Without the norm the hidden states keep their massive values, which float16 may not hold.
+        """
         if self.options.features_dtype is not None:
             return {"float16": torch.float16, "float32": torch.float32}[self.options.features_dtype]
         return self.precision.output if self.options.adaln else torch.float32
 
     @property
+    def features_in_ranges(self) -> bool:
+        """Whether the measured ranges have to show that the features fit into float16."""
+        return self.output_dtype == torch.float16 and not self.options.measures_features
+
+    @property
     def channels(self) -> int:
-        """Of the features that the graph gives."""
+        """Number of channels of the features that the graph gives."""
         return self.family.channels if self.options.pca is None else self.options.pca
+
+    @property
+    def noise_shape(self) -> tuple[int, int, int, int]:
+        """Shape (E, c, h', w') of eps."""
+        return (self.options.ensemble, self.latents.channels, *self.size.cells(self.latents.stride))
 
     def noise(self) -> torch.Tensor:
         """eps, float32 [E, c, h', w']."""
-        height, width = (length // self.latents.stride for length in self.size)
-        shape = (self.latents.channels, height, width)
-        return draw_noise(self.options.ensemble, shape, self.options.seed)
+        ensemble, channels, height, width = self.noise_shape
+        return draw_noise(ensemble, (channels, height, width), self.options.seed)
 
 
 def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
-    """Decide an export, and see that it can be carried out.
+    """Plan an export of a checkpoint whose weights are there.
 
     Raises:
-        DitfError: as `decide`, or a checkpoint whose config and weights contradict each other.
+        DitfError: as `plan_from_configs`; or the checkpoint's config and weights contradict each other.
     """
     if options.vae is None and options.vae_revision is not None:
-        raise InputError("--vae-revision is of --vae", "add --vae, or leave it out")
+        raise InputError("--vae-revision requires --vae", "add --vae, or leave --vae-revision out")
     vae = None if options.vae is None else open_vae(options.vae, options.vae_revision)
-    plan = decide(options, checkpoint, vae)
+    plan = plan_from_configs(options, checkpoint, vae)
     family = plan.family
     check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
     checkpoint.check_weights(options.unneeded)
     return plan
 
 
-def decide(options: ExportOptions, checkpoint: Checkpoint, vae: Part | None = None) -> Plan:
-    """Decide an export from a checkpoint's configs; its weights need not be there.
+def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part | None = None) -> Plan:
+    """Plan an export from a checkpoint's configs; its weights need not be there.
 
     Args:
-        vae: of --vae.
+        vae: the replacement VAE given with --vae, or None.
 
     Raises:
-        DitfError: options that contradict each other or the checkpoint.
+        DitfError: the options contradict each other or the checkpoint.
     """
     family = family_of(checkpoint)
     check_components(checkpoint, family.text_classes, options.unneeded)
-    if options.batch != "dynamic" and options.batch < 1:
-        raise InputError(f"batch {options.batch} is out of range", "choose 1 or more, or dynamic")
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
-    if not 0 < family.blocks.count <= _MOST_BLOCKS:
-        raise InputError(f"{checkpoint.id} has {family.blocks.count} blocks", "download the checkpoint again")
-    default_layer = family.blocks.count // 2 if defaults.layer is None else defaults.layer
-    layer = family.blocks.resolve(str(default_layer) if options.layer is None else options.layer)
-    discard = _discard(options, family)
-    if options.calibration_images is not None:
-        list_images(options.calibration_images)
-    entries = plan_entries(options, checkpoint, family, defaults)
-    scheduler = checkpoint.config("scheduler")
-    for entry in entries:
-        noise_level(scheduler, entry.timestep)
-    if options.precision == "int8" and options.opset < 19:
-        raise InputError(f"int8 needs opset 19, not {options.opset}", "leave --opset out")
     own_latents = LatentSpace.of(checkpoint, family.latent_channels)
     latents = own_latents if vae is None else own_latents.encoded_by(vae)
-    size = _size(options.size or defaults.size, family, latents)
-    guidance = _guidance(options, family, defaults)
-    _check_text_tokens(options, family)
-    _check_golden(options)
-    cell = latents.stride * family.patch_size
-    _check_pca(options, family, (size[0] // cell) * (size[1] // cell))
-    return Plan(
+    layer = _layer(options, checkpoint, family, defaults)
+    discard = _discard(options, family)
+    entries = plan_entries(options, checkpoint, family, defaults)
+    plan = Plan(
         options=options,
         checkpoint=checkpoint,
         family=family,
@@ -143,12 +143,22 @@ def decide(options: ExportOptions, checkpoint: Checkpoint, vae: Part | None = No
         own_latents=own_latents,
         layer=layer,
         entries=entries,
-        guidance=guidance,
-        size=size,
-        levels=noise_levels(scheduler),
+        guidance=_guidance(options, family, defaults),
+        size=_size(options.size or defaults.size, family, latents),
+        levels=_levels(checkpoint, entries),
         discard=discard,
         precision=PRECISIONS[options.precision],
     )
+    for check in _CHECKS:
+        check(plan)
+    return plan
+
+
+def _layer(options: ExportOptions, checkpoint: Checkpoint, family: Family, defaults: Defaults) -> int:
+    if not 0 < family.blocks.count <= _MOST_BLOCKS:
+        raise InputError(f"{checkpoint.id} has {family.blocks.count} blocks", "download the checkpoint again")
+    default = family.blocks.count // 2 if defaults.layer is None else defaults.layer
+    return family.blocks.resolve(str(default) if options.layer is None else options.layer)
 
 
 def _discard(options: ExportOptions, family: Family) -> tuple[int, ...] | None:
@@ -178,7 +188,54 @@ def _guidance(options: ExportOptions, family: Family, defaults: Defaults) -> flo
     return None
 
 
-def _check_text_tokens(options: ExportOptions, family: Family) -> None:
+def _size(given: tuple[int, int] | None, family: Family, latents: LatentSpace) -> Size:
+    cell = _cell(family, latents)
+    size = Size(*(given or (family.sample_size * latents.stride,) * 2))
+    if size.below(cell) != size:
+        raise InputError(
+            f"size {size} is not a multiple of {cell} (patch {family.patch_size} x VAE stride"
+            f" {latents.stride})",
+            f"the nearest are {size.below(cell)} and {size.above(cell)}",
+        )
+    largest = family.largest_grid
+    if largest is not None and max(size) > largest * cell:
+        raise InputError(
+            f"size {size} is beyond this model's position embedding",
+            f"choose at most {Size(largest * cell, largest * cell)}",
+        )
+    return size
+
+
+def _cell(family: Family, latents: LatentSpace) -> int:
+    """Pixels of the image along the side of a token."""
+    return latents.stride * family.patch_size
+
+
+def _levels(checkpoint: Checkpoint, entries: tuple[Entry, ...]) -> torch.Tensor:
+    scheduler = checkpoint.config("scheduler")
+    for entry in entries:
+        noise_level(scheduler, entry.timestep)  # or it is out of range
+    return noise_levels(scheduler)
+
+
+def _check_batch(plan: Plan) -> None:
+    batch = plan.options.batch
+    if batch != "dynamic" and batch < 1:
+        raise InputError(f"batch {batch} is out of range", "choose 1 or more, or dynamic")
+
+
+def _check_opset(plan: Plan) -> None:
+    if plan.options.precision == "int8" and plan.options.opset < 19:
+        raise InputError(f"int8 needs opset 19, not {plan.options.opset}", "leave --opset out")
+
+
+def _check_calibration_images(plan: Plan) -> None:
+    if plan.options.calibration_images is not None:
+        list_images(plan.options.calibration_images)
+
+
+def _check_text_tokens(plan: Plan) -> None:
+    options, family = plan.options, plan.family
     if options.text_tokens is not None and not family.takes_prompt:
         raise InputError(f"{family.name} reads no text", "leave --text-tokens out")
     if options.text_tokens is not None and options.text_tokens % family.text_multiple:
@@ -190,18 +247,19 @@ def _check_text_tokens(options: ExportOptions, family: Family) -> None:
         )
 
 
-def _check_golden(options: ExportOptions) -> None:
-    """What would be measured on the unmodified model has to be given where it does not run."""
+def _check_golden(plan: Plan) -> None:
+    """With --golden none the unmodified model does not run: what it would show has to be given."""
+    options = plan.options
     if options.golden != "none":
         return
     if options.pca is not None:
         raise InputError(
             "--pca is learned from the model, and --golden none leaves it out", "give one of them"
         )
-    if options.surveys:
+    if options.measures_features:
         raise InputError(
-            "--features-dtype float16 needs the features' range, and --golden none measures nothing",
-            "leave one of them out",
+            "float16 features need their range, and --golden none measures nothing",
+            "leave it out, or add --features-dtype float32",
         )
     if options.calibration is None and options.discard == "auto":
         raise InputError(
@@ -215,8 +273,9 @@ def _check_golden(options: ExportOptions) -> None:
         )
 
 
-def _check_pca(options: ExportOptions, family: Family, tokens: int) -> None:
+def _check_pca(plan: Plan) -> None:
     """A projection is learned from at least as many tokens as it has channels."""
+    options, family = plan.options, plan.family
     if options.pca is None:
         return
     if options.pca > family.channels:
@@ -225,7 +284,8 @@ def _check_pca(options: ExportOptions, family: Family, tokens: int) -> None:
             f"choose 1..{family.channels}, or leave it out",
         )
     folder = options.calibration_images
-    tokens *= COUNT if folder is None else len(list_images(folder))
+    images = COUNT if folder is None else len(list_images(folder))
+    tokens = images * plan.grid[0] * plan.grid[1]
     if options.pca > tokens:
         raise InputError(
             f"--pca {options.pca} needs as many tokens, the calibration images have {tokens}",
@@ -233,22 +293,11 @@ def _check_pca(options: ExportOptions, family: Family, tokens: int) -> None:
         )
 
 
-def _size(size: tuple[int, int] | None, family: Family, latents: LatentSpace) -> tuple[int, int]:
-    cell = latents.stride * family.patch_size
-    if size is None:
-        size = (family.sample_size * latents.stride,) * 2
-    if not all(length >= cell and length % cell == 0 for length in size):
-        below = [max(cell, length // cell * cell) for length in size]
-        above = [-(-max(length, 1) // cell) * cell for length in size]
-        raise InputError(
-            f"size {size[0]}x{size[1]} is not a multiple of {cell} (patch {family.patch_size} x VAE stride"
-            f" {latents.stride})",
-            f"the nearest are {below[0]}x{below[1]} and {above[0]}x{above[1]}",
-        )
-    largest = family.largest_grid
-    if largest is not None and max(size) > largest * cell:
-        raise InputError(
-            f"size {size[0]}x{size[1]} is beyond this model's position embedding",
-            f"choose at most {largest * cell}x{largest * cell}",
-        )
-    return size
+_CHECKS: tuple[Callable[[Plan], None], ...] = (
+    _check_batch,
+    _check_opset,
+    _check_calibration_images,
+    _check_text_tokens,
+    _check_golden,
+    _check_pca,
+)

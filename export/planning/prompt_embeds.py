@@ -1,7 +1,7 @@
-"""Prompt embeddings in a file: what text encoders made of a prompt, so that they need not be there.
+"""Files of prompt embeddings, with which an export needs no text encoders.
 
-A safetensors file whose tensors have the names that a graph of --conditioning live takes; its metadata says
-which prompt they are of.
+A file is in safetensors format. Its tensors have the names of the inputs of a graph with --conditioning live,
+and its metadata holds the prompt.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from ditf.runtime.files.writing import write_whole
 
 _MASK = "prompt_attention_mask"
 _LARGEST = 256 << 20  # bytes: 512 tokens of 4,096 channels have 8 MB
-_GUIDANCE = "guidance"  # a setting, not a text encoder's
+_GUIDANCE = "guidance"  # a setting, which no text encoder gives
 _MAKE = "make one with ditf export --prompt TEXT --save-prompt-embeds FILE, where the text encoders are"
 
 
 @dataclass(frozen=True)
 class Embeddings:
-    """A file of embeddings.
+    """The content of a file of embeddings.
 
     Attributes:
-        condition: float32, the mask int64; without guidance.
-        prompt: what they are of, if the file says so.
-        sha256: of the file.
+        condition: tensors in float32, the mask in int64; without guidance.
+        prompt: the prompt that was encoded, or None where the file does not name it.
+        sha256: hash of the file.
     """
 
     condition: Condition
@@ -45,7 +45,8 @@ def read_embeddings(path: Path, family: Family) -> Embeddings:
     """Read a file and compare it with what a family takes.
 
     Raises:
-        InputError: unreadable, not this family's tensors, or values that no text encoder gives.
+        InputError: the file cannot be read, its tensors are not this family's, or its values are not what a
+            text encoder gives.
     """
     if not path.exists():
         raise InputError(f"--prompt-embeds {path}: no such file", _MAKE)

@@ -1,4 +1,4 @@
-"""`ditf export --save-prompt-embeds`: the text encoders alone, on a machine that has them."""
+"""`ditf export --save-prompt-embeds`: runs the text encoders only, on a machine that has them."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.planning.conditions import encode
 from ditf.export.planning.options import ExportOptions
-from ditf.export.planning.plan import decide
+from ditf.export.planning.plan import plan_from_configs
 from ditf.export.planning.prompt_embeds import write_embeddings
 from ditf.runtime.errors import InputError
 
@@ -19,18 +19,18 @@ _UNNEEDED = ("transformer", "vae")
 def save_prompt(options: ExportOptions, path: Path) -> str:
     """Encode the prompt of an export and write it for `--prompt-embeds`.
 
-    Of transformer and VAE the configs are read; their weights need not be there.
+    Transformer and VAE need their configs only, not their weights.
 
     Returns:
         The prompt.
 
     Raises:
-        DitfError: as an export; several prompts, or a model that reads none.
+        DitfError: as an export; or there are several prompts, or the model reads none.
     """
     if options.prompt_embeds:
         raise InputError("--prompt-embeds and --save-prompt-embeds exclude each other", "leave one out")
     with open_checkpoint(options.model, options.revision, options.variant, _UNNEEDED) as checkpoint:
-        plan = decide(options, checkpoint)
+        plan = plan_from_configs(options, checkpoint)
         if not plan.family.takes_prompt:
             raise InputError(f"{plan.family.name} reads no text", "leave --save-prompt-embeds out")
         if len({entry.prompt for entry in plan.entries}) > 1:

@@ -1,38 +1,62 @@
-"""The seam between the runtime and what runs a graph: one file a backend, imported when opened.
+"""The registry of backends: what can run a bundle's graphs, and how each one is opened.
 
-A backend module has four functions:
-    probe() -> Probe                        whether it opens here, without opening it
-    prepared(bundle) -> bool                whether a bundle has what it runs; imports nothing
-    ready(bundle)                           raises if the bundle cannot run here
-    open_session(bundle, graph) -> Session  open features.onnx or match.onnx, or what was built of it
+A backend is one file and one entry of `BACKENDS`. The file holds a class with the four methods of `Backend`.
+The file is imported when the backend is asked for, and the library that it drives when a session opens. The
+two TensorRT backends share a file and differ in an argument.
 """
 
 from __future__ import annotations
 
+import functools
 import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
-from typing import Any, Protocol, cast
+from typing import Any, Protocol
 
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import DitfError, InputError, MissingComponent
 
-BACKENDS = {
-    "tensorrt": "ditf.runtime.backends.tensorrt",
-    "tensorrt-rtx": "ditf.runtime.backends.tensorrt_rtx",
-    "onnxruntime": "ditf.runtime.backends.onnxruntime",
-}
-"""Backends by name, in the order in which `auto` prefers them."""
+
+@dataclass(frozen=True)
+class BackendEntry:
+    """One backend of the registry.
+
+    Attributes:
+        name: the value of --backend that selects it.
+        module: the module that holds its class.
+        class_name: the class, which has the methods of `Backend`.
+        arguments: what the class is made with.
+        platform: what the Open Inference Protocol's model metadata call the format that it runs.
+    """
+
+    name: str
+    module: str
+    class_name: str
+    arguments: tuple[str, ...]
+    platform: str
+
+
+_ENTRIES = (
+    BackendEntry("tensorrt", "ditf.runtime.backends.engine", "EngineBackend", ("tensorrt",), "tensorrt_plan"),
+    BackendEntry(
+        "tensorrt-rtx", "ditf.runtime.backends.engine", "EngineBackend", ("tensorrt-rtx",), "tensorrt_plan"
+    ),
+    BackendEntry(
+        "onnxruntime", "ditf.runtime.backends.onnxruntime", "OnnxRuntimeBackend", (), "onnxruntime_onnx"
+    ),
+)
+BACKENDS = {entry.name: entry for entry in _ENTRIES}
+"""The backends by name, in the order in which `auto` prefers them."""
 
 
 @dataclass(frozen=True)
 class Probe:
-    """What a backend finds of itself on this machine.
+    """Whether a backend works on this machine.
 
     Attributes:
-        available: it can open sessions.
-        detail: version and devices, or why it cannot open.
-        fix: the line that installs what is missing; empty when available.
+        available: whether it can open sessions.
+        detail: its version and devices, or the reason why it cannot open.
+        fix: the line that installs what is missing; empty if the backend is available.
     """
 
     available: bool
@@ -41,15 +65,15 @@ class Probe:
 
 
 class Session(Protocol):
-    """One opened graph.
+    """An opened graph.
 
     Attributes:
-        inputs, outputs: {name: shape} in the graph's order; None for a dynamic dimension.
-        detail: what runs it, for people: version and device.
-        batches: (smallest, largest) number of images, one for each profile; () where
-            any size does that `inputs` allows.
-        device_seconds: of the last run by the device's own clock; None where it has none.
-        device_bytes: of the device's memory that it holds; None where it does not know.
+        inputs, outputs: {name: shape} in the graph's order; a dynamic dimension is None.
+        detail: the version and device that run it, for people.
+        batches: the (smallest, largest) number of images of each profile; () if every size that `inputs`
+            allows will do.
+        device_seconds: the duration of the last run by the device's own clock; None if there is none.
+        device_bytes: the device memory that the session holds; None if it is not known.
     """
 
     inputs: dict[str, tuple[int | None, ...]]
@@ -69,38 +93,42 @@ class Session(Protocol):
         """Run the graph. Safe to call from several threads.
 
         Args:
-            feeds: arrays in host memory, or as an earlier run kept them.
-            keep: outputs that may stay in the device's memory: they have `shape`, `dtype` and `numpy()`.
+            feeds: arrays in host memory, or arrays that an earlier run kept in device memory.
+            keep: names of outputs that may stay in device memory; they have `shape`, `dtype` and `numpy()`.
         """
 
     def close(self) -> None:
-        """Free what the session holds. Running it afterwards is an error."""
+        """Free what the session holds. It must not be run afterwards."""
 
 
 class Backend(Protocol):
-    """The module of a backend."""
+    """What runs a bundle's graphs."""
 
-    def probe(self) -> Probe: ...
+    def probe(self) -> Probe:
+        """Find out whether the backend works on this machine, without opening a session."""
 
-    def prepared(self, bundle: Bundle) -> bool: ...
+    def prepared(self, bundle: Bundle) -> bool:
+        """Whether the bundle holds what this backend runs. Nothing is imported to answer this."""
 
-    def ready(self, bundle: Bundle) -> None: ...
+    def ready(self, bundle: Bundle) -> None:
+        """Raise a DitfError if this backend cannot run the bundle on this machine."""
 
-    def open_session(self, bundle: Bundle, graph: str) -> Session: ...
+    def open_session(self, bundle: Bundle, graph: str) -> Session:
+        """Open features.onnx or match.onnx, or the engine that was built from it."""
 
 
-def choose(bundle: Bundle, name: str | Backend = "auto") -> tuple[str, Backend, str]:
-    """Pick what runs a bundle.
+def choose_backend(bundle: Bundle, name: str | Backend = "auto") -> tuple[str, Backend, str]:
+    """Pick the backend that runs a bundle.
 
     Args:
-        name: "auto" or one of `BACKENDS`; or a backend that is none of them, which is taken.
+        name: "auto", a name of `BACKENDS`, or a backend object outside the registry, which is used as it is.
 
     Returns:
-        Its name, its module, and why it was picked.
+        The backend's name, the backend, and the reason for the choice.
 
     Raises:
-        InputError: unknown name.
-        MissingComponent: the named backend, or every backend, is unavailable here.
+        InputError: the name is unknown.
+        MissingComponent: the named backend is not available here, or, with "auto", none is.
         BundleError: the bundle has no engine that the named backend can run.
     """
     if not isinstance(name, str):
@@ -108,26 +136,28 @@ def choose(bundle: Bundle, name: str | Backend = "auto") -> tuple[str, Backend, 
     if name != "auto":
         if name not in BACKENDS:
             raise InputError(f"unknown backend {name!r}", f"choose auto or {', '.join(BACKENDS)}")
-        module = load_backend(name)
-        module.ready(bundle)
-        return name, module, "named"
+        backend = load_backend(name)
+        backend.ready(bundle)
+        return name, backend, "named"
     passed_over = []
     for candidate in BACKENDS:
-        module = load_backend(candidate)
-        if not module.prepared(bundle):
+        backend = load_backend(candidate)
+        if not backend.prepared(bundle):
             passed_over.append(f"no {candidate} engine in the bundle")
             continue
         try:
-            module.ready(bundle)
+            backend.ready(bundle)
         except DitfError as error:
             passed_over.append(f"not {candidate}: {error.problem}")
             last = error
             continue
-        return candidate, module, "; ".join(["auto", *passed_over])
+        return candidate, backend, "; ".join(["auto", *passed_over])
     raise MissingComponent(f"no backend opens here ({'; '.join(passed_over)})", last.fix)
 
 
+@functools.cache
 def load_backend(name: str) -> Backend:
-    """The module of a backend, imported now; what it drives is imported when it opens."""
-    backend: Backend = cast(Backend, importlib.import_module(BACKENDS[name]))
+    """The backend of a registry entry. Its module is imported now, the library it drives when it opens."""
+    entry = BACKENDS[name]
+    backend: Backend = getattr(importlib.import_module(entry.module), entry.class_name)(*entry.arguments)
     return backend

@@ -1,4 +1,4 @@
-"""Device memory, pinned host memory, streams and graphs of CUDA's runtime API, through cuda-python."""
+"""CUDA's runtime API through cuda-python: device memory, pinned host memory, streams and graphs."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _NO_DEVICE = (
 
 
 class OutOfDeviceMemory(DitfError):
-    """The GPU has not as much free memory as was asked for."""
+    """The GPU has less free memory than was asked for."""
 
 
 class Cuda:
-    """CUDA's runtime API: errors become exceptions, results come back bare.
+    """CUDA's runtime API, with error codes turned into exceptions.
 
     Raises:
-        MissingComponent: cuda-python is not installed, or no driver answers it.
+        MissingComponent: cuda-python is not installed, or no driver answers.
     """
 
     def __init__(self) -> None:
@@ -39,17 +39,17 @@ class Cuda:
         if not count:
             raise MissingComponent("no NVIDIA GPU is visible", "look at CUDA_VISIBLE_DEVICES")
         self._pool: dict[int, list[int]] = {}  # free device memory by size
-        self._lock = threading.RLock()  # memory may be given back, by the collector, while it is held
+        self._lock = threading.RLock()  # reentrant: the garbage collector may give memory back at any time
 
     def __call__(self, name: str, *arguments: Any) -> Any:
-        """Call a function such as "cudaStreamCreate"."""
+        """Call a function such as "cudaStreamCreate" and return its results without the error code."""
         error, *values = getattr(self._api, name)(*arguments)
         if error.name != "cudaSuccess":
             raise self._explained(name, error.name)
         return values[0] if len(values) == 1 else tuple(values)
 
     def constant(self, name: str) -> Any:
-        """A value such as "cudaMemcpyKind.cudaMemcpyHostToDevice"."""
+        """Look up a value such as "cudaMemcpyKind.cudaMemcpyHostToDevice"."""
         value = self._api
         for part in name.split("."):
             value = getattr(value, part)
@@ -57,15 +57,15 @@ class Cuda:
 
     @property
     def free_bytes(self) -> int:
-        """Free memory of the GPU."""
+        """The GPU's free memory."""
         free, _ = self("cudaMemGetInfo")
         return int(free)
 
     def allocate(self, nbytes: int) -> int:
-        """Device memory: its address.
+        """Allocate device memory and return its address.
 
         Raises:
-            OutOfDeviceMemory: says how much was asked for and how much is free.
+            OutOfDeviceMemory: too little is free; the message says how much is needed and free.
         """
         try:
             return int(self("cudaMalloc", nbytes))
@@ -83,7 +83,7 @@ class Cuda:
         self("cudaFree", address)
 
     def copy(self, target: int, source: int, nbytes: int, stream: Any) -> None:
-        """Queue a copy; CUDA tells host from device by the addresses."""
+        """Queue a copy. CUDA tells host memory from device memory by the addresses."""
         self(
             "cudaMemcpyAsync",
             target,
@@ -94,7 +94,7 @@ class Cuda:
         )
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
-        """An array in device memory, from what earlier ones of its size gave back if there is any."""
+        """Make an array in device memory, reusing memory of its size that an earlier array gave back."""
         nbytes = math.prod(shape) * dtype.itemsize
         with self._lock:
             free = self._pool.get(nbytes)
@@ -108,7 +108,7 @@ class Cuda:
             self._pool.setdefault(nbytes, []).append(address)
 
     def trim(self) -> None:
-        """Free what arrays gave back."""
+        """Free the memory that arrays gave back."""
         with self._lock:
             addresses = [address for free in self._pool.values() for address in free]
             self._pool.clear()
@@ -129,7 +129,7 @@ class Cuda:
 
 
 class _Leased:
-    """Device memory that goes back to the pool when the last array that lies in it is gone."""
+    """Device memory that returns to the pool when no array uses it any more."""
 
     def __init__(self, address: int) -> None:
         self.address = address
@@ -139,7 +139,8 @@ class DeviceArray:
     """An array in GPU memory.
 
     Attributes:
-        address: of its first element; shape, dtype: as numpy has them.
+        address: the address of its first element.
+        shape, dtype: as in numpy.
     """
 
     def __init__(
@@ -159,7 +160,7 @@ class DeviceArray:
         return self.shape[0]
 
     def __getitem__(self, index: int) -> DeviceArray:
-        """The part at an index of the first axis; it shares the memory."""
+        """The part at an index of the first axis, which shares the memory."""
         if not 0 <= index < self.shape[0]:
             raise IndexError(index)
         stride = self.nbytes // self.shape[0]
@@ -168,7 +169,7 @@ class DeviceArray:
         )
 
     def reshape(self, *shape: int) -> DeviceArray:
-        """The same memory in another shape."""
+        """A view of the same memory in another shape."""
         return DeviceArray(self._cuda, self._memory, self.address, shape, self.dtype)
 
     def numpy(self) -> np.ndarray:
@@ -185,7 +186,7 @@ class DeviceArray:
 
 
 class Pinned:
-    """Page-locked host memory, which grows: copies between it and the device run at full speed."""
+    """Page-locked host memory, from and to which copies run at full speed. It grows on demand."""
 
     def __init__(self, cuda: Cuda) -> None:
         self._cuda = cuda
@@ -193,7 +194,7 @@ class Pinned:
         self._nbytes = 0
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
-        """The memory as an array; what an earlier call returned is overwritten with it."""
+        """The memory as an array. It overlaps the array that an earlier call returned."""
         nbytes = math.prod(shape) * dtype.itemsize
         if nbytes > self._nbytes:
             self.close()
@@ -209,7 +210,7 @@ class Pinned:
 
 
 class Stopwatch:
-    """Seconds of what is queued on a stream inside the `with`, by the GPU's clock."""
+    """Measures, by the GPU's clock, the time of what is queued on a stream inside a `with` block."""
 
     def __init__(self, cuda: Cuda, stream: Any) -> None:
         self._cuda = cuda
@@ -228,7 +229,7 @@ class Stopwatch:
 
     @property
     def seconds(self) -> float:
-        """Of the last `with`, once the stream has been waited for."""
+        """The seconds of the last `with` block; wait for the stream before reading this."""
         return float(self._cuda("cudaEventElapsedTime", *self._events)) / 1e3
 
     def close(self) -> None:
@@ -237,10 +238,10 @@ class Stopwatch:
 
 
 def capture(cuda: Cuda, stream: Any, work: Callable[[], None]) -> Any:
-    """A CUDA graph of what `work` queues on a stream, ready to be launched.
+    """Capture what `work` queues on a stream as a CUDA graph that can be launched.
 
     Raises:
-        DitfError: something in it cannot be captured. The stream is usable afterwards.
+        DitfError: a part of the work cannot be captured. The stream stays usable.
     """
     mode = cuda.constant("cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal")
     cuda("cudaStreamBeginCapture", stream, mode)
@@ -248,7 +249,7 @@ def capture(cuda: Cuda, stream: Any, work: Callable[[], None]) -> Any:
         work()
     except BaseException:
         try:
-            cuda("cudaStreamEndCapture", stream)  # leave capture mode; what it says is not news
+            cuda("cudaStreamEndCapture", stream)  # leaves capture mode; its own error adds nothing
         except DitfError:
             cuda("cudaGetLastError")
         raise
@@ -261,7 +262,7 @@ def capture(cuda: Cuda, stream: Any, work: Callable[[], None]) -> Any:
 
 @functools.cache
 def open_cuda() -> Cuda:
-    """This process's CUDA: device memory that is given back serves every session.
+    """The one `Cuda` of this process, so that all sessions share the pool of device memory.
 
     Raises:
         MissingComponent: see `Cuda`.
@@ -270,7 +271,7 @@ def open_cuda() -> Cuda:
 
 
 def no_driver(detail: str) -> MissingComponent:
-    """The error where CUDA finds no driver, or one that is older than the binding."""
+    """The error for a machine without a driver, or with one that is older than cuda-python."""
     gpu = find_gpu()
     if gpu is None:
         return MissingComponent(

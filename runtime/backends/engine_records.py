@@ -1,4 +1,7 @@
-"""Engines of a bundle: what engine.json says, and which of them fits here. Nothing is deserialised."""
+"""The engines of a bundle: reading engine.json, and choosing the engine that fits this machine.
+
+Nothing here deserialises an engine.
+"""
 
 from __future__ import annotations
 
@@ -17,19 +20,20 @@ from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.reading import read_regular
 
 SCHEMA = 1
-ENGINES = "engines"
+ENGINES_FOLDER = "engines"
 RECORD = "engine.json"
 FEATURES_PLAN, MATCH_PLAN = "features.plan", "match.plan"
 PLANS = {FEATURES: FEATURES_PLAN, MATCH: MATCH_PLAN}
 
-POINTS = (1, 16, 16)
+MATCH_PLAN_POINTS = (1, 16, 16)
 IMAGE_SIDES = (1, 640, 2048)
-"""Ranges of match.plan: points at a time, and rows or columns of the target image; smallest, usual,
-largest. TensorRT may reserve memory for the largest, here 1 GB."""
+"""The ranges of match.plan as (smallest, usual, largest): points at a time, and rows or columns of the target
+image. TensorRT may reserve memory for the largest, which is 1 GB here."""
 
 _BUILD = "build it again: ditf build"
-_RECORD_BYTES = 1 << 20  # the largest engine.json that is read
-_OLDEST_COMPATIBLE = "sm_80"  # what hardware compatibility reaches down to
+_RECORD_BYTES = 1 << 20  # an engine.json with more bytes is not read
+_LONGEST_FIRST = sorted(FLAVOURS, key=len, reverse=True)  # one name begins with the other
+_OLDEST_COMPATIBLE = "sm_80"  # the oldest GPU that hardware compatibility covers
 
 
 @dataclass(frozen=True)
@@ -37,16 +41,19 @@ class EngineRecord:
     """Everything that decides whether an engine fits, and how it was made.
 
     Attributes:
-        key: of what it was made from; its directory's name.
-        flavour: "tensorrt" or "tensorrt-rtx"; version: of the library that built it.
-        target: compute capability, "portable", or "" for the GPU that was there.
-        gpu: that GPU, "NVIDIA Orin sm_87"; driver: the newest CUDA version of its driver, 12060 for 12.6.
-        onnx: {file of the bundle: sha256} of what it was built from.
-        batch: smallest, usual and largest batch of each profile of features.plan.
-        options: of the build.
+        key: identifies what it was made from; the name of its directory.
+        flavour: "tensorrt" or "tensorrt-rtx".
+        version: the version of the library that built it.
+        target: the compute capability it was built for, "portable", or "" for the GPU that built it.
+        gpu: the GPU that built it, such as "NVIDIA Orin sm_87".
+        driver: the newest CUDA version of that GPU's driver; 12060 is 12.6.
+        onnx: {file of the bundle: sha256} of the files it was built from.
+        batch: the smallest, usual and largest batch of each profile of features.plan.
+        options: the options of the build.
         plans: {file: {"bytes": n, "sha256": hex}}.
-        left_out: {plan: why} of what could not be built for the target.
-        seconds: of each plan's build; peak_bytes: of the building process's memory.
+        left_out: {plan: reason} of the plans that could not be built for the target.
+        seconds: how long each plan took to build.
+        peak_bytes: the peak memory of the building process.
     """
 
     schema: int
@@ -68,17 +75,17 @@ class EngineRecord:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def stale(self, bundle: Bundle) -> str:
-        """Why the engine is not of this bundle; "" where it is."""
+        """The reason why the engine is not of this bundle; "" if it is."""
         for name, digest in sources(bundle).items():
             if self.onnx.get(name) != digest:
                 return f"built from another {name}"
         return ""
 
     def misfit(self, bundle: Bundle, gpu: Gpu, version: str) -> str:
-        """Why the engine cannot run here; "" where it can.
+        """The reason why the engine cannot run here; "" if it can.
 
         Args:
-            version: of the library of its flavour that is installed.
+            version: the installed version of its flavour's library.
         """
         stale = self.stale(bundle)
         if stale:
@@ -101,32 +108,32 @@ class EngineRecord:
         return ""
 
     def plan(self, folder: Path, name: str) -> HashedFile:
-        """One of the plans, and what this record says of it."""
+        """One of the plans, with the size and hash that this record gives for it."""
         listed = self.plans[name]
         return HashedFile(folder / name, listed["bytes"], listed["sha256"], f"{_BUILD} --force")
 
     @property
     def host_code(self) -> bool:
-        """Whether the plan brings code that runs on the CPU, as a version-compatible one does."""
+        """Whether the plan holds code that runs on the CPU, as a version-compatible plan does."""
         return bool(self.options.get("version_compatible"))
 
     @property
     def batch_text(self) -> str:
-        """Batches for people: "1", "1-8", "1 and 8"."""
+        """The batches for people, such as "1", "1-8" or "1 and 8"."""
         return " and ".join("-".join(map(str, dict.fromkeys((low, high)))) for low, _, high in self.batch)
 
 
 def sources(bundle: Bundle) -> dict[str, str]:
-    """{file: sha256} of what engines are built from."""
+    """{file: sha256} of the bundle's files that engines are built from."""
     names = (FEATURES, FEATURES_DATA, MATCH)
     return {name: bundle.manifest.files[name]["sha256"] for name in names if name in bundle.manifest.files}
 
 
 def read_record(folder: Path, trust: Trust = ANYONE) -> EngineRecord:
-    """The record of one engine; see `parse_record`.
+    """Read and validate the record of an engine.
 
     Raises:
-        BundleError: missing, not signed as it must be, damaged, or of a newer schema.
+        BundleError: the record is missing, damaged or of a newer schema, or lacks a required signature.
     """
     content = record_content(folder)
     trust.check(folder / RECORD, content)
@@ -134,10 +141,10 @@ def read_record(folder: Path, trust: Trust = ANYONE) -> EngineRecord:
 
 
 def record_content(folder: Path) -> bytes:
-    """The bytes of an engine's record.
+    """Read the bytes of an engine's record.
 
     Raises:
-        BundleError: there is none, or it cannot be read.
+        BundleError: there is no record, or it cannot be read.
     """
     path = folder / RECORD
     try:
@@ -152,7 +159,7 @@ def parse_record(folder: Path, content: bytes) -> EngineRecord:
     """Validate the content of an engine's record.
 
     Raises:
-        BundleError: damaged, or of a newer schema.
+        BundleError: the record is damaged, or of a newer schema.
     """
     path = folder / RECORD
     try:
@@ -178,7 +185,7 @@ def parse_record(folder: Path, content: bytes) -> EngineRecord:
 
 
 def _contradiction(folder: Path, record: EngineRecord) -> str:
-    """The first field that no build writes; "" where there is none."""
+    """The first field with a value that no build writes; "" if there is none."""
     texts = (record.key, record.version, record.target, record.gpu or "", *record.left_out.values())
     valid = {
         "key": record.key == folder.name,
@@ -202,25 +209,27 @@ def verify_plans(folder: Path, record: EngineRecord, contents: bool = True) -> N
     """Check an engine's plans against its record, before anything deserialises them.
 
     Args:
-        contents: compare hashes, not sizes alone.
+        contents: compare hashes as well as sizes.
 
     Raises:
-        BundleError: one is missing, truncated, or another's.
+        BundleError: a plan is missing, truncated or altered.
     """
     for name in record.plans:
         record.plan(folder, name).check(contents)
 
 
-def engine_of(bundle: Bundle, flavour: str) -> bool:
-    """Whether a bundle has an engine of a flavour, fitting or not."""
+def has_engine(bundle: Bundle, flavour: str) -> bool:
+    """Whether a bundle has an engine of a flavour, whether it fits this machine or not."""
     return any(_flavour_of(folder) == flavour for folder in engine_folders(bundle.path))
 
 
 def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple[Path, EngineRecord]:
-    """The engine to run here: of those that fit, one without code for the CPU, then one for this very GPU.
+    """Choose the engine that runs here.
+
+    Of the engines that fit, those without code for the CPU come first, and then those for exactly this GPU.
 
     Raises:
-        BundleError: none fits; says what differs, and the command that builds one.
+        BundleError: no engine fits; the message says what differs, and which command builds one.
     """
     fix = f"run: ditf build {bundle.path} --backend {flavour}"
     misfits, fitting = [], []
@@ -247,8 +256,8 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
 
 
 def _flavour_of(folder: Path) -> str | None:
-    """From the directory's name, which begins with it; None if it does not."""
-    return next((f for f in ("tensorrt-rtx", "tensorrt") if folder.name.startswith(f"{f}-")), None)
+    """The flavour that a directory's name begins with, or None."""
+    return next((one for one in _LONGEST_FIRST if folder.name.startswith(f"{one}-")), None)
 
 
 def _capability(target: str) -> int:
@@ -261,9 +270,9 @@ def _same_major_and_newer(version: str, built: str) -> bool:
 
 
 def engine_folders(bundle: Path) -> list[Path]:
-    """Directories of a bundle's engines, by name; what is no engine, or still being written, is left out."""
+    """The directories of a bundle's finished engines, sorted by name."""
     try:
-        inside = sorted((bundle / ENGINES).iterdir())
+        inside = sorted((bundle / ENGINES_FOLDER).iterdir())
     except OSError:  # there are none, or they cannot be read
         return []
     return [path for path in inside if _flavour_of(path) and path.is_dir()]

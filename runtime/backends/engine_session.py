@@ -1,4 +1,4 @@
-"""Running a plan of TensorRT or TensorRT-RTX: buffers that stay, one stream, a CUDA graph a shape."""
+"""Running a plan of TensorRT or TensorRT-RTX, with buffers that stay and a CUDA graph for each shape."""
 
 from __future__ import annotations
 
@@ -13,17 +13,16 @@ import numpy as np
 
 from ditf.runtime.backends.cuda import (
     DeviceArray,
-    OutOfDeviceMemory,
     Pinned,
     Stopwatch,
     capture,
     open_cuda,
 )
+from ditf.runtime.backends.engine_contexts import ContextFactory
 from ditf.runtime.backends.flavour import Log, has
-from ditf.runtime.backends.graph_loading import refit
+from ditf.runtime.backends.plan_loading import load_plan
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, DitfError, InputError
-from ditf.runtime.files.user_cache import read_cache, write_cache
 
 logger = logging.getLogger(__name__)
 
@@ -34,7 +33,7 @@ _DTYPES = {
     "FLOAT": "float32", "HALF": "float16", "INT32": "int32", "INT64": "int64", "UINT8": "uint8",
     "INT8": "int8", "BOOL": "bool",
 }  # fmt: skip
-_SHAPES_KEPT = 4  # contexts and graphs of the shapes used last
+_SHAPES_KEPT = 4  # contexts and graphs are kept for the shapes used last
 _ALIGNMENT = 256  # of scratch memory, bytes
 
 
@@ -42,23 +41,24 @@ class EngineSession:
     """A deserialised plan; see `ditf.runtime.backends.Session`.
 
     Each combination of input shapes has an execution context of its own, because a captured graph is tied
-    to its context. They share one scratch memory: a lock lets one run at a time.
+    to its context. All contexts share one scratch memory, so a lock lets only one run at a time.
 
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
-        path: of the plan, for messages; plan: its bytes, verified, of an engine that fits this machine.
+        path: the plan's file, for messages.
+        plan: the plan's verified bytes, of an engine that fits this machine.
         detail: what runs it, for people.
-        graph: what a plan without weights is refitted from; None for a plan that has them.
-        kernels: where TensorRT-RTX keeps the kernels that it compiles on this machine.
-        host_code: let the plan run code of its own on the CPU, as a version-compatible one does.
+        graph: the graph that a plan without weights is refitted from; None for a plan that has its weights.
+        kernels: the file in which TensorRT-RTX keeps the kernels that it compiles on this machine.
+        host_code: allow the plan to run code of its own on the CPU, as a version-compatible plan does.
 
     Attributes:
-        device_seconds: of the last run by the GPU's clock, copies included.
-        device_bytes: of GPU memory: scratch and buffers, without the plan's weights.
+        device_seconds: the duration of the last run by the GPU's clock, copies included.
+        device_bytes: the GPU memory for scratch and buffers, without the plan's weights.
 
     Raises:
-        BundleError: the plan is refused.
-        OutOfDeviceMemory: it does not fit.
+        BundleError: TensorRT refuses the plan.
+        OutOfDeviceMemory: the engine does not fit into the GPU's memory.
     """
 
     def __init__(
@@ -87,8 +87,8 @@ class EngineSession:
         self._watch = Stopwatch(self._cuda, self._stream)
         self._runtime = trt.Runtime(self._log.logger)
         self._runtime.engine_host_code_allowed = host_code
-        self._engine = self._deserialise(plan, graph)
-        self._settings: _Settings | None = _Settings(trt, self._engine, kernels)
+        self._engine = load_plan(trt, self._runtime, self._log, path, plan, graph, self._cuda.free_bytes)
+        self._contexts: ContextFactory | None = ContextFactory(trt, self._engine, kernels)
         names = [self._engine.get_tensor_name(i) for i in range(self._engine.num_io_tensors)]
         modes = {name: self._engine.get_tensor_mode(name) for name in names}
         self._dtypes = {name: _dtype(self._engine.get_tensor_dtype(name).name) for name in names}
@@ -103,7 +103,7 @@ class EngineSession:
 
     @property
     def batches(self) -> tuple[tuple[int, int], ...]:
-        """Smallest and largest number of images, or of whatever the first input holds, for each profile."""
+        """The (smallest, largest) batch of each profile, by its image input or else its first input."""
         first = "image" if "image" in self.inputs else next(iter(self.inputs))
         return tuple((profile[first][0][0], profile[first][1][0]) for profile in self.profiles)
 
@@ -115,11 +115,11 @@ class EngineSession:
         """Run the plan.
 
         Args:
-            feeds: arrays in host memory, or in the GPU's as an earlier run kept them.
-            keep: outputs to leave in the GPU's memory, as `DeviceArray`s.
+            feeds: arrays in host memory, or `DeviceArray`s that an earlier run kept.
+            keep: names of outputs to leave in GPU memory, as `DeviceArray`s.
 
         Raises:
-            InputError: shapes or types that the plan does not take.
+            InputError: the plan does not take these shapes or types.
             DitfError: the GPU failed, or has too little memory. The session can be used again.
         """
         with self._lock:
@@ -142,14 +142,14 @@ class EngineSession:
             }
 
     def close(self) -> None:
-        """Free everything. Arrays that were kept stay valid."""
+        """Free all that the session holds. Arrays that were kept stay valid."""
         with self._lock:
             if self._closed:
                 return
             self._closed = True
             self._forget()
-            assert self._settings is not None
-            self._settings.keep()
+            assert self._contexts is not None
+            self._contexts.save_kernels()
             for pinned in self._pinned.values():
                 pinned.close()
             for address, _ in (*self._buffers.values(), self._scratch):
@@ -159,40 +159,10 @@ class EngineSession:
             self._cuda.trim()
             self._watch.close()
             self._cuda("cudaStreamDestroy", self._stream)
-            self._engine = self._settings = self._runtime = None  # in this order: TensorRT wants it
-
-    def _deserialise(self, content: bytes, graph: Graph | None) -> Any:
-        needed = len(content)
-        free = self._cuda.free_bytes
-        wrong = invalidity(self._trt, self._runtime, content)
-        if wrong and "INSUFFICIENT_GPU_MEMORY" not in wrong:
-            raise BundleError(
-                f"{self._trt.__name__} cannot run {self._plan} here ({', '.join(wrong)})",
-                "build it again on this machine: ditf build --force",
-            )
-        engine = None if wrong else self._runtime.deserialize_cuda_engine(content)
-        if engine is None:
-            if wrong or needed > free:
-                raise OutOfDeviceMemory(
-                    f"{self._plan} needs more than {needed / 1e6:.0f} MB of GPU memory,"
-                    f" {free / 1e6:.0f} MB are free",
-                    "free some, or export a smaller bundle: an earlier --layer, --precision int8",
-                )
-            raise BundleError(
-                f"{self._trt.__name__} refuses {self._plan} ({self._log.last})",
-                "build it again on this machine: ditf build --force",
-            )
-        if graph is not None:
-            refitter = self._trt.Refitter(engine, self._log.logger)
-            if not (refit(self._trt, refitter, self._log.logger, graph) and refitter.refit_cuda_engine()):
-                raise BundleError(
-                    f"the weights of {graph.path} do not fit {self._plan} ({self._log.last})",
-                    "build it again without --strip-weights",
-                )
-        return engine
+            self._engine = self._contexts = self._runtime = None  # TensorRT requires this order
 
     def _profile(self, index: int) -> dict[str, tuple[tuple[int, ...], tuple[int, ...]]]:
-        """{input: (smallest, largest shape)}."""
+        """{input: (smallest shape, largest shape)} of a profile."""
         shapes = {}
         for name in self.inputs:
             smallest, _, largest = self._engine.get_tensor_profile_shape(name, index)
@@ -207,7 +177,7 @@ class EngineSession:
                 raise InputError(f"{name} must be {self._dtypes[name]}, got {feeds[name].dtype}")
 
     def _binding(self, shapes: Shapes) -> _Binding:
-        """The context of these shapes, with every address set."""
+        """The context for these input shapes, with every address set."""
         key = tuple(shapes.values())
         known = self._bindings.get(key)
         if known is not None:
@@ -217,8 +187,8 @@ class EngineSession:
         if index is None:
             given = ", ".join(f"{name} {list(shape)}" for name, shape in shapes.items())
             raise InputError(f"{self._plan} was not built for {given}", "build it with another --batch")
-        assert self._settings is not None  # not closed
-        context = self._settings.context()
+        assert self._contexts is not None  # not closed
+        context = self._contexts.context()
         if context is None:
             raise BundleError(
                 f"{self._plan} gives no execution context ({self._log.last})",
@@ -232,7 +202,7 @@ class EngineSession:
         outputs = {name: tuple(int(n) for n in context.get_tensor_shape(name)) for name in self.outputs}
         grown = [self._reserve(name, shape) for name, shape in {**shapes, **outputs}.items()]
         if any([*grown, self._reserve_scratch(context.update_device_memory_size_for_shapes())]):
-            self._forget()  # graphs and contexts hold the old addresses
+            self._forget()  # existing graphs and contexts hold the old addresses
         for name in (*self.inputs, *self.outputs):
             context.set_tensor_address(name, self._buffers[name][0])
         if has(self._trt, "IExecutionContext.set_device_memory"):
@@ -246,7 +216,7 @@ class EngineSession:
         return binding
 
     def _execute(self, binding: _Binding) -> None:
-        """Launch the graph; the first run of a shape is plain, and the second captures."""
+        """Run a context: the first time directly, from the second time on as a captured CUDA graph."""
 
         def enqueue() -> None:
             if not binding.context.execute_async_v3(self._handle):
@@ -292,7 +262,7 @@ class EngineSession:
         return array
 
     def _reserve(self, name: str, shape: tuple[int, ...]) -> bool:
-        """See that a tensor's buffer is large enough; whether it moved."""
+        """Make a tensor's buffer large enough. Returns whether an existing buffer moved."""
         nbytes = max(1, int(np.prod(shape)) * self._dtypes[name].itemsize)
         address, had = self._buffers.get(name, (0, 0))
         if nbytes <= had:
@@ -325,7 +295,7 @@ class EngineSession:
 
 
 class _Binding:
-    """An execution context with its shapes and addresses set, and its CUDA graph once there is one."""
+    """An execution context with its shapes and addresses set, and its CUDA graph once it is captured."""
 
     def __init__(self, context: Any, outputs: Shapes) -> None:
         self.context = context
@@ -333,66 +303,6 @@ class _Binding:
         self.graph: Any = None
         self.capturable = True
         self.runs = 0
-
-
-class _Settings:
-    """How contexts are made: with scratch memory of ours; TensorRT-RTX's own kernels are kept on disk."""
-
-    def __init__(self, trt: Any, engine: Any, kernels: Path | None) -> None:
-        self._strategy = trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        self._engine = engine
-        self._config: Any = None
-        self._kernels = kernels
-        self._kernel_cache: Any = None
-        keeps = has(trt, "IRuntimeCache")
-        keeps = keeps and has(trt, "IRuntimeConfig.create_runtime_cache")
-        keeps = keeps and has(trt, "IRuntimeConfig.set_runtime_cache")
-        if kernels is not None and keeps:
-            self._config = engine.create_runtime_config()
-            self._config.set_execution_context_allocation_strategy(self._strategy)
-            self._kernel_cache = self._config.create_runtime_cache()
-            try:
-                content = read_cache(kernels)
-            except OSError as error:
-                content = None
-                logger.warning(
-                    "%s cannot be used (%s): kernels are compiled anew", error.filename, error.strerror
-                )
-            if content is not None and not self._kernel_cache.deserialize(content):
-                logger.warning(
-                    "%s is of another GPU or version, or damaged: kernels are compiled anew", kernels
-                )
-                self._kernel_cache.reset()
-            self._config.set_runtime_cache(self._kernel_cache)
-
-    def context(self) -> Any:
-        if self._config is not None:
-            return self._engine.create_execution_context(self._config)
-        return self._engine.create_execution_context(self._strategy)
-
-    def keep(self) -> None:
-        """Write the kernels; that they cannot be written is no failure."""
-        if self._kernel_cache is None or self._kernels is None:
-            return
-        try:
-            write_cache(self._kernels, bytes(self._kernel_cache.serialize()))
-        except OSError as error:
-            logger.warning(
-                "%s cannot be written (%s): kernels are compiled again", self._kernels, error.strerror
-            )
-
-
-def invalidity(trt: Any, runtime: Any, plan: bytes) -> list[str]:
-    """What a plan's header says against running it here, as TensorRT-RTX names it; nothing is deserialised.
-
-    Full TensorRT has no such question: engine.json answers it.
-    """
-    if not has(trt, "Runtime.get_engine_validity") or not has(trt, "EngineInvalidityDiagnostics"):
-        return []
-    _, found = runtime.get_engine_validity(plan)
-    diagnostics = trt.EngineInvalidityDiagnostics
-    names = [name for name in dir(diagnostics) if name.isupper()]
-    return [name for name in names if int(found) & int(getattr(diagnostics, name))]
 
 
 def _within(shapes: Shapes, profile: dict[str, tuple[tuple[int, ...], tuple[int, ...]]]) -> bool:

@@ -1,6 +1,6 @@
-"""The TensorRT that is installed: full TensorRT, or TensorRT-RTX, the same API from another module.
+"""The two flavours of TensorRT: full TensorRT, and TensorRT-RTX, which has the same API in another module.
 
-What a version may lack is asked for by name (`has`), never concluded from a version number.
+Whether a version has a feature is looked up by name (`has`) and never concluded from a version number.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """Compute capabilities that TensorRT-RTX builds for ahead of time."""
 
 PORTABLE = "portable"
-"""An engine for any of them, which the GPU's own compiler finishes."""
+"""The target of an engine for all of `TARGETS`, which is compiled to the end on the GPU that runs it."""
 
 
 @dataclass(frozen=True)
@@ -23,8 +23,10 @@ class Flavour:
     """One of the two libraries.
 
     Attributes:
-        name: as --backend has it; module: what is imported; install: the line that installs it.
-        ahead: it builds for GPUs that are not there.
+        name: the value of --backend.
+        module: the Python module that is imported.
+        install: the line that installs it.
+        ahead: whether it builds engines for GPUs that are not in this machine.
     """
 
     name: str
@@ -48,12 +50,12 @@ FLAVOURS = {
 """In the order in which `auto` prefers them."""
 
 
-def load(name: str) -> Any:
-    """The module of a flavour.
+def load_flavour(name: str) -> Any:
+    """Import the module of a flavour.
 
     Raises:
-        InputError: unknown name.
-        MissingComponent: not installed, or half: its libraries do not load.
+        InputError: no flavour has this name.
+        MissingComponent: the module is not installed, or its libraries do not load.
     """
     flavour = FLAVOURS.get(name)
     if flavour is None:
@@ -62,27 +64,27 @@ def load(name: str) -> Any:
         module = importlib.import_module(flavour.module)
     except ModuleNotFoundError:
         raise MissingComponent(f"{flavour.module} is not installed", flavour.install) from None
-    except (ImportError, OSError) as error:  # the binding is there, libnvinfer is not
+    except (ImportError, OSError) as error:  # the binding is installed, libnvinfer is not
         raise MissingComponent(
             f"{flavour.module} is half installed ({str(error)[:120]})", flavour.install
         ) from error
-    if not hasattr(module, "Builder"):  # a stub of the package index
+    if not hasattr(module, "Builder"):  # a stub from the package index
         raise MissingComponent(f"{flavour.module} is half installed (it has no Builder)", flavour.install)
     return module
 
 
-def choose(name: str) -> tuple[Flavour, Any]:
-    """A flavour and its module; "auto" takes the first that loads.
+def choose_flavour(name: str) -> tuple[Flavour, Any]:
+    """Pick a flavour and import its module; "auto" picks the first whose module loads.
 
     Raises:
-        InputError, MissingComponent: see `load`; of "auto" where none loads.
+        InputError, MissingComponent: as `load_flavour`; with "auto", MissingComponent if none loads.
     """
     if name != "auto":
-        return FLAVOURS.get(name, next(iter(FLAVOURS.values()))), load(name)
+        return FLAVOURS.get(name, next(iter(FLAVOURS.values()))), load_flavour(name)
     reasons = []
     for flavour in FLAVOURS.values():
         try:
-            return flavour, load(flavour.name)
+            return flavour, load_flavour(flavour.name)
         except MissingComponent as error:
             reasons.append(error.problem)
     last = FLAVOURS["tensorrt-rtx"]
@@ -90,7 +92,7 @@ def choose(name: str) -> tuple[Flavour, Any]:
 
 
 class Log:
-    """Keeps TensorRT's last error message instead of printing it."""
+    """A TensorRT logger that keeps the last error message instead of printing it."""
 
     def __init__(self, trt: Any) -> None:
         log = self

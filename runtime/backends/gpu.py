@@ -1,4 +1,4 @@
-"""The GPU that is here, asked of the driver alone: no CUDA toolkit, no binding."""
+"""Finding the GPU of this machine through the driver alone, without the CUDA toolkit or a binding."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ class Gpu:
     """One GPU.
 
     Attributes:
-        name: "NVIDIA Orin"; target: its compute capability, "sm_87".
-        driver: newest CUDA version that the driver runs: 12060 is 12.6.
+        name: such as "NVIDIA Orin".
+        target: its compute capability, such as "sm_87".
+        driver: the newest CUDA version that the driver runs; 12060 is 12.6.
     """
 
     name: str
@@ -26,7 +27,7 @@ class Gpu:
 
 
 def find_gpu() -> Gpu | None:
-    """The first GPU; None where no driver answers."""
+    """The first GPU; None if no driver answers."""
     try:
         cuda = ctypes.CDLL("libcuda.so.1")
     except OSError:
@@ -50,5 +51,5 @@ def find_gpu() -> Gpu | None:
 
 
 def version_text(version: int) -> str:
-    """CUDA's number as people write it: 12060 -> "12.6"."""
+    """Write a CUDA version number as people do: 12060 becomes "12.6"."""
     return f"{version // 1000}.{version % 1000 // 10}"

@@ -1,4 +1,4 @@
-"""Giving a graph in memory to TensorRT's ONNX parser or refitter."""
+"""Handing a graph in memory to TensorRT's ONNX parser or refitter."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ _MODEL = "graph.onnx"
 
 
 def parse(trt: Any, parser: Any, graph: Graph) -> bool:
-    """Parse a graph with an OnnxParser; False where it refuses.
+    """Parse a graph with an OnnxParser; False if the parser refuses it.
 
-    The weights that the parser was given must outlive the network that it made: keep the graph.
+    The network that is made refers to the graph's weights, so the caller must keep the graph alive.
     """
     if has(trt, "OnnxParser.load_initializer"):
         return _loaded(parser, graph) and bool(parser.parse_model_proto())
@@ -27,7 +27,7 @@ def parse(trt: Any, parser: Any, graph: Graph) -> bool:
 
 
 def refit(trt: Any, refitter: Any, logger: Any, graph: Graph) -> bool:
-    """Set a refitter's weights from a graph; False where they do not fit."""
+    """Set a refitter's weights from a graph; False if they do not fit."""
     loader = trt.OnnxParserRefitter(refitter, logger)
     if has(trt, "OnnxParserRefitter.load_initializer"):
         return _loaded(loader, graph) and bool(loader.refit_model_proto())
@@ -42,7 +42,7 @@ def _loaded(parser: Any, graph: Graph) -> bool:
 
 
 def _from_file(graph: Graph, use: Callable[[str], bool]) -> bool:
-    """For TensorRT before 10.13, which reads weights from files: from a copy that nobody else can write."""
+    """For TensorRT before 10.13, which reads weights from files: use a copy that nobody else can write."""
     with _private_copy(graph) as path:
         return bool(use(str(path)))
 

@@ -1,4 +1,4 @@
-"""ONNX Runtime, on CUDA where its provider really loads, else on the CPU."""
+"""The ONNX Runtime backend: it runs on CUDA if that provider loads, else on the CPU."""
 
 from __future__ import annotations
 
@@ -19,35 +19,35 @@ _INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for
 _WANTED = ("CUDAExecutionProvider", "CPUExecutionProvider")
 
 
-def probe() -> Probe:
-    """Whether ONNX Runtime imports, and the providers it was built with."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        return Probe(False, f"onnxruntime does not import ({error})", _INSTALL)
-    providers = [p for p in _WANTED if p in onnxruntime.get_available_providers()]
-    return Probe(True, f"onnxruntime {onnxruntime.__version__}, {', '.join(providers)}")
+class OnnxRuntimeBackend:
+    """ONNX Runtime; see `ditf.runtime.backends.Backend`."""
 
+    def probe(self) -> Probe:
+        """Find out whether ONNX Runtime imports, and which providers it was built with."""
+        try:
+            import onnxruntime
+        except ImportError as error:
+            return Probe(False, f"onnxruntime does not import ({error})", _INSTALL)
+        providers = [p for p in _WANTED if p in onnxruntime.get_available_providers()]
+        return Probe(True, f"onnxruntime {onnxruntime.__version__}, {', '.join(providers)}")
 
-def prepared(bundle: Bundle) -> bool:
-    """It runs the bundle's own graphs."""
-    return True
+    def prepared(self, bundle: Bundle) -> bool:
+        """Every bundle is prepared: ONNX Runtime runs the bundle's own graphs."""
+        return True
 
+    def ready(self, bundle: Bundle) -> None:
+        """Raise MissingComponent if ONNX Runtime does not import."""
+        found = self.probe()
+        if not found.available:
+            raise MissingComponent(f"backend onnxruntime does not open here: {found.detail}", found.fix)
 
-def ready(bundle: Bundle) -> None:
-    """Raise MissingComponent if it does not open here."""
-    found = probe()
-    if not found.available:
-        raise MissingComponent(f"backend onnxruntime does not open here: {found.detail}", found.fix)
-
-
-def open_session(bundle: Bundle, graph: str) -> OnnxRuntimeSession:
-    """Open a graph with its weights, from the bytes that were verified."""
-    return OnnxRuntimeSession(bundle.read_graph(graph))
+    def open_session(self, bundle: Bundle, graph: str) -> OnnxRuntimeSession:
+        """Open a graph and its weights from the bytes that were verified."""
+        return OnnxRuntimeSession(bundle.read_graph(graph))
 
 
 class OnnxRuntimeSession:
-    """One graph in ONNX Runtime; see `ditf.runtime.backends.Session`."""
+    """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`."""
 
     batches = ()
     device_seconds = device_bytes = None
@@ -58,10 +58,10 @@ class OnnxRuntimeSession:
         except ImportError as error:
             raise MissingComponent(f"onnxruntime does not import ({error})", _INSTALL) from error
         options = onnxruntime.SessionOptions()
-        options.log_severity_level = 3  # errors; what matters is raised
-        # Threads that spin between runs take the cores from the matcher, and power from a robot.
+        options.log_severity_level = 3  # errors only; what matters is raised as an exception
+        # Threads that spin between runs would take cores from the matcher, and power from a robot.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
-        # Bytes that begin as ONNX Runtime's own format does would be read as that, and it can name files.
+        # Otherwise bytes that look like ONNX Runtime's own format are read as such, and that can name files.
         options.add_session_config_entry("session.load_model_format", "ONNX")
         weights = _initializers(onnxruntime, graph)
         options.add_external_initializers(list(weights), list(weights.values()))
@@ -83,7 +83,7 @@ class OnnxRuntimeSession:
                 "export the bundle again with the installed versions",
             ) from error
         used = session.get_providers()
-        # A provider that fails to load is only logged by ONNX Runtime; say it.
+        # ONNX Runtime only logs when a provider fails to load.
         lost = "".join(f" ({p} did not load)" for p in wanted if p not in used)
         if lost:
             logger.warning("onnxruntime runs on %s%s", used[0], lost)
@@ -94,7 +94,7 @@ class OnnxRuntimeSession:
         self._path = graph.path
 
     def run(self, feeds: Mapping[str, np.ndarray], keep: Collection[str] = ()) -> dict[str, np.ndarray]:
-        """Run the graph; arrays in and out are in host memory, whatever is to be kept."""
+        """Run the graph. All arrays are in host memory; `keep` has no effect."""
         if self._session is None:
             raise RuntimeError("the session is closed")
         try:
@@ -108,15 +108,15 @@ class OnnxRuntimeSession:
         return dict(zip(self.outputs, values, strict=True))
 
     def close(self) -> None:
-        """Drop the session and its memory."""
+        """Free the session and its memory."""
         self._session = None
 
 
 def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
-    """The weights as ONNX Runtime takes them, by name. It copies them when it makes the session.
+    """The weights by name, as ONNX Runtime takes them. It copies them when it makes the session.
 
     Raises:
-        BundleError: a type that has no whole number of bytes an element.
+        BundleError: the elements of a type do not have a whole number of bytes.
     """
     values = {}
     for name, (tensor, content) in graph.tensors.items():
@@ -125,7 +125,7 @@ def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
                 f"{graph.path}: {name} has the ONNX type {tensor.dtype}, which cannot be handed over",
                 "export the bundle again with fp16, fp32 or int8",
             )
-        # ONNX Runtime reads the bytes as the type that is named: NumPy has no bfloat16.
+        # Unsigned integers stand in for all types, because NumPy has no bfloat16.
         array = np.frombuffer(content, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype)
     return values
@@ -136,7 +136,7 @@ def _known(shape: list[int | str | None]) -> tuple[int | None, ...]:
 
 
 def _disabled(model: bytes) -> list[str]:
-    """Optimisations to leave out: one that would turn a quantised graph's products into float ones."""
+    """Optimisations to switch off: MatMulAddFusion would make a quantised graph's products float ones."""
     return ["MatMulAddFusion"] if b"DequantizeLinear" in model else []
 
 

@@ -1,4 +1,4 @@
-"""A bundle directory: its files, and the proof that they are the ones that were exported."""
+"""A bundle directory: its files, and checking that they are the ones that were exported."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from typing import Union
 
 import numpy as np
 
+from ditf.runtime.bundles.manifest import MANIFEST, Manifest, manifest_content, parse_manifest
+from ditf.runtime.bundles.onnx_graph import Graph
+from ditf.runtime.bundles.signing import ANYONE, Trust
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.files import arrays
 from ditf.runtime.files.hashed import HashedFile
-from ditf.runtime.bundles.manifest import NAME, Manifest, manifest_content, parse_manifest
-from ditf.runtime.bundles.onnx_graph import Graph
-from ditf.runtime.bundles.signing import ANYONE, Trust
 
 FEATURES = "features.onnx"
 FEATURES_DATA = "features.onnx.data"
@@ -28,12 +28,12 @@ PROJECTION = "projection.npy"  # only with --pca
 CONDITIONS = "conditions.npz"  # only with --conditioning bank or live
 
 _COPY_AGAIN = "copy or export the bundle again"
-_LARGEST_ARRAYS = 1 << 30  # bytes of all arrays of one file; conditions.npz is the largest
+_LARGEST_ARRAYS = 1 << 30  # bytes of all arrays in one file, of which conditions.npz is the largest
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """An opened bundle: where it is, its validated manifest, and what its user accepts of it."""
+    """An opened bundle: its directory, its validated manifest, and what its user accepts of it."""
 
     path: Path
     manifest: Manifest
@@ -41,23 +41,23 @@ class Bundle:
 
     @classmethod
     def open(cls, path: Union[str, Path], trust: Trust = ANYONE) -> Bundle:
-        """Read the manifest of a bundle directory, and its signature if one is asked for; no other file.
+        """Open a bundle directory. Only its manifest is read, and the signature if one is required.
 
         Raises:
-            InputError: no such directory.
-            BundleError: not a bundle, one that is not signed as it must be, or one this ditf cannot read.
+            InputError: there is no such directory.
+            BundleError: it is not a bundle, lacks the required signature, or cannot be read by this ditf.
         """
         path = Path(path)
         if not path.is_dir():
             raise InputError(f"{path}: no such bundle directory", "make one with ditf-export")
         content = manifest_content(path)
-        trust.check(path / NAME, content)
+        trust.check(path / MANIFEST, content)
         return cls(path, parse_manifest(path, content), trust)
 
     def verify(self, names: Iterable[str]) -> None:
         """Check files against the manifest's sizes and hashes.
 
-        What is used afterwards is read by `read`, which checks the very bytes that it returns.
+        Whatever uses a file afterwards reads it with `read`, which checks the bytes that it returns.
 
         Raises:
             BundleError: a file is missing, truncated, altered or not listed.
@@ -66,9 +66,9 @@ class Bundle:
             self.file(name).check()
 
     def read(self, name: str) -> bytearray:
-        """The content of a file, which has the manifest's size and hash.
+        """Read a file whose size and hash are those of the manifest.
 
-        The bytes that are returned are the bytes that were hashed: the file is opened and read once.
+        The file is opened and read once, so the bytes that are returned are the bytes that were hashed.
 
         Raises:
             BundleError: as `verify`.
@@ -76,10 +76,10 @@ class Bundle:
         return self.file(name).read()
 
     def read_graph(self, name: str) -> Graph:
-        """features.onnx with its weights, or match.onnx.
+        """Read features.onnx with its weights, or match.onnx.
 
         Raises:
-            BundleError: as `verify`; or the graph refers to a file that is not its own.
+            BundleError: as `verify`, or the graph refers to a file that is not its own.
         """
         model = bytes(self.read(name))
         weights = {FEATURES_DATA: self.read(FEATURES_DATA)} if name == FEATURES else {}
@@ -91,19 +91,19 @@ class Bundle:
             ) from error
 
     def read_array(self, name: str) -> np.ndarray:
-        """A .npy file of the bundle.
+        """Read a .npy file of the bundle.
 
         Raises:
-            BundleError: as `verify`; or it holds no array.
+            BundleError: as `verify`, or the file holds no array.
         """
         with self._arrays(name) as content:
             return arrays.read_npy(content, name, len(content))
 
     def read_arrays(self, name: str) -> dict[str, np.ndarray]:
-        """A .npz file of the bundle.
+        """Read a .npz file of the bundle.
 
         Raises:
-            BundleError: as `verify`; or it holds no arrays, or more than a bundle's hold.
+            BundleError: as `verify`, or the file holds no arrays, or more than a bundle's may hold.
         """
         with self._arrays(name) as content:
             return arrays.read_npz(content, name, _LARGEST_ARRAYS)
@@ -119,7 +119,7 @@ class Bundle:
             ) from error
 
     def file(self, name: str) -> HashedFile:
-        """A file of the bundle, and what the manifest says of it.
+        """A file of the bundle, with the size and hash that the manifest gives for it.
 
         Raises:
             BundleError: the manifest does not list it.

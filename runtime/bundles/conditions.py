@@ -1,4 +1,4 @@
-"""The conditions of a bundle that has several, or a live one: what the graph is fed for each."""
+"""The graph's inputs for each condition of a bundle that has several conditions or a live one."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 from ditf.runtime.bundles.bundle import CONDITIONS, Bundle
 from ditf.runtime.errors import BundleError, InputError
 
-_OTHERS = ("image", "noise")  # inputs of a graph that are not its condition's
+_OTHERS = ("image", "noise")  # inputs of a graph that do not belong to its condition
 TIMESTEP = "timestep"
 TIMESTEPS = 1000  # of every supported scheduler
 
@@ -17,7 +17,7 @@ Feeds = dict[str, np.ndarray]
 
 
 def key(index: int, name: str) -> str:
-    """Name of the array of condition `index` for the graph's input `name`, in conditions.npz."""
+    """The name in conditions.npz of the array for the graph's input `name` under condition `index`."""
     return f"{index}.{name}"
 
 
@@ -25,8 +25,8 @@ class Conditions:
     """The conditions of an opened bundle, by name.
 
     Args:
-        bundle: with conditioning "bank" or "live"; of a "bake" bundle there is nothing to choose.
-        inputs: {name: shape} of the graph.
+        bundle: a bundle with conditioning "bank" or "live". With "bake" there is nothing to choose.
+        inputs: {name: shape} of the graph's inputs.
     """
 
     def __init__(self, bundle: Bundle, inputs: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -52,18 +52,18 @@ class Conditions:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the conditions, the default first."""
+        """The names of the conditions, the default first."""
         return tuple(entry["name"] for entry in self._entries)
 
     def feeds(self, prompt: str | None, custom: Mapping[str, np.ndarray] | None = None) -> Feeds:
-        """What the graph takes for a condition.
+        """The graph's inputs for a condition.
 
         Args:
-            prompt: name of a condition; None is the first.
-            custom: tensors of a live graph, in place of the condition's; those left out are the condition's.
+            prompt: the name of a condition; None is the first.
+            custom: tensors that replace those of the condition, for a live graph.
 
         Raises:
-            InputError: unknown name, nothing to choose, or tensors the graph does not take.
+            InputError: the name is unknown, there is nothing to choose, or the graph does not take a tensor.
         """
         if self._mode == "bake":
             if prompt is not None and prompt not in self.names:
@@ -112,7 +112,7 @@ class Conditions:
 
 
 def _as_array(value: object, wanted: np.ndarray) -> np.ndarray:
-    """A number where one number is wanted becomes the array that the graph takes."""
+    """An array of the value; if one number is wanted, a number becomes the array that the graph takes."""
     try:
         array = np.asarray(value)
     except ValueError:

@@ -1,4 +1,4 @@
-"""Reading golden.npz: the arrays of a bundle, and the proof that they are what an export writes."""
+"""Reading golden.npz, and checking that its arrays are such as an export writes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ import numpy as np
 from ditf.runtime.bundles.bundle import GOLDEN, Bundle
 from ditf.runtime.errors import BundleError
 
-Shape = tuple[int, ...]
+_Shape = tuple[int, ...]
 Golden = Mapping[str, np.ndarray]
 """The arrays of golden.npz; `ditf.export.measure.golden` writes them."""
 
 
 def read_golden(bundle: Bundle) -> Golden:
-    """The golden data of a bundle, with every array of the shape, type and range that an export gives it.
+    """Read a bundle's golden data and check the shape, type and range of every array.
 
     Raises:
-        BundleError: altered, unreadable, or an array that does not fit the bundle.
+        BundleError: the file is altered or unreadable, or an array does not fit the bundle.
     """
     arrays = bundle.read_arrays(GOLDEN)
     wrong = _contradiction(arrays, bundle)
@@ -28,12 +28,12 @@ def read_golden(bundle: Bundle) -> Golden:
 
 
 def _contradiction(arrays: Mapping[str, np.ndarray], bundle: Bundle) -> str:
-    """What is wrong with the first array that does not fit; "" where all do."""
+    """What is wrong with the first array that does not fit; "" if all fit."""
     manifest = bundle.manifest
     cells = manifest.grid[0] * manifest.grid[1]
     (height, width), channels = manifest.size, manifest.channels
     rows, points = _length(arrays.get("rows"), 1), _length(arrays.get("points"), 0)
-    wanted: dict[str, tuple[str, Shape, tuple[int, int] | None]] = {
+    wanted: dict[str, tuple[str, _Shape, tuple[int, int] | None]] = {
         "images": ("u1", (2, height, width, 3), None),
         "rows": ("i8", (2, rows), (0, cells - 1)),
         "features": ("f4", (2, rows, channels), None),
@@ -73,5 +73,5 @@ def _contradiction(arrays: Mapping[str, np.ndarray], bundle: Bundle) -> str:
 
 
 def _length(array: np.ndarray | None, axis: int) -> int:
-    """The length of an array's axis, at least 1; 1 where there is no such axis."""
+    """The length of an array's axis, at least 1; 1 if there is no such axis."""
     return max(1, array.shape[axis]) if array is not None and array.ndim > axis else 1

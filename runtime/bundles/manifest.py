@@ -1,6 +1,6 @@
-"""manifest.json: what a bundle is. The one home of its schema, read with the standard library.
+"""manifest.json, which describes a bundle: the schema, and reading it with the standard library alone.
 
-The exporter writes it from the same class and reads it back before a bundle is released.
+The exporter writes the manifest from the same class and reads it back before it releases a bundle.
 """
 
 from __future__ import annotations
@@ -16,58 +16,60 @@ from ditf.runtime.files.reading import read_regular
 
 SCHEMA = 1
 DYNAMIC_EXAMPLE = 2
-"""Batch that a graph with a dynamic one is traced at: torch.export would specialise 1."""
-NAME = "manifest.json"
-LARGEST = 16 << 20
-"""Bytes of a manifest that is read; those of bundles have a few tens of thousands."""
+"""The batch at which a graph with a dynamic batch is traced; torch.export would specialise a batch of 1."""
+MANIFEST = "manifest.json"
+LARGEST_MANIFEST = 16 << 20
+"""The most bytes that a manifest may have; usual ones have a few tens of thousands."""
 
 
 HIDDEN_STATES = "hidden_states."
 
 
 def hidden_states_name(block: int) -> str:
-    """Name of the value of features.onnx that enters a block."""
+    """The name of the value in features.onnx that enters a block."""
     return f"{HIDDEN_STATES}{block}"
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """Everything a device needs to know of a bundle.
+    """Everything that a device needs to know about a bundle.
 
     Attributes:
-        schema: version of this layout.
-        model: id, revision and family of the checkpoint; `transformer`, its diffusers class.
-        layer: global index k of the block whose input is the feature.
-        layer_name: the same for people, "layer 9 = block.9 of 12".
-        timestep: diffusion timestep, 0..999.
-        prompt, class_label: the condition, the first of several; None where the family has no such thing.
-        seed, ensemble, noise: the noise of x_t: `ensemble` draws, "baked" or a graph "input".
-        size: (H, W) of the graph's input in pixels.
-        grid: (h, w) of the features in cells.
-        channels: C of the features, or what --pca leaves of them.
-        batch: static batch size, or "dynamic".
-        adaln: False when the features are the plain hidden states (--no-adaln).
-        discard: "channels" (ascending), "stage" ("before" or "after" the norm), "source".
-        precision: "float32", "float16", "bfloat16" or "int8"; recipe: which tensors have which type, and the
-            exceptions that a calibration asked for.
-        parts: where the parameters are: {part: {dtype: {"parameters": n, "bytes": n}}}.
-        opset: of the ONNX graphs.
-        conditioning: "bake": prompt and timestep are constants of the graph; "bank": rows computed from
-            them are its inputs; "live": embeddings and timestep are.
-        tolerances: gates of `ditf check`, {metric: limit}.
-        rehearsal: feature parity of the graph in PyTorch, in its own precision, at export.
-        golden: points and rows in golden.npz, and the images they come from.
-        versions: of the tools that made the bundle; command: the command line that made it.
+        schema: the version of this layout.
+        model: the id, revision and family of the checkpoint, and `transformer`, its diffusers class.
+        layer: the global index k of the block whose input is the feature.
+        layer_name: the same for people, such as "layer 9 = block.9 of 12".
+        timestep: the diffusion timestep, 0..999.
+        prompt, class_label: the condition, or the first of several; None if the family has no such thing.
+        seed, ensemble, noise: the noise of x_t: `ensemble` draws, which are "baked" or a graph "input".
+        size: the size (H, W) of the graph's input in pixels.
+        grid: the size (h, w) of the features in cells.
+        channels: the channels C of the features, after --pca if it was given.
+        batch: the static batch size, or "dynamic".
+        adaln: False if the features are the plain hidden states (--no-adaln).
+        discard: the discarded "channels" (ascending), the "stage" ("before" or "after" the norm) and their
+            "source".
+        precision: "float32", "float16", "bfloat16" or "int8".
+        recipe: which tensors have which type, and the exceptions that a calibration asked for.
+        parts: where the parameters are, {part: {dtype: {"parameters": n, "bytes": n}}}.
+        opset: the opset of the ONNX graphs.
+        conditioning: with "bake", prompt and timestep are constants of the graph. With "bank", rows computed
+            from them are its inputs. With "live", embeddings and timestep are its inputs.
+        tolerances: the gates of `ditf check`, {metric: limit}.
+        rehearsal: the feature parity at export of the graph in PyTorch, in its own precision.
+        golden: the numbers of points and rows in golden.npz, and the images that they come from.
+        versions: the versions of the tools that made the bundle.
+        command: the command line that made it.
         files: {name: {"bytes": n, "sha256": hex}} of every other file outside engines/.
-        conditions: name, prompt or class label, and timestep of each condition that can be chosen.
-        guidance: for guidance-distilled models.
-        text_tokens: T5 tokens kept, where some that matter were cut (--text-tokens).
-        features_dtype: of the output; None in bundles that did not say.
-        pca: of a projection: "of", the channels before it; what it keeps and costs, measured at export
-            (`ditf.calib.projection`), and the images and tokens it was learned from.
-        vae: another encoder than the checkpoint's own (--vae): its id, revision, class, and under "x_0" how
-            well it agrees with that one (`ditf.calib.latents`).
-        removed: what the export left out of the checkpoint: {step: {"parameters": n, "bytes": n}}.
+        conditions: the name, prompt or class label, and timestep of each condition that can be chosen.
+        guidance: the guidance, for guidance-distilled models.
+        text_tokens: the number of T5 tokens that were kept, if --text-tokens cut some that matter.
+        features_dtype: the type of the output; None in bundles from before this field.
+        pca: a projection: "of", the channels before it; what it keeps and costs, measured at export
+            (`ditf.calib.projection`); and the images and tokens that it was learned from.
+        vae: an encoder in place of the checkpoint's own (--vae): its id, revision and class, and under "x_0"
+            how well it agrees with the checkpoint's (`ditf.calib.latents`).
+        removed: what the export left out of the checkpoint, {step: {"parameters": n, "bytes": n}}.
     """
 
     schema: int
@@ -115,17 +117,17 @@ def read_manifest(bundle: Path) -> Manifest:
 
 
 def manifest_content(bundle: Path) -> bytes:
-    """The bytes of a bundle's manifest.
+    """Read the bytes of a bundle's manifest.
 
     Raises:
-        BundleError: there is none, or it cannot be read.
+        BundleError: there is no manifest, or it cannot be read.
     """
-    path = bundle / NAME
+    path = bundle / MANIFEST
     try:
-        return read_regular(path, LARGEST)
+        return read_regular(path, LARGEST_MANIFEST)
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(
-            f"{bundle} is not a bundle: it has no {NAME}", "make one with ditf-export"
+            f"{bundle} is not a bundle: it has no {MANIFEST}", "make one with ditf-export"
         ) from None
     except OSError as error:
         raise BundleError(f"{path} cannot be read ({error.strerror})", "export the bundle again") from error
@@ -138,9 +140,9 @@ def parse_manifest(bundle: Path, content: bytes) -> Manifest:
         bundle: the directory, for messages.
 
     Raises:
-        BundleError: not JSON, of a newer schema, or with fields missing or mistyped.
+        BundleError: the content is not JSON, has a newer schema, or lacks fields or has mistyped ones.
     """
-    path = bundle / NAME
+    path = bundle / MANIFEST
     try:
         document = json.loads(content, parse_int=_number)
     except (ValueError, RecursionError) as error:
@@ -181,7 +183,7 @@ def _parse(document: dict[str, Any]) -> Manifest:
 
 
 def _check_values(manifest: Manifest) -> None:
-    """Values that no export writes and that the runtime would stumble over."""
+    """Raise ValueError for values that no export writes and on which the runtime would fail."""
     for name in ("size", "grid", "channels", "batch", "ensemble"):
         value = getattr(manifest, name)
         numbers = value if isinstance(value, tuple) else (value,)
@@ -229,7 +231,7 @@ def _check_values(manifest: Manifest) -> None:
     if manifest.conditioning != "bake" and not manifest.conditions:
         raise ValueError("conditions are missing")
     for name, entry in manifest.files.items():
-        if name in ("", ".", "..", NAME) or "/" in name or "\\" in name or "\0" in name:
+        if name in ("", ".", "..", MANIFEST) or "/" in name or "\\" in name or "\0" in name:
             raise ValueError(f"files names {name!r:.60}, which is no file of a bundle")
         if not (conforms(entry.get("bytes"), int) and conforms(entry.get("sha256"), str)):
             raise ValueError(f"files[{name!r}] is {entry!r:.60}")
@@ -242,7 +244,7 @@ def _number(text: str) -> int:
 
 
 def conforms(value: Any, hint: Any) -> bool:
-    """Whether a JSON value is of an annotated type (a tuple is a JSON list of its length)."""
+    """Whether a JSON value has an annotated type. A tuple corresponds to a JSON list of its length."""
     origin, arguments = get_origin(hint), get_args(hint)
     if hint is Any:
         return True
@@ -264,7 +266,7 @@ def conforms(value: Any, hint: Any) -> bool:
 
 
 def tool_versions(*packages: str) -> dict[str, str]:
-    """Versions of installed packages, and of Python."""
+    """The versions of Python and of those packages that are installed."""
     from importlib.metadata import PackageNotFoundError, version
 
     found = {"python": ".".join(map(str, sys.version_info[:3]))}

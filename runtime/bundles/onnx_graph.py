@@ -1,8 +1,8 @@
-"""An ONNX graph in memory: the bytes of the file, and the weights that it refers to in another file.
+"""An ONNX graph in memory: the bytes of its file, and the weights that it refers to in another file.
 
-Whatever runs or compiles a graph gets these bytes, not a path, so that what was hashed is what is used:
-a file that is opened a second time may be another one. The references are read from the graph itself,
-because a graph can name any file as the place of its weights.
+Whatever runs or compiles a graph gets these bytes and not a path, so that what was hashed is what is used; a
+file that is opened a second time may be another one. The references are read from the graph itself, because a
+graph can name any file as the place of its weights.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ FIELDS: dict[str, dict[int, str]] = {
 _DIMS, _DATA_TYPE, _NAME, _EXTERNAL_DATA, _DATA_LOCATION = 1, 2, 8, 13, 14  # of TensorProto
 _GRAPH, _INITIALIZER = 7, 5
 _EXTERNAL = 1  # TensorProto.DataLocation
-_DEEPEST = 64  # messages in messages; graphs nest in attributes
+_DEEPEST = 64  # nested messages; graphs nest in attributes
 
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5  # wire types of protobuf
 
 _TYPES_BY_BYTES = {1: (2, 3, 9, 17, 18, 19, 20), 2: (4, 5, 10, 16), 4: (1, 6, 12), 8: (7, 11, 13)}
 ITEM_BYTES = {dtype: size for size, dtypes in _TYPES_BY_BYTES.items() for dtype in dtypes}
-"""Bytes of one element, by TensorProto.DataType; types of less than a byte are not here."""
+"""Bytes of one element by TensorProto.DataType. Types of less than a byte are left out."""
 
 
 @dataclass(frozen=True)
@@ -50,9 +50,9 @@ class ExternalTensor:
     """An initializer whose values are in another file.
 
     Attributes:
-        dtype: a number of TensorProto.DataType.
+        dtype: its number in TensorProto.DataType.
         location: the other file, as the graph names it.
-        offset, length: of the values in that file, bytes; length is None where the graph does not say.
+        offset, length: where the values lie in that file, in bytes; length is None if the graph omits it.
     """
 
     name: str
@@ -67,16 +67,16 @@ class Graph:
     """An ONNX graph and its weights, both in memory.
 
     Args:
-        path: where it came from, for messages.
-        model: bytes of the file.
+        path: where the graph came from, for messages.
+        model: the bytes of its file.
         weights: {file that the graph refers to: its bytes}.
 
     Attributes:
         path, model, weights: as given.
-        tensors: {name: (tensor, its bytes)} of the initializers that are in another file.
+        tensors: {name: (tensor, its bytes)} of the initializers whose values are in another file.
 
     Raises:
-        ValueError: not ONNX, or a reference to something that is not in `weights`.
+        ValueError: the bytes are not ONNX, or refer to something that is not in `weights`.
     """
 
     def __init__(self, path: Path, model: bytes, weights: Mapping[str, Buffer]) -> None:
@@ -91,11 +91,11 @@ class Graph:
 
     @classmethod
     def read(cls, path: Path) -> Graph:
-        """A graph from a file that needs no verification, with what lies beside it.
+        """Read a graph that needs no verification, and the weights that lie beside it.
 
         Raises:
             OSError: a file cannot be read.
-            ValueError: not ONNX, or a reference to another folder.
+            ValueError: the file is not ONNX, or refers to another folder.
         """
         with open_regular(path) as file:
             model = file.read()
@@ -109,10 +109,11 @@ class Graph:
 
 
 def external_tensors(model: bytes) -> list[ExternalTensor]:
-    """Initializers of the main graph whose values are in another file.
+    """The initializers of the main graph whose values are in another file.
 
     Raises:
-        ValueError: not ONNX, or something else than an initializer of the main graph is in another file.
+        ValueError: the bytes are not ONNX, or a tensor that is no initializer of the main graph is in another
+            file.
     """
     tensors = []
     graphs = 0
@@ -157,7 +158,7 @@ def _is_external(tensor: memoryview) -> bool:
 
 
 def _external_tensor(message: memoryview) -> ExternalTensor | None:
-    """An initializer as its message describes it; None if its values are in the message."""
+    """The initializer that a message describes; None if its values are in the message."""
     if not _is_external(message):
         return None
     shape: list[int] = []
@@ -207,10 +208,10 @@ def _packed(value: memoryview) -> list[int]:
 
 
 def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
-    """(number, value) of a protobuf message's fields: an integer, or the bytes of anything longer.
+    """Iterate over a protobuf message's fields as (number, value), the value an integer or bytes.
 
     Raises:
-        ValueError: not a protobuf message.
+        ValueError: the bytes are not a protobuf message.
     """
     position = 0
     while position < len(message):
@@ -234,7 +235,7 @@ def _fields(message: memoryview) -> Iterator[tuple[int, memoryview | int]]:
 
 
 def _varint(message: memoryview, position: int) -> tuple[int, int]:
-    """A number of at most 64 bits, and where the next field starts."""
+    """Read a number of at most 64 bits. Returns it and the position after it."""
     number = 0
     for shift in range(0, 70, 7):
         if position >= len(message):

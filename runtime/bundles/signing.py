@@ -1,7 +1,8 @@
 """Signatures of bundles and engines, in OpenSSH's format, made and checked by `ssh-keygen -Y`.
 
-A hash in a bundle shows that its files belong together, not who made them. A signature of manifest.json,
-which holds the hashes of the other files, shows both; so does one of engine.json for an engine's plans.
+The hashes in a bundle show that its files belong together, but not who made them. A signature of
+manifest.json, which holds the hashes of the other files, shows both. A signature of engine.json does the same
+for an engine's plans.
 """
 
 from __future__ import annotations
@@ -16,14 +17,14 @@ from typing import Optional
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 from ditf.runtime.files.reading import read_regular
 
-SUFFIX = ".sig"
+SIGNATURE_SUFFIX = ".sig"
 NAMESPACE = "ditf-bundle"
-"""What a signature is for: one that was made for mail or for git is none of a bundle."""
+"""The purpose that a signature states, so that one made for mail or for git is not valid for a bundle."""
 
 _PRINCIPAL = "signer"
-_LARGEST = 64 << 10  # bytes of a signature, and of a file of keys
+_LARGEST = 64 << 10  # bytes of a signature, or of a file of keys
 _PUBLIC_KEY = re.compile(r"(?:ssh|ecdsa|sk-ssh|sk-ecdsa)-[\w@.-]+ [A-Za-z0-9+/]+=*(?: .*)?", re.ASCII)
-_SECONDS = 60.0  # for a check; signing may wait for a passphrase or a touch
+_SECONDS = 60.0  # for a check; signing has no limit, because it may wait for a passphrase or a touch
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Trust:
     """What a user accepts of a bundle.
 
     Attributes:
-        signers: a file of OpenSSH public keys, one of which must have signed what is opened; None accepts
+        signers: a file of OpenSSH public keys, one of which must have signed what is opened. None accepts
             bundles without a signature.
         host_code: whether engines may run code of their own on the CPU.
     """
@@ -40,21 +41,21 @@ class Trust:
     host_code: bool = False
 
     def check(self, path: Path, content: bytes) -> None:
-        """Check the signature of a file beside it, before the content is used.
+        """Check the signature that lies beside a file, before the file's content is used.
 
         Args:
-            path: of the file, for its signature and for messages.
-            content: what was read from it, and will be used.
+            path: the file; its signature has the same name and the suffix ".sig".
+            content: the bytes that were read from it and will be used.
 
         Raises:
-            BundleError: not signed, or not by one of the signers.
+            BundleError: the file is not signed, or not by one of the signers.
             InputError: the file of keys cannot be used.
-            MissingComponent: there is no ssh-keygen.
+            MissingComponent: ssh-keygen is not installed.
         """
         if self.signers is None:
             return
         keys = _public_keys(self.signers)
-        signature = path.with_name(path.name + SUFFIX)
+        signature = path.with_name(path.name + SIGNATURE_SUFFIX)
         try:
             signed = read_regular(signature, _LARGEST)
         except OSError as error:
@@ -79,18 +80,18 @@ class Trust:
 
 
 ANYONE = Trust()
-"""No signature is asked for, and no code of engines is run on the CPU."""
+"""The default: no signature is required, and engines run no code of their own on the CPU."""
 
 
 def signature(content: bytes, key: Path) -> bytes:
-    """A signature of some bytes.
+    """Sign some bytes and return the signature.
 
     Args:
-        key: of a private key, or of a public one whose private key ssh-agent holds.
+        key: the file of a private key, or of a public key whose private key ssh-agent holds.
 
     Raises:
         InputError: the key cannot sign.
-        MissingComponent: there is no ssh-keygen.
+        MissingComponent: ssh-keygen is not installed.
     """
     if not key.is_file():  # ssh-keygen would wait for a FIFO
         why = "it is no file of a key" if key.exists() else "no such file"
@@ -108,16 +109,16 @@ def signature(content: bytes, key: Path) -> bytes:
 
 
 def still_signed(content: bytes, signature: Path) -> bool:
-    """Whether a signature, of whatever key, is of this content."""
+    """Whether a signature by any key is valid for this content."""
     arguments = ["-Y", "check-novalidate", "-n", NAMESPACE, "-s", str(signature)]
     return _ssh_keygen(arguments, content, _SECONDS).returncode == 0
 
 
 def _public_keys(path: Path) -> list[str]:
-    """Type and key of each line of a file of public keys.
+    """Read a file of public keys: the type and key of each line.
 
     Raises:
-        InputError: it cannot be read, or holds anything else.
+        InputError: the file cannot be read, or holds anything else.
     """
     try:
         text = read_regular(path, _LARGEST).decode("utf-8")

@@ -1,7 +1,7 @@
-"""Reading .npy and .npz files that someone else may have written: no pickles, nothing larger than allowed.
+"""Reading .npy and .npz files from elsewhere, without pickles and within a limit of size.
 
-numpy allocates what a header announces, and inflates what a zip file holds: 3 MB can become 3 GB. Here every
-size is compared with a limit, and with what the file has, before memory is taken for it.
+numpy allocates what a header announces and inflates what a zip file holds, so 3 MB can become 3 GB. Here
+every size is compared with a limit and with the file's real size before memory is allocated.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from typing import IO, BinaryIO, Union
 
 import numpy as np
 
-_HEADER = 10_000  # bytes; numpy's own limit, above which parsing may take long
+_HEADER = 10_000  # bytes; numpy's own limit, because parsing a longer header may take long
 _READERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-_KINDS = "biufcSU"  # booleans, numbers, and strings of fixed length: no objects, and nothing with fields
-_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # what numpy writes; zipfile bounds no other's output
+_KINDS = "biufcSU"  # booleans, numbers and strings of fixed length; no objects or records
+_METHODS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)  # zipfile bounds only their output
 _ENCRYPTED = 0x1
 
 
 class _Refused(ValueError):
-    """A message that already names the file."""
+    """An error whose message already names the file."""
 
 
 def read_npy(source: Union[bytes, BinaryIO], name: str, limit: int) -> np.ndarray:
-    """The array of a .npy file.
+    """Read the array of a .npy file.
 
     Args:
-        source: the file's bytes, or the file, opened in binary mode.
+        source: the file's bytes, or the file opened in binary mode.
         name: what to call the file in messages.
-        limit: the largest size of the file that is accepted, in bytes.
+        limit: the largest accepted size of the file in bytes.
 
     Returns:
         A writable array.
 
     Raises:
-        ValueError: it is no .npy file, is damaged or too large, or holds anything but numbers and plain
-            strings; the message begins with `name`.
+        ValueError: the file is not a .npy file, is damaged or too large, or holds anything but numbers and
+            plain strings. The message begins with `name`.
     """
     with _refusing(name, "no .npy file"):
         file, size = _opened(source, name, limit)
@@ -49,19 +49,19 @@ def read_npy(source: Union[bytes, BinaryIO], name: str, limit: int) -> np.ndarra
 
 
 def read_npz(source: Union[bytes, BinaryIO], name: str, limit: int) -> dict[str, np.ndarray]:
-    """All arrays of a .npz file, by name.
+    """Read all arrays of a .npz file, by name.
 
     Args:
-        source: the file's bytes, or the file, opened in binary mode.
+        source: the file's bytes, or the file opened in binary mode.
         name: what to call the file in messages.
-        limit: the largest size in bytes that is accepted, of the file and of all that it inflates to.
+        limit: the largest accepted size in bytes, both of the file and of all that it inflates to.
 
     Returns:
         Writable arrays, in the order of the file.
 
     Raises:
-        ValueError: it is no .npz file, is damaged or too large, or holds anything but numbers and plain
-            strings; the message begins with `name`.
+        ValueError: the file is not a .npz file, is damaged or too large, or holds anything but numbers and
+            plain strings. The message begins with `name`.
     """
     with _refusing(name, "no .npz file"):
         file, _ = _opened(source, name, limit)
@@ -82,7 +82,7 @@ def read_npz(source: Union[bytes, BinaryIO], name: str, limit: int) -> dict[str,
 
 @contextmanager
 def _refusing(name: str, what: str) -> Iterator[None]:
-    """Name the file: zipfile and numpy raise a dozen kinds of exceptions for damaged files."""
+    """Turn the many kinds of exceptions of zipfile and numpy into a ValueError that names the file."""
     try:
         yield
     except _Refused:
@@ -92,7 +92,7 @@ def _refusing(name: str, what: str) -> Iterator[None]:
 
 
 def _opened(source: Union[bytes, BinaryIO], name: str, limit: int) -> tuple[BinaryIO, int]:
-    """A seekable file at its start, and its size in bytes."""
+    """Open a source as a seekable file at its start. Returns it and its size in bytes."""
     file = io.BytesIO(source) if isinstance(source, bytes) else source
     size = file.seek(0, os.SEEK_END)
     if size > limit:
@@ -102,7 +102,7 @@ def _opened(source: Union[bytes, BinaryIO], name: str, limit: int) -> tuple[Bina
 
 
 def _key(member: zipfile.ZipInfo, name: str) -> str:
-    """The name of a member's array."""
+    """The name of the array in a member of the archive."""
     if not member.filename.endswith(".npy"):
         raise _Refused(f"{name} holds {member.filename[:80]!a}, which is no array")
     if member.flag_bits & _ENCRYPTED or member.compress_type not in _METHODS:
@@ -111,9 +111,9 @@ def _key(member: zipfile.ZipInfo, name: str) -> str:
 
 
 def _read_array(file: IO[bytes], size: int, name: str) -> np.ndarray:
-    """The array in a stream of `size` bytes that is at its start."""
+    """Read the array from a stream of `size` bytes that is at its start."""
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # numpy warns about headers that it can only guess at
+        warnings.simplefilter("error")  # numpy warns if it can only guess what a header means
         reader = _READERS[np.lib.format.read_magic(file)]
         shape, fortran, dtype = reader(file, max_header_size=_HEADER)
     if dtype.kind not in _KINDS:

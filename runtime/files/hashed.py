@@ -1,4 +1,4 @@
-"""A file whose size and sha256 are written down elsewhere: in a manifest, or in an engine's record."""
+"""Files whose size and sha256 are recorded elsewhere, in a manifest or an engine's record."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class HashedFile:
-    """A file, and what it has to be. It is opened and read once: what was hashed is what is used.
+    """A file and its expected size and hash. It is opened and read once, so what was hashed is what is used.
 
     Attributes:
-        size: bytes; sha256: hex digest.
-        fix: what a user can do where the file is another, for messages.
+        size: the expected size in bytes.
+        sha256: the expected hex digest.
+        fix: what a user can do if the file differs, for messages.
     """
 
     path: Path
@@ -31,17 +32,17 @@ class HashedFile:
     fix: str
 
     def check(self, contents: bool = True) -> None:
-        """Compare the file with its size, and unless told otherwise with its hash.
+        """Compare the file's size, and with `contents` its hash, with what is expected.
 
         Raises:
-            BundleError: it is missing, truncated, altered or cannot be read.
+            BundleError: the file is missing, truncated, altered or cannot be read.
         """
         with self._opened() as file:
             if contents:
                 self._pass_on(file, lambda block: None)
 
     def read(self) -> bytearray:
-        """The content.
+        """Read the content and check it.
 
         Raises:
             BundleError: as `check`.
@@ -59,17 +60,17 @@ class HashedFile:
         return content
 
     def copy(self, place: Path) -> None:
-        """Write a copy of the file.
+        """Copy the file and check the content.
 
         Raises:
             BundleError: as `check`.
-            OSError: the copy cannot be written, or is there.
+            OSError: the copy cannot be written, or `place` exists.
         """
         with self._opened() as file, place.open("xb") as copy:
             self._pass_on(file, copy.write)
 
     def _pass_on(self, file: BinaryIO, use: Callable[[memoryview], object]) -> None:
-        """Read the content, block by block, and check it in the end."""
+        """Pass the content block by block to `use`, and check its hash at the end."""
         digest = hashlib.sha256()
         left = self.size
         with memoryview(bytearray(min(_BLOCK, max(left, 1)))) as buffer:
@@ -99,7 +100,7 @@ class HashedFile:
 
 
 def sha256(path: Union[str, Path]) -> str:
-    """Hex digest of a regular file, read in blocks."""
+    """The sha256 of a regular file as a hex digest. The file is read in blocks."""
     digest = hashlib.sha256()
     with open_regular(path) as file:
         while block := file.read(_BLOCK):

@@ -1,4 +1,4 @@
-"""Reading JSON files that someone else may have written: regular files of bounded size and depth."""
+"""Reading JSON files from elsewhere, which must be regular files of bounded size and depth."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ditf.runtime.files.reading import read_regular
 
 
 def read_json(path: Path, limit: int) -> Any:
-    """The value in a JSON file of at most `limit` bytes.
+    """Read the value in a JSON file of at most `limit` bytes.
 
     Raises:
         OSError: as `read_regular`.
-        ValueError: not UTF-8, not JSON, or nested more deeply than Python can read.
+        ValueError: the content is not UTF-8, not JSON, or nested more deeply than Python can read.
     """
     try:
         return json.loads(read_regular(path, limit).decode("utf-8"))

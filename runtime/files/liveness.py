@@ -1,8 +1,8 @@
-"""Whether whoever writes a file may still be at work: asked before anything that a process left is removed.
+"""Whether the process that writes a file may still be running, which is checked before its files are removed.
 
-A process that writes holds a lock on its file, which ends with the process. A process id says nothing across
-containers and hosts. Where a file system cannot lock, or forgets to tell other hosts (NFS with `nolock`), age
-decides: by the file system's own clock, since those of the hosts may differ.
+A writing process holds a lock on its file, which ends with the process. A process id would say nothing across
+containers and hosts. Where a file system cannot lock, or does not show locks to other hosts (NFS with
+`nolock`), the file's age decides, by the file system's own clock because those of the hosts may differ.
 """
 
 from __future__ import annotations
@@ -14,14 +14,15 @@ from typing import Optional
 from uuid import uuid4
 
 STALE = 24 * 3600 * 10**9
-"""Nanoseconds without a change after which a file that nobody is seen to hold is taken for abandoned."""
+"""After so many nanoseconds without a change, a file that no process is seen to lock counts as abandoned."""
 
 
 def try_lock(descriptor: int) -> Optional[bool]:
-    """Take the lock of an open file, which must be open for writing.
+    """Try to lock a file that is open for writing.
 
     Returns:
-        Whether it was free; None where the file system cannot say.
+        True if the lock was free and is now held, False if another process holds it, and None if the file
+        system cannot lock.
     """
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -33,7 +34,7 @@ def try_lock(descriptor: int) -> Optional[bool]:
 
 
 def file_system_time(folder: Path) -> int:
-    """Now, by the clock of a folder's file system, in nanoseconds.
+    """The current time by the clock of a folder's file system, in nanoseconds.
 
     Raises:
         OSError: the folder cannot be written.
@@ -48,12 +49,12 @@ def file_system_time(folder: Path) -> int:
 
 
 def newest(path: Path) -> int:
-    """The last change of a path and of all that is in it, in nanoseconds; links are not followed."""
+    """The time of the last change of a path or of anything in it, in nanoseconds. Links are not followed."""
     times = [path.lstat().st_mtime_ns]
     for folder, folders, files in os.walk(path):
         for name in (*folders, *files):
             try:
                 times.append((Path(folder) / name).lstat().st_mtime_ns)
-            except FileNotFoundError:  # somebody removes it
+            except FileNotFoundError:  # another process removes it
                 continue
     return max(times)

@@ -1,4 +1,4 @@
-"""Opening files that someone else may have written: regular files only, of bounded size."""
+"""Opening files from elsewhere, which must be regular files of bounded size."""
 
 from __future__ import annotations
 
@@ -19,22 +19,23 @@ _KINDS = {
 def open_regular(path: Union[str, Path], limit: int | None = None) -> BinaryIO:
     """Open a regular file for reading, following symbolic links.
 
-    Opening a FIFO waits for a writer, and reading a device may never end. So the file is opened without
-    waiting, and `fstat` says what was opened; a check of the path before opening it could be outrun.
+    Opening a FIFO waits for a writer, and reading a device may never end. The file is therefore opened
+    without waiting, and `fstat` says what was opened. The path could change between a check of it and the
+    opening.
 
     Args:
-        limit: the largest size in bytes that is accepted, or None for any.
+        limit: the largest accepted size in bytes, or None for any.
 
     Returns:
-        The open file, in binary mode; the caller closes it.
+        The file, open in binary mode; the caller closes it.
 
     Raises:
-        FileNotFoundError: no such file.
-        IsADirectoryError: a directory.
-        OSError: not a regular file, or larger than `limit`; `strerror` says which in words.
+        FileNotFoundError: the file does not exist.
+        IsADirectoryError: the path is a directory.
+        OSError: the file is not a regular file, or is larger than `limit`; `strerror` says which in words.
     """
     flags = getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_CLOEXEC", 0)
-    # The file owns its descriptor at once: what a signal's handler raises in here cannot leave it half owned.
+    # The file object owns its descriptor at once, so an exception from a signal handler cannot leak it.
     file = open(path, "rb", opener=lambda name, given: os.open(name, given | flags))  # noqa: SIM115
     try:
         opened = os.fstat(file.fileno())
@@ -50,7 +51,7 @@ def open_regular(path: Union[str, Path], limit: int | None = None) -> BinaryIO:
 
 
 def read_regular(path: Union[str, Path], limit: int) -> bytes:
-    """All bytes of a regular file of at most `limit` bytes.
+    """Read all of a regular file of at most `limit` bytes.
 
     Raises:
         OSError: as `open_regular`, or the file grew past `limit` while it was read.

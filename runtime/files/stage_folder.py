@@ -1,12 +1,12 @@
-"""Folders in which something is made before it takes its place, and what killed processes left of them.
+"""Folders in which something is made before it takes its place, and clearing away those of killed processes.
 
-    .NAME.partial-<boot>-<id>/lock    held while its process lives; in it, where what is in old/ belongs
-    .NAME.partial-<boot>-<id>/new     being made
-    .NAME.partial-<boot>-<id>/old/    what was in its place, while it is replaced on a file system that cannot
-                                      exchange two folders in one call
+    .NAME.partial-<boot>-<id>/lock    locked while its process lives; it names the place of what is in old/
+    .NAME.partial-<boot>-<id>/new     what is being made
+    .NAME.partial-<boot>-<id>/old/    what it replaces, on a file system that cannot exchange two folders in
+                                      one call
 
-`boot` tells kernels apart: if the lock is free and its holder ran under this kernel, it is dead. Of another
-host's it is only believed after a day (`liveness`).
+`boot` tells running kernels apart. If the lock is free and its process ran under this kernel, that process is
+dead. For a process of another host this is only concluded after a day (see `liveness`).
 """
 
 from __future__ import annotations
@@ -30,21 +30,21 @@ from ditf.runtime.files.unfinished import undoing
 NEW, OLD = "new", "old"
 _LOCK = "lock"
 _STAGE = re.compile(r"\.(.+)\.partial-([0-9a-f]{8})-[0-9a-f]{32}")
-_LONGEST = 150  # bytes of NAME, of the 255 that a name may have
+_LONGEST = 150  # bytes of NAME; a file name may have 255 in all
 _EXCHANGE = 2
 _CANNOT_EXCHANGE = (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP)
 
 
 @contextmanager
 def stage_folder(parent: Path, name: str, home: str = ".") -> Iterator[Path]:
-    """A folder in `parent` to make something in; it is removed in the end.
+    """A folder in `parent` in which something is made. It is removed at the end.
 
-    What killed processes left of the same name is cleared away first (`clear`).
+    What killed processes left under the same name is cleared away first (see `clear`).
 
     Args:
-        name: of what is made.
-        home: where it will be, seen from `parent`: "." or a folder's name. What is in old/ and is missing
-            there when all ends, goes back there.
+        name: the name of what is made.
+        home: the place of what is made, as seen from `parent`: "." or a folder's name. At the end, whatever
+            is in old/ and missing in that place is moved back to it.
 
     Raises:
         OSError: `parent` cannot be written.
@@ -61,15 +61,15 @@ def stage_folder(parent: Path, name: str, home: str = ".") -> Iterator[Path]:
 
 
 def clear(parent: Path, name: str | None = None) -> list[Path]:
-    """Remove what processes that were killed left, and put back what they had moved out of its place.
+    """Remove the folders that killed processes left, and put back what they had moved out of its place.
 
-    Nothing is removed that a live process may still hold, and nothing of another name's pattern or kind.
+    Folders that a live process may still hold are kept, and so is everything whose name has another pattern.
 
     Args:
-        name: of what was made; None for any.
+        name: the name of what was made; None for any.
 
     Returns:
-        What was removed.
+        The folders that were removed.
     """
     removed = []
     for path in _folders(parent):
@@ -82,17 +82,17 @@ def clear(parent: Path, name: str | None = None) -> list[Path]:
 def swap(new: Path, place: Path, old: Path) -> Path | None:
     """Put a folder into its place.
 
-    In one call where the system can exchange two names. Otherwise what is there is moved into `old` first; a
-    process that is killed in between leaves it there for `clear` to put back.
+    Where the system can exchange two names, this takes one call. Otherwise the former folder is moved into
+    `old` first; if the process is killed in between, `clear` puts it back.
 
     Args:
-        old: the stage's folder of this name.
+        old: the stage's folder old/.
 
     Returns:
-        Where that is now which was there; None if nothing was.
+        The path where the former folder is now; None if there was none.
     """
     for last in (False, False, True):
-        with suppress(FileNotFoundError):  # nothing is there
+        with suppress(FileNotFoundError):  # there is no former folder
             if exchange(new, place):
                 return new
         kept: Path | None = old / place.name
@@ -109,15 +109,15 @@ def swap(new: Path, place: Path, old: Path) -> Path | None:
             if kept is not None:
                 kept.rename(place)
             if last or error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
-                raise  # else somebody else's has just appeared there
+                raise  # otherwise another process has just put something there
     raise AssertionError("not reached")
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one call; False where the system or the file system cannot.
+    """Exchange two names in one call; False if the system or the file system cannot.
 
     Raises:
-        OSError: it failed, because one of them is not there for example.
+        OSError: the exchange failed, for example because one of them does not exist.
     """
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)
     if call is None:
@@ -132,7 +132,7 @@ def exchange(one: Path, other: Path) -> bool:
 
 
 def _made(parent: Path, name: str, home: str) -> tuple[Path, int]:
-    """A new stage and its lock, held."""
+    """Make a stage and hold its lock. Returns the stage and the lock's descriptor."""
     while True:
         path = parent / f".{name}.partial-{_boot()}-{uuid4().hex}"
         path.mkdir()
@@ -142,11 +142,11 @@ def _made(parent: Path, name: str, home: str) -> tuple[Path, int]:
                 if os.path.samestat(os.fstat(descriptor), (path / _LOCK).stat()):
                     os.write(descriptor, home.encode())
                     return path, descriptor
-        os.close(descriptor)  # somebody saw the lock before it was held, and cleared it away
+        os.close(descriptor)  # another process saw the lock before it was held, and cleared the stage away
 
 
 def _clear(path: Path, boot: str) -> bool:
-    """Clear a stage away unless its process may live; whether it is gone."""
+    """Clear a stage away unless its process may be alive. Returns whether it is gone."""
     try:
         descriptor = os.open(path / _LOCK, os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
@@ -162,7 +162,7 @@ def _clear(path: Path, boot: str) -> bool:
 
 
 def _dissolve(path: Path) -> bool:
-    """Put back what is missing in its place, and remove a stage; whether it is gone."""
+    """Put back what is missing in its place, and remove the stage. Returns whether it is gone."""
     try:
         home = Path(os.fsdecode(read_regular(path / _LOCK, 255))).name
     except OSError:
@@ -175,7 +175,7 @@ def _dissolve(path: Path) -> bool:
     except FileNotFoundError:  # no old/
         pass
     except OSError:
-        return False  # it may be the only copy
+        return False  # what is in old/ may be the only copy
     for part in (path / NEW, path / OLD, path):  # the lock last
         shutil.rmtree(part, ignore_errors=True)
     return not path.exists()
@@ -189,7 +189,7 @@ def _stale(path: Path) -> bool:
 
 
 def _folders(parent: Path) -> list[Path]:
-    """Folders, not links to some, in a folder, newest first; none if it cannot be read."""
+    """The folders in a folder, newest first, without links; none if it cannot be read."""
     found = []
     try:
         for path in parent.iterdir():
@@ -204,9 +204,9 @@ def _folders(parent: Path) -> list[Path]:
 
 @cache
 def _boot() -> str:
-    """Eight digits that tell this run of the kernel from others'."""
+    """Eight digits that identify this run of the kernel."""
     try:
         text = Path("/proc/sys/kernel/random/boot_id").read_text("ascii")
     except (OSError, ValueError):
-        return uuid4().hex[:8]  # none is known: never equal to another process's
+        return uuid4().hex[:8]  # unknown, so that it never equals another process's
     return text[:8]

@@ -1,7 +1,7 @@
-"""What has to be undone if the process must end while it is at work.
+"""Undoing unfinished work when the process must end without unwinding.
 
-An exception unwinds through `with` blocks and needs none of this. A process whose main thread is inside
-native code cannot raise one; whoever ends it then calls `undo_all` first.
+An exception unwinds through `with` blocks and needs nothing from here. A process whose main thread is inside
+native code cannot raise one, so `undo_all` is called before such a process ends.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ _undo: dict[int, Callable[[], object]] = {}
 
 
 def register(undo: Callable[[], object]) -> None:
-    """Have something undone if the process must end: by a function that does no harm when all is done."""
+    """Register a function that undoes some work. It must do no harm if the work is already finished."""
     _undo[id(undo)] = undo
 
 
 @contextmanager
 def undoing(undo: Callable[[], object]) -> Iterator[None]:
-    """Work that `undo` takes back; the block itself has to clean up when it ends in any other way.
+    """Register `undo` while the block runs. The block itself cleans up when it ends in any other way.
 
     Args:
-        undo: may be called from another thread, while the block still runs.
+        undo: undoes the work; it may be called from another thread while the block still runs.
     """
     register(undo)
     try:
@@ -35,7 +35,7 @@ def undoing(undo: Callable[[], object]) -> Iterator[None]:
 
 
 def undo_all() -> None:
-    """Undo what is unfinished, the latest first."""
+    """Undo all unfinished work, the latest first."""
     for undo in reversed(list(_undo.values())):
         with suppress(OSError):
             undo()
@@ -43,7 +43,7 @@ def undo_all() -> None:
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A temporary folder that is removed in the end."""
+    """A temporary folder that is removed at the end of the block."""
     with (
         tempfile.TemporaryDirectory(prefix=prefix) as name,
         undoing(lambda: shutil.rmtree(name, ignore_errors=True)),

@@ -1,6 +1,7 @@
-"""Files in the user's cache: kernels and timings that TensorRT made, and reads without checking them.
+"""Files in the user's cache, which hold kernels and timings of TensorRT.
 
-A file is only read if nobody but this user (or root) can have written it, and folders are the user's alone.
+TensorRT does not check these files when it reads them. A file is therefore only read if none but this user or
+root can have written it, and its folders are private to the user.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ _LARGEST = 1 << 30  # bytes
 
 
 def cache_file(kind: str, *name: str) -> Path:
-    """A file in the user's cache: "timing", "kernels"."""
+    """The path of a file in the user's cache; `kind` is "timing" or "kernels"."""
     root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
     plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(name))
     return root / "ditf" / kind / f"{plain}.cache"
 
 
 def read_cache(path: Path) -> Optional[bytes]:
-    """What is in a file of the cache; None where there is none.
+    """Read a file of the cache; None if it does not exist.
 
     Args:
-        path: from `cache_file`.
+        path: the result of `cache_file`.
 
     Raises:
-        OSError: somebody else can write it or its folders, or it cannot be read; `strerror` says why.
+        OSError: another user can write the file or its folders, or it cannot be read; `strerror` says why.
     """
     try:
         for folder in (path.parent.parent, path.parent):
@@ -44,17 +45,17 @@ def read_cache(path: Path) -> Optional[bytes]:
 
 
 def write_cache(path: Path, content: bytes) -> None:
-    """Put a file into the cache, whole; its folders are made, and made private.
+    """Write a file of the cache as a whole. Its folders are created and made private.
 
     Raises:
-        OSError: it cannot be written, or a folder is not this user's.
+        OSError: the file cannot be written, or a folder is not this user's.
     """
     path.parent.parent.parent.mkdir(parents=True, exist_ok=True)
     for folder in (path.parent.parent, path.parent):
         folder.mkdir(mode=0o700, exist_ok=True)
         status = folder.lstat()
         if stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid():
-            folder.chmod(0o700)  # ditf 0.1.0 made them by the umask
+            folder.chmod(0o700)  # ditf 0.1.0 left their mode to the umask
         _check(folder.lstat(), folder)
     temporary = path.with_name(f".ditf-{uuid4().hex}")
     with created(temporary) as file:

@@ -1,11 +1,12 @@
-"""Writing files so that they are there whole or not at all.
+"""Writing files so that they appear whole or not at all.
 
-A file is written beside its place, flushed to the disk and renamed. So a reader never sees half of it, and
-neither a killed process nor a power failure leaves half of it under its name.
+A file is written beside its place, flushed to the disk and renamed. A reader therefore never sees half of it,
+and neither a killed process nor a power failure leaves half of it under its name.
 
-- The umask decides about permissions; a file that is replaced keeps its own.
-- A symbolic link stays: what it points to is written.
-- What is no regular file (a FIFO, a device, /dev/stdout, /proc/self/fd/N) is written to and never replaced.
+- The umask decides the permissions of a new file; a file that replaces another gets that file's permissions.
+- A symbolic link stays, and what it points to is written.
+- Anything but a regular file (a FIFO, a device, /dev/stdout, /proc/self/fd/N) is written to and never
+replaced.
 """
 
 from __future__ import annotations
@@ -24,14 +25,14 @@ from uuid import uuid4
 from ditf.runtime.files.unfinished import scratch_folder, undoing
 
 _DESCRIPTOR = re.compile(r"/proc/(\d+)/(?:task/\d+/)?fd/(\d+)")
-_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # of file systems that cannot
+_NO_SYNC = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS, errno.EBADF)  # raised by file systems that cannot sync
 
 
 def write_whole(path: Path, content: Union[str, bytes]) -> None:
-    """Write a file at once; text in UTF-8.
+    """Write a file as a whole; text is encoded as UTF-8.
 
     Raises:
-        OSError: it cannot be written; what was there is kept.
+        OSError: the file cannot be written; a former file is kept.
     """
     with replacing(path) as temporary:
         temporary.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
@@ -39,13 +40,13 @@ def write_whole(path: Path, content: Union[str, bytes]) -> None:
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary file of the same suffix that becomes `path` when the block ends well.
+    """A temporary file with the same suffix that becomes `path` if the block ends without an error.
 
-    The block writes to the temporary file that is there, or opens it anew; it must not replace it. If the
-    block fails, the temporary file vanishes and `path` is as it was.
+    The block opens and writes the existing temporary file; it must not replace it. If the block fails, the
+    temporary file is removed and `path` stays as it was.
 
     Raises:
-        OSError: it cannot be written.
+        OSError: the file cannot be written.
     """
     place = link_end(path)
     if written_through(place):
@@ -64,13 +65,13 @@ def replacing(path: Path) -> Iterator[Path]:
 
 @contextmanager
 def created(path: Path, like: Path | None = None) -> Iterator[BinaryIO]:
-    """A new file that is removed in the end, unless it was renamed.
+    """A new file, which is removed at the end of the block unless it was renamed.
 
     Args:
-        like: a file to be replaced: if it is there, the new one gets its permissions.
+        like: the file that will be replaced; if it exists, the new file gets its permissions.
 
     Raises:
-        OSError: it is there, or cannot be made.
+        OSError: the file exists, or cannot be created.
     """
     mode = None
     if like is not None:
@@ -82,7 +83,7 @@ def created(path: Path, like: Path | None = None) -> Iterator[BinaryIO]:
         path.unlink(missing_ok=True)
 
     with undoing(remove):
-        # Never readable by more than may read it in the end.
+        # At no time may more users read the file than at the end.
         descriptor = os.open(path, flags, 0o666 if mode is None else mode | 0o600)
         try:
             with os.fdopen(descriptor, "r+b") as file:
@@ -94,7 +95,7 @@ def created(path: Path, like: Path | None = None) -> Iterator[BinaryIO]:
 
 
 def publish(file: BinaryIO, temporary: Path, place: Path) -> None:
-    """Flush a file that `created` made to the disk, and rename it."""
+    """Flush a file that `created` made to the disk, and rename it to its place."""
     file.flush()
     _fsync(file.fileno())
     temporary.replace(place)
@@ -102,10 +103,10 @@ def publish(file: BinaryIO, temporary: Path, place: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Flush a folder's entries to the disk, as far as its file system can."""
+    """Flush a folder's entries to the disk if its file system can do that."""
     try:
         descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    except PermissionError:  # it may be written and not read
+    except PermissionError:  # the folder can be written but not read
         return
     try:
         _fsync(descriptor)
@@ -114,7 +115,7 @@ def sync_folder(folder: Path) -> None:
 
 
 def sync_tree(folder: Path) -> None:
-    """Flush a folder and all that is in it to the disk."""
+    """Flush a folder and all of its content to the disk."""
     for path, _, names in os.walk(folder, topdown=False):
         for name in names:
             descriptor = os.open(Path(path) / name, os.O_RDONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
@@ -126,10 +127,10 @@ def sync_tree(folder: Path) -> None:
 
 
 def link_end(path: Path) -> Path:
-    """Where the symbolic links of a path end; nothing need be there. A descriptor under /proc is an end.
+    """Follow the symbolic links of a path to their end, which need not exist. /proc counts as an end.
 
     Raises:
-        OSError: the links go round in a circle.
+        OSError: the links form a circle.
     """
     place = path
     for _ in range(40):
@@ -143,7 +144,7 @@ def link_end(path: Path) -> Path:
 
 
 def written_through(place: Path) -> bool:
-    """Whether what is at a `link_end` is written to, because it cannot be replaced."""
+    """Whether the file at a `link_end` must be written to, because it cannot be replaced."""
     if place.is_relative_to("/proc"):
         return True
     try:
@@ -153,7 +154,7 @@ def written_through(place: Path) -> bool:
 
 
 def _opened_through(place: Path) -> BinaryIO:
-    """A file that is written to as it stands. An own descriptor goes on where it is, in a file too."""
+    """Open a file to write to it in place. A descriptor of this process continues at its position."""
     own = _DESCRIPTOR.fullmatch(str(place))
     if own is not None and int(own[1]) == os.getpid():
         return os.fdopen(os.dup(int(own[2])), "wb")

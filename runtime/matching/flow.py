@@ -1,11 +1,12 @@
-"""Dense flow between two images: the match of every source cell, interpolated to every source pixel.
+"""Dense flow between two images: every source cell is matched, and its match interpolated to every pixel.
 
-Measured before it was decided (scikit-image's stereo motorcycle; affine warps of smooth synthetic features
-with noise, C = 256, 40x40 cells, 640x480): every pixel matched on its own takes 200 to 360 times as long (24
-to 162 s against 0.1 to 0.5 s) and is better on the photographs (39.5 % of pixels within 10 px, 34.2 % here),
-worse on the warps (median 2.0 to 5.5 px against 1.5 to 4.1 px: interpolation averages). Of the methods,
-`argmax` is the most even; `window` is better, down to 0.4 times its error, where features change little from
-cell to cell, and worse, up to 2.4 times, where they change much.
+Measurements led to this choice. They used scikit-image's stereo motorcycle, and affine warps of smooth
+synthetic features with noise (C = 256, 40x40 cells, 640x480 pixels). Matching every pixel on its own takes
+200 to 360 times as long (24 to 162 s against 0.1 to 0.5 s). It is better on the photographs (39.5 % of pixels
+within 10 px, against 34.2 % here) and worse on the warps (median error 2.0 to 5.5 px, against 1.5 to 4.1 px),
+because interpolation averages errors. Among the methods `argmax` is the most even. `window` is better where
+features change little from cell to cell (down to 0.4 times the error) and worse where they change much (up to
+2.4 times).
 """
 
 from __future__ import annotations
@@ -25,9 +26,9 @@ class Flow:
     """Where every pixel of a source image is in a target image.
 
     Attributes:
-        field: float32 [H, W, 2], (x, y) displacement in pixels at the source's resolution: source pixel
+        field: float32 [H, W, 2], (x, y) displacements in pixels at the source's resolution: the source pixel
             (x, y) is at (x, y) + field[y, x] in the target.
-        confidence: float32 [H, W], the cosine of the match in [-1, 1].
+        confidence: float32 [H, W], the cosine of the match, in [-1, 1].
     """
 
     field: np.ndarray
@@ -37,22 +38,22 @@ class Flow:
 def dense_flow(source: FeatureMap, target: FeatureMap, method: str = "argmax") -> Flow:
     """Match the centre of every source cell, and interpolate bilinearly between the centres.
 
-    What is interpolated is how far each match is from the place that its point has when the source image is
-    stretched onto the target; beyond the outermost centres it stays as it is there. Cost: that of
-    `match_points` with h * w points, and 12 bytes a source pixel.
+    Stretching the source image onto the target gives every point a place. The offsets of the matches from
+    these places are interpolated; beyond the outermost centres they stay constant. This costs as much as
+    `match_points` with h * w points, and 12 bytes per source pixel.
 
     Args:
         source, target: maps with the same number of channels.
-        method: of `match_points`.
+        method: as in `match_points`.
 
     Raises:
-        InputError: an unknown method, or maps of different models.
+        InputError: the method is unknown, or the maps are of different models.
     """
     centres = cell_centres(source)
     matches = match_points(source, target, centres, method)
     (height, width), (target_height, target_width) = source.image_size, target.image_size
     scale = np.array([target_width / width, target_height / height])
-    # Beyond the outermost centres of the target's cells all pixels are equal: of these take the nearest.
+    # All pixels beyond the outermost centres of the target's cells have equal features; use the nearest.
     corners = cell_centres(target)[[0, -1]]
     offset = (np.clip(matches.points, *corners) - ((centres + 0.5) * scale - 0.5)).astype(np.float32)
     rows, columns = (
@@ -68,15 +69,15 @@ def dense_flow(source: FeatureMap, target: FeatureMap, method: str = "argmax") -
     return Flow(field, np.clip(confidence, -1.0, 1.0, out=confidence))
 
 
-def warp(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """An image looked up where a flow points: with the flow from A to B, B as A sees it.
+def warp_image(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
+    """Look up an image where a flow points. With the flow from A to B, this moves B's pixels to A's places.
 
     Args:
         image: uint8 [H', W', 3].
         flow: float32 [H, W, 2], a `Flow.field` into that image.
 
     Returns:
-        uint8 [H, W, 3], sampled bilinearly; positions outside the image take its edge.
+        uint8 [H, W, 3], sampled bilinearly; positions outside the image take the value of its edge.
     """
     height, width = image.shape[:2]
     y, x = np.indices(flow.shape[:2], dtype=np.float32)

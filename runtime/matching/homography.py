@@ -1,4 +1,4 @@
-"""The homography between two images, from their matches. Needs OpenCV (extra `eval`)."""
+"""Estimating the homography between two images from their matches. It needs OpenCV (extra `eval`)."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.cells import cell_side
 
-METHODS = ("usac", "ransac", "lmeds")
+HOMOGRAPHY_METHODS = ("usac", "ransac", "lmeds")
 
 _FEWEST = 4
 
@@ -21,9 +21,9 @@ class Homography:
     """A homography and the matches that agree with it.
 
     Attributes:
-        matrix: float64 [3, 3], source pixels (x, y, 1) to target pixels; its last entry is 1.
-        inliers: bool [N].
-        error_px: mean distance in target pixels between the inliers and their projected source points.
+        matrix: float64 [3, 3], which takes source pixels (x, y, 1) to target pixels; its last entry is 1.
+        inliers: bool [N], the matches that agree with it.
+        error_px: the mean distance in target pixels between the inliers and their projected source points.
     """
 
     matrix: np.ndarray
@@ -34,22 +34,25 @@ class Homography:
 def find_homography(
     source_points: np.ndarray, points: np.ndarray, threshold: float = 3.0, method: str = "usac"
 ) -> Homography:
-    """The homography that most matches agree with, by OpenCV's findHomography. The same for the same input.
+    """Find the homography that most matches agree with, by OpenCV's findHomography.
+
+    The same input always gives the same result.
 
     Args:
-        source_points, points: [N, 2], (x, y) px in the source and in the target.
-        threshold: distance in target pixels up to which a match is an inlier; "lmeds" finds its own. Of cells
-            use `cell_threshold`: below half a cell, the grid itself is what most matches agree with.
+        source_points, points: [N, 2], (x, y) in pixels of the source and of the target.
+        threshold: the distance in target pixels up to which a match is an inlier; "lmeds" finds its own. For
+            matches of cells use `cell_threshold`, because below half a cell most matches agree with the grid
+            itself.
         method: "usac" (MAGSAC++, Barath et al., CVPR 2020), "ransac", or "lmeds" (more than half of the
             matches must be right).
 
     Raises:
-        InputError: fewer than four matches, or none that more than the four it is
-            made of agree with; bad arrays or options.
+        InputError: there are fewer than four matches, no homography has more inliers than the four that it is
+            made from, or an array or option is bad.
         MissingComponent: OpenCV is not installed.
     """
-    if method not in METHODS:
-        raise InputError(f"unknown method {method!r}", f"choose one of {', '.join(METHODS)}")
+    if method not in HOMOGRAPHY_METHODS:
+        raise InputError(f"unknown method {method!r}", f"choose one of {', '.join(HOMOGRAPHY_METHODS)}")
     if not 0 < threshold < np.inf:
         raise InputError(f"threshold is {threshold:g} px", "it is a positive number")
     start, end = (np.asarray(array, np.float64) for array in (source_points, points))
@@ -63,7 +66,7 @@ def find_homography(
     flag = {"usac": cv2.USAC_MAGSAC, "ransac": cv2.RANSAC, "lmeds": cv2.LMEDS}[method]
     try:
         matrix, mask = cv2.findHomography(start, end, flag, threshold)
-    except cv2.error:  # of degenerate points, in some versions
+    except cv2.error:  # some versions raise it for degenerate points
         matrix = None
     refused = InputError(
         f"no homography: too few of the {len(start)} matches agree",
@@ -72,8 +75,8 @@ def find_homography(
     if matrix is None or not np.isfinite(matrix).all() or matrix.shape != (3, 3):
         raise refused
     inliers = mask.ravel().astype(bool)
-    projected = project(matrix, start[inliers])
-    # Any four matches agree with some homography: where there were more, four alone say nothing.
+    projected = project_points(matrix, start[inliers])
+    # Any four matches agree with some homography, so four inliers out of more matches say nothing.
     if inliers.sum() < min(len(start), _FEWEST + 1) or not np.isfinite(projected).all():
         raise refused
     error = np.linalg.norm(projected - end[inliers], axis=1).mean()
@@ -81,17 +84,17 @@ def find_homography(
 
 
 def cell_threshold(target: FeatureMap) -> float:
-    """Half the longer side of a target cell, at least 3 px: a threshold for matches of cells.
+    """The threshold for matches of cells: half the longer side of a target cell, and at least 3 px.
 
-    Measured on affine warps of smooth synthetic features with noise, cells of 16x12 px, the error at the
-    image's corners: 27.8 px with cell centres and 3 px (the identity of the grid wins), 5 to 8 px with cell
-    centres and 8 px, 0.2 to 2.4 px with `refine="window"` and 8 px.
+    It was measured on affine warps of smooth synthetic features with noise and cells of 16x12 px. The error
+    at the image's corners is 27.8 px with cell centres and a threshold of 3 px (the identity of the grid
+    wins), 5 to 8 px with cell centres and 8 px, and 0.2 to 2.4 px with `refine="window"` and 8 px.
     """
     return max(3.0, cell_side(target) / 2)
 
 
-def project(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
-    """Points [N, 2] through a homography [3, 3]; infinite where they go to infinity."""
+def project_points(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
+    """Map points [N, 2] by a homography [3, 3]; points that go to infinity become infinite."""
     homogeneous = np.concatenate([points, np.ones((len(points), 1))], axis=1) @ matrix.T
     with np.errstate(divide="ignore", invalid="ignore"):
         projected: np.ndarray = homogeneous[:, :2] / homogeneous[:, 2:]
@@ -99,10 +102,10 @@ def project(matrix: np.ndarray, points: np.ndarray) -> np.ndarray:
 
 
 def opencv() -> Any:
-    """The module cv2.
+    """Import OpenCV's module cv2.
 
     Raises:
-        MissingComponent: it is not installed.
+        MissingComponent: OpenCV is not installed.
     """
     try:
         import cv2

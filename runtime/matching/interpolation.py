@@ -1,4 +1,4 @@
-"""Bilinear interpolation as matrices: everything the matcher does to a map is a matrix product."""
+"""Bilinear interpolation as matrices, so that upsampling a map is a pair of matrix products."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ import numpy as np
 
 
 def upsampling_matrix(pixels: int, cells: int, extent: float | None = None) -> np.ndarray:
-    """Bilinear upsampling of one axis, align_corners=False, edges replicated.
+    """The matrix of bilinear upsampling along one axis, with align_corners=False and replicated edges.
 
-    Equal to torch.nn.functional.interpolate(mode="bilinear", align_corners=False, antialias=False)
-    along that axis when `extent` is `cells`.
+    If `extent` is `cells`, it equals torch.nn.functional.interpolate(mode="bilinear", align_corners=False,
+    antialias=False) along that axis.
 
     Args:
-        pixels: length of the output axis.
-        cells: length of the input axis.
-        extent: cells that the output covers, 0 < extent <= cells; `cells` by default.
+        pixels: the length of the output axis.
+        cells: the length of the input axis.
+        extent: the number of cells that the output covers, 0 < extent <= cells; `cells` by default.
 
     Returns:
-        float32 [pixels, cells]; a row has at most two neighbouring non-zeros, which sum to 1.
+        float32 [pixels, cells]. A row has at most two non-zeros; they are neighbours and sum to 1.
     """
     span = float(cells if extent is None else extent)
     position = (np.arange(pixels) + 0.5) * (span / pixels) - 0.5
@@ -33,11 +33,11 @@ def upsampling_matrix(pixels: int, cells: int, extent: float | None = None) -> n
 
 
 def sample_rows(matrix: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Rows of an upsampling matrix at fractional pixel positions, interpolated linearly.
+    """Interpolate the rows of an upsampling matrix linearly at fractional pixel positions.
 
     Args:
         matrix: [pixels, cells].
-        positions: [N] in 0..pixels-1; pixel centres are at integers.
+        positions: [N], in 0..pixels-1; pixel centres are at integers.
 
     Returns:
         float32 [N, cells].
@@ -49,13 +49,13 @@ def sample_rows(matrix: np.ndarray, positions: np.ndarray) -> np.ndarray:
 
 
 def quadratic_matrix(matrix: np.ndarray) -> np.ndarray:
-    """Squared and cross weights of an upsampling matrix: what the squared norm of its output needs.
+    """The squared and cross weights of an upsampling matrix, from which squared norms of its output follow.
 
     Args:
         matrix: [pixels, cells].
 
     Returns:
-        float64 [pixels, 2 * cells]: w_i^2, then w_i * w_{i+1}.
+        float64 [pixels, 2 * cells]: first w_i^2, then w_i * w_{i+1}.
     """
     weights = matrix.astype(np.float64)
     following = np.zeros_like(weights)

@@ -1,4 +1,4 @@
-"""Running match.onnx: the matcher of `ditf.runtime.matching.points` as a graph, where the features are."""
+"""Running match.onnx, which matches points as `ditf.runtime.matching.points` does, where the features are."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from ditf.runtime.backends import Session
-from ditf.runtime.backends.engine_records import POINTS
+from ditf.runtime.backends.engine_records import MATCH_PLAN_POINTS
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap, not_finite
 from ditf.runtime.matching.points import (
@@ -22,16 +22,17 @@ from ditf.runtime.matching.points import (
 def run_match_graph(
     session: Session, grid: tuple[int, int], source: FeatureMap, target: FeatureMap, points: PointsLike
 ) -> Matches:
-    """Match points [N, 2], (x, y) px of the source image, with a bundle's match.onnx.
+    """Match points with a bundle's match.onnx.
 
     Args:
-        session: of match.onnx.
-        grid: (h, w) of the bundle's features. Maps of padded images are smaller; they are filled up
+        session: an open session of match.onnx.
+        grid: the size (h, w) of the bundle's features. Maps of padded images are smaller; they are filled up
             with cells that have no weight.
         source, target: maps of that bundle.
+        points: [N, 2], (x, y) in pixels of the source image.
 
     Raises:
-        InputError: bad points, or maps that are not this bundle's.
+        InputError: the points are bad, or the maps are not of this bundle.
     """
     check_channels(source, target)
     checked = check_points(points, source.image_size)
@@ -44,13 +45,13 @@ def run_match_graph(
     }
     point_rows, point_columns = _widen(point_rows, grid[0]), _widen(point_columns, grid[1])
     found, scores = [np.zeros((0, 2), np.float32)], [np.zeros(0, np.float32)]
-    step = POINTS[-1]
+    step = MATCH_PLAN_POINTS[-1]
     for start in range(0, len(checked), step):
         chunk = slice(start, start + step)
         output = session.run(
             {**fixed, "point_rows": point_rows[chunk], "point_columns": point_columns[chunk]}
         )
-        if not np.isfinite(output["scores"]).all():  # maps in a device's memory are looked at here
+        if not np.isfinite(output["scores"]).all():  # the first look at maps in device memory
             raise not_finite()
         found.append(output["points"])
         scores.append(output["scores"])
@@ -58,7 +59,7 @@ def run_match_graph(
 
 
 def _whole(features: FeatureMap, grid: tuple[int, int]) -> Any:
-    """A map at the graph's size, [1, C, h, w], where it is."""
+    """A map at the graph's size, [1, C, h, w]; it stays in device memory if it is there at that size."""
     resident = features.resident
     if resident is not None and resident.shape[1:] == grid:
         return resident.reshape(1, *resident.shape)
@@ -66,7 +67,7 @@ def _whole(features: FeatureMap, grid: tuple[int, int]) -> Any:
 
 
 def _fill(array: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
-    """A map at the graph's size, its edge repeated."""
+    """Extend a map to the graph's size by repeating its edge."""
     missing = (grid[0] - array.shape[1], grid[1] - array.shape[2])
     if min(missing) < 0:
         raise InputError(
@@ -77,5 +78,5 @@ def _fill(array: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
 
 
 def _widen(matrix: np.ndarray, cells: int) -> np.ndarray:
-    """Weights for `cells` cells: none for those that were filled up."""
+    """Extend weights to `cells` cells; the cells that were filled up get the weight 0."""
     return np.pad(matrix, ((0, 0), (0, cells - matrix.shape[1])))

@@ -1,4 +1,4 @@
-"""Mutual nearest neighbours: matches that hold in both directions."""
+"""Mutual nearest neighbours, which are matches that hold in both directions."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ _STEPS = np.float32(
 
 @dataclass(frozen=True)
 class MutualMatches:
-    """N matches that hold in both directions, the highest score first.
+    """N matches that hold in both directions, sorted by falling score.
 
     Attributes:
         source_points: float32 [N, 2], (x, y) in the source image's pixels, centres at integers.
@@ -44,28 +44,29 @@ def mutual_matches(
     step: int | None = None,
     refine: str | None = None,
 ) -> MutualMatches:
-    """Dense mutual nearest neighbours of two feature grids.
+    """Find the dense mutual nearest neighbours of two feature grids.
 
-    Cells i and j match when j has the highest cosine with i of all target cells and i the highest with j of
-    all source cells; of equal ones the first in row-major order. Points are the cells' centres in pixels
-    (see `cells`). Swapping source and target gives the same matches, unless `step` is given.
+    Cells i and j match if j has the highest cosine with i of all target cells, and i the highest with j of
+    all source cells. Of equal cosines the first in row-major order counts. Points are the centres of the
+    cells in pixels (see `cells`). Swapping source and target gives the same matches, unless `step` is
+    given.
 
-    Memory: a float32 copy of either map, and 4 MiB.
+    This takes a float32 copy of each map, and 4 MiB.
 
     Args:
         source, target: maps with the same number of channels.
-        max_matches: keep that many with the highest scores.
-        ratio: of Lowe's test, in (0, 1], in both directions: the distance of the unit vectors to the best
-            cell must be below `ratio` times that to the second best (Lowe, IJCV 2004). The best cell's
-            eight neighbours do not count as second: on a dense grid they always resemble it.
-        step: only source cells of every `step`-th row and column: those of the dense matches, at 1 / step^2
-            of the work.
-        refine: a method of `match_points` that places the target's points, "window" for one: what is fitted
-            to cell centres alone is drawn to the grid. Swapping then gives the same pairs of cells, not of
-            points. None for cell centres.
+        max_matches: keep only this many matches, those with the highest scores.
+        ratio: Lowe's ratio test, in (0, 1], applied in both directions: the distance of the unit vectors to
+            the best cell must be below `ratio` times the distance to the second best (Lowe, IJCV 2004). The
+            eight neighbours of the best cell do not count as second, because on a dense grid they always
+            resemble it.
+        step: match only the source cells of every `step`-th row and column, at 1 / step^2 of the work.
+        refine: a method of `match_points`, such as "window", that places the target's points; None places
+            them at cell centres. Whatever is fitted to cell centres alone is drawn to the grid. With a
+            method, swapping source and target gives the same pairs of cells, but not of points.
 
     Raises:
-        InputError: maps of different models, or an option out of its range.
+        InputError: the maps are of different models, or an option is out of its range.
     """
     check_channels(source, target)
     check_options(max_matches, ratio, step)
@@ -96,18 +97,18 @@ def mutual_points(
     method: str = "argmax",
     max_matches: int | None = None,
 ) -> MutualMatches:
-    """Those of the given points that are found again: matched to the target and from there back.
+    """Match points to the target and back, and keep those that return to where they started.
 
     Args:
         source, target: maps with the same number of channels.
         points: [N, 2], (x, y) in the source image's own pixels.
-        tolerance: distance in source pixels within which a point must come back; the longer side of a cell
-            by default.
-        method: of `match_points`, both ways.
-        max_matches: keep that many with the highest scores.
+        tolerance: the distance in source pixels within which a point must return; the default is the longer
+            side of a cell.
+        method: as in `match_points`, for both directions.
+        max_matches: keep only this many matches, those with the highest scores.
 
     Raises:
-        InputError: see `match_points`; a negative tolerance.
+        InputError: as `match_points`, or the tolerance is negative.
     """
     check_options(max_matches)
     if tolerance is None:
@@ -125,10 +126,10 @@ def mutual_points(
 def check_options(
     max_matches: int | None = None, ratio: float | None = None, step: int | None = None
 ) -> None:
-    """Options of `mutual_matches`.
+    """Check options of `mutual_matches`.
 
     Raises:
-        InputError: one is out of its range.
+        InputError: an option is out of its range.
     """
     if ratio is not None and not 0 < ratio <= 1:
         raise InputError(f"ratio is {ratio:g}", "it lies in (0, 1], for example 0.9")
@@ -140,15 +141,16 @@ def check_options(
 def _nearest(
     queries: np.ndarray, keys: np.ndarray, grid: tuple[int, int], ratio: float | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """The best key of every query.
+    """Find the best key of every query.
 
     Args:
-        queries: float32 [n, C]; keys: float32 [h * w, C]; unit vectors.
+        queries: unit vectors, float32 [n, C].
+        keys: unit vectors, float32 [h * w, C].
         grid: (h, w) of the keys.
-        ratio: of Lowe's test; None for no test.
+        ratio: the ratio of Lowe's test; None for no test.
 
     Returns:
-        Index of the key, int64 [n]; its cosine, float32 [n]; whether the test is passed, bool [n].
+        The index of the key, int64 [n]; its cosine, float32 [n]; whether it passes the test, bool [n].
     """
     h, w = grid
     best = np.zeros(len(queries), np.int64)

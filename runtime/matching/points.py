@@ -1,9 +1,10 @@
 """Matching points at full resolution without upsampling a feature map.
 
-By default the match is DiTF's: its published protocol upsamples the target's features to the image,
-normalises every pixel and takes the pixel of the highest cosine. Bilinear upsampling is linear, so the
-upsampled features never have to exist:  <q, up(F)> = up(<q, F>), and |up(F)|^2 at a pixel is a quadratic form
-in the inner products of the (at most) four cells around it, five small maps (design, section 7).
+By default points are matched as in DiTF's published protocol, which upsamples the target's features to the
+image, normalises every pixel and takes the pixel of the highest cosine. Because bilinear upsampling is
+linear, <q, up(F)> = up(<q, F>), and |up(F)|^2 at a pixel is a quadratic form in the inner products of the
+(at most) four cells around it. These are five small maps, so the upsampled features are never computed.
+docs/design.md derives this under "Exact matching".
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import numpy as np
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY, to_pixels, unit_cells
+from ditf.runtime.matching.cells import TIE_TOLERANCE, TINY_SQUARE, to_pixels, unit_cells
 from ditf.runtime.matching.interpolation import sample_rows, upsampling_matrix
 from ditf.runtime.matching.norms import inverse_norms
 from ditf.runtime.matching.pruning import Pruner
@@ -24,7 +25,7 @@ from ditf.runtime.matching.soft_argmax import SIGMA, TEMPERATURE, WINDOW, check_
 
 PointsLike = Union[np.ndarray, Sequence[Sequence[float]]]
 
-CHUNK = 64  # points matched at a time: memory does not grow with their number
+CHUNK = 64  # points matched at a time, so that memory does not grow with their number
 _TILE = 1 << 20  # scores held at a time, float32: 4 MiB, so that a tile stays in cache
 
 
@@ -42,10 +43,10 @@ class Matches:
 
 
 def parse_points(texts: Sequence[str]) -> list[tuple[float, float]]:
-    """Points written as "x,y".
+    """Parse points written as "x,y".
 
     Raises:
-        InputError: not two numbers.
+        InputError: a text does not hold two numbers.
     """
     points = []
     for text in texts:
@@ -58,10 +59,13 @@ def parse_points(texts: Sequence[str]) -> list[tuple[float, float]]:
 
 
 def check_points(points: PointsLike, image_size: tuple[int, int]) -> np.ndarray:
-    """Validate points: float64 [N, 2], (x, y) px, inside an image of size (H, W).
+    """Validate points inside an image of size (H, W).
+
+    Returns:
+        float64 [N, 2], (x, y) in pixels.
 
     Raises:
-        InputError: another shape, not numbers, not finite, or outside the image.
+        InputError: the points have another shape, are not finite numbers, or lie outside the image.
     """
     try:
         array = np.asarray(points, dtype=np.float64)
@@ -85,15 +89,15 @@ def check_points(points: PointsLike, image_size: tuple[int, int]) -> np.ndarray:
 def interpolation_inputs(
     source: FeatureMap, target: FeatureMap, points: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """What match.onnx takes beside the two maps.
+    """Compute the inputs of match.onnx beside the two maps.
 
     Args:
         source, target: the two feature maps.
-        points: [N, 2] checked, (x, y) in the source image's pixels.
+        points: [N, 2], (x, y) in the source image's pixels; already checked.
 
     Returns:
-        point_rows [N, h], point_columns [N, w]: weights of the source's cells for each point;
-        rows [H, h'], columns [W, w']: upsampling of the target to its image. All float32.
+        Four float32 matrices. point_rows [N, h] and point_columns [N, w] are the weights of the source's
+        cells for each point; rows [H, h'] and columns [W, w'] upsample the target to its image.
     """
     (source_rows, source_columns), (target_rows, target_columns) = map(_upsampling, (source, target))
     return (
@@ -105,7 +109,7 @@ def interpolation_inputs(
 
 
 def _upsampling(features: FeatureMap) -> tuple[np.ndarray, np.ndarray]:
-    """Upsampling of a map to its image: rows [H, h], columns [W, w]."""
+    """The matrices that upsample a map to its image: rows [H, h] and columns [W, w]."""
     rows, columns = (
         upsampling_matrix(pixels, cells, extent)
         for pixels, cells, extent in zip(features.image_size, features.grid, features.cells, strict=True)
@@ -122,37 +126,39 @@ def match_points(
     temperature: float = TEMPERATURE,
     sigma: float = SIGMA,
 ) -> Matches:
-    """Where each source point is in the target.
+    """Find each source point in the target.
 
     A fractional source point samples the upsampled source map bilinearly.
 
     Args:
         source, target: maps with the same number of channels.
         points: [N, 2], (x, y) in the source image's own pixels.
-        method: "argmax": the target pixel of the highest cosine; ties go to the first pixel in row-major
-            order. "window", "kernel": sub-pixel, see `soft_argmax`; the score is the cosine
-            of the best cell.
-        window: of "window": cells to a side, odd. It may be larger than the map.
-        temperature: of both.
-        sigma: of "kernel", in cells.
+        method: "argmax" takes the target pixel of the highest cosine; ties go to the first pixel in row-major
+            order. "window" and "kernel" find sub-pixel positions (see `soft_argmax`); their score is the
+            cosine of the best cell.
+        window: the side of the window of "window" in cells, an odd number. It may exceed the map.
+        temperature: the softmax temperature of "window" and "kernel".
+        sigma: the standard deviation of "kernel" in cells.
 
     Returns:
         Matches in the target image's own pixels.
 
     Raises:
-        InputError: bad points or options, or maps of different models.
+        InputError: points or options are bad, or the maps are of different models.
     """
     return PointMatcher(source, target, method, window, temperature, sigma)(points)
 
 
 class PointMatcher:
-    """`match_points` in several calls: what depends on the target alone is computed once, at the start.
+    """Matches points as `match_points` does, over several calls.
+
+    What depends on the target alone is computed once, when the matcher is made.
 
     Args:
         source, target, method, window, temperature, sigma: see `match_points`.
 
     Raises:
-        InputError: bad options, or maps of different models.
+        InputError: an option is bad, or the maps are of different models.
     """
 
     def __init__(
@@ -181,7 +187,7 @@ class PointMatcher:
         """Match points [N, 2], (x, y) in the source image's own pixels.
 
         Raises:
-            InputError: bad points.
+            InputError: the points are bad.
         """
         checked = check_points(points, self._source.image_size)
         found = np.zeros((len(checked), 2), np.float32)
@@ -207,17 +213,17 @@ class PointMatcher:
 
 
 def heat_map(source: FeatureMap, target: FeatureMap, point: Sequence[float] | np.ndarray) -> np.ndarray:
-    """Cosine of one source point with every target pixel, exact at full resolution.
+    """Compute the cosine of one source point with every target pixel, exactly at full resolution.
 
     Args:
         source, target: maps with the same number of channels.
         point: (x, y) in the source image's own pixels.
 
     Returns:
-        float32 [H, W] of the target image, in [-1, 1]; its maximum is where `match_points` finds the point.
+        float32 [H, W] at the target image's size, in [-1, 1]. `match_points` finds the point at its maximum.
 
     Raises:
-        InputError: a bad point, or maps of different models.
+        InputError: the point is bad, or the maps are of different models.
     """
     check_channels(source, target)
     checked = check_points(np.asarray(point)[None], source.image_size)
@@ -230,7 +236,7 @@ def heat_map(source: FeatureMap, target: FeatureMap, point: Sequence[float] | np
 
 
 def check_channels(source: FeatureMap, target: FeatureMap) -> None:
-    """Maps to be matched have the same channels.
+    """Check that two maps have the same number of channels.
 
     Raises:
         InputError: they do not.
@@ -243,18 +249,18 @@ def check_channels(source: FeatureMap, target: FeatureMap) -> None:
 
 
 def _sample(array: np.ndarray, point_rows: np.ndarray, point_columns: np.ndarray) -> np.ndarray:
-    """Unit queries [N, C] at points given as cell weights."""
+    """The map's unit vectors [N, C] at points that are given by their cell weights."""
     channels, h, w = array.shape
     weights = (point_rows[:, :, None] * point_columns[:, None, :]).reshape(-1, h * w)
     queries = weights @ array.reshape(channels, h * w).astype(np.float32).T
     squared = np.einsum("nc,nc->n", queries, queries)
-    return queries / np.sqrt(np.maximum(squared, TINY))[:, None]
+    return queries / np.sqrt(np.maximum(squared, TINY_SQUARE))[:, None]
 
 
 def _pruned_argmax(
     pruner: Pruner, inner: np.ndarray, inverse_norm: np.ndarray, rows: np.ndarray, columns: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """`_argmax` of inner products [N, h, w], of the pixels that can be the best where these are few."""
+    """`_argmax` of inner products [N, h, w], over only those pixels that can be the best if they are few."""
     best = np.zeros(len(inner), np.int64)
     top = np.zeros(len(inner), np.float32)
     possible, crowded = pruner.candidates(inner)
@@ -269,9 +275,9 @@ def _pruned_argmax(
 def _argmax(
     similarity: np.ndarray, inverse_norm: np.ndarray, rows: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """First pixel within the tie tolerance of the best cosine, and that best cosine, per query.
+    """For each query, the first pixel within the tie tolerance of the best cosine, and the best cosine.
 
-    Scores exist for one tile of image rows of one query at a time.
+    Only the scores of one tile of image rows of one query are in memory at a time.
     """
     height, width = inverse_norm.shape
     step = max(1, _TILE // width)
@@ -286,7 +292,7 @@ def _argmax(
             firsts.append(_first_at(scores, maxima[-1]))
         top[n] = max(maxima)
         winner = next(i for i, maximum in enumerate(maxima) if maximum >= top[n] - TIE_TOLERANCE)
-        if maxima[winner] < top[n]:  # an earlier tile ties with the best one: judge it by the best
+        if maxima[winner] < top[n]:  # an earlier tile ties with the best one
             scores = _tile_scores(query, inverse_norm, rows, tiles[winner])
             firsts[winner] = _first_at(scores, top[n])
         best[n] = tiles[winner].start * width + firsts[winner]

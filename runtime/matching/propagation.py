@@ -1,9 +1,9 @@
-"""Labels of a video's first frame carried through its frames, by DINO's protocol.
+"""Carrying the labels of a video's first frame through its frames, by DINO's protocol.
 
-facebookresearch/dino, eval_video_segmentation.py (Caron et al., ICCV 2021, after Jabri et al., NeurIPS 2020),
-as DiTF runs it on DAVIS (eval_davis.py, with its temperature 0.1). A cell of a new frame takes the labels of
-the cells most like it, in the first frame and in the last few, no further away than a radius; what it takes
-is kept as probabilities, and only the picture that is given out is decided.
+The protocol is that of facebookresearch/dino, eval_video_segmentation.py (Caron et al., ICCV 2021, after
+Jabri et al., NeurIPS 2020), as DiTF runs it on DAVIS (eval_davis.py, with its temperature 0.1). A cell of a
+new frame takes the labels of the cells that are most like it in the first frame and in the last few frames,
+within a radius. Labels are carried on as probabilities, and decided only in the picture that is returned.
 """
 
 from __future__ import annotations
@@ -19,31 +19,32 @@ from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.cells import unit_cells
 from ditf.runtime.matching.interpolation import upsampling_matrix
 
-_BLOCK = 8  # cells of a new frame that are compared at a time, to a side
+_BLOCK = 8  # a new frame is compared in blocks of 8 x 8 cells
 
 
-_ROUNDING = np.float32(1e-6)  # a label whose probability differs by less over a frame is the same everywhere
+_ROUNDING = np.float32(1e-6)  # a label whose probability varies by less over a frame counts as level
 
 
 class Propagator:
-    """Labels carried through a video, frame by frame.
+    """Carries labels through a video, frame by frame.
 
-    Memory: (n_last + 1) float32 copies of a map [C, h, w] and of the labels' probabilities [labels, h, w];
-    it does not grow with the video. The radius is kept by comparing blocks of 8 x 8 cells with the cells
-    that any of them can reach, (8 + 2 radius)^2 in each frame, not all of them.
+    It holds (n_last + 1) float32 copies of a map [C, h, w] and of the labels' probabilities [labels, h, w],
+    so memory does not grow with the video. Each block of 8 x 8 cells is compared only with the cells that
+    one of its cells can reach, which are (8 + 2 radius)^2 in each frame.
 
     Args:
-        first: features of the first frame.
-        labels: uint8 [H, W] of the first frame's image; any values, 0 is the background by convention.
-        n_last: how many of the frames before are used, besides the first.
-        radius: in cells, to each side (Chebyshev distance); 0 for no limit.
-        top_k: how many cells a cell takes its label from; ties with the last of them are taken in.
-        temperature: of their softmax.
-        factor: pixels to a side of a cell in the picture in which a pixel's label is decided; the nearest
-            pixel of it is then taken. 16 in DiTF and in DINO's ViT-S/16.
+        first: the features of the first frame.
+        labels: uint8 [H, W] at the size of the first frame's image. They may have any values; by convention
+            0 is the background.
+        n_last: the number of preceding frames that are used besides the first.
+        radius: the largest Chebyshev distance in cells; 0 for no limit.
+        top_k: the number of cells that a cell takes its label from; ties with the last of them count too.
+        temperature: the temperature of the softmax over these cells.
+        factor: labels are decided in a picture with this many pixels per cell, which is then scaled to the
+            image by nearest neighbour. It is 16 in DiTF and in DINO's ViT-S/16.
 
     Raises:
-        InputError: labels of another shape or dtype than the frame, or an option out of its range.
+        InputError: the labels have another shape or dtype than the frame, or an option is out of its range.
     """
 
     def __init__(
@@ -80,17 +81,17 @@ class Propagator:
 
     @property
     def labels(self) -> np.ndarray:
-        """The labels that are carried, uint8 ascending: those that the first frame's cells have."""
+        """The labels that are carried, uint8, ascending: all that a cell of the first frame has."""
         return self._labels.copy()
 
     def update(self, frame: FeatureMap) -> np.ndarray:
-        """The labels of the next frame.
+        """Label the next frame.
 
         Returns:
-            uint8 [H, W] of the frame's own image.
+            uint8 [H, W] at the size of the frame's own image.
 
         Raises:
-            InputError: features of another model or grid than the first frame's.
+            InputError: the features are of another model or grid than the first frame's.
         """
         cells, first = _grid_cells(frame), self._first[0]
         if cells.shape != first.shape or frame.cells != self._extent:
@@ -104,7 +105,7 @@ class Propagator:
         return self._decide(probabilities, frame.image_size)
 
     def _carry(self, cells: np.ndarray) -> np.ndarray:
-        """Probabilities of the labels, float32 [h, w, labels]."""
+        """Compute the labels' probabilities for all cells, float32 [h, w, labels]."""
         h, w, _ = cells.shape
         found = np.zeros((h, w, len(self._labels)), np.float32)
         for y in range(0, h, _BLOCK):
@@ -114,7 +115,7 @@ class Propagator:
         return found
 
     def _carry_block(self, cells: np.ndarray, rows: slice, columns: slice) -> np.ndarray:
-        """The same of one block of cells."""
+        """Compute the labels' probabilities for one block of cells."""
         h, w, channels = cells.shape
         reach = self._radius or max(h, w)
         far_rows, far_columns = (
@@ -139,7 +140,7 @@ class Propagator:
         query, key = np.nonzero((cosines >= lowest[:, None]) & (cosines > -np.inf))
         weights = cosines[query, key]
         firsts = np.searchsorted(query, np.arange(len(cosines)))
-        weights -= np.maximum.reduceat(weights, firsts)[query]  # else a small temperature overflows
+        weights -= np.maximum.reduceat(weights, firsts)[query]  # otherwise a small temperature overflows
         weights = np.exp(weights / self._temperature)
         weights /= np.add.reduceat(weights, firsts)[query]
         known = np.stack([seg[far_rows, far_columns] for _, seg in frames]).reshape(-1, len(self._labels))
@@ -147,10 +148,10 @@ class Propagator:
         return carried.reshape(*queries.shape[:2], -1)
 
     def _decide(self, probabilities: np.ndarray, image_size: tuple[int, int]) -> np.ndarray:
-        """The label of every pixel of an image, uint8 [H, W].
+        """Decide the label of every pixel of an image, uint8 [H, W].
 
-        As DINO: probabilities are upsampled, each label's are stretched to 0..1, the highest wins, of equal
-        ones the first.
+        As in DINO, probabilities are upsampled and stretched to 0..1 for each label. The highest wins, and of
+        equal ones the first.
         """
         down, across = (
             upsampling_matrix(max(1, round(extent * self._factor)), cells, extent)
@@ -165,7 +166,7 @@ class Propagator:
             if top > _ROUNDING:
                 score /= top
             elif probabilities[:, :, index].any():
-                score[:] = np.inf  # level: 0 / 0 in DINO, which its maximum prefers
+                score[:] = np.inf  # a level label is 0 / 0 in DINO, which its maximum prefers
             better = score > best
             best[better] = score[better]
             winner[better] = label
@@ -173,12 +174,12 @@ class Propagator:
 
 
 def _grid_cells(features: FeatureMap) -> np.ndarray:
-    """Unit vectors, float32 [h, w, C]."""
+    """The unit vectors of all cells, float32 [h, w, C]."""
     return unit_cells(features).reshape(*features.grid, features.channels)
 
 
 def _small(labels: np.ndarray, features: FeatureMap) -> np.ndarray:
-    """The label under each cell's centre, uint8 [h, w]. Where a padded image ends, its edge goes on."""
+    """The label under each cell's centre, uint8 [h, w]. Beyond a padded image its edge is repeated."""
     beyond = [
         (0, round(pixels * cells / extent) - pixels)
         for pixels, cells, extent in zip(labels.shape, features.grid, features.cells, strict=True)
@@ -187,13 +188,13 @@ def _small(labels: np.ndarray, features: FeatureMap) -> np.ndarray:
 
 
 def _resized(picture: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A uint8 picture at (H, W) by Pillow's nearest filter, which both codes use, to the same pixel."""
+    """Resize a uint8 picture to (H, W) by Pillow's nearest filter, which DINO's code uses too."""
     image = Image.fromarray(picture).resize((size[1], size[0]), Image.Resampling.NEAREST)
     return np.array(image)
 
 
 def _within(block: slice, far: slice, reach: int) -> np.ndarray:
-    """Which positions are within reach of each other, bool [block, far]."""
+    """Whether positions are within reach of each other, bool [block, far]."""
     here, there = np.arange(block.start, block.stop), np.arange(far.start, far.stop)
     within: np.ndarray = np.abs(here[:, None] - there) <= reach
     return within

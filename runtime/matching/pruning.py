@@ -1,9 +1,10 @@
-"""Which pixels can be the best match: a bound for every quad of cells, exact scores for the few that remain.
+"""Finding the best pixels by bounds: exact scores are computed only where the best pixel can be.
 
-A quad is the rectangle between four neighbouring cell centres. In it the upsampled inner product is an
-average of its four corners, so no cosine there exceeds the largest corner times the largest 1 / |up(F)| (the
-smallest, where the corner is negative). Quads whose bound is below a cosine that is reached elsewhere need no
-pixel computed. Nothing is approximated: what is left holds the best pixel and every one that ties with it.
+A quad is the rectangle between four neighbouring cell centres. In it the upsampled inner product is a
+weighted average of the four corners, so no cosine there exceeds the largest corner times the largest 1 /
+|up(F)| (or the smallest, if the corner is negative). A quad whose bound is below a cosine that is reached
+elsewhere is skipped. Nothing is approximated: the remaining quads hold the best pixel and every pixel that
+ties with it.
 """
 
 from __future__ import annotations
@@ -15,19 +16,20 @@ import numpy as np
 from ditf.runtime.matching.cells import TIE_TOLERANCE
 
 _TILE = 1 << 18  # scores held at a time, float32: 1 MiB
-_SLACK = np.float32(3e-6)  # the tie tolerance, and what float32 may put a bound below its score
-_CROWDED = 1 / 8  # share of quads from which on whole rows of pixels are cheaper
+_SLACK = np.float32(3e-6)  # the tie tolerance plus the float32 error of a bound
+_CROWDED = 1 / 8  # with a larger share of quads than this, computing whole rows is cheaper
 
 
 @dataclass(frozen=True)
 class _Axis:
-    """The pixels of each interval between two cell centres, along one axis; n intervals, the last half open.
+    """The pixels of each interval between two cell centres along one axis; the last of the n is half open.
 
     Attributes:
-        pixels: int64 [n, p], padded with the last one.
-        weights: float32 [n, p, 2], of the cell and of the next one.
-        starts: first pixel of each interval that has any; `filled`: bool [n], which have.
-        probes: int64 [n], a pixel on which the cell weighs most.
+        pixels: int64 [n, p], the pixels of each interval, padded by repeating the last one.
+        weights: float32 [n, p, 2], the weights of the interval's cell and of the next cell.
+        starts: the first pixel of each interval that has pixels.
+        filled: bool [n], whether an interval has pixels.
+        probes: int64 [n], a pixel on which the cell has its largest weight.
     """
 
     pixels: np.ndarray
@@ -38,7 +40,7 @@ class _Axis:
 
     @classmethod
     def of(cls, matrix: np.ndarray) -> _Axis:
-        """Of an upsampling matrix [pixels, n]."""
+        """The intervals of an upsampling matrix [pixels, n]."""
         count, cells = matrix.shape
         lower = (matrix > 0).argmax(axis=1)
         starts, stops = (np.searchsorted(lower, np.arange(cells), side) for side in ("left", "right"))
@@ -53,11 +55,11 @@ class _Axis:
 
 
 class Pruner:
-    """Finds the best pixels of queries over one target.
+    """Finds the best pixels of queries in one target.
 
     Args:
         inverse_norm: float32 [H, W], 1 / |up(F)|.
-        rows [H, h], columns [W, w]: upsampling of the target to its image.
+        rows [H, h], columns [W, w]: the matrices that upsample the target to its image.
     """
 
     def __init__(self, inverse_norm: np.ndarray, rows: np.ndarray, columns: np.ndarray) -> None:
@@ -70,7 +72,7 @@ class Pruner:
         self._empty = ~(self._rows.filled[:, None] & self._columns.filled)
 
     def _over_quads(self, reduce: np.ufunc) -> np.ndarray:
-        """The largest or smallest inverse norm in each quad, [h, w]; 0 where it has no pixel."""
+        """The largest or smallest inverse norm in each quad, [h, w]; 0 for a quad without pixels."""
         found = np.zeros((len(self._rows.filled), len(self._columns.filled)), np.float32)
         tops = reduce.reduceat(self._inverse_norm, self._rows.starts, axis=0)
         found[np.ix_(self._rows.filled, self._columns.filled)] = reduce.reduceat(
@@ -79,13 +81,14 @@ class Pruner:
         return found
 
     def candidates(self, inner: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Quads that may hold the best pixel or one that ties with it.
+        """Find the quads that may hold the best pixel or one that ties with it.
 
         Args:
             inner: float32 [N, h, w], inner products of unit queries with the target's cells.
 
         Returns:
-            bool [N, h, w], and bool [N]: for which queries they are too many to be worth it.
+            bool [N, h, w], whether a quad may hold it; and bool [N], whether a query has so many such quads
+            that computing all pixels is cheaper.
         """
         probes = (self._probe_rows @ inner @ self._probe_columns) * self._probe_norm
         reached = probes.max(axis=(1, 2))
@@ -98,10 +101,11 @@ class Pruner:
         return possible, possible.mean(axis=(1, 2)) > _CROWDED
 
     def best(self, inner: np.ndarray, possible: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """First pixel within the tie tolerance of the best cosine, and that cosine, per query.
+        """For each query, the first pixel within the tie tolerance of the best cosine, and the best cosine.
 
         Args:
-            inner: [N, h, w]; possible: bool [N, h, w], from `candidates`.
+            inner: float32 [N, h, w], as in `candidates`.
+            possible: bool [N, h, w], the result of `candidates`.
         """
         query, row, column = np.nonzero(possible)
         firsts = np.searchsorted(query, np.arange(len(inner)))
@@ -129,7 +133,7 @@ class Pruner:
     def _scores(
         self, inner: np.ndarray, query: np.ndarray, row: np.ndarray, column: np.ndarray
     ) -> np.ndarray:
-        """Cosines of every pixel of K quads, float32 [K, p, q]; padding repeats a pixel."""
+        """Compute the cosines of every pixel of K quads, float32 [K, p, q]; padding repeats a pixel."""
         below = np.minimum(row + 1, inner.shape[1] - 1)
         right = np.minimum(column + 1, inner.shape[2] - 1)
         across = self._columns.weights[column]

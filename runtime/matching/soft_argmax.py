@@ -1,13 +1,13 @@
-"""Sub-pixel matches: the expectation of a softmax over the target's cells around the best one.
+"""Sub-pixel matches by the expectation of a softmax over the target's cells around the best one.
 
-Both methods work on the feature grid, as published, and the expected cell is then scaled to the image.
+Both methods work on the feature grid, as published; the expected position is then scaled to the image.
 
 `window` is the window soft-argmax of GeoAware-SC (Zhang et al., CVPR 2024; utils/utils_correspondence.py,
-`get_flow`): cosines outside a window around the best cell are multiplied by zero. They keep a logit of 0 and
-stay in the softmax, so where the best cosine is low, all of the map pulls at the result.
+`get_flow`). Cosines outside a window around the best cell are multiplied by zero. They keep a logit of 0 and
+stay in the softmax, so where the best cosine is low, the whole map influences the result.
 
-`kernel` is the kernel soft-argmax of SFNet (Lee et al., CVPR 2019; model.py, `kernel_soft_argmax`): cosines
-are multiplied by a Gaussian around the best cell. As in GeoAware-SC, without SFNet's ReLU before it.
+`kernel` is the kernel soft-argmax of SFNet (Lee et al., CVPR 2019; model.py, `kernel_soft_argmax`). Cosines
+are multiplied by a Gaussian around the best cell. As in GeoAware-SC, SFNet's ReLU before it is left out.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from ditf.runtime.matching.cells import TIE_TOLERANCE
 METHODS = ("argmax", "window", "kernel")
 
 WINDOW = 15
-"""Cells to a side; GeoAware-SC's default, 7 to either side of the best (its zero-shot setting has 5: 11)."""
+"""Side of the window in cells: GeoAware-SC's default, 7 to either side (5 in its zero-shot setting)."""
 
 SIGMA = 5.0
-"""Cells; standard deviation of SFNet's kernel."""
+"""Standard deviation of SFNet's kernel, in cells."""
 
 TEMPERATURE = 0.02
-"""Of both: GeoAware-SC's beta, and 1/50 with SFNet's beta of 50."""
+"""Softmax temperature of both methods: GeoAware-SC's beta, which equals 1/50 for SFNet's beta of 50."""
 
 
 def check_method(
     method: str, window: int = WINDOW, temperature: float = TEMPERATURE, sigma: float = SIGMA
 ) -> None:
-    """Options of `match_points`.
+    """Check the options of `match_points`.
 
     Raises:
-        InputError: an unknown method, a window that is not odd and positive, a temperature or a sigma that
-            is not positive and finite.
+        InputError: the method is unknown, the window is not odd and positive, or the temperature or sigma is
+            not positive and finite.
     """
     if method not in METHODS:
         raise InputError(f"unknown method {method!r}", f"choose one of {', '.join(METHODS)}")
@@ -52,17 +52,17 @@ def check_method(
 def soft_argmax(
     cosines: np.ndarray, method: str, window: int, temperature: float, sigma: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Expected position of the best match.
+    """Compute the expected position of the best match.
 
     Args:
-        cosines: float32 [N, h, w] of each query with the target's cells; overwritten.
+        cosines: float32 [N, h, w], the cosine of each query with the target's cells. It is overwritten.
         method: "window" or "kernel".
-        window: cells to a side; what reaches over the map's edge is cut off.
-        temperature: of the softmax.
-        sigma: cells, of the kernel.
+        window: the side of the window in cells; it is cut off at the map's edge.
+        temperature: the temperature of the softmax.
+        sigma: the standard deviation of the kernel in cells.
 
     Returns:
-        Positions, float32 [N, 2], (x, y) in cells, and the cosine of the best cell, float32 [N].
+        The positions, float32 [N, 2], (x, y) in cells, and the cosine of the best cell, float32 [N].
     """
     count, h, w = cosines.shape
     flat = cosines.reshape(count, h * w)

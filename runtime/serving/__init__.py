@@ -1,5 +1,5 @@
-"""A bundle as an HTTP service: the Open Inference Protocol and plain routes over one worker.
+"""Serving bundles over HTTP: the Open Inference Protocol and plain routes over one worker.
 
-`app` and what it wires need the extra `serve` and are imported by the command line alone; the rest is numpy,
-pillow and the standard library.
+The rooms http/ and protocol/ hold the web application, which needs the extra `serve` and is only imported
+by the command line. Everything else needs numpy, pillow and the standard library.
 """

@@ -1,4 +1,4 @@
-"""One thread owns the engines: requests queue for it in bounded numbers, and images go in batches."""
+"""The worker: one thread owns the engines, requests queue for it, and images are run in batches."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from concurrent.futures import Future
 from typing import Any, TypeVar
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.feature_cache import FeatureCache
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
 from ditf.runtime.model import Model
-from ditf.runtime.serving.cache import FeatureCache
 from ditf.runtime.serving.errors import EngineError, Overloaded
 from ditf.runtime.serving.jobs import ImageJob, Job, Observer, SlicedJob, Ticket
 
@@ -24,22 +24,22 @@ T = TypeVar("T")
 
 
 class Worker:
-    """The thread that runs models, and what waits for it.
+    """The thread that runs the models, and the queues of what waits for it.
 
-    Images for the same bundle and condition are run together: as soon as a batch is full, or the oldest has
-    waited for `delay_s`. What comes after features, matching above all, goes first: it ends a request. It
-    runs in slices, and between two of them something else has a turn, if anything waits.
+    Images for the same bundle and condition are run together, as soon as a batch is full or the oldest has
+    waited for `delay_s`. Work that follows features, above all matching, goes first because it ends a
+    request. It runs in slices, and between two slices other waiting work has a turn.
 
     Args:
-        models: by bundle name. They are used by this thread alone, and closed with it.
-        cache: where features go.
-        images: that may wait.
-        delay_s: how long an image waits for others.
-        largest_batch: of bundles that take any number.
-        observer: told of everything.
+        models: the models by bundle name. Only this thread uses them, and they are closed with it.
+        cache: the cache that features go to.
+        images: the most images that may wait.
+        delay_s: how long an image waits for others, in seconds.
+        largest_batch: the largest batch of bundles that take any number of images.
+        observer: is told about stages, batches and failures.
 
     Attributes:
-        running: something is being run.
+        running: whether something is being run.
     """
 
     def __init__(
@@ -69,7 +69,7 @@ class Worker:
 
     @property
     def waiting(self) -> int:
-        """Images and calls that wait."""
+        """The number of images and calls that wait."""
         return len(self._images) + len(self._calls) + len(self._begun)
 
     @property
@@ -83,13 +83,13 @@ class Worker:
         images: Sequence[tuple[bytes, FittedImage]],
         ticket: Ticket,
     ) -> list[Future[FeatureMap]]:
-        """Queue images, all or none.
+        """Queue images, either all or none of them.
 
         Args:
-            images: each with its key in the cache.
+            images: the images, each with its key in the cache.
 
         Raises:
-            Overloaded: they do not all fit.
+            Overloaded: they do not all fit into the queue.
         """
         jobs = [ImageJob(ticket, bundle=bundle, prompt=prompt, key=key, image=image) for key, image in images]
         with self._changed:
@@ -102,13 +102,13 @@ class Worker:
         return [job.future for job in jobs]
 
     def call(self, stage: str, slices: Iterator[T], ticket: Ticket) -> Future[list[T]]:
-        """Queue something else that uses a model. It belongs to a request that has been let in.
+        """Queue other work that uses a model, for a request that has been let in.
 
         Args:
-            slices: each step is run by the worker's thread, which does other work between two of them.
+            slices: the worker's thread runs its steps, and does other work between two of them.
 
         Returns:
-            What the steps gave, in order.
+            The results of the steps, in order.
 
         Raises:
             Overloaded: the worker is closing.
@@ -122,7 +122,7 @@ class Worker:
         return job.future
 
     def close(self, timeout_s: float) -> bool:
-        """Fail what waits, let what runs end, close the models; False if it did not end in time."""
+        """Cancel what waits, let what runs end and close the models; False if it did not end in time."""
         with self._changed:
             self._closing = True
             left: list[Job[Any]] = [*self._images, *self._calls, *self._begun]
@@ -149,7 +149,7 @@ class Worker:
                     self._run_slice(batch)
                 else:
                     self._run_images(batch)
-            except Exception:  # the thread serves everyone: nothing may end it
+            except Exception:  # the thread serves all requests, so nothing may end it
                 logger.exception("the worker failed")
                 for job in [batch] if isinstance(batch, SlicedJob) else batch:
                     if not job.future.done():
@@ -158,7 +158,7 @@ class Worker:
                 self.running = False
 
     def _next(self) -> SlicedJob | list[ImageJob] | None:
-        """What to run now; waits for it. None when closing."""
+        """Wait for what to run next and return it; None when the worker closes."""
         with self._changed:
             while True:
                 if self._begun and not self._others_turn:
@@ -215,7 +215,7 @@ class Worker:
             if not job.wanted():
                 continue
             self._observer.stage("queue", time.monotonic() - job.arrived)
-            kept = self._cache.get(job.key)  # another request may have brought it meanwhile
+            kept = self._cache.get(job.key)  # another request may have computed it in the meantime
             if kept is not None:
                 job.succeed(kept)
             else:
@@ -224,7 +224,7 @@ class Worker:
             self._compute(list(wanted.values()))
 
     def _compute(self, groups: Sequence[Sequence[ImageJob]]) -> None:
-        """Features of one image a group; what fails in a batch is tried alone, and fails alone."""
+        """Compute the features of one image per group. If a batch fails, its images are run one by one."""
         first = groups[0][0]
         model = self._models[first.bundle]
         start = time.monotonic()
@@ -251,7 +251,7 @@ class Worker:
         ids = [job.ticket.request_id for job in jobs]
         self._observer.engine_failed()
         logger.error("the engine failed", exc_info=error, extra={"fields": {"request_ids": ids}})
-        # What it says names files of this machine: that is for the log.
+        # The error's text names files of this machine, so it only goes to the log.
         return EngineError("the engine failed on this request", f"the server's log says why, at {ids[0]}")
 
 

@@ -1,4 +1,4 @@
-"""Encoded images out of requests: what decoding them costs is bounded before a pixel is decoded."""
+"""Decoding images out of requests. The cost of decoding is bounded before a pixel is decoded."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ from ditf.runtime.serving.errors import TooLarge
 from ditf.runtime.serving.limits import Limits
 
 JPEG_SCANS = 32
-"""Scans that a JPEG may have. Progressive files have 10 by default; each costs a pass over the image."""
+"""The most scans of a JPEG. Progressive files usually have 10; each costs a pass over the image."""
 
 SLOW_BYTES = 1 << 20
-"""Of a file whose decoder is written in Python: plain (ASCII) PPM, and run-length encoded BMP."""
+"""The most bytes of a file that Pillow decodes in Python: plain (ASCII) PPM or run-length encoded BMP."""
 
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # no others: some of Pillow's start programs
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")  # some other decoders of Pillow start programs
 _BOMBS = (Image.DecompressionBombError, Image.DecompressionBombWarning)
-_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # not a stuffed byte, nor a restart within a scan
+_MARKER = re.compile(rb"\xff+[^\x00\xff\xd0-\xd7]")  # excludes stuffed bytes and restarts within a scan
 _PLAIN_PPM = (b"P1", b"P2", b"P3")
-_RLE = (1, 2)  # compression of a BMP
+_RLE = (1, 2)  # values of a BMP's compression
 
 
-def decode_image(data: bytes, limits: Limits) -> Image.Image:
-    """An encoded image as RGB; see `open_image`.
+def decode_upload(data: bytes, limits: Limits) -> Image.Image:
+    """Decode an encoded image to RGB; see `open_image`.
 
     Args:
         data: a PNG, JPEG, WebP, BMP, TIFF or PPM file.
-        limits: `pixels` and `side` are used.
+        limits: its `pixels` and `side` are used.
 
     Raises:
-        TooLarge: it has more pixels, or more scans, or is a large file of a kind that is slow to decode.
-        InputError: none of these formats, or damaged.
+        TooLarge: the image has too many pixels or scans, or is a large file of a kind that is slow to decode.
+        InputError: the file has none of these formats, or is damaged.
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
@@ -51,10 +51,10 @@ def decode_image(data: bytes, limits: Limits) -> Image.Image:
 
 
 def check_size(size: tuple[int, int], limits: Limits) -> None:
-    """Reject an image of (H, W) beyond a limit.
+    """Check the size (H, W) of an image.
 
     Raises:
-        TooLarge: it is.
+        TooLarge: the image has too many pixels, or a side is too long.
     """
     height, width = size
     if height * width > limits.pixels:
@@ -79,14 +79,14 @@ def _check_cost(data: bytes, image: Image.Image) -> None:
 
 
 def _scans(data: bytes, most: int) -> int:
-    """Scans of the first picture in a JPEG file, at most `most`; segments are skipped by their length."""
+    """Count the scans of the first picture in a JPEG file up to `most`. Segments are skipped by length."""
     count, position = 0, 2
     while count < most:
         marker = _MARKER.search(data, position)
         if marker is None:
             break
         position, kind = marker.end(), data[marker.end() - 1]
-        if kind == 0xD9:  # the end; what follows is no part of the picture
+        if kind == 0xD9:  # the end of the picture
             break
         if kind == 0xDA:
             count += 1

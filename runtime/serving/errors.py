@@ -1,4 +1,4 @@
-"""What a request can end in, and the HTTP status that says so."""
+"""The errors of a request, and their HTTP statuses."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from ditf.runtime.errors import DitfError, InputError
 
 
 class TooLarge(InputError):
-    """A body, an image or a list of points beyond a limit: 413."""
+    """A body, an image or a list of points exceeds a limit (status 413)."""
 
 
 class NotFound(InputError):
-    """A model, a version or a bundle that is not served: 404."""
+    """A model, a version or a bundle is not served (status 404)."""
 
 
 class Overloaded(DitfError):
-    """No room now: 503, to be tried again after `retry_after_s`."""
+    """There is no room now (status 503); the client may try again after `retry_after_s`."""
 
     retry_after_s = 1
 
 
 class DeadlineExceeded(DitfError):
-    """It waited too long and was not run: 504."""
+    """The request waited too long and was not run (status 504)."""
 
 
 class EngineError(DitfError):
-    """The engine failed on this request; the log says where: 500."""
+    """The engine failed on this request (status 500); the log says where."""
 
 
 def status_of(error: DitfError) -> int:

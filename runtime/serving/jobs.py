@@ -1,4 +1,4 @@
-"""What waits for the engine, for which request and until when; and who is told of it."""
+"""Jobs that wait for the engine, the request that each belongs to, and the observer of a server."""
 
 from __future__ import annotations
 
@@ -16,29 +16,29 @@ T = TypeVar("T")
 
 
 class Observer(Protocol):
-    """Who wants to know what a server does."""
+    """Receives measurements from a server."""
 
     def stage(self, name: str, seconds: float) -> None:
-        """A stage of a request took so long."""
+        """Called when a stage of a request has ended."""
 
     def batch(self, images: int) -> None:
-        """The engine is called with so many images."""
+        """Called when the engine is called with a batch of images."""
 
     def cache(self, hit: bool) -> None:
-        """An image was looked for in the cache."""
+        """Called when an image was looked up in the cache."""
 
     def engine_failed(self) -> None:
-        """A call of the engine raised."""
+        """Called when a call of the engine raised an error."""
 
 
 @dataclass(frozen=True)
 class Ticket:
-    """A request on its way.
+    """A request that has been let in.
 
     Attributes:
-        request_id: for the log.
-        deadline: when nothing more is done for it (monotonic, s).
-        hold: counts bytes that it is about to hold; raises Overloaded where there is no room.
+        request_id: identifies it in the log.
+        deadline: the monotonic time in seconds after which nothing more is done for it.
+        hold: called with the number of bytes that it is about to hold; raises Overloaded if there is no room.
     """
 
     request_id: str
@@ -47,14 +47,14 @@ class Ticket:
 
     @property
     def seconds_left(self) -> float:
-        """Until the deadline; 0 after it."""
+        """The seconds until the deadline; 0 after it."""
         return max(0.0, self.deadline - time.monotonic())
 
     def check(self) -> None:
-        """Called before a stage of the request.
+        """Check the deadline; this is called before each stage of the request.
 
         Raises:
-            DeadlineExceeded: it is too late for it.
+            DeadlineExceeded: the deadline has passed.
         """
         if time.monotonic() > self.deadline:
             raise DeadlineExceeded("the request waited past its deadline", "try again, or ask for less")
@@ -62,14 +62,14 @@ class Ticket:
 
 @dataclass(eq=False)
 class Job(Generic[T]):
-    """What waits for the engine. Its future can be cancelled until the result is there."""
+    """Work that waits for the engine. Its future can be cancelled until it has a result."""
 
     ticket: Ticket
     future: Future[T] = field(default_factory=Future)
     arrived: float = field(default_factory=time.monotonic)
 
     def wanted(self) -> bool:
-        """Whether to run it, or go on with it: nobody gave it up, and it is not too late."""
+        """Whether to run or continue the job: it is neither cancelled nor past its deadline."""
         if self.future.cancelled():
             return False
         try:
@@ -90,7 +90,7 @@ class Job(Generic[T]):
 
 @dataclass(eq=False)
 class ImageJob(Job[FeatureMap]):
-    """An image whose features are wanted: of which bundle and condition, and its key in the cache."""
+    """An image whose features are wanted from a bundle under a condition; `key` is its key in the cache."""
 
     bundle: str = ""
     prompt: str | None = None
@@ -100,12 +100,13 @@ class ImageJob(Job[FeatureMap]):
 
 @dataclass(eq=False)
 class SlicedJob(Job[list[Any]]):
-    """Something else that uses a model, run slice by slice.
+    """Other work that uses a model, which is run slice by slice.
 
     Attributes:
-        slices: each step does a part of the work and gives its result.
-        results: of the steps so far.
-        seconds: they took.
+        stage: the name of the stage, for measurements.
+        slices: each step does a part of the work and yields its result.
+        results: the results so far.
+        seconds: the time that the steps took so far.
     """
 
     stage: str = ""

@@ -1,4 +1,4 @@
-"""What a server does with a request, whatever route it came by: images to features to matches."""
+"""What a server does for requests of all routes: it turns images into features, and features into matches."""
 
 from __future__ import annotations
 
@@ -13,38 +13,25 @@ from typing import TypeVar, Union
 import numpy as np
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.feature_cache import FeatureCache, image_key
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.images import FittedImage
 from ditf.runtime.matching.points import CHUNK, Matches, PointsLike, check_points
 from ditf.runtime.matching.soft_argmax import check_method
 from ditf.runtime.model import Model
 from ditf.runtime.serving.batching import Worker
-from ditf.runtime.serving.cache import FeatureCache, image_key
-from ditf.runtime.serving.decoding import check_size, decode_image
+from ditf.runtime.serving.decoding import check_size, decode_upload
 from ditf.runtime.serving.errors import DeadlineExceeded, NotFound, TooLarge
 from ditf.runtime.serving.jobs import Observer, Ticket
-from ditf.runtime.serving.limits import Limits
+from ditf.runtime.serving.limits import Batching, Limits
 
 T = TypeVar("T")
 
 Picture = Union[bytes, np.ndarray]
-"""An image of a request: an encoded file, or RGB uint8 [H, W, 3]."""
+"""An image in a request: an encoded file, or RGB uint8 [H, W, 3]."""
 
 
-_SLICE_SCORES = 100_000_000  # points times pixels between which others get the engine: up to half a second
-
-
-@dataclass(frozen=True)
-class Batching:
-    """How images are put together.
-
-    Attributes:
-        delay_s: how long an image waits for others.
-        images: at most, of a bundle with a dynamic batch; one with a static batch has its own.
-    """
-
-    delay_s: float = 0.005
-    images: int = 8
+_SLICE_SCORES = 100_000_000  # points times pixels of one slice, which takes up to half a second
 
 
 @dataclass(frozen=True)
@@ -52,9 +39,9 @@ class Correspondence:
     """Points of one picture and their matches in another.
 
     Attributes:
-        points: float64 [N, 2], as asked for.
-        matches: in the target.
-        source_size, target_size: (H, W) px.
+        points: float64 [N, 2], (x, y) in pixels of the source, as the request gave them.
+        matches: their matches in the target.
+        source_size, target_size: the sizes (H, W) of both images in pixels.
     """
 
     points: np.ndarray
@@ -65,7 +52,7 @@ class Correspondence:
 
 @dataclass(frozen=True)
 class _Prepared:
-    """An image of a request: its features if they are known, else what the engine takes."""
+    """An image in a request: its features if they are in the cache, else its pixels for the engine."""
 
     key: bytes
     image_size: tuple[int, int]
@@ -76,11 +63,11 @@ class Service:
     """The bundles that are served. Its coroutines raise a DitfError for whatever is wrong with a request.
 
     Args:
-        models: by bundle name, the default first. The service's from now on.
+        models: the models by bundle name, the default first. The service owns and closes them.
         limits: what a request may ask for.
-        batching: how images are put together.
-        cache_bytes: of features that are kept.
-        observer: told of what happens.
+        batching: how images are run together.
+        cache_bytes: the most bytes of features that are kept.
+        observer: receives measurements.
     """
 
     def __init__(
@@ -102,14 +89,14 @@ class Service:
 
     @property
     def default(self) -> str:
-        """Name of the first bundle."""
+        """The name of the first bundle."""
         return next(iter(self.models))
 
     def bundle(self, name: str | None) -> str:
-        """The name of a bundle; the first one's for None.
+        """Check the name of a bundle; None stands for the first bundle.
 
         Raises:
-            NotFound: it is not served.
+            NotFound: the bundle is not served.
         """
         if name is None:
             return self.default
@@ -120,7 +107,7 @@ class Service:
     async def features(
         self, bundle: str, pictures: Sequence[Picture], prompt: str | None, ticket: Ticket
     ) -> list[FeatureMap]:
-        """Features of images."""
+        """Compute the features of images."""
         if len(pictures) > self.limits.images:
             raise TooLarge(f"{len(pictures)} images are more than {self.limits.images}", "send fewer at once")
         self.models[bundle].feeds(prompt)
@@ -137,7 +124,7 @@ class Service:
         method: str,
         ticket: Ticket,
     ) -> Correspondence:
-        """Where points of the first picture are in the second; see `Model.match`."""
+        """Find points of the first picture in the second; see `Model.match`."""
         check_method(method)
         source, target, checked = await self._pair(bundle, pictures, points, prompt, ticket)
         matches = await self._matched(bundle, source, target, checked, method, ticket)
@@ -152,7 +139,7 @@ class Service:
         method: str,
         ticket: Ticket,
     ) -> Matches:
-        """Where points of one image are in another, of which features are given; see `Model.match`."""
+        """Find points of one image in another, whose features are given; see `Model.match`."""
         check_method(method)
         self._check_count(points)
         for one in (source, target):
@@ -169,20 +156,20 @@ class Service:
         prompt: str | None,
         ticket: Ticket,
     ) -> np.ndarray:
-        """Cosine of a point of the first picture with every pixel of the second, float32 [H, W]."""
+        """The cosine of a point of the first picture with every pixel of the second, float32 [H, W]."""
         source, target, checked = await self._pair(bundle, pictures, [point], prompt, ticket)
         height, width = target.image_size
-        ticket.hold(2 * 4 * height * width)  # float32, and what it is encoded to
+        ticket.hold(2 * 4 * height * width)  # float32, and its encoded form
         model = self.models[bundle]
         heat = (model.heat_map(source, target, point) for point in checked)
         [found] = await self._finished([self.worker.call("match", heat, ticket)], ticket)
         return found[0]
 
     async def aside(self, stage: str, work: Callable[[], T], ticket: Ticket) -> T:
-        """Run what needs no engine, decoding and drawing, in one of a few threads.
+        """Run work that needs no engine, such as decoding and drawing, in one of a few threads.
 
         Raises:
-            DeadlineExceeded: it was not done at the deadline; it is not begun after it.
+            DeadlineExceeded: the work was not done at the deadline. It is not begun after the deadline.
         """
 
         def timed() -> T:
@@ -196,7 +183,7 @@ class Service:
         return result
 
     def warm_up(self) -> None:
-        """Run every model once: what does not run is known before anybody asks, and first calls are slow."""
+        """Run every model once, so that it fails before the first request if it does, and is warm."""
         for name in self.models:
             self._warm_up(name)
         self.cache.clear()
@@ -211,7 +198,7 @@ class Service:
         self.worker.call("match", matching, ticket).result()
 
     def close(self, timeout_s: float) -> bool:
-        """Stop; False if the engine did not end its call in time."""
+        """Stop the service; False if the engine did not end its call in time."""
         self._threads.shutdown(wait=False, cancel_futures=True)
         return self.worker.close(timeout_s)
 
@@ -223,7 +210,7 @@ class Service:
         prompt: str | None,
         ticket: Ticket,
     ) -> tuple[FeatureMap, FeatureMap, np.ndarray]:
-        """Features of both pictures, and the points, which are checked before the engine is asked."""
+        """Check the points, and compute the features of both pictures."""
         self._check_count(points)
         self.models[bundle].feeds(prompt)
         prepared = await self._prepared(bundle, pictures, prompt, ticket, ("source", "target"))
@@ -240,10 +227,10 @@ class Service:
         ticket: Ticket,
         names: Sequence[str] = (),
     ) -> list[_Prepared]:
-        """Pictures decoded and fitted, those that are not known.
+        """Look pictures up in the cache, and decode and fit the others.
 
         Args:
-            names: of the pictures, for errors.
+            names: names of the pictures, for errors.
         """
 
         def prepare() -> list[_Prepared]:
@@ -267,7 +254,7 @@ class Service:
         if kept is not None:
             return _Prepared(key, kept.image_size, kept)
         if isinstance(picture, bytes):
-            fitted = self.models[bundle].fitted(decode_image(picture, self.limits))
+            fitted = self.models[bundle].fitted(decode_upload(picture, self.limits))
         else:
             check_size((picture.shape[0], picture.shape[1]), self.limits)
             fitted = self.models[bundle].fitted(picture)
@@ -296,7 +283,7 @@ class Service:
 
         def slices() -> Iterator[Matches]:
             matcher = model.matcher(source, target, method)
-            yield matcher(points[:0])  # what depends on the target alone took its time
+            yield matcher(points[:0])  # one slice for what depends on the target alone
             for start in range(0, len(points), step):
                 yield matcher(points[start : start + step])
 
@@ -306,10 +293,10 @@ class Service:
         )
 
     async def _finished(self, futures: Sequence[Future[T]], ticket: Ticket) -> list[T]:
-        """Results that other threads give. What is not there at the deadline is given up.
+        """Wait for results from other threads. Work that is not done at the deadline is cancelled.
 
         Raises:
-            DeadlineExceeded: that was so.
+            DeadlineExceeded: a result was missing at the deadline.
         """
         if not futures:
             return []
@@ -322,7 +309,7 @@ class Service:
         finally:
             for one in waiting:
                 if not one.cancel() and not one.cancelled():
-                    one.exception()  # asyncio complains of failures that nobody looked at
+                    one.exception()  # otherwise asyncio logs that the exception was never retrieved
 
     def _check_count(self, points: PointsLike) -> None:
         if len(points) > self.limits.points:

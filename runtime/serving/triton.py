@@ -1,8 +1,9 @@
-"""The Python models of a Triton repository: a bundle whose graphs are models of the same server.
+"""The Python models of a Triton repository, which run a bundle's graphs as other models of the same server.
 
-Triton's Python backend (triton-inference-server/python_backend, README.md) imports a model.py, whose class
-comes from here. Images are resized, conditions chosen, matrices made and points matched by the code that does
-it everywhere in ditf; only the graphs are run elsewhere, called by name ("business logic scripting").
+Triton's Python backend (triton-inference-server/python_backend, README.md) imports a model.py whose class
+comes from here. Resizing images, choosing conditions, computing matrices and matching points is done by the
+same code as everywhere in ditf. Only the graphs run elsewhere and are called by name ("business logic
+scripting").
 """
 
 from __future__ import annotations
@@ -20,8 +21,15 @@ from ditf.runtime.bundles.bundle import CONDITIONS, FEATURES, NOISE, Bundle
 from ditf.runtime.errors import DitfError, InputError, NoPlan
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.model import Model
-from ditf.runtime.serving.protocol.contract import CORRESPOND, MATCH, METHOD, PROMPT
-from ditf.runtime.serving.protocol.contract import FEATURES as FEATURES_MODEL
+from ditf.runtime.serving.limits import Limits
+from ditf.runtime.serving.protocol.contract import (
+    METHOD,
+    PROMPT,
+    SERVED_CORRESPOND,
+    SERVED_FEATURES,
+    SERVED_MATCH,
+    Results,
+)
 
 MODEL, FEATURES_GRAPH, MATCH_GRAPH, LARGEST_BATCH = (
     "ditf_model",
@@ -29,19 +37,14 @@ MODEL, FEATURES_GRAPH, MATCH_GRAPH, LARGEST_BATCH = (
     "ditf_match_graph",
     "ditf_largest_batch",
 )
-"""Parameters of a Python model's config.pbtxt: which of the contract's models it is; the names of the models
-that run features.onnx and match.onnx (without the latter, numpy matches); images that the former takes."""
-
-PIXELS = 32_000_000
-"""Of an image that is matched, at most."""
+"""Parameters in a Python model's config.pbtxt: which of the contract's models it is; the names of the models
+that run features.onnx and match.onnx (without the latter, numpy matches); the largest batch of the former."""
 
 _POINTS = 100_000
 
-Results = dict[str, np.ndarray]
-
 
 def graph_inputs(bundle: Bundle) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
-    """Inputs of a bundle's features graph, {name: (dtype, shape)}; -1 for a dynamic batch."""
+    """The inputs of a bundle's features graph, {name: (dtype, shape)}; a dynamic batch is -1."""
     manifest = bundle.manifest
     batch = -1 if manifest.batch == "dynamic" else manifest.batch
     inputs: dict[str, tuple[np.dtype, tuple[int, ...]]] = {}
@@ -56,16 +59,16 @@ def graph_inputs(bundle: Bundle) -> dict[str, tuple[np.dtype, tuple[int, ...]]]:
 
 
 class BundleModel:
-    """What model.py names TritonPythonModel.
+    """The class that a repository's model.py names TritonPythonModel.
 
     Attributes:
-        folder: of model.py; the bundle's manifest, noise and conditions are beside it.
+        folder: the folder of model.py, which also holds the bundle's manifest, noise and conditions.
     """
 
     folder: ClassVar[Path]
 
     def initialize(self, args: Mapping[str, str]) -> None:
-        """Called by Triton with the model's configuration, as JSON in `model_config`."""
+        """Triton calls this with the model's configuration as JSON in `model_config`."""
         self._utils = importlib.import_module("triton_python_backend_utils")
         listed = json.loads(args["model_config"])["parameters"]
         parameters = {name: value["string_value"] for name, value in listed.items()}
@@ -74,11 +77,11 @@ class BundleModel:
         self._model = Model(Bundle.open(self.folder), TritonGraphs(self._utils, parameters))
 
     def execute(self, requests: Sequence[Any]) -> list[Any]:
-        """One answer a request, in order; what is wrong with one is its own answer."""
+        """Answer each request, in order. An error in one request is the answer to that request."""
         return [self._execute(request) for request in requests]
 
     def finalize(self) -> None:
-        """Called by Triton when the model is unloaded."""
+        """Triton calls this when the model is unloaded."""
         self._model.close()
 
     def _execute(self, request: Any) -> Any:
@@ -97,7 +100,7 @@ class BundleModel:
 
 
 class TritonGraphs:
-    """A backend (`ditf.runtime.backends`) that runs a bundle's graphs as models of the server it is in."""
+    """A backend (`ditf.runtime.backends.Backend`) that runs a bundle's graphs as models of this server."""
 
     def __init__(self, utils: Any, parameters: Mapping[str, str]) -> None:
         self._utils = utils
@@ -131,10 +134,10 @@ class TritonGraphs:
 
 
 class _Kept:
-    """An array that is matched by a graph where there is one (`ditf.runtime.features.Resident`).
+    """A `ditf.runtime.features.Resident` array, which a graph matches if the repository has one.
 
-    It is in host memory all the same: what comes back from a GPU into Python there needs a framework to be
-    cut, and one is not to be had for a copy of a megabyte.
+    It lies in host memory nevertheless. Cutting an array in GPU memory would need a framework in Triton's
+    Python, which is too much for saving a copy of a megabyte.
     """
 
     def __init__(self, array: np.ndarray) -> None:
@@ -153,7 +156,7 @@ class _Kept:
 
 
 class _GraphSession:
-    """A graph that is another model of the server; see `ditf.runtime.backends.Session`."""
+    """A graph that another model of the server runs; see `ditf.runtime.backends.Session`."""
 
     device_seconds = device_bytes = None
 
@@ -173,7 +176,7 @@ class _GraphSession:
         self._name = name
 
     def run(self, feeds: Mapping[str, Any], keep: Collection[str] = ()) -> dict[str, Any]:
-        """Run the graph; the answer comes into host memory, whatever device the graph is on."""
+        """Run the graph. The results come to host memory, whatever device the graph runs on."""
         utils = self._utils
         arrays = {name: value.numpy() if isinstance(value, _Kept) else value for name, value in feeds.items()}
         response = utils.InferenceRequest(
@@ -188,7 +191,7 @@ class _GraphSession:
         return {name: _Kept(array) if name in keep else array for name, array in arrays.items()}
 
     def close(self) -> None:
-        """Nothing: the graph is Triton's."""
+        """Do nothing, because Triton owns the graph."""
 
 
 def _features(model: Model, inputs: Results, parameters: Mapping[str, Any]) -> Results:
@@ -222,15 +225,19 @@ def _matched(
 
 
 def _check_size(name: str, height: int, width: int) -> None:
-    if height < 1 or width < 1 or height * width > PIXELS:
+    if height < 1 or width < 1 or height * width > Limits.pixels:
         raise InputError(
-            f"{name} is {height}x{width}, (height, width) in pixels", f"at most {PIXELS:,} pixels"
+            f"{name} is {height}x{width}, (height, width) in pixels", f"at most {Limits.pixels:,} pixels"
         )
 
 
 _ANSWERS: dict[str, Callable[[Model, Results, Mapping[str, Any]], Results]] = {
-    FEATURES_MODEL: _features,
-    MATCH: _match,
-    CORRESPOND: _correspond,
+    SERVED_FEATURES: _features,
+    SERVED_MATCH: _match,
+    SERVED_CORRESPOND: _correspond,
 }
-_OUTPUTS = {FEATURES_MODEL: ("features",), MATCH: ("matches", "scores"), CORRESPOND: ("matches", "scores")}
+_OUTPUTS = {
+    SERVED_FEATURES: ("features",),
+    SERVED_MATCH: ("matches", "scores"),
+    SERVED_CORRESPOND: ("matches", "scores"),
+}

@@ -1,4 +1,4 @@
-"""Feature maps of many images on disk: written by an extraction, read by name."""
+"""Feature maps of many images on disk, which an extraction writes and which are read by image name."""
 
 from ditf.runtime.store.feature_store import FeatureStore
 

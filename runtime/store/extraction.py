@@ -1,4 +1,4 @@
-"""Features of many images into a store: what is there is kept, what fails is told, the rest is computed."""
+"""Computing the features of many images into a store. Maps that exist are kept, and failures are reported."""
 
 from __future__ import annotations
 
@@ -16,17 +16,18 @@ from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image
 from ditf.runtime.model import Model
 from ditf.runtime.store.writer import StoreWriter
 
-_BATCH = 4  # of a bundle that takes any: images are held in memory
+_BATCH = 4  # for a bundle that takes any batch; images are held in memory
 
 
 @dataclass
 class Extraction:
-    """What a run did.
+    """The result of a run.
 
     Attributes:
-        computed, kept: maps that were written, and that were there.
-        failed: why, by name.
-        loss: the worst |stored - computed| / |computed| of a map.
+        computed: the number of maps that were written.
+        kept: the number of maps that existed already.
+        failed: the reason of each failure, by image name.
+        loss: the largest |stored - computed| / |computed| of a map.
     """
 
     computed: int = 0
@@ -37,7 +38,7 @@ class Extraction:
 
 @dataclass(frozen=True)
 class Pending:
-    """An image that has been read: its name, the hash of its file, and what the engine takes."""
+    """An image that has been read: its name, its file's hash, and its pixels at the engine's size."""
 
     name: str
     image_sha256: str
@@ -45,12 +46,12 @@ class Pending:
 
 
 def image_name(path: Path) -> str:
-    """Name of an image in a store: its path as given, without detours such as "./"."""
+    """The name of an image in a store: its path as given, without detours such as "./"."""
     return Path(os.path.normpath(path)).as_posix()
 
 
 def named(images: Sequence[Path]) -> tuple[dict[str, Path], dict[str, str]]:
-    """Images by name, and those whose name a store cannot hold, with the reason."""
+    """Images by name; and, by name, the reason for each image whose name a store cannot hold."""
     paths = {image_name(path): path for path in images}
     failed = {}
     for name, path in paths.items():
@@ -71,16 +72,16 @@ def extract(
     """Compute the maps that a store does not have yet.
 
     Args:
-        images: an image twice is computed once.
-        writer: opened.
+        images: the image files; one that is listed twice is computed once.
+        writer: the opened store.
         prompt: see `Model.features`.
         progress: called with the name of every image.
 
     Raises:
-        InputError: a condition that the bundle does not have.
-        OSError: the store cannot be written, on a full disk for example.
+        InputError: the bundle does not have the condition.
+        OSError: the store cannot be written, for example because the disk is full.
     """
-    feeds = model.feeds(prompt)  # a condition that is not there is no image's failure
+    feeds = model.feeds(prompt)  # a missing condition ends the run, since it is no failure of an image
     paths, failed = named(images)
     size = batch_size(model)
     result = Extraction(failed=failed)
@@ -104,12 +105,12 @@ def extract(
 
 
 def batch_size(model: Model) -> int:
-    """Images to compute at a time."""
+    """The number of images to compute at a time."""
     return model.manifest.batch if isinstance(model.manifest.batch, int) else _BATCH
 
 
 def failure_text(path: Path, error: InputError | OSError) -> str:
-    """Why an image could not be read."""
+    """The reason why an image could not be read, for people."""
     if isinstance(error, FileNotFoundError):
         return f"{path}: no such image"
     return f"{path} cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error)
@@ -118,11 +119,11 @@ def failure_text(path: Path, error: InputError | OSError) -> str:
 def store_batch(
     model: Model, pending: Sequence[Pending], writer: StoreWriter, feeds: Feeds, result: Extraction
 ) -> None:
-    """Compute and write a batch; one image whose features cannot be had does not take the others with it.
+    """Compute and write a batch. If an image's features cannot be computed, only that image fails.
 
     Args:
-        feeds: from `Model.feeds`.
-        result: is told of it.
+        feeds: the result of `Model.feeds`.
+        result: is updated.
     """
     try:
         maps = model.features_of_fitted([one.image for one in pending], feeds)

@@ -1,25 +1,20 @@
-"""Bulk extraction over a Ray cluster: tasks read images, actors hold the engine, all write to one store.
+"""Extraction over a Ray cluster: tasks read images, actors hold engines, and all actors write to one store.
 
-Ray Data streams from one to the other: images are read, hashed and resized on any CPU, a few batches ahead
-of the engines and no more. (Where nothing has a GPU it makes one step of both.) A map is written by the actor
-that computed it (`store_writer` says why that is safe); rows of text come back. What a killed process had in
-hand is given to another by Ray.
+Ray Data streams from the tasks to the actors. Images are read, hashed and resized on any CPU, only a few
+batches ahead of the engines. (Without GPUs, Ray Data fuses both steps.) The actor that computes a map also
+writes it, which is safe because maps appear whole (see `writer`); only rows of text come back. If a process
+is killed, Ray gives its rows to another.
 
-Bundle, images and store are seen by every machine under the same paths, on a shared file system.
+All machines must see the bundle, the images and the store under the same paths, on a shared file system.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import inspect
 import json
-import os
 import platform
-import signal
-import socket
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Optional
@@ -28,7 +23,7 @@ import numpy as np
 
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.signing import Trust
-from ditf.runtime.errors import DitfError, InputError, MissingComponent, missing_extra
+from ditf.runtime.errors import DitfError, InputError, MissingComponent
 from ditf.runtime.files.liveness import file_system_time
 from ditf.runtime.files.reading import read_regular
 from ditf.runtime.images import LARGEST_FILE, FittedImage, decode_image, fitted_image
@@ -42,27 +37,31 @@ from ditf.runtime.store.extraction import (
     store_batch,
 )
 from ditf.runtime.store.feature_store import PARTIAL, STORE, StoreIdentity, features_hash, map_path
+from ditf.runtime.store.ray_connection import cpus
 from ditf.runtime.store.writer import StoreWriter
 
 COMPUTED, KEPT, FAILED, PENDING, FATAL = "computed", "kept", "failed", "pending", "fatal"
-"""What became of an image. Fatal is what no image is to blame for; it ends the run, with its reason."""
+"""The states of an image. Fatal stands for a failure that is not due to an image; it ends the run."""
 
-_CPUS = 0.5  # of a task that reads, and of an actor: both fit wherever there is a CPU
-_TASK = 32  # images of a task at most: what a lost one takes with it
-_TASKS_A_WORKER = 8  # at least, so that all have something to do until the end
+_CPUS = 0.5  # CPUs of a reading task, and of an actor, so that both fit on one CPU
+_TASK = 32  # the most images of a task, which are lost if the task is
+_TASKS_A_WORKER = 8  # at least so many, so that all workers are busy until the end
 
-Columns = dict[str, Any]
-"""Columns of a batch of rows, as Ray Data has them: arrays of the same length."""
+_Columns = dict[str, Any]
+"""A batch of rows as Ray Data represents it: {column: array}, all of the same length."""
 
 
 @dataclass(frozen=True)
-class Job:
-    """What every process of the cluster is told.
+class ExtractionJob:
+    """What every process of the cluster needs to know.
 
     Attributes:
-        bundle, store: absolute, the same everywhere; trust: what every process accepts of the bundle.
-        size: (H, W) px of the engine's input.
-        identity: of the store's maps; prompt, fit, backend: see `ditf.runtime.load`.
+        bundle, store: absolute paths, the same on all machines.
+        trust: what every process accepts of the bundle.
+        size: the size (H, W) of the engine's input in pixels.
+        identity: what the store's maps have in common.
+        prompt: see `Model.features`.
+        fit, backend: see `ditf.runtime.load`.
         started_ns: when the run began, by the clock of the store's file system.
     """
 
@@ -77,12 +76,14 @@ class Job:
     started_ns: int
 
     @classmethod
-    def of(cls, bundle: Bundle, writer: StoreWriter, prompt: str | None, fit: str, backend: str) -> Job:
+    def of(
+        cls, bundle: Bundle, writer: StoreWriter, prompt: str | None, fit: str, backend: str
+    ) -> ExtractionJob:
         """A job that starts now.
 
         Args:
-            bundle: opened, as every worker will open it.
-            writer: opened.
+            bundle: the opened bundle; every worker will open it in the same way.
+            writer: the opened store.
         """
         signers = bundle.trust.signers
         trust = replace(bundle.trust, signers=None if signers is None else signers.resolve())
@@ -101,7 +102,7 @@ class Job:
         )
 
     def writer(self) -> StoreWriter:
-        """For the process that this is called in.
+        """The store's writer in this process.
 
         Raises:
             InputError: this machine does not see the store.
@@ -114,7 +115,7 @@ class Job:
         return StoreWriter(self.store, self.identity)
 
     def found(self, writer: StoreWriter, name: str, image_sha256: str) -> str | None:
-        """Whether a map is there: kept from an earlier run, or computed in this one, by a lost process."""
+        """KEPT if an earlier run wrote the map, COMPUTED if a lost process of this run did, else None."""
         if not writer.has(name, image_sha256):
             return None
         written = map_path(self.store, name).stat().st_mtime_ns
@@ -125,11 +126,11 @@ _NOTHING: dict[str, Any] = {"image_sha256": "", "pixels": b"", "loss": 0.0}
 _NOTHING |= dict.fromkeys(("height", "width", "rows", "columns"), 0)
 
 
-def _fatal_as_rows(step: Callable[..., Columns]) -> Callable[..., Columns]:
-    """A step whose expected failures come back as rows: of an exception, Ray would bring a text alone."""
+def _fatal_as_rows(step: Callable[..., _Columns]) -> Callable[..., _Columns]:
+    """Return a step's expected failures as rows, because Ray would reduce an exception to its text."""
 
     @functools.wraps(step)
-    def careful(*arguments: Any, **options: Any) -> Columns:
+    def careful(*arguments: Any, **options: Any) -> _Columns:
         try:
             return step(*arguments, **options)
         except DitfError as error:
@@ -144,15 +145,16 @@ def _fatal_as_rows(step: Callable[..., Columns]) -> Callable[..., Columns]:
 
 
 @_fatal_as_rows
-def prepare(batch: Columns, job: Job) -> Columns:
-    """Read images, unless their maps are there.
+def prepare(batch: _Columns, job: ExtractionJob) -> _Columns:
+    """Read images whose maps are not there yet.
 
     Args:
-        batch: `name` and `path` of images.
+        batch: the columns `name` and `path` of images.
 
     Returns:
-        name; state; reason, of what failed; image_sha256; pixels, their bytes at the
-        engine's size; height, width, of the original; rows, columns, of the pixels that it covers.
+        The columns name; state; reason, for images that failed; image_sha256; pixels, the bytes at the
+        engine's size; height and width of the original; rows and columns of the pixels that the image
+        covers.
     """
     writer = job.writer()
     rows = []
@@ -175,22 +177,22 @@ def prepare(batch: Columns, job: Job) -> Columns:
 
 
 class Extractor:
-    """An actor: an open bundle that computes and stores what `prepare` has read.
+    """An actor that holds an open bundle, and computes and stores the images that `prepare` has read.
 
-    The bundle is opened by the first batch, not when the actor is made: what is wrong then has a reason,
-    where Ray would only say that an actor died.
+    The bundle is opened with the first batch and not when the actor is made, so that a failure can be
+    reported with its reason. Otherwise Ray would only report that an actor died.
     """
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: ExtractionJob) -> None:
         self._job = job
         self._model: Model | None = None
 
     @_fatal_as_rows
-    def __call__(self, batch: Columns) -> Columns:
-        """Compute what is pending.
+    def __call__(self, batch: _Columns) -> _Columns:
+        """Compute the pending images.
 
         Returns:
-            name, state, reason; loss: what rounding cost, of a map that was computed.
+            The columns name, state, reason, and loss, the rounding error of the maps that were computed.
         """
         if FATAL in batch["state"]:
             return {name: batch[name] for name in ("name", "state", "reason", "loss")}
@@ -230,8 +232,8 @@ class Extractor:
         return self._model
 
 
-def _pending(batch: Columns, index: int, size: tuple[int, int]) -> Pending:
-    """A row of what `prepare` gives."""
+def _pending(batch: _Columns, index: int, size: tuple[int, int]) -> Pending:
+    """The image in one row of the result of `prepare`."""
     height, width, rows, columns = (int(batch[n][index]) for n in ("height", "width", "rows", "columns"))
     pixels = np.frombuffer(batch["pixels"][index], np.uint8).reshape(*size, 3)
     image = FittedImage(pixels, (rows, columns), (height, width))
@@ -239,25 +241,26 @@ def _pending(batch: Columns, index: int, size: tuple[int, int]) -> Pending:
 
 
 def extract_with_ray(
-    job: Job,
+    job: ExtractionJob,
     images: Sequence[Path],
     workers: int | None = None,
     progress: Callable[[str], None] = lambda name: None,
 ) -> Extraction:
-    """Compute the maps that a store does not have yet, on the cluster that is connected.
+    """Compute the maps that a store does not have yet, on the connected cluster.
 
     Args:
-        images: an image twice is computed once.
-        workers: actors; by default one for each GPU, and where there are none one for each machine, whose
-            cores an engine shares out by itself. More than there are GPUs share them.
-        progress: called with the name of every image, as it is done.
+        images: the image files; one that is listed twice is computed once.
+        workers: the number of actors. The default is one for each GPU, or without GPUs one for each machine,
+            because an engine uses all cores by itself. If there are more actors than GPUs, they share them.
+        progress: called with the name of every image when it is done.
 
     Returns:
-        What was done. Computed, even if its process did not live to tell, is what was written in this run.
+        The result. All maps that were written in this run count as computed, even if the process that wrote
+        one was killed before it could report.
 
     Raises:
         InputError: no worker can open the bundle.
-        MissingComponent: a worker lacks something, or Ray failed.
+        MissingComponent: a worker lacks a component, or Ray failed.
     """
     import ray.data
 
@@ -280,7 +283,7 @@ def extract_with_ray(
         fn_constructor_args=(job,),
         batch_size=task,
         compute=ray.data.ActorPoolStrategy(
-            min_size=1, max_size=count, initial_size=min(count, max(1, int(_cpus(ray))))
+            min_size=1, max_size=count, initial_size=min(count, max(1, int(cpus(ray))))
         ),
         num_cpus=_CPUS,
         num_gpus=min(1.0, gpus / count) if gpus else 0,
@@ -310,86 +313,13 @@ def extract_with_ray(
     )
 
 
-@contextmanager
-def connected(address: str | None, verbose: bool) -> Iterator[str]:
-    """A connection to a Ray cluster, which is closed in the end, with the cluster if it was started here.
-
-    Args:
-        address: of a cluster, as `ray.init` takes it: "auto", "local", "host:port", "ray://host:10001". None
-            is RAY_ADDRESS, else a cluster that runs on this machine, else one that is started.
-        verbose: let Ray say on stderr what it does.
-
-    Yields:
-        What it is, for people.
-
-    Raises:
-        MissingComponent: Ray is not installed.
-        InputError: no cluster answers.
-    """
-    if not verbose:
-        os.environ.setdefault("RAY_DATA_LOG_LEVEL", "CRITICAL")
-    try:
-        import ray
-        import ray.data
-    except ImportError:
-        raise missing_extra("ray[data]", "ray") from None
-    _check_answers(address)
-    handler = signal.getsignal(signal.SIGTERM)
-    try:
-        ray.init(
-            address=address,
-            include_dashboard=False,
-            log_to_driver=verbose,
-            logging_level="INFO" if verbose else "ERROR",
-        )
-    except (ConnectionError, ValueError, RuntimeError, ray.exceptions.RayError) as error:
-        place = address or os.environ.get("RAY_ADDRESS", "this machine")
-        raise _no_cluster(place, " ".join(str(error).split())) from error
-    finally:
-        signal.signal(signal.SIGTERM, handler)  # Ray sets its own, which ends the process as it stands
-    try:
-        nodes = [node for node in ray.nodes() if node["Alive"]]
-        gpus = int(ray.cluster_resources().get("GPU", 0))
-        yield f"Ray {ray.__version__}, machines: {len(nodes)}, CPUs: {_cpus(ray):g}, GPUs: {gpus}"
-    finally:
-        waits = "wait_for_processes" in inspect.signature(ray.shutdown).parameters  # not in older ones
-        ray.shutdown(**({"wait_for_processes": True} if waits else {}))
-
-
-def _cpus(ray: Any) -> float:
-    return float(ray.cluster_resources().get("CPU", 0))
-
-
 def expected_failure(code: int, problem: str, fix: str) -> DitfError:
-    """The error that another process told of, by its exit code."""
+    """Rebuild the error that another process reported, from its exit code and texts."""
     return (MissingComponent if code == MissingComponent.exit_code else InputError)(problem, fix)
 
 
-def _check_answers(address: str | None) -> None:
-    """Whether anything listens where a cluster is said to be: Ray itself waits for minutes.
-
-    Raises:
-        InputError: nothing does.
-    """
-    place = (address or os.environ.get("RAY_ADDRESS", "")).removeprefix("ray://")
-    host, colon, port = place.rpartition(":")
-    if not (colon and port.isdigit()):
-        return
-    try:
-        socket.create_connection((host.strip("[]"), int(port)), 10).close()
-    except OSError as error:
-        raise _no_cluster(place, str(error.strerror or error)) from error
-
-
-def _no_cluster(place: str, why: str) -> InputError:
-    return InputError(
-        f"no Ray cluster at {place} ({why[:200]})",
-        "start one with ray start --head, or leave --ray-address out",
-    )
-
-
-def _columns(rows: Sequence[dict[str, Any]]) -> Columns:
-    """Rows as columns."""
+def _columns(rows: Sequence[dict[str, Any]]) -> _Columns:
+    """Turn rows into columns."""
     return {
         name: np.array([row[name] for row in rows], object if isinstance(rows[0][name], bytes) else None)
         for name in rows[0]

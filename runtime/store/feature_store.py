@@ -1,13 +1,14 @@
-"""FeatureStore: features of many images on disk, one safetensors file an image, read where they lie.
+"""FeatureStore: the features of many images on disk, one safetensors file per image, memory-mapped.
 
-    STORE/store.json                what the maps are: bundle, fit, condition, type. Whoever writes must agree
-    STORE/maps/ab/<hash>.safetensors   `features` [C, h, w]; in its metadata the image's name, hash and size,
-                                       and a digest of all of it
-    STORE/index.json                for people: every map that was there when a run ended
-    STORE/partial/                  files being written
+    STORE/store.json                   what the maps have in common: bundle, fit, condition, type. All
+                                       writers must agree on it.
+    STORE/maps/ab/<hash>.safetensors   `features` [C, h, w]; its metadata hold the image's name, hash and
+                                       size, and a digest of all this
+    STORE/index.json                   for people: the maps that existed when a run ended
+    STORE/partial/                     files that are being written
 
-A map's file is named after the hash of the image's name, and appears whole by a rename: several writers, on
-one machine or many, need not know of each other. All but store.json can be derived from the maps.
+A map's file is named after the hash of the image's name and appears as a whole by a rename, so that writers
+on one or many machines need not know of each other. All files but store.json can be derived from the maps.
 """
 
 from __future__ import annotations
@@ -35,10 +36,10 @@ STORE = "store.json"
 INDEX = "index.json"
 MAPS = "maps"
 PARTIAL = "partial"
-SUFFIX = ".safetensors"
-DTYPES = ("float16", "float32")
+_SUFFIX = ".safetensors"
+STORE_DTYPES = ("float16", "float32")
 
-_MAP = re.compile(rf"[0-9a-f]{{32}}{re.escape(SUFFIX)}")
+_MAP = re.compile(rf"[0-9a-f]{{32}}{re.escape(_SUFFIX)}")
 _LARGEST_IDENTITY = 1 << 20  # bytes
 
 
@@ -47,9 +48,12 @@ class StoreIdentity:
     """What every map of a store has in common.
 
     Attributes:
-        features: one hash of the bundle's features graph, its weights, noise and conditions.
-        model, layer: of the bundle, for people; prompt: the condition, None of a bundle that has one.
-        fit: how images met the engine's size; dtype: of the maps; channels: C.
+        features: a hash of the bundle's features graph, its weights, noise and conditions.
+        model, layer: the bundle's model and layer, for people.
+        prompt: the condition; None for a bundle that has only one.
+        fit: how images were fitted to the engine's size.
+        dtype: the type of the maps.
+        channels: the number of channels, C.
     """
 
     features: str
@@ -62,13 +66,13 @@ class StoreIdentity:
 
     @classmethod
     def of(cls, bundle: Bundle, fit: str, prompt: str | None, dtype: str) -> StoreIdentity:
-        """Of maps that a bundle computes.
+        """The identity of maps that a bundle computes.
 
         Raises:
-            InputError: a type that a store does not hold.
+            InputError: a store does not hold this type.
         """
-        if dtype not in DTYPES:
-            raise InputError(f"--features-dtype {dtype!r} is not {' or '.join(DTYPES)}", "leave it out")
+        if dtype not in STORE_DTYPES:
+            raise InputError(f"--features-dtype {dtype!r} is not {' or '.join(STORE_DTYPES)}", "leave it out")
         manifest = bundle.manifest
         if prompt is None and manifest.conditions:
             prompt = manifest.conditions[0]["name"]
@@ -84,11 +88,11 @@ class StoreIdentity:
 
     @property
     def key(self) -> str:
-        """Hash of what decides a map's values; in every map's metadata."""
+        """A hash of all that decides a map's values, which stands in every map's metadata."""
         return _digest("\n".join(map(str, (self.features, self.prompt, self.fit, self.dtype))))
 
     def differences(self, other: StoreIdentity) -> list[str]:
-        """What another has otherwise, for people."""
+        """What differs in another identity, for people."""
         pairs = [(item.name, getattr(self, item.name), getattr(other, item.name)) for item in fields(self)]
         named = [f"{name} {mine}, not {theirs}" for name, mine, theirs in pairs if mine != theirs]
         shown = [line for line in named if not line.startswith("features ")]
@@ -96,21 +100,22 @@ class StoreIdentity:
 
 
 class FeatureStore(Mapping[str, FeatureMap]):
-    """A store that `ditf features BUNDLE IMAGES... --output STORE` wrote; {name of an image: FeatureMap}.
+    """A store that `ditf features BUNDLE IMAGES... --output STORE` wrote: {image name: FeatureMap}.
 
-    Maps are memory-mapped: opening one reads its file's header, and its values once to see that they are
-    finite; what is not used may leave memory again. Maps that are written later can be had by name;
-    `names`, `len` and iteration are of those that were there when the store was opened.
+    Maps are memory-mapped. Opening one reads its file's header, and its values once to check that they are
+    finite; pages that are not used may leave memory again. Maps that are written later can be read by name,
+    while `names`, `len` and iteration cover those that existed when the store was first listed.
 
     Args:
-        path: of the store.
+        path: the store's directory.
         verify: compare every map with its digest when it is opened, which reads it once more.
 
     Attributes:
-        path: of the store; identity: what its maps have in common.
+        path: the store's directory.
+        identity: what the store's maps have in common.
 
     Raises:
-        InputError: no store, or a damaged one.
+        InputError: there is no store, or it is damaged.
         MissingComponent: safetensors is not installed.
     """
 
@@ -123,7 +128,7 @@ class FeatureStore(Mapping[str, FeatureMap]):
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Names of the images, sorted."""
+        """The names of the images, sorted."""
         if self._names is None:
             self._names = tuple(sorted(self._list()))
         return self._names
@@ -140,9 +145,8 @@ class FeatureStore(Mapping[str, FeatureMap]):
         if self.verify and not stored.whole(path):
             what = "has no digest" if stored.digest is None else "is not what was written"
             raise InputError(f"{path} {what}", AGAIN)
-        array = np.memmap(path, stored.dtype, "r", stored.offset, stored.shape)
         try:
-            return FeatureMap(array, stored.image_size, stored.extent)
+            return stored.features(path)
         except InputError as error:
             raise InputError(f"{path}: {error.problem}", f"remove it and {AGAIN}") from error
 
@@ -159,7 +163,7 @@ class FeatureStore(Mapping[str, FeatureMap]):
         return f"FeatureStore({str(self.path)!r}, {len(self)} maps of {self.identity.channels} channels)"
 
     def _list(self) -> Iterator[str]:
-        """Names: of the index where it has a file's, which its own name proves; else as the file says."""
+        """All image names, from the index where the file's name proves them, else from the file."""
         known = {map_path(self.path, name): name for name in _read_index(self.path)}
         for path in map_files(self.path):
             name = known.get(path)
@@ -167,10 +171,10 @@ class FeatureStore(Mapping[str, FeatureMap]):
 
 
 def narrowed(array: np.ndarray, dtype: str) -> np.ndarray:
-    """An array in a type of `DTYPES`.
+    """Convert an array to a type of `STORE_DTYPES`.
 
     Raises:
-        InputError: values that the type does not hold.
+        InputError: the type does not hold a value.
     """
     largest = float(np.abs(array).max())
     if largest > float(np.finfo(dtype).max):
@@ -179,33 +183,33 @@ def narrowed(array: np.ndarray, dtype: str) -> np.ndarray:
 
 
 def features_hash(bundle: Bundle) -> str:
-    """One hash of the files that decide a bundle's features."""
+    """A hash of the files that decide a bundle's features."""
     files = bundle.manifest.files
     deciding = (FEATURES, FEATURES_DATA, NOISE, CONDITIONS)
     return _digest("\n".join(files[name]["sha256"] for name in deciding if name in files))
 
 
 def map_path(store: Path, name: str) -> Path:
-    """Where the map of an image is."""
+    """The path of an image's map."""
     digest = _digest(name)[:32]
-    return store / MAPS / digest[:2] / f"{digest}{SUFFIX}"
+    return store / MAPS / digest[:2] / f"{digest}{_SUFFIX}"
 
 
 def map_files(store: Path) -> list[Path]:
-    """Every map's file: what has such a name."""
-    return sorted(path for path in (store / MAPS).glob(f"*/*{SUFFIX}") if is_map_name(path))
+    """The files of all maps, found by their names."""
+    return sorted(path for path in (store / MAPS).glob(f"*/*{_SUFFIX}") if is_map_name(path))
 
 
 def is_map_name(path: Path) -> bool:
-    """Whether a file in maps/ is named as `map_path` names one."""
+    """Whether a file in maps/ has a name that `map_path` gives."""
     return bool(_MAP.fullmatch(path.name)) and path.parent.name == path.name[:2]
 
 
 def read_named(store: Path, path: Path) -> StoredMap:
-    """As `read_stored`, of a map that is where its image's map belongs.
+    """Read a map's description as `read_stored` does, and check that the file is its image's.
 
     Raises:
-        InputError: truncated, not a map, or another image's.
+        InputError: the file is truncated, not a map, or the map of another image.
     """
     stored = read_stored(path)
     if map_path(store, stored.name) != path:
@@ -214,10 +218,10 @@ def read_named(store: Path, path: Path) -> StoredMap:
 
 
 def read_identity(store: Path) -> StoreIdentity:
-    """What a store's maps have in common.
+    """Read what a store's maps have in common.
 
     Raises:
-        InputError: no store, or one whose store.json is damaged or newer.
+        InputError: there is no store, or its store.json is damaged or newer.
     """
     path = store / STORE
     try:
@@ -242,15 +246,15 @@ def read_identity(store: Path) -> StoreIdentity:
 
 
 def identity_json(identity: StoreIdentity) -> str:
-    """Of store.json."""
+    """The content of store.json."""
     return json.dumps({"schema": SCHEMA, **asdict(identity)}, indent=2) + "\n"
 
 
-_LARGEST_INDEX = 1 << 30  # bytes; a million maps have a quarter of it
+_LARGEST_INDEX = 1 << 30  # bytes; the index of a million maps has a quarter of it
 
 
 def _read_index(store: Path) -> list[str]:
-    """Names; none where it cannot be read, since it can be derived."""
+    """The names in the index; none if it cannot be read, because it can be derived."""
     try:
         with open_regular(store / INDEX) as file:
             return list(json.load(file)["maps"])
@@ -259,7 +263,7 @@ def _read_index(store: Path) -> list[str]:
 
 
 def is_index(store: Path) -> bool:
-    """Whether index.json of a folder is a store's."""
+    """Whether the index.json of a folder is that of a store."""
     try:
         document = read_json(store / INDEX, _LARGEST_INDEX)
     except (OSError, ValueError):

@@ -1,8 +1,9 @@
-"""Ray in a process of its own, and the process that it works for.
+"""Running Ray in a process of its own, and talking to that process.
 
-When Ray's core loses the head of its cluster it ends the process it lives in, with exit code 1, after a line
-on stderr. So it lives in one of its own (`main`), which takes pickled requests on stdin and gives a line of
-JSON for each answer on stdout. It ends when stdin does, however the process on the other side ended.
+When Ray's core loses the head of its cluster, it writes a line to stderr and ends its process with exit
+code 1. Ray therefore runs in a process of its own (`run_driver`), which reads pickled requests from stdin and
+writes one line of JSON for each answer to stdout. That process ends when its stdin closes, however the other
+side ended.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from typing import IO, Any, NoReturn
 
 from ditf.runtime.errors import DitfError, MissingComponent, missing_extra
 from ditf.runtime.store.extraction import Extraction
-from ditf.runtime.store.extraction_ray import Job, connected, expected_failure, extract_with_ray
+from ditf.runtime.store.extraction_ray import ExtractionJob, expected_failure, extract_with_ray
+from ditf.runtime.store.ray_connection import connected
 
-_START = "import sys; sys.path[:] = sys.argv[1:]; from ditf.runtime.store.ray_driver import main; main()"
-_PREFIX = re.compile(r"^\[[^\]]*\] \S+: ")  # of a line of Ray's log: time, process, place
+_START = "import sys; sys.path[:] = sys.argv[1:]; import ditf.runtime.store.ray_driver as d; d.run_driver()"
+_PREFIX = re.compile(r"^\[[^\]]*\] \S+: ")  # the beginning of a line of Ray's log: time, process, place
 _PATIENCE = 30.0  # seconds for the cluster to end
 
 
 class RayCluster:
-    """A Ray cluster that another process is connected to; from `ray_cluster`.
+    """A Ray cluster, connected through another process; `ray_cluster` makes one.
 
     Attributes:
-        detail: what it is, for people.
+        detail: a description of the cluster, for people.
     """
 
     def __init__(self, process: subprocess.Popen[bytes], said: IO[bytes]) -> None:
@@ -52,7 +54,7 @@ class RayCluster:
 
     def extract(
         self,
-        job: Job,
+        job: ExtractionJob,
         images: Sequence[Path],
         workers: int | None = None,
         progress: Callable[[str], None] = lambda name: None,
@@ -60,7 +62,7 @@ class RayCluster:
         """See `extract_with_ray`.
 
         Raises:
-            MissingComponent: the cluster's head was lost; in Ray's own words.
+            MissingComponent: the cluster's head was lost; the message quotes Ray.
         """
         self._ask((job, list(images), workers))
         while "done" not in (answer := self._answer()):
@@ -69,7 +71,7 @@ class RayCluster:
 
     def _ask(self, request: object) -> None:
         assert self._process.stdin is not None
-        with suppress(BrokenPipeError):  # the answer will say why
+        with suppress(BrokenPipeError):  # reading the answer raises the reason
             self._process.stdin.write(pickle.dumps(request))
             self._process.stdin.flush()
 
@@ -89,7 +91,7 @@ class RayCluster:
         return answer
 
     def _last_words(self) -> str:
-        """The last line that Ray wrote, without its place in Ray's source."""
+        """The last line that Ray wrote, without its time and its place in Ray's source."""
         code = self._process.wait()
         self._said.seek(0)
         lines = self._said.read().decode("utf-8", "replace").split("\n")
@@ -101,19 +103,19 @@ class RayCluster:
 
 @contextmanager
 def ray_cluster(address: str | None, verbose: bool) -> Iterator[RayCluster]:
-    """A connection to a Ray cluster, which is closed in the end, with the cluster if it was started here.
+    """Connect to a Ray cluster while the block runs. A cluster that is started here is stopped at the end.
 
     Args:
         address: see `connected`.
-        verbose: let Ray say on stderr what it does.
+        verbose: let Ray write its log to stderr.
 
     Raises:
-        MissingComponent: Ray is not installed, or it ended its process.
+        MissingComponent: Ray is not installed, or its process ended.
         InputError: no cluster answers.
     """
     try:
         found = find_spec("ray") is not None
-    except ValueError:  # it is barred
+    except ValueError:  # the import of ray is blocked
         found = False
     if not found:
         raise missing_extra("ray[data]", "ray")
@@ -123,7 +125,7 @@ def ray_cluster(address: str | None, verbose: bool) -> Iterator[RayCluster]:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=None if verbose else said,
-            start_new_session=True,  # Ctrl-C is for this process, which then closes stdin
+            start_new_session=True,  # Ctrl-C only reaches this process, which then closes stdin
         )
         assert process.stdin is not None
         assert process.stdout is not None
@@ -140,14 +142,14 @@ def ray_cluster(address: str | None, verbose: bool) -> Iterator[RayCluster]:
             except subprocess.TimeoutExpired:
                 process.kill()
                 process.wait()
-            with suppress(ProcessLookupError):  # what Ray started for it, and leaves when the head is lost
+            with suppress(ProcessLookupError):  # processes that Ray leaves behind when the head is lost
                 os.killpg(process.pid, signal.SIGKILL)
 
 
-def main() -> None:
-    """What the process of its own runs."""
+def run_driver() -> None:
+    """The main function of the process that runs Ray."""
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    os.dup2(2, 1)  # Ray prints, too
+    os.dup2(2, 1)  # keeps what Ray prints away from the answers
     signal.signal(signal.SIGTERM, _leave)
 
     def tell(**answer: object) -> None:
@@ -162,7 +164,7 @@ def main() -> None:
             done = extract_with_ray(job, images, workers, lambda name: tell(progress=name))
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         tell(done=asdict(done))
-    except (EOFError, BrokenPipeError):  # nobody is there any more
+    except (EOFError, BrokenPipeError):  # the other process has ended
         pass
     except DitfError as error:
         tell(error=[error.exit_code, error.problem, error.fix])

@@ -1,4 +1,4 @@
-"""A map's file in a FeatureStore: one safetensors tensor, and in its metadata what the map is of."""
+"""The file of one feature map: a safetensors tensor, with a description of the map in its metadata."""
 
 from __future__ import annotations
 
@@ -24,14 +24,18 @@ _DTYPES = {"F16": "float16", "F32": "float32"}
 
 @dataclass(frozen=True)
 class StoredMap:
-    """What a map's file says of itself.
+    """The description in a map's file.
 
     Attributes:
-        name: of the image; image_sha256: of its file.
-        image_size: (H, W) px; extent: (rows, columns) of the map that the image covers, in cells.
-        shape: (C, h, w); dtype: of the numbers; offset: of the first in the file, bytes.
-        key: of the store's identity.
-        digest: of all this and the numbers; None of a map that ditf 0.1.0 wrote.
+        name: the image's name.
+        image_sha256: the hash of the image's file.
+        image_size: the image's size (H, W) in pixels.
+        extent: (rows, columns) of the map that the image covers, in cells.
+        shape: (C, h, w).
+        dtype: the type of the numbers.
+        offset: where the numbers begin in the file, in bytes.
+        key: identifies what else decides the values; in a store it is `StoreIdentity.key`.
+        digest: a hash of all this and the numbers; None for a map that ditf 0.1.0 wrote.
     """
 
     name: str
@@ -45,10 +49,10 @@ class StoredMap:
     digest: Optional[str]
 
     def whole(self, path: Path) -> bool:
-        """Whether the file still has what was written; False without a digest. Reads all of it.
+        """Whether the file still holds what was written; False without a digest. The whole file is read.
 
         Raises:
-            OSError: it cannot be read.
+            OSError: the file cannot be read.
         """
         if self.digest is None:
             return False
@@ -66,13 +70,25 @@ class StoredMap:
                 hashed.update(chunk)
         return bool(hashed.hexdigest() == self.digest)
 
+    def features(self, path: Path) -> FeatureMap:
+        """The map, memory-mapped from its file. Its values are read once, to see that they are finite.
+
+        Raises:
+            InputError: the values hold NaN or infinity.
+        """
+        array = np.memmap(path, self.dtype, "r", self.offset, self.shape)
+        return FeatureMap(array, self.image_size, self.extent)
+
 
 def map_file(name: str, image_sha256: str, feature_map: FeatureMap, stored: np.ndarray, key: str) -> bytes:
-    """A map's file, as `read_stored` reads it.
+    """The bytes of a map's file, which `read_stored` reads.
 
     Args:
-        feature_map: for its size and extent; stored: its numbers in the store's type.
-        key: of the store's identity.
+        name: the image's name.
+        image_sha256: the hash of the image's file.
+        feature_map: the map, for its size and extent.
+        stored: its numbers in the type that is stored.
+        key: see `StoredMap`.
     """
     from safetensors.numpy import save
 
@@ -89,16 +105,16 @@ def map_file(name: str, image_sha256: str, feature_map: FeatureMap, stored: np.n
 
 
 def read_stored(path: Path) -> StoredMap:
-    """What a map's file says of itself; its values are not read.
+    """Read the description in a map's file, without its values.
 
     Raises:
-        FileNotFoundError: no such file.
-        InputError: truncated, or not a map.
+        FileNotFoundError: the file does not exist.
+        InputError: the file is truncated, or not a map.
     """
     try:
         with open_regular(path) as raw:
-            offset = 8 + int.from_bytes(raw.read(8), "little")  # one tensor: it follows the header
-        # safetensors compares the header with the file's length: a truncated one is refused here.
+            offset = 8 + int.from_bytes(raw.read(8), "little")  # the only tensor follows the header
+        # safetensors compares the header with the file's length and refuses a truncated file.
         with safetensors_package().safe_open(path, framework="numpy") as file:
             noted = file.metadata() or {}
             tensor = file.get_slice(TENSOR)
@@ -112,13 +128,13 @@ def read_stored(path: Path) -> StoredMap:
         return StoredMap(*said, shape, dtype, offset, noted["key"], noted.get("sha256"))
     except FileNotFoundError:
         raise
-    except Exception as error:  # safetensors has an error of its own, which is no class of Python's
+    except Exception as error:  # the error of safetensors derives from Exception alone
         detail = str(error).split("\n")[0][:80]
         raise InputError(f"{path} is no whole feature map ({detail})", AGAIN) from error
 
 
 def safetensors_package() -> Any:
-    """safetensors, or the error that says how to install it."""
+    """Import safetensors, or raise the error that says how to install it."""
     try:
         import safetensors
     except ImportError:
@@ -127,6 +143,6 @@ def safetensors_package() -> Any:
 
 
 def _header_hash(noted: dict[str, str], dtype: str, shape: tuple[int, ...]) -> Any:
-    """A hash that has taken all but the numbers."""
+    """A hash object that has been fed all but the numbers."""
     text = json.dumps([sorted(noted.items()), dtype, list(shape)])
     return hashlib.sha256(text.encode("utf-8", "surrogatepass"))

@@ -1,4 +1,4 @@
-"""Writing a FeatureStore: map by map, each whole or not at all, by any number of writers at once."""
+"""Writing a FeatureStore. Maps appear whole or not at all, and many writers may work at once."""
 
 from __future__ import annotations
 
@@ -37,21 +37,21 @@ from ditf.runtime.store.feature_store import (
 from ditf.runtime.store.stored_map import map_file, read_stored, safetensors_package
 
 _OURS = re.compile(r"([0-9a-f]{32}|store|index)-[0-9a-f]{32}|\.ditf-clock-[0-9a-f]{32}|clock-[0-9a-f]{32}")
-"""Names of files in partial/."""
+"""The names of files in partial/."""
 
 
 class StoreWriter:
-    """Puts maps into a store. As a context manager it makes the store, and in the end its index.
+    """Puts maps into a store. As a context manager it creates the store, and at the end its index.
 
     Args:
-        path: of the store, which need not exist.
-        identity: what its maps have in common.
+        path: the store's directory, which need not exist.
+        identity: what the store's maps have in common.
 
     Attributes:
-        entries: what index.json lists, by name, once it is written.
+        entries: what index.json lists, by image name, once it is written.
 
     Raises:
-        InputError: something else is at `path`, or a store of other features.
+        InputError: `path` holds something else, or a store of other features.
         MissingComponent: safetensors is not installed.
     """
 
@@ -81,13 +81,14 @@ class StoreWriter:
         try:
             self.write_index()
         except OSError:
-            if error is None:  # else there is something worse to tell; the index can be derived
+            if error is None:  # otherwise the first error is reported; the index can be derived
                 raise
 
     def has(self, name: str, image_sha256: str) -> bool:
-        """Whether the map of this very image is there, of this identity, and as it was written.
+        """Whether the store holds an intact map of this image under this identity.
 
-        A map without a digest, which ditf 0.1.0 wrote, is not: nothing says that it is whole.
+        A map without a digest, which ditf 0.1.0 wrote, does not count, because nothing shows that it is
+        whole.
         """
         path = map_path(self.path, name)
         try:
@@ -102,16 +103,17 @@ class StoreWriter:
             return False
 
     def put(self, name: str, image_sha256: str, feature_map: FeatureMap) -> float:
-        """Store a map, in place of what was there under this name.
+        """Store a map; it replaces a former one of the same name.
 
         Args:
-            name: of the image; image_sha256: of its file.
+            name: the image's name.
+            image_sha256: the hash of the image's file.
 
         Returns:
-            What rounding to the store's type cost: |stored - given| / |given|.
+            The error of rounding to the store's type, |stored - given| / |given|.
 
         Raises:
-            InputError: values that the type does not hold, or maps of another bundle.
+            InputError: the store's type does not hold a value, or the map is of another bundle.
         """
         given = feature_map.array
         if len(given) != self.identity.channels:
@@ -133,13 +135,13 @@ class StoreWriter:
         return float(np.linalg.norm(stored.astype(np.float32) - given) / max(np.linalg.norm(given), 1e-30))
 
     def write_index(self) -> None:
-        """Write index.json, of all maps there are, whoever wrote them, and keep it as `entries`."""
+        """Write index.json, which lists all maps by whatever writer, and keep the list as `entries`."""
         entries: dict[str, dict[str, Any]] = {}
         for path in map_files(self.path):
             try:
                 stored = read_named(self.path, path)
             except (InputError, FileNotFoundError):
-                continue  # damaged: the next run computes it again
+                continue  # damaged, so the next run computes it again
             entries[stored.name] = {
                 "file": path.relative_to(self.path).as_posix(),
                 "image_sha256": stored.image_sha256,
@@ -152,7 +154,7 @@ class StoreWriter:
         self._write(self.path / INDEX, text.encode("utf-8"))
 
     def _check(self) -> None:
-        """Refuse a place that holds something else."""
+        """Refuse a path that holds something else."""
         if self.path.exists() and not self.path.is_dir():
             raise InputError(f"{self.path} is a file", "name a directory, or a file that ends in .npz")
         for name in (STORE, INDEX):
@@ -175,24 +177,24 @@ class StoreWriter:
             self._check_maps()
 
     def _of_a_store(self) -> bool:
-        """Whether a folder without store.json has only what a store has: it is being made, or was lost."""
+        """Whether a folder without store.json holds only a store's files, as a new or damaged store does."""
         inside = {entry.name for entry in self.path.iterdir()}
         partial = (self.path / PARTIAL).iterdir() if PARTIAL in inside else ()
         maps = (self.path / MAPS).rglob("*") if MAPS in inside else ()
         return (
-            inside <= {MAPS, PARTIAL, INDEX, STORE}  # another writer may have just made that
+            inside <= {MAPS, PARTIAL, INDEX, STORE}  # another writer may have just made store.json
             and (INDEX not in inside or is_index(self.path))
             and all(_OURS.fullmatch(path.name) for path in partial)
             and all(is_map_name(path) or re.fullmatch("[0-9a-f]{2}", path.name) for path in maps)
         )
 
     def _check_maps(self) -> None:
-        """Refuse maps of other features where store.json, which says whose they are, is gone."""
+        """Refuse maps of other features in a store whose store.json is lost."""
         for path in map_files(self.path):
             try:
                 stored = read_stored(path)
             except (InputError, FileNotFoundError):
-                continue  # damaged: it is computed again
+                continue  # damaged, so it is computed again
             if stored.key != self.identity.key:
                 raise InputError(
                     f"{self.path} has no {STORE}, and {path.name} is of other features",
@@ -200,14 +202,14 @@ class StoreWriter:
                 )
 
     def _write(self, path: Path, content: bytes, keep: bool = False) -> None:
-        """A file that appears whole.
+        """Write a file that appears as a whole.
 
         Args:
-            keep: leave what another writer has put there.
+            keep: keep the file if another writer has already put it there.
         """
         temporary = self.path / PARTIAL / f"{path.stem}-{uuid4().hex}"
         with created(temporary) as file:
-            try_lock(file.fileno())  # it says that somebody is at work, see `_remove_abandoned`
+            try_lock(file.fileno())  # shows `_remove_abandoned` that this writer is at work
             file.write(content)
             if keep:
                 file.flush()
@@ -224,12 +226,12 @@ class StoreWriter:
 
 
 def _remove_abandoned(partial: Path) -> None:
-    """Remove what killed writers left: regular files of a store's own names, and none through a link.
+    """Remove the files that killed writers left. Only regular files with a store's names count, and no links.
 
-    The lock of a file says whether its writer lives, where the file system can lock; and no file goes that
-    was written to within a day by the file system's own clock, because another host's lock may not be seen.
+    Where the file system can lock, a file's lock shows whether its writer is alive. Because locks of other
+    hosts may be invisible, files that changed within a day by the file system's own clock are kept too.
     """
-    with suppress(OSError):  # what is left does no harm
+    with suppress(OSError):  # leftover files do no harm
         now = file_system_time(partial)
         folder = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
         try:
@@ -245,7 +247,7 @@ def _remove_if_abandoned(name: str, folder: int, now: int) -> None:
     try:
         flags = os.O_RDWR | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
         descriptor = os.open(name, flags, dir_fd=folder)
-    except OSError:  # its writer has finished, it is a link, or somebody else's
+    except OSError:  # its writer has finished, or it is a link or another user's file
         return
     try:
         status = os.fstat(descriptor)

@@ -14,7 +14,7 @@ def test_the_table_is_what_the_code_counts(root, monkeypatch):
     try:
         expected = {"plan.md": ("plans", script.rows()), "vae.md": ("counted", script.vae_rows())}
     finally:
-        for name in ("plan_table", "provenance"):
+        for name in ("plan_table", "harness"):
             sys.modules.pop(name, None)
     for document, (name, rows) in expected.items():
         text = (root / "docs" / document).read_text("utf-8")

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditf.calib.projection import SecondMoment, project, projection_cost
+from ditf.calib.projection import SecondMoment, project_features, projection_cost
 
 
 def maps(seed, channels=12, side=6, count=3):
@@ -64,7 +64,7 @@ def test_all_channels_lose_nothing():
     source, target = maps(1, count=2)
     matrix = learned([source, target]).projection(12).matrix
     points = np.random.default_rng(0).integers(0, 48, (20, 2))
-    found = project(source, matrix), project(target, matrix)
+    found = project_features(source, matrix), project_features(target, matrix)
     cost = projection_cost((source, target), found, points, (48, 48))
     assert cost["energy_held_out"] == pytest.approx(1, abs=1e-6)
     assert cost["similarity_rms_error"] < 1e-6
@@ -78,7 +78,7 @@ def test_the_cost_falls_with_every_channel():
     costs = []
     for count in (1, 4, 8, 12):
         matrix = moment.projection(count).matrix
-        found = project(source, matrix), project(target, matrix)
+        found = project_features(source, matrix), project_features(target, matrix)
         costs.append(projection_cost((source, target), found, points, (48, 48)))
     energy = [cost["energy_held_out"] for cost in costs]
     errors = [cost["similarity_rms_error"] for cost in costs]
@@ -91,7 +91,7 @@ def test_no_channel_exceeds_the_longest_token():
     features = maps(3)
     moment = learned(features)
     matrix = moment.projection(12).matrix
-    assert max(np.abs(project(one, matrix)).max() for one in features) <= moment.largest * (1 + 1e-6)
+    assert max(np.abs(project_features(one, matrix)).max() for one in features) <= moment.largest * (1 + 1e-6)
 
 
 def test_tokens_of_zeros_are_no_division_by_zero():

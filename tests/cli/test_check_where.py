@@ -106,9 +106,10 @@ def test_a_bfloat16_bundle_on_a_cpu(ditf, bfloat16_bundle):
 
 def test_overflow_that_onnx_runtime_hides_is_found(ditf, tmp_path, monkeypatch):
     """Exported with neither recipe nor rehearsal: plain parity on a CPU cannot tell, the others can."""
-    monkeypatch.setattr("ditf.export.exporter.decide", lambda extents: Recipe())
+    monkeypatch.setattr("ditf.export.exporter.choose_recipe", lambda extents: Recipe())
     monkeypatch.setattr(
-        "ditf.export.bundle_graphs.rehearse", lambda *args: {"relative_error": 1e-3, "channel_error": 3e-3}
+        "ditf.export.exporter.check_against_golden",
+        lambda *args: {"relative_error": 1e-3, "channel_error": 3e-3},
     )
     save_untrained(tmp_path / "demo")
     overflowing_logits(tmp_path / "demo" / "transformer" / "diffusion_pytorch_model.safetensors")

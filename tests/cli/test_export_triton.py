@@ -41,9 +41,9 @@ def test_a_repository(ditf, demo_bundle, tmp_path):
     ("arguments", "message"),
     [
         (["--backend", "tensorrt"], "has no tensorrt engine: it has none; build one on the GPU"),
-        (["--backend", "tensorrt-rtx"], "nothing that Triton runs here"),
+        (["--backend", "tensorrt-rtx"], "not one that Triton runs here"),
         (["--backend", "onnxruntime", "--target", "sm_87"], "leave out --target"),
-        (["--backend", "tensorrt", "--device", "cpu"], "engines are TensorRT's, on GPUs"),
+        (["--backend", "tensorrt", "--device", "cpu"], "engines need TensorRT and a GPU"),
         (["--target", "sm_87"], "has no tensorrt engine for sm_87: it has none"),
         (["--target", "orin"], "no compute capability"),
         (["--device", "tpu"], "not gpu or cpu"),

@@ -53,7 +53,7 @@ def test_the_source_is_found_in_itself(ditf, pixart_bundle, video, tmp_path):
         (["--points", "1,1", "-o", "0.png"], "is not a directory"),
         (["--points", "1,1", "none.png"], "none.png: no such file"),
         (["--points", "1,1", "moving.gif"], "moving.gif holds 3 pictures; write each to its own file"),
-        (["--points", "1,1", "--json", "-"], "- is no file name here"),
+        (["--points", "1,1", "--json", "-"], "'-' is not supported here"),
     ],
 )
 def test_bad_input(ditf, pixart_bundle, video, tmp_path, change, message):

@@ -69,8 +69,8 @@ def test_links_and_pictures_exist(root):
 
 def test_the_table_of_parameters(root):
     """Counted again from the configs."""
-    from ditf.export.estimate.parameter_shapes import count_parameters
-    from ditf.export.estimate.published_configs import CONFIGS, example_condition, published_family
+    from ditf.export.estimate.published_configs import CONFIGS, published_family
+    from tests.export.estimate.test_parameter_shapes import transformer_parameters
 
     text = (root / "README.md").read_text("utf-8")
     rows = re.findall(r"^\| ([^|]+) \| (\d+) of \d+ \|(.+)\|$", text, re.MULTILINE)
@@ -78,10 +78,9 @@ def test_the_table_of_parameters(root):
     for name, layer, figures in rows:
         assert name in CONFIGS
         family = published_family(name)
-        condition = example_condition(family, 8 if family.name == "pixart" else None)
         side = family.defaults.size[0] if family.defaults.size else 8 * family.sample_size
-        grid = side // 8 // family.patch_size
-        counts = count_parameters(family, int(layer), (side, side), (grid, grid), condition)
-        expected = [f"{count / 1e9:.2f} B" for count in (counts.whole, counts.live, counts.bake)]
-        expected += [f"{1 - counts.bake / count:.0%}" for count in (counts.live, counts.whole)]
+        text_tokens = 8 if family.name == "pixart" else None
+        whole, cut, folded = transformer_parameters(name, layer, (side, side), text_tokens)
+        expected = [f"{count / 1e9:.2f} B" for count in (whole, cut, folded)]
+        expected += [f"{1 - folded / count:.0%}" for count in (cut, whole)]
         assert [figure.strip() for figure in figures.split("|")] == expected, name

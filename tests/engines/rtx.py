@@ -4,17 +4,17 @@ from __future__ import annotations
 
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.engines.network import Network
-from ditf.runtime.backends.flavour import load
+from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.onnx_graph import Graph
 
 
 def parsed_layers(onnx):
     """The layers of a graph as TensorRT-RTX's parser sees them; nothing is compiled."""
-    return Network(load("tensorrt-rtx"), Graph.read(onnx)).layers
+    return Network(load_flavour("tensorrt-rtx"), Graph.read(onnx)).layers
 
 
 def build_engine(onnx, target=None, profile=None):
     """A plan and its layers, for a target or any."""
     return compile_plan(
-        load("tensorrt-rtx"), Graph.read(onnx), BuildOptions(target), [profile] if profile else []
+        load_flavour("tensorrt-rtx"), Graph.read(onnx), BuildOptions(target), [profile] if profile else []
     )

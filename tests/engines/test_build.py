@@ -17,7 +17,7 @@ from ditf.engines.build import build, engine_key, prune, verify_plans
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.engines.network import LayerType, Network, audit
 from ditf.runtime.backends.engine_records import engine_folders, read_record
-from ditf.runtime.backends.flavour import FLAVOURS, TARGETS, choose, has, load
+from ditf.runtime.backends.flavour import FLAVOURS, TARGETS, choose_flavour, has, load_flavour
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
 from ditf.runtime.files.liveness import STALE, file_system_time
@@ -60,7 +60,7 @@ def compiled_once(monkeypatch):
 
 
 def make(bundle, target="sm_89", **changes):
-    return build(bundle, RTX, load("tensorrt-rtx"), BuildOptions(target), **changes)
+    return build(bundle, RTX, load_flavour("tensorrt-rtx"), BuildOptions(target), **changes)
 
 
 def test_the_record_says_what_the_engine_is(built):
@@ -194,7 +194,7 @@ def test_a_damaged_record(built_copy, content):
 
 def test_types_that_are_not_the_bundles_fail_before_building(built):
     bundle, _ = built
-    network = Network(load("tensorrt-rtx"), bundle.read_graph("features.onnx"))
+    network = Network(load_flavour("tensorrt-rtx"), bundle.read_graph("features.onnx"))
     layers = list(network.layers)
     audit(layers, "float16", [])
     product = next(i for i, one in enumerate(layers) if one.kind == "MATRIX_MULTIPLY")
@@ -224,10 +224,10 @@ def test_a_float32_graph_in_a_float16_bundle_is_refused(copy, demo_bundle_float3
 
 def test_full_tensorrt_is_not_here():
     with pytest.raises(MissingComponent, match=r"tensorrt is not installed; on Jetson it comes with JetPack"):
-        load("tensorrt")
+        load_flavour("tensorrt")
     with pytest.raises(InputError, match="builds no engines"):
-        load("onnxruntime")
-    assert choose("auto")[0] is RTX
+        load_flavour("onnxruntime")
+    assert choose_flavour("auto")[0] is RTX
 
 
 @pytest.mark.parametrize(
@@ -244,12 +244,12 @@ def test_a_half_installed_tensorrt(tmp_path, monkeypatch, code, message):
     (tmp_path / "tensorrt.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
     with pytest.raises(MissingComponent, match=message):
-        load("tensorrt")
+        load_flavour("tensorrt")
     sys.modules.pop("tensorrt", None)
 
 
 def test_what_a_version_lacks_is_asked_for():
-    trt = load("tensorrt-rtx")
+    trt = load_flavour("tensorrt-rtx")
     assert has(trt, "BuilderFlag.STRIP_PLAN")
     assert not has(trt, "BuilderFlag.FP16")
     assert not has(trt, "NoSuchClass.NAME")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from ditf.engines.timing_cache import TimingCache
-from ditf.runtime.backends.flavour import Log, load
+from ditf.runtime.backends.flavour import Log, load_flavour
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.user_cache import cache_file, write_cache
 
@@ -14,7 +14,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*TensorRT-RTX:DeprecationWarnin
 
 @pytest.fixture
 def config():
-    trt = load("tensorrt-rtx")
+    trt = load_flavour("tensorrt-rtx")
     log = Log(trt)
     builder = trt.Builder(log.logger)
     yield builder.create_builder_config()

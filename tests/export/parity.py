@@ -15,7 +15,7 @@ import torch
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, worst
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
@@ -91,7 +91,7 @@ def module_parity(folder: Path, layer: str, mode: str, fp16: bool, size=(48, 80)
     """The worst metrics over the conditions of a graph, and the plan."""
     count = 1 if mode == "bake" else 2
     plan, entries = planned(folder, layer, size, ensemble, count, mode, fp16)
-    made = specialise(plan, trim(entries, plan.family, mode == "live"), plan.noise(), SETTINGS)
+    made = assemble(plan, trim(entries, plan.family, mode == "live"), plan.noise(), SETTINGS)
     image = torch.from_numpy(golden_pair(size)[:1])
     metrics = []
     for feeds, reference in zip(made.feeds, expected(folder, layer, size, ensemble, 2), strict=False):

@@ -12,7 +12,7 @@ from ditf.calib.eval.correspondence import evaluate_pairs, matcher
 from ditf.calib.eval.creature_pairs import CreaturePairs
 from ditf.calib.eval.outcomes import totals
 from ditf.export.exporter import export_bundle
-from ditf.export.measure.torch_baseline import torch_peer
+from ditf.export.measure.torch_baseline import torch_baseline
 from ditf.export.planning.options import ExportOptions
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.images import fit_image
@@ -38,11 +38,11 @@ def drawn():
 def reference(drawn, demo_bundle_float32):
     """PCK of the unmodified diffusers model with hooks."""
     manifest = read_manifest(demo_bundle_float32)
-    with torch_peer(manifest, "eager") as peer:
+    with torch_baseline(manifest, "eager") as baseline:
 
         def features(image):
             pixels, _ = fit_image(Image.fromarray(image), manifest.size, "stretch")
-            return ditf.FeatureMap(peer.features(pixels), image.shape[:2])
+            return ditf.FeatureMap(baseline.features(pixels), image.shape[:2])
 
         def match(pair):
             source, target = map(features, pair.images)

@@ -8,7 +8,7 @@ import pytest
 
 import ditf
 from ditf.calib.debug.bisect import bisect
-from ditf.calib.debug.onnx_twin import widened
+from ditf.calib.debug.widened_graph import widen
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, worst
 from ditf.export.checkpoints.layout import Checkpoint
@@ -86,8 +86,8 @@ def check_what_enters_blocks(bundle):
     assert [n for n in names if n.startswith("hidden_states.")] == [
         f"hidden_states.{index}" for index in range(bundle.manifest.layer + 1)
     ]
-    twin = widened(bundle.read_graph("features.onnx"), rounded=True)
-    found = bisect(bundle, twin, bundle.read_arrays("golden.npz"), features_ok=True)
+    rounded_graph = widen(bundle.read_graph("features.onnx"), rounded=True)
+    found = bisect(bundle, rounded_graph, bundle.read_arrays("golden.npz"), features_ok=True)
     assert found.place == ""
     # Rounding is that far from being called a fault: the same arithmetic, summed in another order.
     assert all(one.error < one.limit / 2 for one in found.boundaries)

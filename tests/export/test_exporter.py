@@ -11,16 +11,18 @@ from PIL import Image
 
 import ditf
 from ditf.calib.images import golden_pair
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints import offload, weight_spill
 from ditf.export.checkpoints.opening import DEMO_CHECKPOINT, open_checkpoint
 from ditf.export.exporter import export_bundle, stage_count
 from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure import images
 from ditf.export.planning.conditions import trim
 from ditf.export.planning.options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import DitfError
+from ditf.runtime.images import open_image
 from tests.checkpoints import UNTRAINED_MASSIVE
 from tests.export.parity import planned
 
@@ -96,13 +98,34 @@ def test_own_calibration_images(tmp_path):
     assert calibration["images"]["names"] == ["a.png"]
 
 
+def test_calibration_images_are_read_once(tmp_path, monkeypatch):
+    """Three stages use them: the blocks, the features and the ranges are measured on them."""
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (30, 20), "red").save(folder / f"{name}.png")
+    read = []
+    monkeypatch.setattr(images, "open_image", lambda path: read.append(path.name) or open_image(path))
+    export_bundle(
+        ExportOptions(
+            layer="1",
+            size=(64, 64),
+            precision="float16",
+            pca=4,
+            calibration_images=folder,
+            output=tmp_path / "b",
+        )
+    )
+    assert read == ["a.png", "b.png"]
+
+
 def test_the_seed_changes_the_noise_only(demo_bundle):
     settings = FeatureSettings(tuple(read_manifest(demo_bundle).discard["channels"]))
     image = torch.from_numpy(golden_pair((96, 96))[:1])
     maps = []
     for seed in (0, 1):
         plan, entries = planned(DEMO_CHECKPOINT, "9", (96, 96), 1, 1, "bake", False, seed=seed)
-        made = specialise(plan, trim(entries, plan.family), plan.noise(), settings)
+        made = assemble(plan, trim(entries, plan.family), plan.noise(), settings)
         with torch.no_grad():
             maps.append(made.graph(image, *made.feeds[0].values()).numpy())
     first, second = maps

@@ -12,9 +12,9 @@ import torch
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
-from ditf.export.assemble.features_graph import specialise
-from ditf.export.graph.blocks.adaln import holds_gate
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.graph.features import FeatureSettings
+from ditf.export.graph.precision import holds_gate
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import trim
@@ -58,7 +58,7 @@ def test_bake_and_bank_agree_to_rounding(checkpoint, name):
     maps = []
     for mode in ("bake", "bank"):
         plan, entries = planned(checkpoint(name), "2", (48, 80), 1, 1, mode, False)
-        made = specialise(plan, trim(entries, plan.family), plan.noise(), SETTINGS)
+        made = assemble(plan, trim(entries, plan.family), plan.noise(), SETTINGS)
         with torch.no_grad():
             maps.append(made.graph(image, *made.feeds[0].values())[0].numpy().transpose(1, 2, 0))
     assert feature_parity(maps[0], maps[1])["relative_error"] < 2e-6
@@ -68,7 +68,7 @@ def test_bake_and_bank_agree_to_rounding(checkpoint, name):
 def test_conditions_of_a_bank_differ(checkpoint, name):
     """The prompt reaches the features; else the tests above would pass on a graph that ignores it."""
     plan, entries = planned(checkpoint(name), "3", (48, 80), 1, 2, "bank", False)
-    made = specialise(plan, trim(entries, plan.family), plan.noise(), SETTINGS)
+    made = assemble(plan, trim(entries, plan.family), plan.noise(), SETTINGS)
     image = torch.from_numpy(golden_pair((48, 80))[:1])
     with torch.no_grad():
         first, second = (made.graph(image, *feeds.values()).numpy() for feeds in made.feeds)
@@ -87,7 +87,7 @@ def test_conditions_of_a_bank_differ(checkpoint, name):
 )
 def test_ablations(checkpoint, settings):
     plan, entries = planned(checkpoint("pixart"), "2", (64, 64), 1, 1, "bake", True, adaln=settings.adaln)
-    made = specialise(plan, trim(entries, plan.family), plan.noise(), settings)
+    made = assemble(plan, trim(entries, plan.family), plan.noise(), settings)
     image = golden_pair((64, 64))[:1]
     with torch.no_grad(), Float32Accumulation():
         actual = made.graph(torch.from_numpy(image), *made.feeds[0].values())[0].numpy()
@@ -101,7 +101,7 @@ def test_ablations(checkpoint, settings):
 def test_text_that_no_block_reads_is_no_input(checkpoint):
     """At layer 0 no text is read: only what modulates block 0 remains."""
     plan, entries = planned(checkpoint("flux"), "0", (48, 80), 1, 1, "live", False)
-    made = specialise(plan, entries, plan.noise(), SETTINGS)
+    made = assemble(plan, entries, plan.noise(), SETTINGS)
     assert made.condition_inputs == ("pooled_prompt_embeds", "guidance", "timestep")
 
 

@@ -8,7 +8,7 @@ import pytest
 import ditf as package
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
-from ditf.calib.projection import project
+from ditf.calib.projection import project_features
 from ditf.cli.check import golden_metrics
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle, stage_count
@@ -63,7 +63,9 @@ def test_a_projected_bundle(checkpoint, tmp_path, name, layer, mode, precision, 
     with package.load(bundle) as model:
         for entry in encode(plan.entries, plan.family, plan.checkpoint, plan.guidance):
             reference.under(entry.condition, entry.timestep)
-            expected = project(reference.features(reference.hidden_states(image[0]), settings), matrix)
+            expected = project_features(
+                reference.features(reference.hidden_states(image[0]), settings), matrix
+            )
             actual = model.run(image, prompt=entry.name)[0]
             wide = options.features_dtype == "float32" or not options.adaln
             assert actual.dtype == (np.float32 if wide else np.float16) == np.dtype(manifest.features_dtype)

@@ -14,7 +14,7 @@ import ditf
 from ditf.calib.images import procedural_images
 from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
-from ditf.runtime.backends.flavour import choose
+from ditf.runtime.backends.flavour import choose_flavour
 from ditf.runtime.backends.gpu import find_gpu
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import DitfError, InputError, MissingComponent
@@ -29,7 +29,7 @@ FLOAT16_ERROR = 5e-3  # of features of unit scale: another order of summation in
 def built(source, folder, batch=()):
     """A copy of a bundle with an engine for this GPU, opened."""
     try:
-        flavour, trt = choose("auto")
+        flavour, trt = choose_flavour("auto")
     except MissingComponent as error:
         pytest.skip(str(error))
     bundle = Bundle.open(shutil.copytree(source, folder / "bundle"))

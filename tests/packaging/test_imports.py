@@ -66,7 +66,7 @@ def test_the_runtime_in_a_bare_environment(bare, demo_bundle):
     code = f"""
 import ditf
 from ditf.runtime import FeatureMap
-from ditf.runtime.matching.points import points
+from ditf.runtime.matching import points
 import numpy as np
 maps = [FeatureMap(np.random.rand(4, 3, 3).astype("float32"), (9, 9)) for _ in "ab"]
 print(len(points.match_points(*maps, [[1, 2]]).scores))

@@ -1,4 +1,4 @@
-"""Feature maps to match: random ones, smooth ones, and pairs of which the truth is known."""
+"""Feature maps for matching tests: random ones, smooth ones, and pairs with known matches."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ditf.runtime.features import FeatureMap
 def random_map(
     seed: int, shape: tuple[int, int, int], size: tuple[int, int], dtype: type = np.float32
 ) -> FeatureMap:
-    """Normal noise; size is (H, W) of the image."""
+    """A map of normal noise; `size` is the image's (H, W)."""
     return FeatureMap(np.random.default_rng(seed).standard_normal(shape).astype(dtype), size)
 
 

@@ -1,4 +1,4 @@
-"""DiTF's published protocol in float64 PyTorch, step by step: what the matcher has to agree with."""
+"""DiTF's published protocol step by step in float64 PyTorch, with which the matcher must agree."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.cells import TIE_TOLERANCE
 
 ROUNDING = 3e-7
-"""What float32 sums of a few hundred channels add to a cosine: a few units in the last place of 1."""
+"""The error of a cosine by float32 sums over a few hundred channels: a few units in the last place of 1."""
 
 
 def upsample(features: FeatureMap) -> torch.Tensor:
-    """float64 [C, H, W]: bilinear, align_corners=False, over the cells that the image covers."""
+    """Upsample bilinearly (align_corners=False) over the cells that the image covers; float64 [C, H, W]."""
     height, width = features.image_size
     rows, columns = features.cells
     array = torch.from_numpy(np.asarray(features.array, np.float64))[None]
@@ -28,7 +28,7 @@ def upsample(features: FeatureMap) -> torch.Tensor:
 
 
 def cosines(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> np.ndarray:
-    """float64 [N, H * W]: every pixel's cosine; a zero vector has 0 with everything."""
+    """Every pixel's cosine, float64 [N, H * W]. A zero vector has the cosine 0 with everything."""
     pixels = upsample(target).flatten(1)
     sources = upsample(source)
     queries = torch.stack([_sample(sources, x, y) for x, y in np.asarray(points, np.float64)])

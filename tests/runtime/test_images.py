@@ -12,14 +12,14 @@ from PIL import Image
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import find_images, fit_image, list_images, open_image, picture_count
-from ditf.runtime.label_images import read_labels
+from ditf.runtime.label_images import read_label_image
 
 WHITE = (255, 255, 255)
 
 
 @pytest.fixture
 def picture() -> Image.Image:
-    """Noise, 40 px high and 60 px wide."""
+    """An image of noise, 40 px high and 60 px wide."""
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (40, 60, 3)).astype(np.uint8))
 
 
@@ -296,7 +296,7 @@ def test_images_of_a_folder_and_those_below(tmp_path):
         find_images(tmp_path / "folder.png")
 
 
-@pytest.mark.parametrize("read", [open_image, picture_count, lambda path: read_labels(path, (4, 4))])
+@pytest.mark.parametrize("read", [open_image, picture_count, lambda path: read_label_image(path, (4, 4))])
 def test_a_fifo_and_a_device_are_no_images(tmp_path, read):
     """Opening a FIFO would wait for a writer, and a device has no end."""
     os.mkfifo(tmp_path / "picture.png")

@@ -25,28 +25,28 @@ POINTS = [(10.0, 20.0), (50.5, 40.25)]
 
 @pytest.fixture(scope="module")
 def model(demo_bundle) -> Iterator[ditf.Model]:
-    """float16, static batch of 1, 96x96."""
+    """A float16 bundle with a static batch of 1, 96x96."""
     with ditf.load(demo_bundle) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def batched(demo_bundle_float32) -> Iterator[ditf.Model]:
-    """float32, static batch of 3, 96x96."""
+    """A float32 bundle with a static batch of 3, 96x96."""
     with ditf.load(demo_bundle_float32) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def dynamic(pixart_bundle) -> Iterator[ditf.Model]:
-    """float16, dynamic batch, noise as an input, 48x80."""
+    """A float16 bundle with a dynamic batch and noise as an input, 48x80."""
     with ditf.load(pixart_bundle) as opened:
         yield opened
 
 
 @pytest.fixture(scope="module")
 def padded(pixart_bundle) -> Iterator[ditf.Model]:
-    """The same, with images padded."""
+    """The same bundle, with padded images."""
     with ditf.load(pixart_bundle, fit="pad") as opened:
         yield opened
 
@@ -58,7 +58,7 @@ def pair() -> np.ndarray:
 
 @pytest.fixture(scope="module")
 def features(dynamic, pair) -> ditf.FeatureMap:
-    """Of the first of the pair."""
+    """The features of the first image of the pair."""
     return dynamic.features(pair[0])
 
 
@@ -139,7 +139,7 @@ def test_images_of_any_size(request, name, size):
 
 @pytest.fixture(scope="module")
 def alone(batched) -> list[np.ndarray]:
-    """Features of four images, each in a batch that it fills by itself."""
+    """The features of four images, each of which fills a batch by itself."""
     return [batched.features(image).array for image in procedural_images(SMALL, 4)]
 
 

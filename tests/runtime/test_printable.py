@@ -1,4 +1,4 @@
-"""What a terminal would obey is escaped."""
+"""Characters that a terminal would obey are escaped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a robot does all day: the same call, thousands of times, from several threads."""
+"""The same call runs thousands of times from several threads, as on a robot."""
 
 from __future__ import annotations
 

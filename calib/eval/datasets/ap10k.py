@@ -23,7 +23,16 @@ from typing import Any
 
 import numpy as np
 
-from ditf.calib.eval.datasets.base import BadItem, Box, Pair, Reading, collect, folder, numbers, read_json
+from ditf.calib.eval.datasets.base import (
+    BadItem,
+    Box,
+    Pair,
+    Reading,
+    collect,
+    folder,
+    numbers,
+    read_annotation,
+)
 from ditf.runtime.errors import InputError
 
 SPLITS = ("test", "val", "trn")
@@ -36,10 +45,10 @@ KEYPOINTS = (
 
 
 def read_ap10k(data: Path, split: str) -> Reading:
-    """The pairs of a split in every setting that is there, sorted by file name in each.
+    """Read the pairs of a split in every available setting, sorted by file name in each.
 
     Raises:
-        InputError: no dataset there, or an empty split.
+        InputError: the dataset is missing or the split is empty.
     """
     pairs = folder(data / "PairAnnotation")
     files = [
@@ -53,7 +62,7 @@ def read_ap10k(data: Path, split: str) -> Reading:
 
 
 def _read_pair(data: Path, setting: str, path: Path) -> Pair:
-    document = read_json(path)
+    document = read_annotation(path)
     source, target = (_Annotated(data, path, document.get(key)) for key in ("src_json_path", "trg_json_path"))
     seen = (source.points[:, 2] > 0) & (target.points[:, 2] > 0)
     return Pair(
@@ -79,7 +88,7 @@ class _Annotated:
             raise BadItem(f"{pair} names no file in ImageAnnotation")
         below = Path(*parts[parts.index("ImageAnnotation") + 1 :])
         path = data / "ImageAnnotation" / below
-        document = read_json(path)
+        document = read_annotation(path)
         flat = numbers(document.get("keypoints"), (3 * len(KEYPOINTS),), f"{path}: keypoints")
         x, y, width, height = (float(v) for v in numbers(document.get("bbox"), (4,), f"{path}: bbox"))
         size = numbers([document.get("height"), document.get("width")], (2,), f"{path}: size")

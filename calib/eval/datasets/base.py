@@ -1,8 +1,8 @@
-"""What every reader of a benchmark shares: its items, and what is wrong with those that cannot be used.
+"""What the readers of the benchmarks share: items, and the reasons why an item cannot be used.
 
-Images are read as the published evaluations read them, `Image.open(path).convert("RGB")`: an EXIF rotation is
-not applied, because the annotations are of the stored pixels. Coordinates are (x, y) in pixels, centres at
-integers, of the original images; no reader resizes anything.
+Images are read as the published evaluations read them, `Image.open(path).convert("RGB")`. An EXIF rotation is
+not applied, because annotations refer to the stored pixels. Coordinates are (x, y) in pixels of the original
+images, with centres at integers; no reader resizes anything.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import numpy as np
 from PIL import Image
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.files.json_file import read_json as read_bounded_json
+from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.reading import open_regular, read_regular
 
 ImageSource = Union[Path, np.ndarray]
@@ -28,17 +28,17 @@ ImageSource = Union[Path, np.ndarray]
 Box = tuple[float, float, float, float]
 """(x0, y0, x1, y1), pixels."""
 
-LARGEST = 64 << 20  # bytes of a file of a benchmark
+LARGEST = 64 << 20  # bytes of one file of a benchmark
 
-BORDER = 1.0  # px that a keypoint may lie beyond its image: annotations are rounded, some count from 1
+BORDER = 1.0  # px that a keypoint may be outside its image: annotations are rounded, some count from 1
 
 
 class BadItem(Exception):
-    """An item that cannot be used: what is wrong with it, naming the file."""
+    """An item cannot be used; the message names the file and the reason."""
 
 
 class Item(Protocol):
-    """What one unit of a benchmark has, whatever its kind."""
+    """One unit of a benchmark, of any kind."""
 
     @property
     def name(self) -> str: ...
@@ -48,24 +48,26 @@ class Item(Protocol):
 
     @property
     def images(self) -> Sequence[ImageSource]:
-        """All that it reads."""
+        """All images that the item reads."""
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Compare with the (H, W) of `images`; raises BadItem."""
+        """Compare the annotation with the (H, W) of `images`; raises BadItem."""
 
 
 @dataclass(frozen=True)
 class Pair:
-    """Two images and points that correspond.
+    """Two images and corresponding points.
 
     Attributes:
-        name: of the pair, unique in its benchmark.
+        name: name of the pair, unique in its benchmark.
         source, target: the images.
-        points: float64 [K, 2] in the source; truth: float64 [K, 2] in the target.
-        box: what alpha is a share of, the longer side: the object in the target, or the target's whole image.
-        category: of the pair; keypoints: names of the K points.
-        group: of the benchmark's settings, where it has several.
-        sizes: (H, W) of source and target as the annotation has them; None where it does not say.
+        points: float64 [K, 2] in the source.
+        truth: float64 [K, 2] in the target.
+        box: the object in the target or the whole target; alpha is a share of its longer side.
+        category: category of the pair.
+        keypoints: names of the K points.
+        group: the setting of the benchmark, if it has several.
+        sizes: (H, W) of source and target by the annotation, or None if it gives none.
     """
 
     name: str
@@ -89,11 +91,11 @@ class Pair:
         return max(self.box[2] - self.box[0], self.box[3] - self.box[1])
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Sizes are the annotation's and points are inside.
+        """Check that the sizes are those of the annotation and that the points are inside.
 
         Raises:
-            BadItem: another size than annotated, a degenerate box, no points, points that are no numbers or
-                lie more than a pixel beyond their image.
+            BadItem: the size differs from the annotation, the box is degenerate, there are no points, or a
+                point is not finite or more than a pixel outside its image.
         """
         if self.sizes is not None:
             check_sizes(self.name, self.images, sizes, self.sizes)
@@ -111,7 +113,7 @@ class Pair:
                 )
 
     def queries(self, size: tuple[int, int]) -> np.ndarray:
-        """The source points as DiTF queries them: whole pixels, inside an image of size (H, W). [K, 2]."""
+        """The source points as DiTF queries them: whole pixels inside an image of size (H, W), [K, 2]."""
         return np.clip(np.rint(self.points), 0, (size[1] - 1, size[0] - 1))
 
 
@@ -124,7 +126,7 @@ def check_sizes(
     sizes: Sequence[tuple[int, int]],
     wanted: Sequence[tuple[int, int]],
 ) -> None:
-    """Images have the (H, W) that an annotation gives them; raises BadItem."""
+    """Check that images have the (H, W) of their annotation; raises BadItem."""
     for image, (height, width), (rows, columns) in zip(images, sizes, wanted, strict=True):
         if (height, width) != (rows, columns):
             what = image.name if isinstance(image, Path) else "the image"
@@ -136,11 +138,11 @@ ItemT = TypeVar("ItemT", bound=Item)
 
 @dataclass
 class Reading:
-    """A benchmark as read.
+    """The items of a benchmark.
 
     Attributes:
-        items: those that can be used, in the benchmark's order.
-        problems: {what is wrong: how many items it costs}.
+        items: the usable items, in the benchmark's order.
+        problems: {problem: number of items that it makes unusable}.
     """
 
     items: Sequence[Any]
@@ -152,12 +154,12 @@ class Reading:
 
     @property
     def lost(self) -> int:
-        """Items that cannot be used."""
+        """Number of unusable items."""
         return sum(self.problems.values())
 
 
 def collect(names: Iterable[Any], read: Callable[[Any], ItemT]) -> Reading:
-    """Read one item for each name; those that raise BadItem are counted."""
+    """Read one item per name and count those that raise BadItem."""
     items: list[ItemT] = []
     reading = Reading(items)
     for name in names:
@@ -169,10 +171,10 @@ def collect(names: Iterable[Any], read: Callable[[Any], ItemT]) -> Reading:
 
 
 def check_images(reading: Reading, report: Callable[[int, int], None] = lambda done, total: None) -> Reading:
-    """Decode every image once, and leave out items whose images are missing, truncated or of another size.
+    """Decode every image once and leave out items whose images are missing, damaged or of another size.
 
     Args:
-        report: called with the number of items done and in all.
+        report: called with the number of items done and the number of all items.
     """
     sizes: dict[Path, tuple[int, int] | str] = {}
     kept: list[Any] = []
@@ -203,7 +205,7 @@ def _size(image: ImageSource, known: dict[Path, tuple[int, int] | str]) -> tuple
 
 
 def read_image(source: ImageSource) -> np.ndarray:
-    """RGB uint8 [H, W, 3] of the stored pixels.
+    """The stored pixels as RGB uint8 [H, W, 3].
 
     Raises:
         InputError: missing, not an image, or truncated.
@@ -219,7 +221,7 @@ def read_image(source: ImageSource) -> np.ndarray:
 
 @contextmanager
 def picture(path: Path) -> Iterator[Image.Image]:
-    """An image file, opened; raises BadItem, also for what decoding it in the body raises."""
+    """Open an image file; raises BadItem, also for errors of decoding it in the body."""
     try:
         with open_regular(path, LARGEST) as file, Image.open(file) as image:
             yield image
@@ -232,34 +234,34 @@ def picture(path: Path) -> Iterator[Image.Image]:
 
 
 def header_size(path: Path) -> tuple[int, int]:
-    """(H, W) of an image file, from its header; raises BadItem."""
+    """(H, W) of an image file by its header; raises BadItem."""
     with picture(path) as image:
         return image.height, image.width
 
 
 def reason(error: Exception) -> str:
-    """What an exception says, in a few words."""
+    """The message of an exception, shortened."""
     return str(getattr(error, "strerror", None) or error)[:80]
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """An annotation that is a JSON object; raises BadItem."""
+def read_annotation(path: Path) -> dict[str, Any]:
+    """Read an annotation, a JSON object; raises BadItem."""
     try:
-        document = read_bounded_json(path, LARGEST)
+        document = read_json(path, LARGEST)
     except FileNotFoundError:
         raise BadItem(f"{path}: no such annotation") from None
     except (OSError, ValueError) as error:
-        raise BadItem(f"{path} is no JSON ({reason(error)})") from None
+        raise BadItem(f"{path} is not JSON ({reason(error)})") from None
     if not isinstance(document, dict):
-        raise BadItem(f"{path} is no JSON object")
+        raise BadItem(f"{path} is not a JSON object")
     return document
 
 
 def numbers(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
-    """Finite float64 of a shape, -1 for any length.
+    """Convert a value to finite float64 of a shape, in which -1 stands for any length.
 
     Raises:
-        BadItem: not there, not numbers, of another shape, NaN or infinite.
+        BadItem: the value is missing, not numeric, of another shape, NaN or infinite.
     """
     if value is None:
         raise BadItem(f"{where} is missing")
@@ -278,10 +280,10 @@ def numbers(value: Any, shape: tuple[int, ...], where: str) -> np.ndarray:
 
 
 def read_table(path: Path) -> list[list[str]]:
-    """Rows of a CSV file after its header.
+    """The rows of a CSV file after its header.
 
     Raises:
-        InputError: no such file, not text, or nothing in it.
+        InputError: the file does not exist, is not text, or is empty.
     """
     try:
         text = read_regular(path, LARGEST).decode("utf-8")
@@ -296,10 +298,10 @@ def read_table(path: Path) -> list[list[str]]:
 
 
 def read_lines(path: Path) -> list[str]:
-    """Non-empty lines of a list.
+    """The non-empty lines of a list.
 
     Raises:
-        InputError: no such file, not text, or nothing in it.
+        InputError: the file does not exist, is not text, or is empty.
     """
     try:
         lines = [
@@ -315,10 +317,10 @@ def read_lines(path: Path) -> list[str]:
 
 
 def folder(path: Path) -> Path:
-    """A folder of a dataset.
+    """Check that a folder of a dataset exists and return it.
 
     Raises:
-        InputError: it is not there.
+        InputError: the folder does not exist.
     """
     if not path.is_dir():
         raise InputError(f"{path} is not there", "docs/eval.md has the layout")

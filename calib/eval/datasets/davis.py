@@ -1,4 +1,4 @@
-"""DAVIS 2017 (Pont-Tuset et al., arXiv 1704.00675): videos whose first frame's objects are to be followed.
+"""DAVIS 2017 (Pont-Tuset et al., arXiv 1704.00675): objects of the first frame are followed in a video.
 
     DAVIS/JPEGImages/480p/SEQUENCE/00000.jpg ...
     DAVIS/Annotations/480p/SEQUENCE/00000.png ...     palette PNG: 0 background, 1.. objects, 255 void
@@ -46,19 +46,19 @@ class Video:
         return self.frames
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """All frames have the size of the first annotation; raises BadItem."""
+        """Check that all frames have the size of the first annotation; raises BadItem."""
         check_sizes(self.name, self.frames, sizes, [self.size] * len(self.frames))
 
     def labels(self, index: int) -> np.ndarray:
-        """uint8 [H, W] of a frame: 0 background and void, 1.. objects; raises BadItem."""
-        return read_labels(self.annotations[index])
+        """Labels uint8 [H, W] of a frame: 0 is background and void, 1.. are objects; raises BadItem."""
+        return read_object_labels(self.annotations[index])
 
 
 def read_davis(data: Path, split: str) -> Reading:
-    """The videos of a split, in the order of its list.
+    """Read the videos of a split, in the order of its list.
 
     Raises:
-        InputError: no dataset there, or an empty split.
+        InputError: the dataset is missing or the split is empty.
     """
     for part in ("JPEGImages", "Annotations"):
         folder(data / part / "480p")
@@ -75,7 +75,7 @@ def _read_video(data: Path, name: str) -> Video:
         raise BadItem(f"{data / 'JPEGImages' / '480p' / name}: {len(frames)} frames, 3 are the fewest scored")
     if [path.stem for path in frames] != [path.stem for path in annotations]:
         raise BadItem(f"{name}: {len(frames)} frames, {len(annotations)} annotations, not of the same names")
-    labels = [read_labels(path) for path in annotations]
+    labels = [read_object_labels(path) for path in annotations]
     if labels[0].max() == 0:
         raise BadItem(f"{annotations[0]} has no object")
     if any(one.shape != labels[0].shape for one in labels):
@@ -84,8 +84,8 @@ def _read_video(data: Path, name: str) -> Video:
     return Video(name, frames, annotations, (height, width))
 
 
-def read_labels(path: Path) -> np.ndarray:
-    """uint8 [H, W] of an annotation, void as background; raises BadItem."""
+def read_object_labels(path: Path) -> np.ndarray:
+    """Labels uint8 [H, W] of an annotation, with void as background; raises BadItem."""
     with picture(path) as image:
         mode, labels = image.mode, np.array(image)
     if mode not in ("P", "L"):

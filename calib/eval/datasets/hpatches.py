@@ -61,14 +61,14 @@ class HomographyPair:
         return self.source, self.target
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Nothing that images could contradict."""
+        """Check nothing: the annotation gives no sizes."""
 
 
 def read_hpatches(data: Path, split: str) -> Reading:
-    """Pairs 1-2 to 1-6 of every sequence, sorted.
+    """Read the pairs 1-2 to 1-6 of every sequence, sorted.
 
     Raises:
-        InputError: no sequences there.
+        InputError: there are no sequences.
     """
     sequences = sorted(
         path for path in folder(data).iterdir() if path.is_dir() and path.name[:2] in ("i_", "v_")

@@ -50,11 +50,11 @@ _LISTS = {"test": ("test",), "val": ("val",), "trn": ("trn", "train")}
 
 
 def read_pf_pascal(data: Path, split: str) -> Reading:
-    """The pairs of a split, in the order of its list.
+    """Read the pairs of a split, in the order of its list.
 
     Raises:
-        InputError: no dataset there, no list, or an empty one.
-        MissingComponent: the list has no points and SciPy, which reads .mat, is not installed.
+        InputError: the dataset or the list is missing, or the list is empty.
+        MissingComponent: the list has no points and SciPy, which reads .mat files, is not installed.
     """
     images = folder(data / "JPEGImages")
     candidates = [
@@ -109,7 +109,7 @@ def _read_pair(data: Path, images: Path, path: Path, line: int, row: list[str]) 
 
 
 def _joined(text: str, where: str) -> np.ndarray:
-    """Numbers joined by ";"."""
+    """Parse numbers joined by ";"."""
     return numbers([part for part in text.split(";") if part.strip()], (-1,), where)
 
 
@@ -118,7 +118,7 @@ def _unequal(where: str) -> np.ndarray:
 
 
 def _annotation(data: Path, category: str, stem: str) -> np.ndarray:
-    """Keypoints [K, 2] of an image, NaN where one is not seen."""
+    """Keypoints [K, 2] of an image; invisible ones are NaN."""
     path = data / "Annotations" / category / f"{stem}.mat"
     if not path.exists():
         raise BadItem(f"{path}: no such annotation")
@@ -129,7 +129,7 @@ def _annotation(data: Path, category: str, stem: str) -> np.ndarray:
     except (
         Exception
     ) as error:  # SciPy has no class of its own: zlib, struct, Value, Type, Key errors and more
-        raise BadItem(f"{path} is no .mat file with kps ({reason(error)})") from None
+        raise BadItem(f"{path} is not a .mat file with kps ({reason(error)})") from None
     if points.ndim != 2 or points.shape[1] != 2:
         raise BadItem(f"{path}: kps has shape {list(points.shape)}")
     return points

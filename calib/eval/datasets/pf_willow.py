@@ -25,10 +25,10 @@ _KEYPOINTS = 10
 
 
 def read_pf_willow(data: Path, split: str) -> Reading:
-    """The test pairs, in the order of the list.
+    """Read the test pairs, in the order of the list.
 
     Raises:
-        InputError: no dataset there, or no list.
+        InputError: the dataset or the list is missing.
     """
     folder(data)
     path = next((data / name for name in _LISTS if (data / name).exists()), None)

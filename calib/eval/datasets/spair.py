@@ -24,7 +24,7 @@ from ditf.calib.eval.datasets.base import (
     collect,
     folder,
     numbers,
-    read_json,
+    read_annotation,
     read_lines,
 )
 from ditf.runtime.errors import InputError
@@ -33,10 +33,10 @@ SPLITS = ("test", "val", "trn")
 
 
 def read_spair(data: Path, split: str) -> Reading:
-    """The pairs of a split, in the order of its list.
+    """Read the pairs of a split, in the order of its list.
 
     Raises:
-        InputError: no dataset there, or an empty split.
+        InputError: the dataset is missing or the split is empty.
     """
     annotations = folder(data / "PairAnnotation" / split)
     layout = data / "Layout" / "large" / f"{split}.txt"
@@ -50,7 +50,7 @@ def read_spair(data: Path, split: str) -> Reading:
 
 
 def _read_pair(data: Path, path: Path) -> Pair:
-    document = read_json(path)
+    document = read_annotation(path)
     category, source, target = (document.get(key) for key in ("category", "src_imname", "trg_imname"))
     if not all(isinstance(text, str) and text for text in (category, source, target)):
         raise BadItem(f"{path} lacks category, src_imname or trg_imname")

@@ -1,9 +1,9 @@
 """scikit-image's stereo motorcycle (Middlebury 2014, Scharstein et al.): photographs with known disparity.
 
-It is inside the scikit-image wheel; nothing is fetched. A pixel x, y of the left image is at x - disparity,
-y in the right one. Points are every 16th pixel of the left image, from the eighth on, whose disparity is
-known and whose truth lies in view. (Middlebury's mask of pixels that the right camera does not see is not in
-the wheel: some points are hidden there and count as wrong unless their neighbourhood is found.)
+The pair is part of the scikit-image wheel, so nothing is fetched. Pixel (x, y) of the left image is at
+(x - disparity, y) in the right one. The points are every 16th pixel of the left image, from the eighth on,
+whose disparity is known and whose truth is in view. Middlebury's mask of pixels that the right camera does
+not see is not in the wheel; a hidden point therefore counts as wrong unless its neighbourhood is found.
 
 Metrics: mean end-point error in pixels; the share within 1, 3 and 5 px; PCK at alpha of the image's longer
 side.
@@ -23,7 +23,7 @@ STEP = 16  # px
 
 
 def read_stereo(data: Path | None, split: str) -> Reading:
-    """The one pair.
+    """Read the only pair.
 
     Raises:
         MissingComponent: scikit-image is not installed.

@@ -43,7 +43,7 @@ _HEADER = 12  # bytes: magic, width, height
 
 @dataclass(frozen=True)
 class FlowPair:
-    """Two images and files of the flow from each pixel of the source's foreground to the target."""
+    """Two images and the files of the flow from the source's foreground to the target."""
 
     name: str
     source: ImageSource
@@ -60,11 +60,11 @@ class FlowPair:
 
     @property
     def reference(self) -> float:
-        """What alpha is a share of, px."""
+        """The length that alpha is a share of, px."""
         return float(max(self.size))
 
     def check(self, sizes: Sequence[tuple[int, int]]) -> None:
-        """Flow and mask have the source's size; raises BadItem."""
+        """Check that flow and mask have the source's size; raises BadItem."""
         check_sizes(self.name, self.images[:1], sizes[:1], [self.size])
 
     def truth(self) -> tuple[np.ndarray, np.ndarray]:
@@ -76,10 +76,10 @@ class FlowPair:
 
 
 def read_tss(data: Path, split: str) -> Reading:
-    """Both directions of every pair, group by group, sorted.
+    """Read both directions of every pair, sorted within each group.
 
     Raises:
-        InputError: no pairs there.
+        InputError: there are no pairs.
     """
     folder(data)
     pairs = [(path, way) for group in GROUPS for path in sorted((data / group).glob("*/")) for way in (1, 2)]

@@ -1,9 +1,7 @@
-"""What `ditf eval` prints and writes: tables, the JSON document, gates, pictures."""
+"""Tables, the --json document and the gates of `ditf eval`."""
 
 from __future__ import annotations
 
-import json
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,18 +20,15 @@ from ditf.calib.eval.outcomes import (
     difference,
     totals,
 )
-from ditf.cli.support.console import table
+from ditf.cli.support.output import table
 from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.errors import InputError
-from ditf.runtime.files.staging import PICTURES as INDEX
-from ditf.runtime.files.staging import check_output, staged
 
-_WORST, _BEST = 8, 4  # pictures of each bundle
 _COUNTED = "pairs"
 
 
 @dataclass(frozen=True)
-class Run:
+class BenchmarkRun:
     """A bundle's outcomes on a benchmark, in the order of its items."""
 
     path: Path
@@ -42,7 +37,7 @@ class Run:
     outcomes: list[Outcome]
 
     def groups(self) -> dict[str, list[Outcome]]:
-        """Outcomes by the benchmark's settings, the headline's first; one without a name if it has none."""
+        """Outcomes by the benchmark's setting, the headline's first; without settings there is one group."""
         found: dict[str, list[Outcome]] = {}
         for outcome in self.outcomes:
             found.setdefault(outcome.group, []).append(outcome)
@@ -54,8 +49,8 @@ class Run:
         return next(iter(self.groups().values()))
 
 
-def headline_table(benchmark: Benchmark, runs: Sequence[Run]) -> str:
-    """One row for each bundle and group."""
+def headline_table(benchmark: Benchmark, runs: Sequence[BenchmarkRun]) -> str:
+    """A table with a row for each bundle and group."""
     several = len(runs) > 1
     head = ["bundle", "layer", "t", "precision"] if several else []
     rows: list[tuple[str, ...]] = []
@@ -77,8 +72,8 @@ def headline_table(benchmark: Benchmark, runs: Sequence[Run]) -> str:
     return table([(*row, *[""] * (width - len(row))) for row in rows])
 
 
-def detail_tables(benchmark: Benchmark, reading: Reading, run: Run) -> list[str]:
-    """By category, and by keypoint where the benchmark names them."""
+def detail_tables(benchmark: Benchmark, reading: Reading, run: BenchmarkRun) -> list[str]:
+    """Tables by category, and by keypoint if the benchmark names keypoints."""
     outcomes, found = run.headline, []
     metric, threshold = benchmark.headline
     label = _label(benchmark.headline)
@@ -100,8 +95,8 @@ def detail_tables(benchmark: Benchmark, reading: Reading, run: Run) -> list[str]
     return found
 
 
-def document(benchmark: Benchmark, reading: Reading, run: Run) -> dict[str, Any]:
-    """A run for the --json: the first group's metrics, and every group's where there are several."""
+def document(benchmark: Benchmark, reading: Reading, run: BenchmarkRun) -> dict[str, Any]:
+    """The --json of a run: metrics of the first group, and of every group if there are several."""
     manifest = run.manifest
     groups = run.groups()
     result: dict[str, Any] = {
@@ -133,7 +128,7 @@ def _measured(outcomes: list[Outcome]) -> dict[str, Any]:
 
 
 def _plain(metrics: Metrics) -> dict[str, Any]:
-    """A metric without thresholds becomes its value."""
+    """Replace a metric that has no thresholds by its value."""
     return {name: values.get("", values) for name, values in metrics.items()}
 
 
@@ -142,7 +137,9 @@ def _keypoints(benchmark: Benchmark, reading: Reading, outcomes: list[Outcome]) 
     return by_keypoint(outcomes, names, benchmark.headline)
 
 
-def comparison(benchmark: Benchmark, run: Run, other: Run) -> dict[str, dict[Key, Difference]]:
+def comparison(
+    benchmark: Benchmark, run: BenchmarkRun, other: BenchmarkRun
+) -> dict[str, dict[Key, Difference]]:
     """Differences run - other of every metric, by group."""
     others = other.groups()
     return {
@@ -151,7 +148,7 @@ def comparison(benchmark: Benchmark, run: Run, other: Run) -> dict[str, dict[Key
     }
 
 
-def comparison_table(run: Run, other: Run, found: dict[str, dict[Key, Difference]]) -> str:
+def comparison_table(run: BenchmarkRun, other: BenchmarkRun, found: dict[str, dict[Key, Difference]]) -> str:
     """One row for each metric."""
     rows: list[tuple[str, ...]] = [
         (f"{run.path.name} - {other.path.name}", "one", "other", "difference", "95 % interval", "")
@@ -174,8 +171,10 @@ def comparison_table(run: Run, other: Run, found: dict[str, dict[Key, Difference
     return table(rows)
 
 
-def comparison_document(run: Run, other: Run, found: dict[str, dict[Key, Difference]]) -> dict[str, Any]:
-    """A comparison for the --json: the first group's differences, and every group's if there are several."""
+def comparison_document(
+    run: BenchmarkRun, other: BenchmarkRun, found: dict[str, dict[Key, Difference]]
+) -> dict[str, Any]:
+    """The --json of a comparison: differences of the first group, and of every group if there are several."""
     groups: dict[str, Any] = {}
     for group, differences in found.items():
         nested: dict[str, dict[str, Any]] = {}
@@ -191,17 +190,17 @@ def comparison_document(run: Run, other: Run, found: dict[str, dict[Key, Differe
 
 @dataclass(frozen=True)
 class Floor:
-    """A least value of the headline metric at a threshold: `--min-pck ALPHA=VALUE`."""
+    """`--min-pck ALPHA=VALUE`: the lowest accepted value of the headline metric at a threshold."""
 
     threshold: str
     value: float
 
     @classmethod
     def parse(cls, text: str, benchmark: Benchmark) -> Floor:
-        """Read "ALPHA=VALUE"; in hpatches ALPHA is a number of pixels, in davis J&F, J or F.
+        """Parse "ALPHA=VALUE". In hpatches ALPHA is a number of pixels, in davis it is J&F, J or F.
 
         Raises:
-            InputError: not that, or not measured.
+            InputError: the text has another form, or the benchmark does not measure ALPHA.
         """
         name, _, number = text.partition("=")
         try:
@@ -223,7 +222,7 @@ class Floor:
             )
         return cls(threshold, value)
 
-    def gate(self, benchmark: Benchmark, run: Run, several: bool) -> dict[str, Any]:
+    def gate(self, benchmark: Benchmark, run: BenchmarkRun, several: bool) -> dict[str, Any]:
         """The gate for the --json."""
         metric = benchmark.headline[0]
         value = totals(run.headline)[metric][self.threshold]
@@ -234,51 +233,6 @@ class Floor:
             "limit": self.value,
             "ok": value >= self.value,
         }
-
-
-def check_pictures(path: Path | None, inputs: Sequence[Path]) -> None:
-    """Reject a folder that holds something else than an earlier run's pictures.
-
-    Raises:
-        InputError: it does, or it is a file.
-    """
-    if path is None or not path.exists():
-        return
-    if not path.is_dir():
-        raise InputError(f"{path} is not a directory", "name a folder for the pictures")
-    if any(path.iterdir()):
-        if not (path / INDEX).is_file():
-            raise InputError(f"{path} holds something else", "name an empty folder for the pictures")
-        check_output(path, inputs, INDEX)
-
-
-def write_pictures(path: Path, benchmark: Benchmark, reading: Reading, runs: Sequence[Run]) -> int:
-    """Draw the worst and the best items of each bundle, failures first; returns how many pictures there are.
-
-    A folder of an earlier run is replaced.
-    """
-    from ditf.calib.eval.pictures import draw_outcome
-
-    if path.is_dir() and not any(path.iterdir()):
-        path.rmdir()
-    listed: list[dict[str, Any]] = []
-    with staged(path, INDEX) as temporary:
-        for number, run in enumerate(runs):
-            folder = temporary / f"{number + 1}-{run.path.name}" if len(runs) > 1 else temporary
-            folder.mkdir(exist_ok=True)
-            order = sorted(
-                range(len(run.outcomes)), key=lambda index: run.outcomes[index].value(benchmark.headline)
-            )
-            chosen = order if len(order) <= _WORST + _BEST else order[:_WORST] + order[-_BEST:]
-            for rank, index in enumerate(chosen):
-                item, outcome = reading.items[index], run.outcomes[index]
-                value = outcome.value(benchmark.headline)
-                name = re.sub(r"[^A-Za-z0-9_-]+", "-", item.name)[:80].strip("-")
-                file = folder / f"{rank + 1:02d}-{round(100 * value):03d}-{name}.png"
-                draw_outcome(benchmark, item, outcome).save(file)
-                listed.append({"file": str(file.relative_to(temporary)), "name": item.name, "value": value})
-        (temporary / INDEX).write_text(json.dumps({"pictures": listed}, indent=1) + "\n", "utf-8")
-    return len(listed)
 
 
 def _unit(benchmark: Benchmark) -> str:

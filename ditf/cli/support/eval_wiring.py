@@ -1,4 +1,4 @@
-"""What `ditf eval` asks of a bundle: features from the store, and the runtime's ways to match."""
+"""Connects a bundle to the benchmarks of `ditf eval`: cached features, and the runtime's matching."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditf.calib.eval.benchmarks import Benchmark
-from ditf.calib.eval.cache import FeatureCache
+from ditf.calib.eval.cache import BenchmarkFeatures
 from ditf.calib.eval.correspondence import Report, evaluate_flows, evaluate_pairs
 from ditf.calib.eval.datasets.base import Pair, Reading
 from ditf.calib.eval.datasets.davis import Video
@@ -20,32 +20,30 @@ from ditf.calib.eval.homography import evaluate_homographies
 from ditf.calib.eval.outcomes import Outcome
 from ditf.calib.eval.segmentation import evaluate_videos
 from ditf.runtime import Model
-from ditf.runtime.bundles.manifest import NAME as MANIFEST
+from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.flow import dense_flow
 from ditf.runtime.matching.homography import cell_threshold, find_homography
 from ditf.runtime.matching.mutual import mutual_matches
 from ditf.runtime.matching.propagation import Propagator
+from ditf.runtime.matching.soft_argmax import METHODS
 
 CATEGORY = "{category}"
 """In a --prompt: the item's category."""
 
-METHODS = ("argmax", "window", "kernel")
-"""Ways to match points, of `Model.match`; the first is DiTF's protocol."""
-
-_MATCHES = 1000  # mutual matches that a homography is made from, as in SuperPoint and LoFTR
+_MATCHES = 1000  # mutual matches from which a homography is found, as in SuperPoint and LoFTR
 _NEEDED = 4
 
 
 class Wiring:
-    """A benchmark's questions, answered by an opened bundle.
+    """Evaluates an opened bundle on a benchmark.
 
     Args:
         model: the bundle.
         prompt: name of a condition, with CATEGORY in it or not; None is the bundle's first.
         cache: folder of features that are kept.
-        method: one of METHODS.
+        method: how points are matched, as in `Model.match`; the first of METHODS is DiTF's protocol.
     """
 
     def __init__(
@@ -56,10 +54,12 @@ class Wiring:
         self._prompt = prompt
         manifest = hashlib.sha256((model.bundle.path / MANIFEST).read_bytes()).hexdigest()
         key = (manifest, model.backend, model.detail, model.fit)
-        self.store = FeatureCache(lambda images, name: model.features_of(images, prompt=name), key, cache)
+        self.store = BenchmarkFeatures(
+            lambda images, name: model.features_of(images, prompt=name), key, cache
+        )
 
     def check_prompts(self, categories: Iterable[str]) -> None:
-        """Every category has its condition.
+        """Check that every category has a condition.
 
         Raises:
             InputError: the bundle lacks some.

@@ -1,4 +1,4 @@
-"""SIGTERM ends a command at once, with nothing half-written, whatever the main thread is at."""
+"""SIGTERM ends a command at once and leaves nothing half-written, whatever the main thread does."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ditf.runtime.files.unfinished import undo_all
 EXIT_CODE = 128 + signal.SIGTERM
 MESSAGE = "terminated; nothing was left half-written"
 
-_NOTICED = 1.0  # seconds for the main thread to return to the interpreter, where the handler can run
-_UNWOUND = 5.0  # seconds for it to clean up after itself, and to end a Ray cluster
+_NOTICED = 1.0  # seconds in which the main thread should return to the interpreter and run the handler
+_UNWOUND = 5.0  # seconds for it to remove temporary files and to end a Ray cluster
 
 
 class Terminated(BaseException):
-    """SIGTERM arrived. It unwinds the stack, so that temporary files are removed."""
+    """Raised on SIGTERM; it unwinds the stack, so that temporary files are removed."""
 
 
 @contextmanager
@@ -29,10 +29,10 @@ def terminable(forced: bool = True) -> Iterator[None]:
     """SIGTERM raises `Terminated` in the block, which runs in the main thread.
 
     Args:
-        forced: end the process if that takes too long. A handler only runs when the main thread is back in
-            the interpreter, and native code that it called may take minutes; what it raises inside a callback
-            or a finaliser is lost. A thread can do it as long as native code does not hold the interpreter's
-            lock.
+        forced: end the process if unwinding takes too long. Python runs a signal handler only when the main
+            thread is back in the interpreter, and a native call may take minutes; an exception that the
+            handler raises inside a callback or a finaliser is lost. A watching thread ends the process
+            instead, as long as native code does not hold the interpreter's lock.
     """
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     unwinding, over = threading.Event(), threading.Event()
@@ -75,7 +75,7 @@ def terminable(forced: bool = True) -> Iterator[None]:
 
 
 def exit_now() -> NoReturn:
-    """End the process: what is unfinished is undone, and nothing else is waited for."""
+    """Undo unfinished writes and end the process, without waiting for anything else."""
     undo_all()
     with suppress(OSError, ValueError):
         sys.stdout.flush()
@@ -98,7 +98,7 @@ def _watch(reading: int, unwinding: threading.Event, over: threading.Event) -> N
 
 
 def _forget() -> None:
-    """In a child process: its signals are not this one's."""
+    """Unset the wakeup descriptor in a child process, which the parent's signals do not concern."""
     with suppress(ValueError):
         signal.set_wakeup_fd(-1)
 

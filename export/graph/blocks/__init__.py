@@ -1,1 +1,1 @@
-"""Transformer blocks and their layers, as they are traced."""
+"""Transformer blocks, their layers and the trunks that they make, as they are traced."""

@@ -1,225 +1,179 @@
-"""AdaLN modulation, constant or given at run time, and where it disappears to when it is constant.
+"""AdaLN modulation: shift, scale and gate of every norm and branch, constant or given at run time.
 
-A modulation is rows [R, C]: shift, scale and gate of every norm and branch, in diffusers' order. A layer
-is made with its rows (`--conditioning bake`), or without and then takes them in `forward`.
+A model's modulation is a table of rows [R, C] in diffusers' order. With `--conditioning bake` the rows are
+constants, and fold into the norms and linears that they modulate. Otherwise the table is given at run time,
+and each norm and gate knows its place in it.
 """
 
 from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from ditf.calib.recipe import Scale
-from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.layers import Linear, constant, read_linear, rms_norm
-from ditf.export.graph.precision import Precision
-from ditf.export.graph.range_probes import Stream, Where, tap
+from ditf.export.graph.blocks.condition_tensors import MODULATION, ConditionTensors
+from ditf.export.graph.blocks.layers import constant, rms_norm
+from ditf.export.graph.range_probes import Where, probe
+from ditf.export.graph.roles import Role, Roles
 
-FOLD_ERROR = 4e-4
-"""Largest relative rounding error of a row of weights with its gate folded in; float16 alone has 2e-4."""
+NORM_ROWS = 2
+"""Rows of a norm alone: shift and scale."""
+
+
+@dataclass(frozen=True, eq=False)
+class Row:
+    """One row of the modulation: a constant, a place in the table given at run time, or neither.
+
+    Attributes:
+        constant: [C] float32, or None.
+        place: its number in the table [R, C], or None.
+    """
+
+    constant: torch.Tensor | None = None
+    place: int | None = None
+
+
+UNGATED = Row()
+"""The gate of a branch that has none."""
+
+
+@dataclass(frozen=True, eq=False)
+class Modulation:
+    """The rows that modulate one stream of a block; blocks ask it for their norms and gates.
+
+    Attributes:
+        rows: [R, C] float32, where they are constant.
+        first: the place of the first row in the table, where they are given at run time.
+    """
+
+    rows: torch.Tensor | None = None
+    first: int | None = None
+
+    def row(self, index: int) -> Row:
+        """Row `index` of these rows."""
+        return Row(
+            None if self.rows is None else self.rows[index],
+            None if self.first is None else self.first + index,
+        )
+
+    def norm(self, first: int, eps: float, where: Where | None = None) -> ModulatedNorm:
+        """The LayerNorm that rows `first` and `first` + 1 shift and scale.
+
+        Args:
+            eps, where: as for `ModulatedNorm`.
+        """
+        return ModulatedNorm(self.row(first), self.row(first + 1), eps, where)
+
+    def rms_norm(
+        self, row: int, weight: torch.Tensor, eps: float, where: Where | None = None
+    ) -> ModulatedRMSNorm:
+        """The RMSNorm that one row scales.
+
+        Args:
+            weight, eps, where: as for `ModulatedRMSNorm`.
+        """
+        return ModulatedRMSNorm(weight, self.row(row), eps, where)
+
+
+UNMODULATED = Modulation()
+"""Of blocks without AdaLN: their RMSNorms have their own weights alone, and no branch is gated."""
+
+
+def modulations(constants: Mapping[str, torch.Tensor] | None, sizes: Sequence[int]) -> list[Modulation]:
+    """The modulation table in parts.
+
+    Args:
+        constants: what a conditioner made, to be constants; None where the table is given at run time.
+        sizes: number of rows of each part, in the table's order.
+    """
+    if constants is not None:
+        return [Modulation(rows) for rows in constants[MODULATION].split(list(sizes))]
+    return [Modulation(first=last - size) for last, size in zip(accumulate(sizes), sizes, strict=True)]
 
 
 class ModulatedNorm(nn.Module):
-    """(1 + scale) * LayerNorm(x) + shift, float32, as one LayerNormalization node.
+    """(1 + scale) * LayerNorm(x) + shift, in float32, as one LayerNormalization node.
 
     Scale and shift are the norm's own affine parameters: constant ones cost no node and no rounding, and
     TensorRT computes the whole in float32.
 
     Args:
-        rows: shift and scale, [2, C] float32, or None when they are given.
-        eps: of the model's own norm.
-        where: for the taps; None for block k's, which the calibration of channels looks at.
+        shift, scale: rows of the modulation.
+        eps: the epsilon of the model's own norm.
+        where: names the norm to range probes. It is None for block k's norm, whose input the calibration of
+            channels looks at.
     """
 
-    rows = 2
-    """Rows of the modulation that it takes."""
+    roles: ClassVar[Roles] = dict.fromkeys(("weight", "bias", "smooth"), Role.MODULATION)
 
-    def __init__(self, rows: torch.Tensor | None, eps: float, where: Where | None = None) -> None:
+    def __init__(self, shift: Row, scale: Row, eps: float, where: Where | None = None) -> None:
         super().__init__()
         self.eps = eps
         self.where = where
-        self.weight = None if rows is None else constant(1.0 + rows[1])
-        self.bias = None if rows is None else constant(rows[0])
+        self.weight = None if scale.constant is None else constant(1.0 + scale.constant)
+        self.bias = None if shift.constant is None else constant(shift.constant)
         self.smooth: nn.Parameter | None = None
+        self.shift_place, self.scale_place = shift.place, scale.place
 
-    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        if rows is None:
-            assert self.weight is not None
-            weight, bias = self.weight, self.bias
-        else:
-            scale, shift = 1.0 + rows[1], rows[0]
-            if self.smooth is not None:
-                scale, shift = scale * self.smooth, shift * self.smooth
-            weight, bias = scale, shift  # type: ignore[assignment]
+    def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
+        """[B, N, C] of any float type -> float32 [B, N, C]."""
         # A residual of another type than float32 is for comparison only (`ditf.export.graph.precision`).
-        x = tap(self.where, "norm input", x).to(torch.float32)
+        x = probe(self.where, "norm input", x).to(torch.float32)
+        weight, bias = self._affine(given)
         return functional.layer_norm(x, weight.shape, weight, bias, self.eps)
+
+    def _affine(self, given: ConditionTensors) -> tuple[torch.Tensor, torch.Tensor]:
+        """1 + scale and shift, [C] each."""
+        if self.weight is not None and self.bias is not None:
+            return self.weight, self.bias
+        rows = given[MODULATION]
+        weight, bias = 1.0 + rows[self.scale_place], rows[self.shift_place]
+        if self.smooth is not None:
+            weight, bias = weight * self.smooth, bias * self.smooth
+        return weight, bias
 
     @torch.no_grad()
     def divide(self, factor: torch.Tensor) -> None:
-        """Divide what the norm gives by a factor [C] for each channel, in place."""
-        if self.weight is None:
+        """Divide the norm's output by a factor for each channel, [C], in place."""
+        if self.weight is None or self.bias is None:
             self.smooth = constant(1.0 / factor)
             return
-        assert self.bias is not None
         self.weight.div_(factor)
         self.bias.div_(factor)
 
 
 class ModulatedRMSNorm(nn.Module):
-    """(1 + scale) * weight * x / rms(x), float32: no mean is taken off and nothing is added.
+    """(1 + scale) * weight * x / rms(x), in float32: no mean is subtracted and nothing is added.
 
     Args:
-        weight: [C] float32, the norm's own.
-        row: scale, [1, C] float32; None when it is given, or when the norm is not modulated.
-        eps, where: as `ModulatedNorm`.
+        weight: the norm's own weight, [C] float32.
+        scale: a row of the modulation; an empty one where the norm is not modulated.
+        eps, where: as for `ModulatedNorm`.
     """
 
-    rows = 1
+    roles: ClassVar[Roles] = {"weight": Role.MODULATION}
 
-    def __init__(
-        self, weight: torch.Tensor, row: torch.Tensor | None, eps: float, where: Where | None = None
-    ) -> None:
+    def __init__(self, weight: torch.Tensor, scale: Row, eps: float, where: Where | None = None) -> None:
         super().__init__()
         self.eps = eps
         self.where = where
-        self.weight = constant(weight if row is None else weight * (1.0 + row[0]))
+        self.weight = constant(weight if scale.constant is None else weight * (1.0 + scale.constant))
+        self.scale_place = scale.place
 
-    def forward(self, x: torch.Tensor, rows: torch.Tensor | None = None) -> torch.Tensor:
-        x = tap(self.where, "norm input", x).to(torch.float32)
-        weight = self.weight if rows is None else self.weight * (1.0 + rows[0])
+    def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
+        """[B, N, C] of any float type -> float32 [B, N, C]."""
+        x = probe(self.where, "norm input", x).to(torch.float32)
+        weight: torch.Tensor = self.weight
+        if self.scale_place is not None:
+            weight = weight * (1.0 + given[MODULATION][self.scale_place])
         return rms_norm(x, weight, self.eps)
 
     @torch.no_grad()
     def divide(self, factor: torch.Tensor) -> None:
-        """Divide what the norm gives by a factor [C] for each channel, in place."""
+        """Divide the norm's output by a factor for each channel, [C], in place."""
         self.weight.div_(factor)
-
-
-class GatedLinear(nn.Module):
-    """gate * (x W + b), as the residual is: the last linear of a branch.
-
-    A constant gate is folded into W and b where their type holds it (`holds_gate`), else it stays an
-    explicit float32 factor. Where the recipe scales the linear by 2**-s, the factor 2**s follows in float32.
-
-    With a norm it is gate * RMSNorm(x W + b), in float32: a constant gate joins the norm's weight, and the
-    norm does not see 2**-s once its epsilon has its square.
-
-    Args:
-        weight: [C, in] float32; bias: [C] or None.
-        name: of the linear in the checkpoint.
-        gate: [C] float32, or None when it is given, or when the branch has none.
-        norm: weight [C] and epsilon of an RMSNorm of what the linear emits.
-
-    Attributes:
-        scale: 2**-s, and why.
-        subnormal: weights that the scale pushed out of float16's normal range.
-    """
-
-    def __init__(
-        self,
-        weight: torch.Tensor,
-        bias: torch.Tensor | None,
-        name: str,
-        gate: torch.Tensor | None,
-        precision: Precision,
-        stream: Stream = "image",
-        norm: tuple[torch.Tensor, float] | None = None,
-    ) -> None:
-        super().__init__()
-        dtype = precision.of(name)
-        self.where = Where(name, stream)
-        self.residual = precision.residual
-        self.gate: nn.Parameter | None = None
-        self.gate_norm: nn.Parameter | None = None
-        self.folded = gate is not None and precision.fold_gates
-        if norm is None and gate is not None:
-            self.folded = self.folded and holds_gate(weight, gate, dtype)
-        inside = self.folded and norm is None  # of what the linear emits
-        self.scale = precision.recipe.scale(name, inside) if dtype == torch.float16 else Scale()
-        self.subnormal = 0
-        if norm is not None:
-            self.gate_norm = constant(norm[0] * gate if gate is not None and self.folded else norm[0])
-            self.eps = norm[1] * 4.0**-self.scale.exponent
-            if gate is not None and not self.folded:
-                self.gate = constant(gate)
-        elif gate is not None and self.folded:
-            weight, bias = weight * gate[:, None], None if bias is None else bias * gate
-        elif gate is not None:
-            self.gate = constant(gate * 2.0**self.scale.exponent)
-        if self.scale.exponent:
-            before = count_subnormal(weight)
-            factor = 2.0**-self.scale.exponent
-            weight, bias = weight * factor, None if bias is None else bias * factor
-            self.subnormal = count_subnormal(weight) - before
-        self.linear = Linear(weight, bias, dtype)
-
-    def forward(self, x: torch.Tensor, gate: torch.Tensor | None = None) -> torch.Tensor:
-        for parameter in self.linear.parameters():
-            tap(self.where, "scaled weight", parameter)
-        y = tap(self.where, "emitted", self.linear(tap(self.where, "input", x)).to(torch.float32))
-        if self.gate_norm is not None:
-            y = rms_norm(y, self.gate_norm, self.eps)
-        if self.gate is not None:
-            y = y * tap(self.where, "gate", self.gate)
-        elif self.scale.exponent and self.gate_norm is None:
-            y = y * 2.0**self.scale.exponent
-        if gate is not None:
-            y = y * tap(self.where, "gate", gate)
-        return tap(self.where, "gated", y).to(self.residual)
-
-
-def read_gated(
-    weights: Weights,
-    name: str,
-    gate: torch.Tensor | None,
-    precision: Precision,
-    stream: Stream = "image",
-    norm: tuple[torch.Tensor, float] | None = None,
-) -> GatedLinear:
-    """The gated linear of this name in the checkpoint."""
-    return GatedLinear(*read_linear(weights, name), name, gate, precision, stream, norm)
-
-
-def gate_counts(module: nn.Module) -> dict[str, int]:
-    """How many constant gates are folded into weights, and how many are explicit factors."""
-    gated = [m for m in module.modules() if isinstance(m, GatedLinear)]
-    return {
-        "folded": sum(m.folded for m in gated),
-        "explicit": sum(m.gate is not None for m in gated),
-    }
-
-
-def holds_gate(weight: torch.Tensor, gate: torch.Tensor, dtype: torch.dtype) -> bool:
-    """Whether a gate folded into the rows of `weight` [C, in] costs no accuracy in `dtype`.
-
-    In float32 and bfloat16 always. In float16 not where a small gate would push a row into the subnormals,
-    nor where a gate above 1 would make the linear emit more than the model was seen to emit.
-    """
-    if dtype != torch.float16 or weight.is_meta:  # bfloat16 has float32's range
-        return True
-    if gate.abs().max() > 1:
-        return False
-    folded = weight * gate[:, None]
-    error = (folded.to(dtype).to(torch.float32) - folded).norm(dim=1)
-    return bool((error <= FOLD_ERROR * folded.norm(dim=1)).all())
-
-
-def scales(module: nn.Module) -> dict[str, Scale]:
-    """The recipe's scales as they were built, by name of the linear."""
-    gated = (m for m in module.modules() if isinstance(m, GatedLinear))
-    return {m.where.name: m.scale for m in gated if m.scale.exponent}
-
-
-def subnormal_weights(module: nn.Module) -> int:
-    """Weights that scales pushed out of float16's normal range."""
-    return sum(m.subnormal for m in module.modules() if isinstance(m, GatedLinear))
-
-
-def count_subnormal(weight: torch.Tensor) -> int:
-    """Values below float16's smallest normal number, zeros apart."""
-    if weight.is_meta:
-        return 0
-    size = weight.abs()
-    return int(((size > 0) & (size < torch.finfo(torch.float16).smallest_normal)).sum())

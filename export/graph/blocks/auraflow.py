@@ -1,42 +1,48 @@
 """AuraFlow's blocks: gated feed-forwards, LayerNorm of query and key, no bias, and a residual of their own.
 
-The attention's output does not join the residual: norm and feed-forward read their sum, and what the
-feed-forward says is added to what entered the block.
+The attention's output does not join the residual. Norm and feed-forward read the sum of the two, and the
+feed-forward's output is added to what entered the block.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
 
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.adaln import ModulatedNorm, read_gated
+from ditf.export.graph.blocks.adaln import Modulation
+from ditf.export.graph.blocks.condition_tensors import ConditionTensors
+from ditf.export.graph.blocks.gated_linear import read_gated
 from ditf.export.graph.blocks.layers import (
     AttentionNames,
     GatedFeedForward,
     HeadProjection,
+    Heads,
     Rotary,
     attention,
 )
-from ditf.export.graph.blocks.smoothing import Columns, Smoothing
-from ditf.export.graph.blocks.two_stream import Rows
+from ditf.export.graph.blocks.smoothing import Channels, Smoothing
+from ditf.export.graph.blocks.trunk import ResidualOutput
+from ditf.export.graph.blocks.two_stream import IMAGE_ROWS, ConstantText
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.range_probes import Stream as Tokens
-from ditf.export.graph.range_probes import Where
+from ditf.export.graph.range_probes import Stream, Where
+from ditf.export.graph.roles import Role, Roles
 
-NORM_EPS = 1e-5  # FP32LayerNorm's default
+_EPS = 1e-5  # FP32LayerNorm's default
 _QK_EPS = 1e-5  # diffusers Attention's default
 
 
-class Stream(nn.Module):
+class AuraFlowStream(nn.Module):
     """One stream of a block: norm and heads before the attention, feed-forward after it.
 
     Args:
-        text: whether it is the text's side of a joint block, whose modules have other names.
-        rows: modulation [6, C], or [2, C] where `last`; None when given.
-        last: the stream is only key and value.
+        modulation: six rows, or those of the norm alone where the stream is only attended to.
+        stream: the text's side of a joint block has modules of other names.
+        attended_only: the stream is only key and value.
     """
 
     def __init__(
@@ -44,87 +50,99 @@ class Stream(nn.Module):
         weights: Weights,
         name: str,
         heads: int,
+        modulation: Modulation,
         precision: Precision,
-        *,
-        text: bool = False,
-        rows: Rows,
-        last: bool = False,
+        stream: Stream = "image",
+        attended_only: bool = False,
     ) -> None:
         super().__init__()
-        self.last = last
-        attn = f"{name}.attn"
+        text = stream == "text"
+        self.roles: Roles = {}
+        if not text:
+            self.roles = {
+                "project": Role.SELF_ATTENTION,
+                "out": Role.SELF_ATTENTION,
+                "feed_forward": Role.FEED_FORWARD,
+                "feed_forward_out": Role.FEED_FORWARD,
+            }
+        self.attended_only = attended_only
+        attn, feed_forward = f"{name}.attn", f"{name}.ff_context" if text else f"{name}.ff"
         projections = ("add_q_proj", "add_k_proj", "add_v_proj") if text else ("to_q", "to_k", "to_v")
         norms = ("norm_added_q", "norm_added_k") if text else ("norm_q", "norm_k")
         names = AttentionNames(
             tuple(f"{attn}.{part}" for part in projections),  # type: ignore[arg-type]
             (f"{attn}.{norms[0]}", f"{attn}.{norms[1]}"),
-            stream="text" if text else "image",
+            stream=stream,
             centred=True,
             eps=_QK_EPS,
         )
-        tokens: Tokens = "text" if text else "image"
-        self.attended = Where(attn, tokens)
-        self.norm_attention = ModulatedNorm(None if rows is None else rows[:2], NORM_EPS, self.attended)
-        self.project = HeadProjection(weights, names, heads, precision, query=not last)
-        if last:
+        self.attended = Where(attn, stream)
+        self.norm_attention = modulation.norm(0, _EPS, self.attended)
+        self.project = HeadProjection(weights, names, heads, precision, query=not attended_only)
+        if attended_only:
             return
-        fixed = (None,) * 6 if rows is None else rows
-        suffix = "_context" if text else ""
-        out = f"{attn}.to_add_out" if text else f"{attn}.to_out.0"
-        projection = f"{name}.ff{suffix}.out_projection"
-        self.out = read_gated(weights, out, fixed[2], precision, tokens)
-        self.norm_feed_forward = ModulatedNorm(
-            None if rows is None else rows[3:5], NORM_EPS, Where(projection, tokens)
-        )
-        names_up = (f"{name}.ff{suffix}.linear_1", f"{name}.ff{suffix}.linear_2")
-        self.feed_forward = GatedFeedForward(weights, names_up, precision, tokens)
-        self.feed_forward_out = read_gated(weights, projection, fixed[5], precision, tokens)
+        out, down = f"{attn}.to_add_out" if text else f"{attn}.to_out.0", f"{feed_forward}.out_projection"
+        self.out = read_gated(weights, out, modulation.row(2), precision, stream)
+        self.norm_feed_forward = modulation.norm(3, _EPS, Where(down, stream))
+        up = (f"{feed_forward}.linear_1", f"{feed_forward}.linear_2")
+        self.feed_forward = GatedFeedForward(weights, up, precision, stream)
+        self.feed_forward_out = read_gated(weights, down, modulation.row(5), precision, stream)
 
-    def heads_of(self, x: torch.Tensor, rows: Rows) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        heads: tuple[torch.Tensor | None, torch.Tensor, torch.Tensor] = self.project(
-            self.norm_attention(x, None if rows is None else rows[:2])
-        )
+    def heads_of(self, x: torch.Tensor, given: ConditionTensors) -> Heads:
+        """Query (None where the stream is only attended to), key and value, [B, H, N, D]."""
+        heads: Heads = self.project(self.norm_attention(x, given))
         return heads
 
-    def update(self, x: torch.Tensor, attended: torch.Tensor, rows: Rows) -> torch.Tensor:
-        given = (None,) * 6 if rows is None else rows
-        both = x + self.out(attended, given[2])
-        hidden = self.feed_forward(self.norm_feed_forward(both, None if rows is None else rows[3:5]))
-        updated: torch.Tensor = x + self.feed_forward_out(hidden, given[5])
-        return updated
+    def branch(self, x: torch.Tensor, attended: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
+        """What is added to the stream's residual [B, N, C]."""
+        hidden = self.feed_forward(self.norm_feed_forward(x + self.out(attended, given), given))
+        branch: torch.Tensor = self.feed_forward_out(hidden, given)
+        return branch
 
     def smoothings(self) -> Iterator[Smoothing]:
-        yield Smoothing(self.project.channels, [Columns("project.linear")], norm="norm_attention")
-        if self.last:
+        yield Smoothing(self.project.channels, [Channels("project.linear")], norm="norm_attention")
+        if self.attended_only:
             return
-        yield Smoothing(self.project.channels, [Columns("feed_forward.up")], norm="norm_feed_forward")
+        yield Smoothing(self.project.channels, [Channels("feed_forward.up")], norm="norm_feed_forward")
         hidden = int(self.feed_forward_out.linear.weight.shape[0])  # linear in the second half of `up`
-        made = [Columns("feed_forward.up", hidden)]
-        yield Smoothing(hidden, [Columns("feed_forward_out.linear")], makers=made)
+        made = [Channels("feed_forward.up", hidden)]
+        yield Smoothing(hidden, [Channels("feed_forward_out.linear")], makers=made)
 
 
 class AuraFlowJointBlock(nn.Module):
-    """`AuraFlowJointTransformerBlock`; called as `graph.joint.JointBlock`."""
+    """`AuraFlowJointTransformerBlock`; made and called as `TwoStreamBlock`, and always reads the text."""
 
+    roles: ClassVar[Roles] = {"text": Role.TEXT_STREAM}
     reads_text = True
 
-    def __init__(self, image: Stream, text: Stream, last: bool) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        name: str,
+        spec: AuraFlowJointSpec,
+        image: Modulation,
+        text: Modulation,
+        precision: Precision,
+        last: bool,
+        constant_text: ConstantText | None,
+    ) -> None:
         super().__init__()
-        self.image = image
-        self.text = text
+        self.image = AuraFlowStream(weights, name, spec.heads, image, precision)
+        self.text = AuraFlowStream(weights, name, spec.heads, text, precision, "text", last)
         self.last = last
-        self.attended = Where(image.attended.name, "both")
+        self.attended = Where(self.image.attended.name, "both")
+        self.residual_output = ResidualOutput()
 
     def forward(
         self,
         x: torch.Tensor,
         text: torch.Tensor,
+        given: ConditionTensors,
         rotary: Rotary | None,
-        image_rows: Rows = None,
-        text_rows: Rows = None,
+        text_rotary: Rotary | None,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        query, key, value = self.image.heads_of(x, image_rows)
-        text_query, text_key, text_value = self.text.heads_of(text, text_rows)
+        query, key, value = self.image.heads_of(x, given)
+        text_query, text_key, text_value = self.text.heads_of(text, given)
         queries = [tensor for tensor in (query, text_query) if tensor is not None]
         attended = attention(
             torch.cat(queries, dim=2),
@@ -133,32 +151,69 @@ class AuraFlowJointBlock(nn.Module):
             self.attended,
         )
         tokens = x.shape[1]
-        # The text first: the image's residual is the last that the block adds up (`export.naming`).
         if not self.last:
-            text = self.text.update(text, attended[:, tokens:], text_rows)
-        return self.image.update(x, attended[:, :tokens], image_rows), text
+            text = text + self.text.branch(text, attended[:, tokens:], given)
+        return self.residual_output(x, self.image.branch(x, attended[:, :tokens], given)), text
 
     def smoothings(self) -> Iterator[Smoothing]:
-        readers = [Columns("image.out.linear"), *([] if self.last else [Columns("text.out.linear")])]
+        readers = [Channels("image.out.linear"), *([] if self.last else [Channels("text.out.linear")])]
         makers = [self.image.project.values("image.project"), self.text.project.values("text.project")]
         yield Smoothing(self.image.project.channels, readers, makers=makers)
 
 
 class AuraFlowSingleBlock(nn.Module):
-    """`AuraFlowSingleTransformerBlock`; called as `graph.joint.SingleBlock`."""
+    """`AuraFlowSingleTransformerBlock`; made and called as `SingleStreamBlock`."""
 
-    def __init__(self, stream: Stream, last: bool) -> None:
+    def __init__(
+        self,
+        weights: Weights,
+        name: str,
+        spec: AuraFlowSingleSpec,
+        modulation: Modulation,
+        precision: Precision,
+        last: bool,
+    ) -> None:
         super().__init__()
-        self.stream = stream
+        self.stream = AuraFlowStream(weights, name, spec.heads, modulation, precision)
         self.last = last
+        self.residual_output = ResidualOutput()
 
-    def forward(self, x: torch.Tensor, tokens: int, rotary: Rotary | None, rows: Rows = None) -> torch.Tensor:
-        query, key, value = self.stream.heads_of(x, rows)
+    def forward(
+        self, x: torch.Tensor, tokens: int, given: ConditionTensors, rotary: Rotary | None
+    ) -> torch.Tensor:
+        query, key, value = self.stream.heads_of(x, given)
         assert query is not None
         if self.last:
             x, query = x[:, -tokens:], query[:, :, -tokens:]
-        return self.stream.update(x, attention(query, key, value, self.stream.attended), rows)
+        attended = attention(query, key, value, self.stream.attended)
+        updated: torch.Tensor = self.residual_output(x, self.stream.branch(x, attended, given))
+        return updated
 
     def smoothings(self) -> Iterator[Smoothing]:
         made = [self.stream.project.values("stream.project")]
-        yield Smoothing(self.stream.project.channels, [Columns("stream.out.linear")], makers=made)
+        yield Smoothing(self.stream.project.channels, [Channels("stream.out.linear")], makers=made)
+
+
+@dataclass(frozen=True)
+class AuraFlowJointSpec:
+    """What a block with two streams is like; attributes as of `TwoStreamSpec`."""
+
+    heads: int
+
+    block: ClassVar[type[nn.Module]] = AuraFlowJointBlock
+    image_rows: ClassVar = IMAGE_ROWS
+    norms: ClassVar = ("norm1", "norm1_context")
+    text_rotary: ClassVar = False
+    eps: ClassVar = _EPS
+
+
+@dataclass(frozen=True)
+class AuraFlowSingleSpec:
+    """What a block over one sequence is like; attributes as of `SingleStreamSpec`."""
+
+    heads: int
+
+    block: ClassVar[type[nn.Module]] = AuraFlowSingleBlock
+    rows: ClassVar = IMAGE_ROWS
+    norms: ClassVar = ("norm1",)
+    eps: ClassVar = _EPS

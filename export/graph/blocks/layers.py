@@ -1,11 +1,12 @@
-"""Layers of the traced transformer: float32 in, float32 out, what is between in the graph's precision.
+"""Layers of the traced transformer: linears, attention and feed-forwards in the graph's precision.
 
-Weights are kept [in, out], so that the graph has no Transpose in front of a MatMul.
+Weights are stored as [in, out], so that the graph needs no Transpose before a MatMul.
 """
 
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass
+from typing import ClassVar
 
 import torch
 from torch import nn
@@ -13,16 +14,22 @@ from torch.nn import functional
 
 from ditf.export.checkpoints.weight_spill import spilled
 from ditf.export.checkpoints.weights import Weights
-from ditf.export.graph.blocks.smoothing import Columns
+from ditf.export.graph.blocks.smoothing import Channels
 from ditf.export.graph.precision import Precision
-from ditf.export.graph.range_probes import Stream, Where, joined, tap
+from ditf.export.graph.range_probes import Stream, Where, joined, probe
+from ditf.export.graph.roles import Role, Roles
 
 Rotary = tuple[torch.Tensor, torch.Tensor]
 """Cosines and sines of a rotary position embedding, each [N, D / 2]."""
 
+Heads = tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]
+"""Query [B, H, N, D], or None where the tokens are only attended to, key and value [B, G, N, D]."""
+
 
 def constant(tensor: torch.Tensor) -> nn.Parameter:
-    """A frozen parameter: named in the graph, counted in the manifest; in the scratch file if one is open."""
+    """A frozen parameter: it is named in the graph, counted in the manifest, and kept on disk while one is
+    open for it (`ditf.export.checkpoints.weight_spill`).
+    """
     return nn.Parameter(spilled(tensor.detach()), requires_grad=False)
 
 
@@ -30,10 +37,10 @@ class Linear(nn.Module):
     """x W + b in the type of W.
 
     Args:
-        weight: [out, in], as torch.nn.Linear keeps it, float32.
+        weight: [out, in] as torch.nn.Linear has it, float32.
         bias: [out] float32, or None.
-        dtype: type of the product.
-        where: for the taps; None for what is float32 in any recipe.
+        dtype: type of the product, from `Precision.of`.
+        where: names the linear to range probes; None for one that is float32 in every recipe.
     """
 
     def __init__(
@@ -44,13 +51,24 @@ class Linear(nn.Module):
         self.weight = constant(weight.T.to(dtype))
         self.bias = None if bias is None else constant(bias.to(dtype))
 
+    @classmethod
+    def read(
+        cls, weights: Weights, *names: str, precision: Precision, where: Where | None = None, kept: str = ""
+    ) -> Linear:
+        """The linear of this name in the checkpoint, or several stacked along out.
+
+        Args:
+            kept: as for `Precision.of`.
+        """
+        return cls(*read_linear(weights, *names), precision.of(*names, kept=kept), where)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = tap(self.where, "input", x.to(self.weight.dtype)) @ self.weight
-        tap(self.where, "weight", self.weight)
+        y = probe(self.where, "input", x.to(self.weight.dtype)) @ self.weight
+        probe(self.where, "weight", self.weight)
         if self.bias is not None:
-            tap(self.where, "weight", self.bias)
+            probe(self.where, "weight", self.bias)
             y = y + self.bias
-        return tap(self.where, "output", y)
+        return probe(self.where, "output", y)
 
 
 def read_linear(weights: Weights, *names: str) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -75,13 +93,13 @@ def attention(
 ) -> torch.Tensor:
     """Multi-head attention [B, H, N, D] x [B, G, M, D] -> [B, N, C].
 
-    With fewer keys than queries, G < H, the queries of a group are rows of one product: no key is repeated.
-    The query is expected to be scaled by head_dim**-0.5 already: folded into its weights, that is
-    free and keeps the logits small in float16. Written out rather than left to torch's exporter,
-    which scales query and key separately.
+    With fewer key heads than query heads, G < H, the queries of a group are rows of one product, so that no
+    key is repeated. The query must be scaled by head_dim**-0.5 already: folded into its weights, the scale
+    costs nothing and keeps the logits small in float16. The products are written out because torch's
+    exporter would scale query and key separately.
 
     Args:
-        where: for the taps.
+        where: names the attention to range probes.
         bias: [M], added to the logits.
     """
     repeats = query.shape[1] // key.shape[1]
@@ -90,9 +108,9 @@ def attention(
     logits = query @ key.transpose(-1, -2)
     if bias is not None:
         logits = logits + bias.to(logits.dtype)
-    tap(where, "logits", _ungrouped(logits, repeats))
+    probe(where, "logits", _ungrouped(logits, repeats))
     attended = _ungrouped(torch.softmax(logits, dim=-1) @ value, repeats)
-    return tap(where, "attended", attended).transpose(1, 2).flatten(2)
+    return probe(where, "attended", attended).transpose(1, 2).flatten(2)
 
 
 def _ungrouped(x: torch.Tensor, repeats: int) -> torch.Tensor:
@@ -101,7 +119,7 @@ def _ungrouped(x: torch.Tensor, repeats: int) -> torch.Tensor:
 
 
 def rms_norm(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
-    """The weighted x / rms(x) over the last dimension, in the type of x."""
+    """Weight * x / rms(x) over the last dimension, in the type of x."""
     return x * torch.rsqrt(x.square().mean(dim=-1, keepdim=True) + eps) * weight
 
 
@@ -111,10 +129,11 @@ class AttentionNames:
 
     Attributes:
         projections: modules of query, key and value.
-        norms: modules of the query's and the key's RMSNorm over a head; None where there is none.
-        centred: they are LayerNorms.
-        rotary: whether query and key are rotated.
+        norms: modules of the RMSNorm of a head's query and of its key; None where there is none.
         stream: whose tokens they are.
+        centred: the norms are LayerNorms.
+        rotary: query and key are rotated.
+        eps: of the norms.
     """
 
     projections: tuple[str, str, str]
@@ -129,12 +148,16 @@ class AttentionNames:
 class HeadProjection(nn.Module):
     """Query, key and value of one stream, as heads: linears, norm, rotary embedding.
 
-    Interleaved pairs are rotated as two halves: the rows of the query's and the key's weights are
-    permuted alike, which no inner product sees. Keys and values may have fewer heads than queries.
+    Interleaved pairs are rotated as two halves: the rows of the query's and of the key's weights are permuted
+    alike, which changes no inner product. Keys and values may have fewer heads than queries.
 
     Args:
+        names: where the stream has its tensors.
+        heads: of the queries.
         query: False where the stream is only attended to.
     """
+
+    roles: ClassVar[Roles] = dict.fromkeys(("norm_query", "norm_key"), Role.SELF_ATTENTION)
 
     def __init__(
         self, weights: Weights, names: AttentionNames, heads: int, precision: Precision, query: bool = True
@@ -145,7 +168,7 @@ class HeadProjection(nn.Module):
         self.eps = names.eps
         self.centred = names.centred
         self.rotary = names.rotary
-        self.dtype = precision.of(names.projections[0])
+        self.dtype = precision.of(*names.projections)
         used = names.projections if query else names.projections[1:]
         self.where = Where(joined(used), names.stream)
         self.norm_query: nn.Parameter | None = None
@@ -177,16 +200,16 @@ class HeadProjection(nn.Module):
 
     @property
     def channels(self) -> int:
-        """C, of what it reads."""
+        """C, the width of its input."""
         return int(self.linear.weight.shape[0])
 
-    def values(self, path: str) -> Columns:
-        """The linear's columns of the value.
+    def values(self, path: str) -> Channels:
+        """The linear's output channels that are the value.
 
         Args:
             path: of this module in the block.
         """
-        return Columns(f"{path}.linear", sum(self.sizes[:-1]))
+        return Channels(f"{path}.linear", sum(self.sizes[:-1]))
 
     def _norm_weight(self, weights: Weights, name: str, head_dim: int, scale: float) -> nn.Parameter:
         if f"{name}.weight" in weights:
@@ -197,26 +220,24 @@ class HeadProjection(nn.Module):
             weight = weight.reshape(-1, 2).T.flatten()
         return constant(weight * scale)
 
-    def forward(
-        self, x: torch.Tensor, rotary: Rotary | None = None
-    ) -> tuple[torch.Tensor | None, torch.Tensor, torch.Tensor]:
+    def forward(self, x: torch.Tensor, rotary: Rotary | None = None) -> Heads:
         """[B, N, C] -> query (or None) [B, H, N, D], key and value [B, G, N, D], in the graph's precision.
 
         Args:
-            rotary: None for tokens at the origin, which a rotation leaves as they are.
+            rotary: None for tokens at the origin, which a rotation does not change.
         """
         *first, key, value = self.linear(x).split(self.sizes, dim=-1)
         head_query = None
         if first:
             query = self._finish(first[0], self.heads, self.norm_query, rotary)
-            head_query = tap(self.where, "query", query)
-        head_key = tap(self.where, "key", self._finish(key, self.kv_heads, self.norm_key, rotary))
+            head_query = probe(self.where, "query", query)
+        head_key = probe(self.where, "key", self._finish(key, self.kv_heads, self.norm_key, rotary))
         return head_query, head_key, split_heads(value, self.kv_heads)
 
     def _finish(
         self, x: torch.Tensor, heads: int, norm: nn.Parameter | None, rotary: Rotary | None
     ) -> torch.Tensor:
-        """Normalise and rotate, float32: squares of an un-normalised query pass float16's range."""
+        """Norm and rotate in float32, since the squares of a query without a norm pass float16's range."""
         x = split_heads(x, heads)
         if norm is None and rotary is None:
             return x
@@ -238,19 +259,19 @@ def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:
 
 
 class FeedForward(nn.Module):
-    """First half of a diffusers `FeedForward` with gelu-approximate: the hidden activations."""
+    """The first half of a diffusers `FeedForward` with gelu-approximate: it gives the hidden activations."""
 
     def __init__(self, weights: Weights, name: str, precision: Precision, stream: Stream = "image") -> None:
         super().__init__()
         self.where = Where(name, stream)
-        self.up = Linear(*read_linear(weights, name), precision.of(name), self.where)
+        self.up = Linear.read(weights, name, precision=precision, where=self.where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return tap(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))
+        return probe(self.where, "hidden", functional.gelu(self.up(x), approximate="tanh"))
 
 
 class GatedFeedForward(nn.Module):
-    """silu(x A) * (x B): the hidden activations of a feed-forward whose gate is another linear.
+    """The first half of a feed-forward with a second linear as its gate: silu(x A) * (x B).
 
     Args:
         names: of A and B, or of the one linear that has both, A first.
@@ -261,8 +282,8 @@ class GatedFeedForward(nn.Module):
     ) -> None:
         super().__init__()
         self.where = Where(joined(names), stream)
-        self.up = Linear(*read_linear(weights, *names), precision.of(names[0]), self.where)
+        self.up = Linear.read(weights, *names, precision=precision, where=self.where)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         gate, hidden = self.up(x).chunk(2, dim=-1)
-        return tap(self.where, "hidden", functional.silu(gate) * hidden)
+        return probe(self.where, "hidden", functional.silu(gate) * hidden)

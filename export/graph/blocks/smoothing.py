@@ -1,6 +1,6 @@
-"""Where a factor for each channel can move from what makes a value to what reads it, for free.
+"""Where a factor for each channel can move from what makes a value to what reads it, without extra work.
 
-A block says what it allows in `smoothings()`; `ditf.export.graph.quantised` chooses the factors.
+A block lists what it allows in `smoothings()`; `ditf.export.graph.quantised` chooses the factors.
 """
 
 from __future__ import annotations
@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True)
-class Columns:
-    """Some output or input channels of a linear.
+class Channels:
+    """A run of output or input channels of a linear.
 
     Attributes:
-        path: of the linear in the trunk.
-        start: of the channels.
+        path: of the linear in the block.
+        start: the first of the channels.
     """
 
     path: str
@@ -24,17 +24,18 @@ class Columns:
 
 @dataclass(frozen=True)
 class Smoothing:
-    """Channels that a factor can move from what makes them to what reads them.
+    """Channels of a value whose factors can move from what makes the value to what reads it.
 
     Attributes:
-        readers: whose input channels they are.
+        channels: how many there are.
+        readers: linears whose input channels they are.
         norm: path of the norm that makes them, or "".
-        makers: linears whose output channels they are; constants: tensors [1, H, L, D] that are such outputs.
-        channels: how many.
+        makers: linears whose output channels they are.
+        constants: paths of constant tensors [1, H, L, D] that take the place of such outputs.
     """
 
     channels: int
-    readers: Sequence[Columns]
+    readers: Sequence[Channels]
     norm: str = ""
-    makers: Sequence[Columns] = ()
+    makers: Sequence[Channels] = ()
     constants: Sequence[str] = ()

@@ -1,4 +1,4 @@
-"""The application: routes, failures as JSON, and the gate around them."""
+"""Assembling the web application: the routes, errors as JSON, and the gate around them."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from starlette.formparsers import MultiPartParser
 import ditf
 from ditf.runtime.errors import DitfError
 from ditf.runtime.serving.errors import Overloaded, status_of
-from ditf.runtime.serving.http.gate import Gate
-from ditf.runtime.serving.http.metrics import CONTENT_TYPE, Metrics
+from ditf.runtime.serving.http.gate import RequestGate
+from ditf.runtime.serving.http.metrics import CONTENT_TYPE, ServerMetrics
 from ditf.runtime.serving.http.page import add_page, read_page
 from ditf.runtime.serving.protocol.routes_plain import plain_routes
 from ditf.runtime.serving.protocol.routes_v2 import HEALTH_PATHS, V2Routes
@@ -28,20 +28,21 @@ _DESCRIPTION = (
 
 
 def make_app(
-    service: Service, metrics: Metrics, api_key: str | None = None, hosts: Collection[str] | None = None
-) -> Gate:
-    """The ASGI application of a service.
+    service: Service, metrics: ServerMetrics, api_key: str | None = None, hosts: Collection[str] | None = None
+) -> RequestGate:
+    """Make the ASGI application of a service.
 
     Args:
-        service: what is served; metrics: its observer.
-        api_key, hosts: see `Gate`.
+        service: the service.
+        metrics: the service's observer.
+        api_key, hosts: see `RequestGate`.
     """
-    MultiPartParser.spool_max_size = service.limits.body_bytes  # bodies are in memory already
+    MultiPartParser.spool_max_size = service.limits.body_bytes  # bodies are already in memory
     app = FastAPI(
         title="ditf",
         version=ditf.__version__,
         description=_DESCRIPTION,
-        docs_url=None,  # its page loads scripts from elsewhere
+        docs_url=None,  # its page would load scripts from elsewhere
         redoc_url=None,
         exception_handlers={
             DitfError: _expected,
@@ -51,7 +52,7 @@ def make_app(
     )
     page = read_page()
     v2 = V2Routes(service, lambda: not gate.draining)
-    gate = Gate(app, service.limits, metrics, api_key, HEALTH_PATHS, page, hosts)
+    gate = RequestGate(app, service.limits, metrics, api_key, HEALTH_PATHS, page, hosts)
 
     async def prometheus(request: Request) -> Response:
         text = metrics.text(

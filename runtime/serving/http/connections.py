@@ -1,7 +1,8 @@
-"""Connections: how many are open, for whom, how long, and what a broken one is answered.
+"""Limits on connections: how many are open, from which addresses and for how long.
 
-uvicorn's HTTP/1.1 connection lacks time limits for a head and for reading an answer, and takes connections
-until no file descriptor is left. asyncio then neither accepts nor closes anything, health checks included.
+uvicorn has no time limits for sending a request's head and for reading an answer, and accepts connections
+until no file descriptor is left. asyncio then neither accepts nor closes any connection, even for health
+checks.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ logger = logging.getLogger("ditf.serve.connections")
 
 
 class Connection(Protocol):
-    """What a connection tells `Connections`.
+    """What `Connections` needs from a connection.
 
     Attributes:
-        address: of the client, from `client_address`.
-        client: (host, port) of the client, for the log.
-        idle: no request is being read past its head, or answered.
+        address: the client's address, from `client_address`.
+        client: the client's (host, port), for the log.
+        idle: whether no request is being answered or read past its head.
     """
 
     address: str
@@ -39,24 +40,24 @@ class Connection(Protocol):
     def idle(self) -> bool: ...
 
     def abort(self) -> None:
-        """Close it at once."""
+        """Close the connection at once."""
 
 
 class Connections:
-    """The open connections of a server, and which of them make room for others.
+    """The open connections of a server, and which of them make room for new ones.
 
     At the limit a new connection replaces the longest idle one. When every connection is busy, a few more are
-    accepted for health checks alone, so that a server that is full still says that it is alive. One address
-    has at most `connections_each`, which its own new connections replace in the same way. Loopback addresses
-    are exempt from that: a proxy on this machine speaks for all its clients from there.
+    accepted for health checks alone, so that a full server still reports that it is alive. One address has at
+    most `connections_each`, which its own new connections replace in the same way. Loopback addresses are
+    exempt from that, because a proxy on this machine uses them for all of its clients.
 
     Args:
-        limits: `connections`, `connections_each` and `connections_spare` are used.
+        limits: its `connections`, `connections_each` and `connections_spare` are used.
     """
 
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
-        self._order: dict[Connection, None] = {}  # the longest unused first
+        self._order: dict[Connection, None] = {}  # in the order of last use, the oldest first
         self._each: Counter[str] = Counter()
         self._spare: set[Connection] = set()
 
@@ -68,7 +69,7 @@ class Connections:
         return connection in self._spare
 
     def opened(self, connection: Connection) -> bool:
-        """Count a new connection; False if there is no room and the caller closes it."""
+        """Count a new connection; False if there is no room, and the caller must close it."""
         address = connection.address
         crowded_address = bool(address) and self._each[address] >= self._limits.connections_each
         if crowded_address or len(self._order) - len(self._spare) >= self._limits.connections:
@@ -90,7 +91,7 @@ class Connections:
         return True
 
     def used(self, connection: Connection) -> None:
-        """A request came over a connection, or was answered: it is the last to be replaced."""
+        """Note that a connection received or answered a request, so that it is the last to be replaced."""
         if connection in self._order:
             del self._order[connection]
             self._order[connection] = None
@@ -110,7 +111,7 @@ def _client(connection: Connection) -> dict[str, Any]:
 
 
 def client_address(host: str | None) -> str:
-    """What counts as one client: an IPv4 address or an IPv6 /64; "" for those that are not counted."""
+    """The address that counts as one client: IPv4, or an IPv6 /64; "" for clients that are not counted."""
     try:
         address = ipaddress.ip_address((host or "").partition("%")[0])
     except ValueError:
@@ -123,8 +124,8 @@ def client_address(host: str | None) -> str:
     return "" if address.is_loopback else str(address)
 
 
-class _ClientLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic from Python 3.11
-    """uvicorn's log of one connection, with the fields that a line about a request has."""
+class _ClientLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # it is generic from Python 3.11 on
+    """uvicorn's log of one connection, with the same fields as a line about a request."""
 
     @property
     def level(self) -> int:
@@ -132,7 +133,7 @@ class _ClientLog(logging.LoggerAdapter):  # type: ignore[type-arg]  # generic fr
 
 
 def bounded_protocol(limits: Limits, connections: Connections) -> type[H11Protocol]:
-    """The class of connections for `uvicorn.Config(http=...)`."""
+    """Make the class of connections for `uvicorn.Config(http=...)`."""
 
     class BoundedProtocol(H11Protocol):
         address = ""
@@ -164,7 +165,7 @@ def bounded_protocol(limits: Limits, connections: Connections) -> type[H11Protoc
             if not self.idle and self._head is not None:
                 self._head.cancel()
                 self._head = None
-            elif self.idle and self._head is None:  # a next head has begun; or a refused body goes on
+            elif self.idle and self._head is None:  # another head has begun, or a refused body continues
                 self._head = self.loop.call_later(limits.head_s, self.abort)
 
         def on_response_complete(self) -> None:
@@ -172,13 +173,13 @@ def bounded_protocol(limits: Limits, connections: Connections) -> type[H11Protoc
             super().on_response_complete()
 
         def send_400_response(self, msg: str) -> None:
-            """Say in JSON that it was no HTTP, with the id that the line in the log has."""
+            """Answer in JSON that the request is not HTTP, with the id that the line in the log has."""
             body = json.dumps({"error": msg}).encode()
             head = (
                 "HTTP/1.1 400 Bad Request\r\ncontent-type: application/json\r\nconnection: close\r\n"
                 f"content-length: {len(body)}\r\nx-request-id: {self._request_id}\r\n\r\n"
             )
-            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # else an answer has begun
+            if self.conn.our_state in (h11.IDLE, h11.SEND_RESPONSE):  # otherwise an answer has begun
                 self.transport.write(head.encode() + body)
             self.conn.send_failed()  # nothing follows
             self.transport.close()

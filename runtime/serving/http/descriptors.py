@@ -1,6 +1,6 @@
-"""File descriptors: enough for every connection that is accepted, so that none is ever missing.
+"""Making sure that there is a file descriptor for every connection that is accepted.
 
-When accept() fails for want of a descriptor, asyncio logs a traceback for each attempt and answers nobody.
+If accept() fails because no descriptor is left, asyncio logs a traceback for each attempt and answers nobody.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.serving.limits import Limits
 
 ACCEPTED_AT_ONCE = 32
-"""Connections that one turn of the event loop accepts. Those that are refused are closed a turn later."""
+"""Connections that the event loop accepts in one turn. Those that are refused are closed a turn later."""
 
-_OWN = 96  # files of models, libraries, the log, and what the runtime opens while it works
-_FEWEST = 16  # connections below which serving makes no sense
+_OWN = 96  # descriptors for models, libraries, the log and the runtime's own files
+_FEWEST = 16  # with fewer connections than this, serving makes no sense
 
 
 def fit_connections(limits: Limits) -> Limits:
@@ -25,7 +25,7 @@ def fit_connections(limits: Limits) -> Limits:
         InputError: the hard limit leaves room for fewer than 16 connections.
     """
     if sys.platform == "win32":
-        return limits  # sockets are no file descriptors there
+        return limits  # there sockets are not file descriptors
     import resource
 
     beside = _OWN + limits.connections_spare + 2 * ACCEPTED_AT_ONCE

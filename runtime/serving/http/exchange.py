@@ -1,4 +1,4 @@
-"""One request and its answer: its id, what was received and sent, and the headers that every answer has."""
+"""One request and its answer: the id, the bytes received and sent, and the headers of every answer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Receive = Callable[[], Awaitable[Message]]
 Send = Callable[[Message], Awaitable[None]]
 
 _REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,64}")
-CLIENT_LEFT = 499  # nginx's, for the log: nobody is there to be answered
+CLIENT_LEFT = 499  # nginx's status for the log, when nobody is left to be answered
 _CLOSE = (b"connection", b"close")
 _HEADERS = [
     (b"content-security-policy", b"default-src 'self'; img-src 'self' blob: data:; frame-ancestors 'none'"),
@@ -25,7 +25,7 @@ _HEADERS = [
 
 
 class Refused(Exception):
-    """A request that goes no further."""
+    """The request is refused, with an HTTP status and headers."""
 
     def __init__(self, status: int, problem: str, **headers: str) -> None:
         super().__init__(problem)
@@ -34,7 +34,7 @@ class Refused(Exception):
 
 
 class Exchange:
-    """One request and what became of it."""
+    """One request and its answer."""
 
     def __init__(self, scope: Message, send: Send) -> None:
         self.scope = scope
@@ -46,8 +46,8 @@ class Exchange:
         self.complete = False
         self.received = self.sent = 0
         self.held = 0
-        # A proxy before this server may have taken Content-Length for what ends the body, so that what
-        # follows on this connection is of another client: it is not read (RFC 9112, 6.1).
+        # A proxy may have ended the body by Content-Length, so that what follows on this connection is from
+        # another client. It must not be read (RFC 9112, 6.1).
         self._framed_twice = b"content-length" in self.headers and b"transfer-encoding" in self.headers
         self._send = send
 

@@ -1,8 +1,8 @@
-"""Who is let in: everything about a request that is decided before, or whatever, its route does with it.
+"""The gate: an ASGI middleware for all that does not depend on a request's route.
 
-An ASGI middleware: request ids, the key, limits of body and time, room, a client that leaves, draining, and
-one line of log and one of metrics for each request. A body is read before the request counts as let in, so
-that a slow client holds a connection and what it has sent, and nothing else.
+It handles request ids, the API key, limits of body and time, the number of requests, clients that leave and
+draining, and it writes one log line and one measurement for each request. A body is read before the request
+counts as let in, so that a slow client only occupies a connection and what it has sent.
 """
 
 from __future__ import annotations
@@ -25,39 +25,39 @@ from ditf.runtime.serving.limits import Limits
 App = Callable[[Message, Receive, Send], Awaitable[None]]
 
 TICKET = "ticket"
-"""In scope["state"] of a request with a body: its `Ticket`."""
+"""The key in scope["state"] of the `Ticket` of a request with a body."""
 
 HEALTH_ONLY = "health_only"
-"""In scope["state"], set by the connection: there are too many, and this one is for health checks."""
+"""The key in scope["state"] that marks a connection beyond the limit, which is for health checks alone."""
 
 logger = logging.getLogger(LOGGER)
 
 
 class Watcher(Protocol):
-    """Who is told of answers and of stages."""
+    """Receives measurements of answers and stages."""
 
     def request(self, endpoint: str, status: int, seconds: float) -> None: ...
 
     def stage(self, name: str, seconds: float) -> None: ...
 
 
-class Gate:
+class RequestGate:
     """The outermost application.
 
     Args:
-        app: what is let in goes to.
-        limits: of requests.
-        watcher: told of every answer.
-        api_key: that requests must bear; None for everyone.
-        health_paths: that need no key, and are answered however many connections are open.
-        open_paths: others that need no key.
-        hosts: names in the Host header that are answered; None for any. A server on the loopback names them,
-            so that no web page reaches it by a name that resolves there.
+        app: the application that gets the requests that are let in.
+        limits: the limits of requests.
+        watcher: receives measurements.
+        api_key: the key that requests must bear; None lets everyone in.
+        health_paths: paths that need no key and are answered however many connections are open.
+        open_paths: other paths that need no key.
+        hosts: the accepted names in the Host header; None accepts any. A server on the loopback sets them, so
+            that no web page reaches it by a name that resolves to the loopback.
 
     Attributes:
-        draining: set to let nothing more in.
-        reading, in_flight: requests whose body is being read, and those let in.
-        buffered: bytes that requests hold: bodies, inflated ones, large answers.
+        draining: set it to let no more requests in.
+        reading, in_flight: the number of requests whose body is being read, and of those let in.
+        buffered: the bytes that requests hold: bodies, inflated bodies and large answers.
     """
 
     def __init__(
@@ -84,7 +84,7 @@ class Gate:
 
     @property
     def idle(self) -> bool:
-        """Nothing is being read or answered."""
+        """Whether no request is being read or answered."""
         return self.reading == self.in_flight == 0
 
     async def __call__(self, scope: Message, receive: Receive, send: Send) -> None:
@@ -145,7 +145,7 @@ class Gate:
         body: deque[bytes] = deque()
         try:
             await asyncio.wait_for(self._read(exchange, receive, body), limits.body_s)
-        except (TimeoutError, asyncio.TimeoutError):  # two classes before Python 3.11
+        except (TimeoutError, asyncio.TimeoutError):  # these are two classes before Python 3.11
             raise Refused(408, f"the body took longer than {limits.body_s:g} s", connection="close") from None
         except Overloaded as error:
             raise Refused(503, str(error), retry_after=str(error.retry_after_s)) from None
@@ -171,7 +171,7 @@ class Gate:
             raise Refused(503, "the server is busy; try again", retry_after="1")
 
     async def _read(self, exchange: Exchange, receive: Receive, body: deque[bytes]) -> None:
-        """The whole body, in the pieces it came in."""
+        """Read the whole body, in the pieces in which it arrives."""
         limits = self._limits
         while True:
             message = await receive()
@@ -188,12 +188,12 @@ class Gate:
                 return
 
     async def _answer(self, exchange: Exchange, receive: Receive, body: deque[bytes], ticket: Ticket) -> None:
-        """Run the application on a body; it is cancelled when the client leaves, or is late to answer."""
+        """Run the application on a body. It is cancelled when the client leaves or the deadline passes."""
         left = asyncio.Event()
 
         async def replay() -> Message:
             if body:
-                await asyncio.sleep(0)  # a form is read here, piece by piece: others get their turn
+                await asyncio.sleep(0)  # lets others run between the pieces of a form
                 piece = body.popleft()
                 return {"type": "http.request", "body": piece, "more_body": bool(body)}
             await left.wait()
@@ -213,14 +213,14 @@ class Gate:
                 work.cancel()
                 await asyncio.wait({work})
                 raise Refused(504, "the request waited past its deadline; try again, or ask for less")
-            if not done:  # it is being written, and may be: `stall_s` is for that
+            if not done:  # the answer is being written, which `stall_s` limits
                 await asyncio.wait({work, leaving}, return_when=first)
             if not work.done() and not exchange.complete:
                 exchange.status = CLIENT_LEFT
                 work.cancel()
             await work
         except asyncio.CancelledError:
-            if exchange.status != CLIENT_LEFT:  # the server is ending, not the client
+            if exchange.status != CLIENT_LEFT:  # the server is ending, and the client has not left
                 raise
         finally:
             leaving.cancel()

@@ -1,7 +1,7 @@
-"""One line a request: JSON for machines, plain text for a terminal.
+"""The server's log: one line per request, in JSON for machines or plain text for a terminal.
 
-Lines about requests are as many as the requests. Everything else, of connections, uvicorn and asyncio, can
-be caused without end by a client that sends nothing valid: of those a few are written and the rest counted.
+A client that sends nothing valid can cause any number of other lines, from connections, uvicorn and
+asyncio. Only a few of these are written; the rest is counted.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ LOGGER = "ditf.serve"
 FORMATS = ("auto", "json", "text")
 
 BURST = 20
-"""Lines from one place in the code that are written in PERIOD_S seconds; more are counted."""
+"""So many lines from one place in the code are written in PERIOD_S seconds; further ones are counted."""
 
 PERIOD_S = 10.0
 
 
 class JsonFormatter(logging.Formatter):
-    """A record and its `fields` as one JSON object; whatever a client sent is escaped."""
+    """Formats a record and its `fields` as one JSON object, which escapes whatever a client sent."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created, timezone.utc)
@@ -45,7 +45,7 @@ class JsonFormatter(logging.Formatter):
 
 
 class TextFormatter(logging.Formatter):
-    """The same for people."""
+    """Formats a record and its `fields` as text for people."""
 
     def format(self, record: logging.LogRecord) -> str:
         when = datetime.fromtimestamp(record.created).strftime("%H:%M:%S")
@@ -58,7 +58,7 @@ class TextFormatter(logging.Formatter):
 
 
 class BoundedHandler(logging.StreamHandler[TextIO]):
-    """Writes the first BURST lines from one place in a period, then how many were left out."""
+    """Writes the first BURST lines from one place in a period, and then how many were left out."""
 
     def __init__(self, stream: TextIO) -> None:
         super().__init__(stream)
@@ -78,7 +78,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
         super().emit(record)
 
     def close(self) -> None:
-        """Write what was counted."""
+        """Write how many lines were left out, and close the handler."""
         self._tell(math.inf)
         super().close()
 
@@ -102,7 +102,7 @@ class BoundedHandler(logging.StreamHandler[TextIO]):
 
 @dataclass
 class _Seen:
-    """Lines of one place since `since`, a monotonic time."""
+    """The number of lines from one place since `since`, a monotonic time."""
 
     since: float
     record: logging.LogRecord
@@ -111,11 +111,11 @@ class _Seen:
 
 @contextmanager
 def logging_to_stderr(style: str, level: int) -> Iterator[None]:
-    """The server's log on stderr, and the warnings of uvicorn and asyncio with it.
+    """Write the server's log, and the warnings of uvicorn and asyncio, to stderr while the block runs.
 
     Args:
-        style: "json", "text", or "auto": text on a terminal.
-        level: of the server's own lines.
+        style: "json", "text", or "auto", which is text on a terminal and JSON elsewhere.
+        level: the level of the server's own lines.
     """
     if style == "auto":
         style = "text" if sys.stderr.isatty() else "json"

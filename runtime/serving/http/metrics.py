@@ -1,4 +1,4 @@
-"""What a server counts, for Prometheus."""
+"""The server's metrics for Prometheus."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5
 _IMAGES = (1, 2, 4, 8, 16, 32, 64)
 
 
-class Metrics:
-    """A registry of its own, and an `Observer` of the worker and the service."""
+class ServerMetrics:
+    """Metrics in a registry of their own. It is the `Observer` of the worker and the service."""
 
     def __init__(self) -> None:
         self._registry = registry = CollectorRegistry()
@@ -68,15 +68,15 @@ class Metrics:
         self._failures.inc()
 
     def request(self, endpoint: str, status: int, seconds: float) -> None:
-        """A request was answered."""
+        """Count an answered request."""
         self._requests.labels(endpoint, str(status)).inc()
         self._request.labels(endpoint).observe(seconds)
 
     def text(self, **gauges: float) -> bytes:
-        """The exposition.
+        """The metrics in Prometheus' text format.
 
         Args:
-            gauges: their values now, without the prefix.
+            gauges: the current values of the gauges, by name without the prefix.
         """
         for name, value in gauges.items():
             self._gauges[f"ditf_{name}"].set(value)

@@ -1,4 +1,4 @@
-"""Where a request comes from, by what browsers say of it: the Host, Origin and Sec-Fetch-Site headers."""
+"""Finding the origin of a request from the Host, Origin and Sec-Fetch-Site headers that browsers send."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _PORTS = {"http": 80, "https": 443}
 
 
 def host_name(host: str) -> str:
-    """A Host header without its port."""
+    """The name in a Host header, without the port."""
     name, _, port = host.rpartition(":")
     return (name if port.isdigit() and name else host).lower()
 
@@ -17,13 +17,13 @@ def host_name(host: str) -> str:
 def of_other_site(headers: Mapping[bytes, str], scheme: str) -> bool:
     """Whether a page of another origin sent the request.
 
-    Browsers that send Sec-Fetch-Site have compared the origins themselves, also where a proxy in between
-    changes the Host header. Without it the Origin header must be the scheme, host and port asked for. Clients
-    that are no browsers send neither.
+    Browsers that send Sec-Fetch-Site have compared the origins themselves, even if a proxy in between changes
+    the Host header. Without it, the Origin header must equal the requested scheme, host and port. Other
+    clients than browsers send neither header.
 
     Args:
-        headers: by lower-case name.
-        scheme: that the request came by.
+        headers: the headers by lower-case name.
+        scheme: the scheme of the request.
     """
     site = headers.get(b"sec-fetch-site")
     if site is not None:
@@ -36,7 +36,7 @@ def of_other_site(headers: Mapping[bytes, str], scheme: str) -> bool:
 
 
 def _origin(url: str) -> tuple[str, str, int] | None:
-    """Scheme, host and port; None for what has none of them, such as "null"."""
+    """The scheme, host and port of an origin; None if it lacks them, as "null" does."""
     try:
         parts = urlsplit(url)
         port = parts.port or _PORTS[parts.scheme]

@@ -1,4 +1,4 @@
-"""Files that a browser may have, read once: no path from a request is ever opened."""
+"""Serving the web page's files. They are read once, and no path from a request is ever opened."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _INDEX = "/index.html"
 
 
 def read_page(folder: Path = FOLDER) -> dict[str, tuple[bytes, str]]:
-    """The files of a folder: {path in a URL: (content, media type)}; index.html is `/` too."""
+    """Read a folder's files: {path in a URL: (content, media type)}. index.html is also served at `/`."""
     files = {}
     for path in sorted(folder.rglob("*")):
         if path.is_file():
@@ -25,7 +25,7 @@ def read_page(folder: Path = FOLDER) -> dict[str, tuple[bytes, str]]:
 
 
 def add_page(app: FastAPI, files: dict[str, tuple[bytes, str]]) -> None:
-    """Serve files; add them last, so that they hide no route."""
+    """Add routes that serve the files. Call this last, so that they hide no other route."""
 
     async def page(request: Request) -> Response:
         content, kind = files[request.scope["path"]]

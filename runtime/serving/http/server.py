@@ -1,4 +1,4 @@
-"""Listening, serving and stopping: uvicorn, which drains when it is told to stop."""
+"""Listening, serving and stopping, with a uvicorn server that drains before it stops."""
 
 from __future__ import annotations
 
@@ -13,21 +13,21 @@ import uvicorn
 from ditf.runtime.errors import InputError
 from ditf.runtime.serving.http.connections import Connections, bounded_protocol
 from ditf.runtime.serving.http.descriptors import ACCEPTED_AT_ONCE
-from ditf.runtime.serving.http.gate import Gate
+from ditf.runtime.serving.http.gate import RequestGate
 from ditf.runtime.serving.limits import Limits
 
 LOOPBACK = ("127.0.0.1", "localhost", "[::1]")
-"""Names that a server on the loopback answers to."""
+"""The host names that a server on the loopback answers to."""
 
-_BACKLOG = 1024  # connections that wait in the system to be accepted
-_CLOSING_S = 2  # for connections that are being written to when draining has ended
+_BACKLOG = 1024  # connections that wait in the kernel to be accepted
+_CLOSING_S = 2  # seconds for connections that are still being written to after draining
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 is any free one.
+    """Open a listening socket; port 0 picks any free port.
 
     Raises:
-        InputError: no such address here, or the port is taken.
+        InputError: this machine does not have the address, or the port is taken.
     """
     try:
         family, _, _, _, address = socket.getaddrinfo(
@@ -36,7 +36,7 @@ def bind(host: str, port: int) -> socket.socket:
         return socket.create_server(address[:2], family=family, backlog=_BACKLOG)
     except (OSError, UnicodeError, OverflowError) as error:
         number = getattr(error, "errno", None)
-        # create_server adds its own words; getaddrinfo's numbers are not the system's.
+        # create_server adds words of its own, and getaddrinfo's numbers are not errno values.
         reason = os.strerror(number) if number and number > 0 else getattr(error, "strerror", None) or error
         raise InputError(
             f"cannot listen on {host}:{port} ({reason})", "choose another --host or --port"
@@ -44,19 +44,19 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 def url(listening: socket.socket) -> str:
-    """Where a socket is reached."""
+    """The URL at which a socket is reached."""
     host, port = listening.getsockname()[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
 class Server(uvicorn.Server):
-    """uvicorn that answers what it has let in before it stops.
+    """A uvicorn server that answers the requests it has let in before it stops.
 
-    On SIGTERM or Ctrl-C it is no longer ready and lets nothing in, and stops when nothing is in flight, or
-    after `limits.drain_s`; on a second one at once.
+    On SIGTERM or Ctrl-C it reports that it is not ready, lets no more requests in, and stops when none is in
+    flight or after `limits.drain_s`. A second signal stops it at once.
     """
 
-    def __init__(self, gate: Gate, limits: Limits) -> None:
+    def __init__(self, gate: RequestGate, limits: Limits) -> None:
         self.connections = Connections(limits)
         super().__init__(
             uvicorn.Config(
@@ -78,7 +78,7 @@ class Server(uvicorn.Server):
         self._stopping: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to drain; uvicorn's would end with the signal's own exit code."""
+        """Begin to drain. uvicorn's own handler would end the process with the signal's exit code."""
         if self._stopping is None:
             self._stopping = time.monotonic()
             self._gate.draining = True
@@ -88,7 +88,7 @@ class Server(uvicorn.Server):
     async def startup(self, sockets: list[socket.socket] | None = None) -> None:
         await super().startup(sockets)
         for listening in sockets or ():
-            listening.listen(_BACKLOG)  # asyncio's backlog is also what it accepts at once
+            listening.listen(_BACKLOG)  # asyncio's own backlog is also the number that it accepts at once
 
     async def on_tick(self, counter: int) -> bool:
         if self._stopping is not None:

@@ -1,1 +1,1 @@
-"""What clients send and get: the Open Inference Protocol and the plain routes."""
+"""What clients send and receive: the Open Inference Protocol and the plain routes."""

@@ -1,26 +1,32 @@
-"""The models that a served bundle has: names, types and shapes of their tensors.
+"""The models of a served bundle, with the names, types and shapes of their tensors.
 
-The one home of what clients are written against, here and on Triton, where a repository made from the bundle
-has the same models: `features` is features.onnx or its engine itself; `match` and `correspond` take what a
-client has at hand. A dimension of -1 is the client's choice.
+Clients are written against these definitions, both for `ditf serve` and for Triton, where a repository that
+is made from a bundle has the same models. `features` is features.onnx or its engine itself; `match` and
+`correspond` take what a client has at hand. A dimension of -1 may have any length.
 
-Sizes are (height, width), points (x, y) in pixels of the image they are in, pixel centres at integers.
+Sizes are (height, width). Points are (x, y) in pixels of the image that they are in, with pixel centres at
+integers.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
+import numpy as np
+
 from ditf.runtime.bundles.manifest import Manifest
 
-FEATURES = "features"
-MATCH = "match"
-CORRESPOND = "correspond"
-VERSION = "1"  # of every model: a bundle that changes is another bundle
+SERVED_FEATURES = "features"
+SERVED_MATCH = "match"
+SERVED_CORRESPOND = "correspond"
+VERSION = "1"  # of every model; a changed bundle is another bundle
 
 METHOD = "method"
 PROMPT = "prompt"
-"""Request parameters of ditf serve beside tensors: how to match, and which of the bundle's conditions."""
+"""Request parameters beside the tensors: how to match, and which of the bundle's conditions to use."""
+
+Results = dict[str, np.ndarray]
+"""A model's outputs by name."""
 
 
 @dataclass(frozen=True)
@@ -28,9 +34,9 @@ class TensorSpec:
     """A tensor of a model.
 
     Attributes:
-        name: in requests and answers.
-        datatype: as the protocol calls it: UINT8, INT64, FP16, FP32.
-        shape: -1 for a dimension of any length.
+        name: its name in requests and answers.
+        datatype: the protocol's name of its type: UINT8, INT64, FP16 or FP32.
+        shape: its shape; -1 stands for a dimension of any length.
     """
 
     name: str
@@ -40,7 +46,7 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model's tensors, in order, and the request parameters that it takes beside them."""
+    """A model's tensors in order, and the request parameters that it takes beside them."""
 
     name: str
     inputs: tuple[TensorSpec, ...]
@@ -51,15 +57,16 @@ class ModelSpec:
 def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
     """The models of a bundle.
 
-    `features`: image UINT8 [B, H, W, 3], RGB at the bundle's size -> features [B, C, h, w], FP16 or FP32 as
-    exported. B is the bundle's batch, or anything where that is dynamic; ditf serve takes any B.
+    `features` takes image UINT8 [B, H, W, 3], RGB at the bundle's size, and returns features [B, C, h, w],
+    FP16 or FP32 as exported. B is the bundle's batch, or any number if that is dynamic; ditf serve takes
+    any B.
 
-    `match`: source, target [C, h, w], features of one image each; source_size, target_size INT64 [2], of the
-    original images; points FP32 [N, 2] in the source -> matches FP32 [N, 2] in the target, scores FP32 [N],
-    cosines.
+    `match` takes source and target [C, h, w], the features of one image each; source_size and target_size
+    INT64 [2], the sizes of the original images; and points FP32 [N, 2] in the source. It returns matches
+    FP32 [N, 2] in the target and scores FP32 [N], their cosines.
 
-    `correspond`: source, target UINT8 [H, W, 3], RGB images of any size; points FP32 [N, 2] -> matches and
-    scores as above.
+    `correspond` takes source and target UINT8 [H, W, 3], RGB images of any size, and points FP32 [N, 2]. It
+    returns matches and scores as `match` does.
     """
     height, width = manifest.size
     features = (manifest.channels, *manifest.grid)
@@ -68,13 +75,13 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
     found = (TensorSpec("matches", "FP32", (-1, 2)), TensorSpec("scores", "FP32", (-1,)))
     models = (
         ModelSpec(
-            FEATURES,
+            SERVED_FEATURES,
             (TensorSpec("image", "UINT8", (-1, height, width, 3)),),
             (TensorSpec("features", datatype, (-1, *features)),),
             (PROMPT,),
         ),
         ModelSpec(
-            MATCH,
+            SERVED_MATCH,
             (
                 TensorSpec("source", datatype, features),
                 TensorSpec("target", datatype, features),
@@ -86,7 +93,7 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
             (METHOD,),
         ),
         ModelSpec(
-            CORRESPOND,
+            SERVED_CORRESPOND,
             (
                 TensorSpec("source", "UINT8", (-1, -1, 3)),
                 TensorSpec("target", "UINT8", (-1, -1, 3)),
@@ -100,8 +107,8 @@ def model_specs(manifest: Manifest) -> dict[str, ModelSpec]:
 
 
 def features_datatype(manifest: Manifest) -> str:
-    """FP16 or FP32, the type of the bundle's features."""
-    # Bundles that do not say are older than the choice: float16 went with the precision.
+    """The type of the bundle's features, FP16 or FP32."""
+    # Older bundles do not state the type; in them it followed from the precision.
     dtype = manifest.features_dtype or ("float32" if manifest.precision == "float32" else "float16")
     if manifest.features_dtype is None and not manifest.adaln:
         dtype = "float32"

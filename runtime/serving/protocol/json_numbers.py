@@ -1,8 +1,9 @@
-"""Tensors as JSON numbers, read and written in pieces.
+"""Reading and writing tensors as JSON numbers, piece by piece.
 
-Python's json module keeps the interpreter to itself for a whole document, and makes an object of every number
-and list: a few megabytes of JSON stop the event loop for seconds and take a gigabyte. So the text of each
-tensor's data is cut out of a request before the rest is parsed, and becomes an array piece by piece.
+Python's json module holds the interpreter lock for a whole document and makes an object of every number and
+list, so a few megabytes of JSON stop the event loop for seconds and take a gigabyte. The text of each
+tensor's data is therefore cut out of a request before the rest is parsed, and converted to an array piece
+by piece.
 """
 
 from __future__ import annotations
@@ -19,10 +20,10 @@ import numpy as np
 from ditf.runtime.errors import InputError
 
 MEMORY = 5
-"""Bytes that reading a tensor takes at most, for each byte of its text, beside the text itself."""
+"""The most bytes of memory that reading a tensor takes per byte of its text, beside the text itself."""
 
 TEXT = 24
-"""Bytes that writing a number takes, at most."""
+"""The most bytes that writing a number takes."""
 
 _DATA = re.compile(rb'"data"[ \t\r\n]*:[ \t\r\n]*(\[[][0-9eE+., \t\r\n-]*\])')
 _NUMBER = b"0123456789eE+-."
@@ -36,13 +37,14 @@ def cut_data(body: bytes, length: int) -> tuple[bytes, dict[str, bytes]]:
     """Cut the arrays of numbers under "data" out of a JSON document.
 
     Args:
-        body: starts with the document, which has `length` bytes.
+        body: begins with the document, which has `length` bytes.
 
     Returns:
-        The document with names, which no client can know before, in the arrays' places; and their texts.
+        The document, with names in place of the arrays that no client can predict; and the arrays' texts by
+        these names.
 
     Raises:
-        InputError: more of them than any model has tensors.
+        InputError: there are more arrays than any model has tensors.
     """
     secret = secrets.token_hex(16)
     texts: dict[str, bytes] = {}
@@ -61,16 +63,18 @@ def cut_data(body: bytes, length: int) -> tuple[bytes, dict[str, bytes]]:
 def read_numbers(
     data: Any, texts: Mapping[str, bytes], name: str, shape: tuple[int, ...], dtype: np.dtype
 ) -> np.ndarray:
-    """A tensor from nested lists of its shape, or from one flat list.
+    """Read a tensor from nested lists of its shape, or from one flat list.
 
     Args:
-        data: what a document from `cut_data` has; texts: those from there.
-        name: of the tensor, for errors.
+        data: the tensor's data in a document that `cut_data` returned.
+        texts: the texts that `cut_data` returned.
+        name: the tensor's name, for errors.
 
     Raises:
-        InputError: no list of numbers, of another shape, or numbers that the type does not hold.
+        InputError: the data is not a list of numbers or has another shape, or the type does not hold a
+        number.
     """
-    if isinstance(data, list):  # not cut out: it may hold more than numbers, and it is small
+    if isinstance(data, list):  # it was not cut out, because it is small or holds more than numbers
         text = json.dumps(data).encode()
     elif isinstance(data, str) and data in texts:
         text = texts[data]
@@ -96,10 +100,10 @@ def read_numbers(
 
 
 def write_numbers(array: np.ndarray) -> bytes:
-    """A flat JSON list of an array's numbers.
+    """Write an array's numbers as a flat JSON list.
 
     Raises:
-        ValueError: they are not all finite.
+        ValueError: a number is not finite.
     """
     flat = array.ravel()
     pieces = (flat[i : i + _NUMBERS].tolist() for i in range(0, flat.size, _NUMBERS))
@@ -107,7 +111,7 @@ def write_numbers(array: np.ndarray) -> bytes:
 
 
 def _flat(text: bytes, name: str, shape: tuple[int, ...]) -> bytes:
-    """The numbers of a list of this shape, or a flat one, with commas between them."""
+    """The numbers of a list of this shape, or of a flat list, with commas between them."""
     count = math.prod(shape)
     outline = text.translate(_ZEROS, b" \t\r\n")
     brackets = outline.translate(None, b"0")
@@ -123,13 +127,14 @@ def _flat(text: bytes, name: str, shape: tuple[int, ...]) -> bytes:
 def _is_outline(brackets: bytes, shapes: tuple[tuple[int, ...], ...]) -> bool:
     """Whether brackets are nested lists of one of the shapes.
 
-    Their length is compared first: a shape with a 0 in it has no numbers, and may have any number of lists.
+    Lengths are compared first, because a shape with a 0 in it has no numbers but may have any number of
+    lists.
     """
     return any(len(brackets) == _length(one) and brackets == _brackets(one) for one in shapes)
 
 
 def _length(shape: tuple[int, ...]) -> int:
-    """Of `_brackets`, without making them."""
+    """The length of `_brackets(shape)`, computed without making them."""
     length = 0
     for count in reversed(shape):
         length = 2 + max(0, (length + 1) * count - 1)
@@ -137,7 +142,7 @@ def _length(shape: tuple[int, ...]) -> int:
 
 
 def _brackets(shape: tuple[int, ...]) -> bytes:
-    """Nested lists of a shape, without their numbers."""
+    """The brackets and commas of nested lists of a shape, without numbers."""
     lists = b""
     for length in reversed(shape):
         lists = b"[" + ((lists + b",") * length)[:-1] + b"]"
@@ -156,5 +161,5 @@ def _piece(text: bytes, name: str, dtype: np.dtype) -> np.ndarray:
         info = np.iinfo(dtype)
         if not info.min <= numbers.min() <= numbers.max() <= info.max:
             raise InputError(f"data of {name} does not fit {dtype.name.upper()}")
-    with np.errstate(over="ignore"):  # infinity is refused by what uses it
+    with np.errstate(over="ignore"):  # the code that uses the tensor refuses infinity
         return numbers.astype(dtype)

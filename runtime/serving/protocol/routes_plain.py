@@ -1,4 +1,4 @@
-"""Routes for people with curl: image files in, JSON, pictures and arrays out; described in OpenAPI."""
+"""Routes for use with curl: they take image files and return JSON, pictures or arrays."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from fastapi import APIRouter, File, Form, Query, Request, Response, UploadFile
 from fastapi.responses import JSONResponse
 from PIL import Image
 
-from ditf.runtime.drawing import draw_matches
-from ditf.runtime.drawing_dense import draw_heat_map, heat_colours
+from ditf.runtime.drawing.heat_map import draw_heat_map, heat_colours
+from ditf.runtime.drawing.matches import draw_matches
 from ditf.runtime.matching.points import parse_points
 from ditf.runtime.matching.soft_argmax import METHODS
-from ditf.runtime.serving.decoding import decode_image
+from ditf.runtime.serving.decoding import decode_upload
 from ditf.runtime.serving.http.gate import TICKET
 from ditf.runtime.serving.service import Service
 
@@ -32,7 +32,7 @@ PromptText = Annotated[Optional[str], Form(description="Condition of a bundle th
 
 @dataclass
 class Failure:
-    """What every failure says: the problem, then the fix."""
+    """A failure: the problem, then the fix."""
 
     error: str
 
@@ -42,9 +42,10 @@ class Found:
     """Matches of N points.
 
     Attributes:
-        points: as asked for, [N, 2], (x, y) px in the source; matches: [N, 2] in the target.
-        scores: [N], cosines.
-        source_size, target_size: (H, W) px.
+        points: the points of the request, [N, 2], (x, y) in pixels of the source.
+        matches: [N, 2], (x, y) in pixels of the target.
+        scores: [N], the cosines of the matches.
+        source_size, target_size: the sizes (H, W) of both images in pixels.
     """
 
     bundle: str
@@ -61,10 +62,14 @@ class ServedBundle:
     """A bundle that is served.
 
     Attributes:
-        model, layer, precision: what it computes; size: (H, W) px of the engine's input; grid: (h, w) cells.
-        channels: of a cell; batch: images in a call, 0 for any number.
-        conditions: that `prompt` can name, the default first.
-        backend: what runs it.
+        model, layer, precision: what it computes.
+        size: the size (H, W) of the engine's input in pixels.
+        grid: the size (h, w) of the features in cells.
+        channels: the channels of a cell.
+        batch: the number of images in a call; 0 stands for any number.
+        conditions: the names that `prompt` can have, the default first.
+        methods: the names that `method` can have, the default first.
+        backend: the backend that runs it.
     """
 
     name: str
@@ -82,7 +87,7 @@ class ServedBundle:
 
 @dataclass
 class Bundles:
-    """What is served, the default first."""
+    """The bundles that are served, the default first."""
 
     bundles: list[ServedBundle]
 
@@ -104,7 +109,7 @@ _FAILURES: dict[int | str, dict[str, object]] = {
 
 
 def plain_routes(service: Service) -> APIRouter:
-    """The routes over a service."""
+    """Make the routes over a service."""
     router = APIRouter(responses=_FAILURES)
 
     @router.get("/bundles", summary="What is served")
@@ -140,8 +145,8 @@ def plain_routes(service: Service) -> APIRouter:
                     "draw",
                     lambda: _png(
                         draw_matches(
-                            decode_image(pictures[0], limits),
-                            decode_image(pictures[1], limits),
+                            decode_upload(pictures[0], limits),
+                            decode_upload(pictures[1], limits),
                             found.points,
                             found.matches,
                         )
@@ -200,7 +205,7 @@ def plain_routes(service: Service) -> APIRouter:
                 "draw",
                 lambda: _png(
                     draw_heat_map(
-                        decode_image(pictures[0], limits), decode_image(pictures[1], limits), asked, heat
+                        decode_upload(pictures[0], limits), decode_upload(pictures[1], limits), asked, heat
                     )
                 ),
                 ticket,

@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import JSONResponse
 
 import ditf
+from ditf.runtime.backends import BACKENDS
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.soft_argmax import METHODS
@@ -18,13 +19,14 @@ from ditf.runtime.serving.errors import NotFound
 from ditf.runtime.serving.http.gate import TICKET
 from ditf.runtime.serving.jobs import Ticket
 from ditf.runtime.serving.protocol.contract import (
-    CORRESPOND,
-    FEATURES,
-    MATCH,
     METHOD,
     PROMPT,
+    SERVED_CORRESPOND,
+    SERVED_FEATURES,
+    SERVED_MATCH,
     VERSION,
     ModelSpec,
+    Results,
     model_specs,
 )
 from ditf.runtime.serving.protocol.json_numbers import MEMORY, TEXT
@@ -42,8 +44,6 @@ HEALTH_PATHS = LIVE, READY = "/v2/health/live", "/v2/health/ready"
 _HEADER_LENGTH = "Inference-Header-Content-Length"
 _EXTENSIONS = ["binary_tensor_data", "parameters"]
 
-Results = dict[str, np.ndarray]
-
 
 class V2Routes:
     """The protocol over a service.
@@ -52,7 +52,7 @@ class V2Routes:
     are also called without its name.
 
     Args:
-        ready: whether requests are let in.
+        ready: returns whether requests are let in.
     """
 
     def __init__(self, service: Service, ready: Callable[[], bool]) -> None:
@@ -67,11 +67,11 @@ class V2Routes:
 
     @property
     def names(self) -> list[str]:
-        """Of all models."""
+        """The names of all models."""
         return list(self._models)
 
     def add_to(self, app: FastAPI) -> None:
-        """Add the routes. They are not in the OpenAPI document: the protocol has its own."""
+        """Add the routes. They are left out of the OpenAPI document, because the protocol has its own."""
         model = "/v2/models/{model}"
         routes: list[tuple[str, Callable[[Request], Awaitable[Response]], str]] = [
             (LIVE, self.live, "GET"),
@@ -100,13 +100,12 @@ class V2Routes:
 
     async def model_metadata(self, request: Request) -> Response:
         name, bundle, spec = self._found(request)
-        backend = self._service.models[bundle].backend
-        platform = "onnxruntime_onnx" if backend == "onnxruntime" else "tensorrt_plan"
+        platform = BACKENDS[self._service.models[bundle].backend].platform
         return JSONResponse(
             {
                 "name": name,
                 "versions": [VERSION],
-                "platform": platform if spec.name == FEATURES else "ditf",
+                "platform": platform if spec.name == SERVED_FEATURES else "ditf",
                 "inputs": [asdict(tensor) for tensor in spec.inputs],
                 "outputs": [asdict(tensor) for tensor in spec.outputs],
             }
@@ -149,10 +148,10 @@ class V2Routes:
         )
 
     def _found(self, request: Request) -> tuple[str, str, ModelSpec]:
-        """Name, bundle and tensors of the model that a path names.
+        """The name, bundle and tensors of the model that a path names.
 
         Raises:
-            NotFound: there is none.
+            NotFound: there is no such model.
         """
         name, version = request.path_params["model"], request.path_params.get("version", VERSION)
         if name not in self._models:
@@ -196,7 +195,7 @@ async def _correspond(service: Service, bundle: str, asked: InferRequest, ticket
 
 
 _RUN: dict[str, Callable[[Service, str, InferRequest, Ticket], Awaitable[Results]]] = {
-    FEATURES: _features,
-    MATCH: _match,
-    CORRESPOND: _correspond,
+    SERVED_FEATURES: _features,
+    SERVED_MATCH: _match,
+    SERVED_CORRESPOND: _correspond,
 }

@@ -1,8 +1,8 @@
-"""The Open Inference Protocol's messages over HTTP: JSON, and the binary tensor data extension.
+"""The messages of the Open Inference Protocol over HTTP, in JSON and with the binary tensor data extension.
 
-kserve/open-inference-protocol, specification/protocol/inference_rest.md; triton-inference-server/server,
-docs/protocol/extension_binary_data.md, "raw binary requests" included. What a request says of itself is
-checked before a byte of it is believed.
+The protocol is specified in kserve/open-inference-protocol, specification/protocol/inference_rest.md, and the
+extension in triton-inference-server/server, docs/protocol/extension_binary_data.md, whose "raw binary
+requests" are included. All that a request states about itself is checked before it is used.
 """
 
 from __future__ import annotations
@@ -22,20 +22,20 @@ from ditf.runtime.serving.errors import TooLarge
 from ditf.runtime.serving.protocol.contract import ModelSpec, TensorSpec
 from ditf.runtime.serving.protocol.json_numbers import cut_data, read_numbers, write_numbers
 
-DTYPES = {"UINT8": "u1", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4"}
-"""numpy's names for the protocol's types, of those that the models use."""
+NUMPY_TYPES = {"UINT8": "u1", "INT64": "<i8", "FP16": "<f2", "FP32": "<f4"}
+"""numpy's names for those of the protocol's types that the models use."""
 
 BINARY_SIZE = "binary_data_size"
 BINARY = "binary_data"
 ALL_BINARY = "binary_data_output"
-TIMEOUT = "timeout"  # microseconds, of Triton's schedule policy extension
+TIMEOUT = "timeout"  # in microseconds, from Triton's schedule policy extension
 
 REST_BYTES = 1 << 20
-"""Of JSON beside the tensors' numbers, at most."""
+"""The most bytes of JSON beside the tensors' numbers."""
 
-# Of Triton's other extensions: its clients send them at their defaults, and they mean nothing here.
+# Triton's clients send these parameters of other extensions at their defaults; they have no effect here.
 _IGNORED = frozenset({"priority", "sequence_id", "sequence_start", "sequence_end"})
-_JSON_ELEMENTS = 1 << 22  # of an answer: as text they are some 20 bytes each
+_JSON_ELEMENTS = 1 << 22  # in an answer; as text they take about 20 bytes each
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,11 @@ class InferRequest:
     """A request whose tensors are those of the model.
 
     Attributes:
-        id: to be echoed; None where there is none.
-        inputs: arrays by name; they may be views of the body.
-        outputs: names wanted, in order, and whether as binary data.
-        parameters: of those that the model takes, as strings; `timeout_s`: None where it was not given.
+        id: the id that the answer repeats; None if there is none.
+        inputs: arrays by name, which may be views of the body.
+        outputs: the names of the wanted outputs in order, each with whether it is sent as binary data.
+        parameters: the parameters that the model takes, as strings.
+        timeout_s: the timeout in seconds; None if it was not given.
     """
 
     id: str | None
@@ -61,11 +62,11 @@ def inflate(body: bytes, encoding: str, limit: int) -> bytes:
 
     Args:
         encoding: "gzip" or "deflate" (zlib's format, RFC 9110), or "identity".
-        limit: bytes that may come out.
+        limit: the most bytes that may come out.
 
     Raises:
-        TooLarge: more than that.
-        InputError: another encoding, or not what it says.
+        TooLarge: the body inflates to more.
+        InputError: the encoding is not supported, or the body does not have it.
     """
     if encoding in ("", "identity"):
         return body
@@ -87,14 +88,14 @@ def parse_request(body: bytes, header_length: str | None, model: ModelSpec, json
     """Read a request's body.
 
     Args:
-        body: not compressed.
-        header_length: the Inference-Header-Content-Length header; None where there is none.
-        model: what it is for.
-        json_limit: bytes of JSON.
+        body: the body, already inflated.
+        header_length: the Inference-Header-Content-Length header; None if there is none.
+        model: the model that the request is for.
+        json_limit: the most bytes of JSON.
 
     Raises:
-        InputError: not this protocol, or not this model's tensors.
-        TooLarge: more JSON than that.
+        InputError: the body does not follow the protocol, or its tensors are not this model's.
+        TooLarge: there is more JSON.
     """
     length = json_length(len(body), header_length)
     if length == 0 and header_length is not None:
@@ -125,10 +126,10 @@ def parse_request(body: bytes, header_length: str | None, model: ModelSpec, json
 
 
 def json_length(body: int, header_length: str | None) -> int:
-    """Bytes of JSON of a body of so many; 0 for a raw binary request.
+    """The bytes of JSON in a body of `body` bytes; 0 for a raw binary request.
 
     Raises:
-        InputError: the Inference-Header-Content-Length header is no length, or that of a longer body.
+        InputError: the Inference-Header-Content-Length header is not a length, or is longer than the body.
     """
     if header_length is None:
         return body
@@ -143,23 +144,23 @@ def json_length(body: int, header_length: str | None) -> int:
 def encode_response(
     model: str, version: str, request: InferRequest, results: Mapping[str, np.ndarray]
 ) -> tuple[bytes, int | None]:
-    """An answer's body, and the length of its JSON where binary data follows it.
+    """Encode an answer. Returns its body, and the length of its JSON if binary data follows it, else None.
 
     Args:
-        results: every output of the model, of the contract's type.
+        results: all outputs of the model, in the types of the contract.
 
     Raises:
-        InputError: a large tensor asked for as JSON.
+        InputError: a large tensor was asked for as JSON.
     """
     outputs: list[dict[str, Any]] = []
     tail: list[bytes] = []
     secret, numbers = secrets.token_hex(16), dict[bytes, bytes]()
     for name, binary in request.outputs:
         array = results[name]
-        datatype = next(key for key, dtype in DTYPES.items() if np.dtype(dtype) == array.dtype)
+        datatype = next(key for key, dtype in NUMPY_TYPES.items() if np.dtype(dtype) == array.dtype)
         entry: dict[str, Any] = {"name": name, "datatype": datatype, "shape": list(array.shape)}
         if binary:
-            data = array.astype(DTYPES[datatype], copy=False).tobytes()
+            data = array.astype(NUMPY_TYPES[datatype], copy=False).tobytes()
             entry["parameters"] = {BINARY_SIZE: len(data)}
             tail.append(data)
         elif array.size > _JSON_ELEMENTS:
@@ -178,15 +179,15 @@ def encode_response(
 
 
 def _raw_request(body: bytes, model: ModelSpec) -> InferRequest:
-    """A body that is the only input's data: the dimension that varies is what the bytes make it."""
+    """Read a body that is the data of the only input. Its length decides the dimension that varies."""
     wanted = [spec for spec in model.inputs if spec.shape.count(-1) == 1]
     if len(model.inputs) != 1 or not wanted:
         raise InputError(f"{model.name} has no single input to be sent raw", "send a JSON header with it")
     spec = wanted[0]
-    item = np.dtype(DTYPES[spec.datatype]).itemsize * math.prod(n for n in spec.shape if n != -1)
+    item = np.dtype(NUMPY_TYPES[spec.datatype]).itemsize * math.prod(n for n in spec.shape if n != -1)
     if not body or len(body) % item:
         raise InputError(f"{len(body):,} bytes are no multiple of {item:,}, one {spec.name} of {model.name}")
-    array = np.frombuffer(body, DTYPES[spec.datatype]).reshape(spec.shape)
+    array = np.frombuffer(body, NUMPY_TYPES[spec.datatype]).reshape(spec.shape)
     return InferRequest(None, {spec.name: array}, _outputs(None, True, model), {}, None)
 
 
@@ -208,18 +209,18 @@ def _inputs(
         shape = _shape(entry.get("shape"), spec)
         size = _size(entry, name)
         if size is None:
-            dtype = np.dtype(DTYPES[spec.datatype])
+            dtype = np.dtype(NUMPY_TYPES[spec.datatype])
             arrays[name] = read_numbers(entry.get("data"), data, name, shape, dtype)
             continue
         count = math.prod(shape)
-        needed = count * np.dtype(DTYPES[spec.datatype]).itemsize
+        needed = count * np.dtype(NUMPY_TYPES[spec.datatype]).itemsize
         if size != needed:
             raise InputError(
                 f"{name} of shape {list(shape)} has {needed:,} bytes, not the {size:,} announced"
             )
         if offset + size > len(binary):
             raise InputError(f"{name} has {size:,} bytes, of which {len(binary) - offset:,} arrived")
-        arrays[name] = np.frombuffer(binary, DTYPES[spec.datatype], count, offset).reshape(shape)
+        arrays[name] = np.frombuffer(binary, NUMPY_TYPES[spec.datatype], count, offset).reshape(shape)
         offset += size
     missing = specs.keys() - arrays.keys()
     if missing:
@@ -247,7 +248,7 @@ def _outputs(entries: Any, all_binary: bool, model: ModelSpec) -> tuple[tuple[st
 
 
 def _size(entry: dict[str, Any], name: str) -> int | None:
-    """Bytes of binary data of an input; None where its data is in the JSON."""
+    """The bytes of an input's binary data; None if its data is in the JSON."""
     parameters = _object(entry.get("parameters", {}), f"parameters of {name}")
     _refuse_extensions(parameters, name)
     size = parameters.get(BINARY_SIZE)
@@ -285,7 +286,7 @@ def _timeout(parameters: dict[str, Any]) -> float | None:
         return None
     if not _is_count(timeout):
         raise InputError(f"timeout {timeout!r:.40} is not a number of microseconds")
-    return timeout / 1e6 if timeout else None  # 0 is the server's own
+    return timeout / 1e6 if timeout else None  # 0 stands for the server's own deadline
 
 
 def _refuse_extensions(parameters: dict[str, Any], name: str) -> None:

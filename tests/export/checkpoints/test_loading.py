@@ -146,7 +146,7 @@ def test_a_diffusers_without_the_class(copy, monkeypatch):
 def test_a_diffusers_that_lays_the_model_out_otherwise(checkpoint, monkeypatch):
     made = plan(checkpoint("pixart"))
     monkeypatch.setattr(type(made.family), "attention_name", "self_attention")
-    with pytest.raises(MissingComponent, match="lays BasicTransformerBlock out otherwise"):
+    with pytest.raises(MissingComponent, match="names the modules of BasicTransformerBlock differently"):
         Reference(made.checkpoint, made.family, 1, made.size, made.noise())
 
 

@@ -54,8 +54,8 @@ def test_the_reference_is_the_same_bits(checkpoint, monkeypatch, name):
     resident, model = observed(plan, entry)
     assert not any(parameter.is_meta for parameter in model.parameters())
     monkeypatch.setattr(offload, "RESIDENT", 0)
-    streamed, model = observed(plan, entry)
-    for actual, expected in zip(streamed, resident, strict=True):
+    offloaded, model = observed(plan, entry)
+    for actual, expected in zip(offloaded, resident, strict=True):
         np.testing.assert_array_equal(actual, expected)
     # What the model and its blocks own themselves, small tables, may stay when a hook leaves the pass.
     linears = [module for module in model.modules() if isinstance(module, torch.nn.Linear)]
@@ -104,10 +104,10 @@ def test_text_encoders_are_the_same_bits(checkpoint, tmp_path, monkeypatch, name
     plan = plan_of(folder)
     resident = condition_of(plan).condition
     monkeypatch.setattr(offload, "RESIDENT", 0)
-    streamed = condition_of(plan).condition
-    assert resident.keys() == streamed.keys()
+    offloaded = condition_of(plan).condition
+    assert resident.keys() == offloaded.keys()
     for key, tensor in resident.items():
-        assert torch.equal(tensor, streamed[key]), key
+        assert torch.equal(tensor, offloaded[key]), key
 
 
 def test_encoders_of_another_layout_are_left_to_transformers(checkpoint, monkeypatch):
@@ -115,7 +115,7 @@ def test_encoders_of_another_layout_are_left_to_transformers(checkpoint, monkeyp
     plan = plan_of(checkpoint("flux"))
     resident = condition_of(plan).condition
     monkeypatch.setattr(offload, "RESIDENT", 0)
-    monkeypatch.setattr(loading, "stream_encoder", lambda *arguments: None)
-    streamed = condition_of(plan).condition
+    monkeypatch.setattr(loading, "offload_encoder", lambda *arguments: None)
+    offloaded = condition_of(plan).condition
     for key, tensor in resident.items():
-        assert torch.equal(tensor, streamed[key]), key
+        assert torch.equal(tensor, offloaded[key]), key

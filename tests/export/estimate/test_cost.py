@@ -14,11 +14,22 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.flop_counter import FlopCounterMode
 
 from ditf.calib.images import golden_pair
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.assemble.parameter_counts import parameter_parts
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import shape_model
-from ditf.export.estimate.cost import (
+from ditf.export.estimate.devices import DEVICES
+from ditf.export.estimate.estimate import Estimate
+from ditf.export.estimate.op_counter import count_operations
+from ditf.export.estimate.published_configs import (
+    CONFIGS,
+    HUB_IDS,
+    open_configs,
+    open_vae_configs,
+    published_family,
+)
+from ditf.export.estimate.suggestions import suggest
+from ditf.export.estimate.work import (
     ATTENTION,
     EMBEDDERS,
     GEMMS,
@@ -26,26 +37,12 @@ from ditf.export.estimate.cost import (
     MATCH_POINTS,
     MATCHING,
     VAE,
-    bundle_bytes,
-    count_cost,
-    shape_graph,
 )
-from ditf.export.estimate.devices import DEVICES
-from ditf.export.estimate.op_counter import keep_ledger
-from ditf.export.estimate.published_configs import (
-    CONFIGS,
-    HUB_IDS,
-    example_condition,
-    open_configs,
-    open_vae_configs,
-    published_family,
-)
-from ditf.export.estimate.suggestions import remedies
 from ditf.export.exporter import export_bundle
 from ditf.export.graph.match import MatchGraph
-from ditf.export.planning.conditions import trim
+from ditf.export.planning.conditions import example_condition, trim
 from ditf.export.planning.options import ExportOptions
-from ditf.export.planning.plan import decide, make_plan
+from ditf.export.planning.plan import make_plan, plan_from_configs
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError
 from tests.checkpoints import SAVE
@@ -54,12 +51,12 @@ from tests.export.parity import SETTINGS, planned
 
 def decided(model="demo", **options):
     with open_configs(model) as checkpoint:
-        return decide(ExportOptions(model=model, **options), checkpoint)
+        return plan_from_configs(ExportOptions(model=model, **options), checkpoint)
 
 
 def counted(model="demo", **options):
     with open_configs(model) as checkpoint:
-        return count_cost(decide(ExportOptions(model=model, **options), checkpoint))
+        return Estimate(plan_from_configs(ExportOptions(model=model, **options), checkpoint))
 
 
 def flops(call):
@@ -75,10 +72,10 @@ def test_tiny_checkpoints_with_their_weights(checkpoint, name, mode):
     """The graph of an export, run on an image in PyTorch, against what the configs said."""
     plan, entries = planned(checkpoint(name), "3", (48, 80), 2, 1, mode, False)
     entries = trim(entries, plan.family, mode == "live")
-    made = specialise(plan, entries, plan.noise(), SETTINGS)
+    made = assemble(plan, entries, plan.noise(), SETTINGS)
     image = torch.from_numpy(golden_pair(plan.size)[:1])
     counter = flops(lambda: made.graph(image, *made.feeds[0].values()))
-    cost = count_cost(plan, entries[0].condition)
+    cost = Estimate(plan, entries[0].condition)
     assert cost.operations() == counter.get_total_flops() > 0
     assert cost.parameters == sum(parameter.numel() for parameter in made.graph.parameters())
     assert cost.weight_bytes == sum(
@@ -90,8 +87,9 @@ def test_tiny_checkpoints_with_their_weights(checkpoint, name, mode):
 def test_published_geometries(name):
     layer = None if name == "FLUX.1-dev" else "3"
     with open_configs(name) as checkpoint:
-        plan = decide(ExportOptions(model=name, layer=layer, precision="float16"), checkpoint)
-        cost, (graph, feeds) = count_cost(plan), shape_graph(plan)
+        plan = plan_from_configs(ExportOptions(model=name, layer=layer, precision="float16"), checkpoint)
+        cost = Estimate(plan)
+        graph, feeds = cost.graph, cost.feeds
         vae = AutoencoderKL.from_config(checkpoint.config("vae")) if name == "SD3 medium" else None
     image = torch.empty((1, *plan.size, 3), dtype=torch.uint8, device="meta")
     assert cost.operations() == flops(lambda: graph(image, *feeds)).get_total_flops()
@@ -106,20 +104,20 @@ def test_a_swapped_encoder_costs_what_the_unmodified_one_does(vaes):
     options = ExportOptions(model=str(vaes.checkpoint), vae=str(vaes.tiny), layer="2", size=(48, 80))
     plan = make_plan(options, Checkpoint(vaes.checkpoint, options.model))
     tiny = AutoencoderTiny.from_pretrained(vaes.tiny)
-    cost = count_cost(plan)
+    cost = Estimate(plan)
     assert cost.operations(VAE) == flops(lambda: tiny.encode(torch.zeros(1, 3, 48, 80))).get_total_flops()
     for name, vae in (("PixArt-XL/2 512", "madebyollin/taesd"), ("SD3 medium", "madebyollin/taesd3")):
         with open_configs(name) as checkpoint, open_vae_configs(vae) as encoder:
-            plan = decide(ExportOptions(model=name, vae=vae, layer="3"), checkpoint, encoder)
+            plan = plan_from_configs(ExportOptions(model=name, vae=vae, layer="3"), checkpoint, encoder)
             model = shape_model("AutoencoderTiny", plan.latents.config())
             pixels = torch.empty((1, 3, *plan.size), device="meta")
             counted_by_torch = flops(lambda: model.encode(pixels)).get_total_flops()  # noqa: B023
-            assert count_cost(plan).operations(VAE) == counted_by_torch
+            assert Estimate(plan).operations(VAE) == counted_by_torch
     assert counted("SD3 medium", layer="3").operations(VAE) > 9 * counted_by_torch
     with open_configs("PixArt-XL/2 512") as checkpoint, open_vae_configs("madebyollin/taef1") as encoder:
         options = ExportOptions(model="PixArt-XL/2 512", vae="madebyollin/taef1")
         with pytest.raises(InputError, match="16 channels at a stride of 8, the model's own VAE 4 at 8"):
-            decide(options, checkpoint, encoder)
+            plan_from_configs(options, checkpoint, encoder)
 
 
 NOT_IN_A_BLOCK = ("norm1", "norm1_context", "norm", "adaLN_modulation")
@@ -143,13 +141,14 @@ NOT_IN_A_BLOCK = ("norm1", "norm1_context", "norm", "adaLN_modulation")
 def test_an_inner_block_costs_what_the_unmodified_one_does(name, index, path, also):
     options = ExportOptions(model=name, layer=str(index + 2), size=(256, 256), conditioning="live")
     with open_configs(name) as checkpoint:
-        plan = decide(options, checkpoint)
+        plan = plan_from_configs(options, checkpoint)
         family, condition = plan.family, example_condition(plan.family)
-        graph, feeds = shape_graph(plan, condition)
+        cost = Estimate(plan, condition)
+        graph, feeds = cost.graph, cost.feeds
     image = torch.empty((1, 256, 256, 3), dtype=torch.uint8, device="meta")
     ours = sum(
         product.operations
-        for product in keep_ledger(graph, image, *feeds).products
+        for product in count_operations(graph, image, *feeds).products
         if f"{product.path}.".startswith(f"{path}.")
     )
     model = shape_model(family.transformer_class, {**family.config, "sample_size": 32})
@@ -188,8 +187,8 @@ def test_products_by_hand():
     """B H N D = 2 3 5 4, M = 7, float16: two products of 2 B H N M D; the logits are not moved."""
     query, key = torch.empty(2, 3, 5, 4), torch.empty(2, 3, 7, 4)
     tensors = [tensor.to("meta", torch.float16) for tensor in (query, key, key)]
-    ledger = keep_ledger(_Attention(), *tensors)
-    first, second = ledger.products
+    found = count_operations(_Attention(), *tensors)
+    first, second = found.products
     assert first.operations == second.operations == 2 * 2 * 3 * 5 * 7 * 4
     assert first.moved == 2 * (query.numel() + key.numel())
     assert second.moved == 2 * (key.numel() + query.numel())
@@ -201,9 +200,9 @@ def test_activations_by_hand():
     chain = torch.nn.Sequential(
         *(torch.nn.Linear(a, b, device="meta") for a, b in ((8, 64), (64, 64), (64, 2)))
     )
-    ledger = keep_ledger(chain, torch.empty(10, 8, device="meta"))
-    assert ledger.peak_bytes() == 4 * 10 * (64 + 64)
-    assert [product.path for product in ledger.products] == ["0", "1", "2"]
+    found = count_operations(chain, torch.empty(10, 8, device="meta"))
+    assert found.peak_bytes() == 4 * 10 * (64 + 64)
+    assert [product.path for product in found.products] == ["0", "1", "2"]
 
 
 @settings(max_examples=4, deadline=None)
@@ -257,9 +256,9 @@ def test_a_bundle_is_as_large_as_was_said(request, bundle):
         precision=manifest.precision,
         size=manifest.size,
     )
-    assert sum(file["bytes"] for file in manifest.files.values()) <= bundle_bytes(plan)
+    assert sum(file["bytes"] for file in manifest.files.values()) <= Estimate(plan).bundle_bytes
     weights = manifest.files["features.onnx.data"]["bytes"]
-    assert count_cost(plan).weight_bytes == pytest.approx(weights, rel=0.05)
+    assert Estimate(plan).weight_bytes == pytest.approx(weights, rel=0.05)
 
 
 def test_no_space_is_said_before_the_work(tmp_path, monkeypatch):
@@ -278,12 +277,12 @@ def test_no_space_is_said_before_the_work(tmp_path, monkeypatch):
         ({"batch": 3, "ensemble": 2}, 0.7),
     ],
 )
-def test_remedies_fit(options, share):
+def test_suggestions_fit(options, share):
     options = {"model": "PixArt-XL/2 512", "layer": "2", "size": (256, 256), **options}
     with open_configs(options["model"]) as checkpoint:
-        plan = decide(ExportOptions(**options), checkpoint)
-        memory = int(share * count_cost(plan).memory_bytes)
-        found = remedies(plan, memory)
+        plan = plan_from_configs(ExportOptions(**options), checkpoint)
+        memory = int(share * Estimate(plan).memory_bytes)
+        found = suggest(plan, memory)
         assert found
     for flags in found:
         words = flags.split()
@@ -300,13 +299,13 @@ def test_remedies_fit(options, share):
         assert counted(**again).memory_bytes <= memory, flags
 
 
-def test_what_nothing_remedies():
-    assert remedies(decided(layer="1", size=(64, 64)), 1000) == []
+def test_what_nothing_suggest():
+    assert suggest(decided(layer="1", size=(64, 64)), 1000) == []
 
 
 def test_published_models_by_name_and_hub_id():
     assert set(HUB_IDS) == set(CONFIGS)
     for model in ("FLUX.1-dev", "black-forest-labs/FLUX.1-dev", "flux.1-DEV"):
         with open_configs(model) as checkpoint:
-            assert decide(ExportOptions(model=model), checkpoint).layer == 28
+            assert plan_from_configs(ExportOptions(model=model), checkpoint).layer == 28
     assert published_family("FLUX.1-schnell").takes_guidance is False

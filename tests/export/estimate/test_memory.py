@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import pytest
 
-from ditf.export.estimate import memory
-from ditf.export.estimate.cost import bundle_bytes, written_bytes
-from ditf.export.estimate.memory import available_bytes, stage_bytes
+from ditf.export.estimate import estimate, memory
+from ditf.export.estimate.estimate import Estimate
+from ditf.export.estimate.memory import available_bytes
 from ditf.export.estimate.published_configs import open_configs
 from ditf.export.exporter import export_bundle
 from ditf.export.planning.options import ExportOptions
-from ditf.export.planning.plan import decide
+from ditf.export.planning.plan import plan_from_configs
 from ditf.runtime.errors import InputError
 
 GB = 10**9
 
 
-def plan_of(folder, **options):
+def estimate_of(folder, **options):
     with open_configs(str(folder)) as checkpoint:
-        return decide(ExportOptions(model=str(folder), layer="2", **options), checkpoint)
+        return Estimate(plan_from_configs(ExportOptions(model=str(folder), layer="2", **options), checkpoint))
 
 
 def test_activations_grow_with_size_and_ensemble(checkpoint):
     folder = checkpoint("flux")
     small, large, many = (
-        stage_bytes(plan_of(folder, **options))
+        estimate_of(folder, **options).stage_bytes
         for options in ({"size": (64, 64)}, {"size": (256, 256)}, {"size": (64, 64), "ensemble": 8})
     )
     assert small.keys() == large.keys() == many.keys()
@@ -35,10 +35,10 @@ def test_activations_grow_with_size_and_ensemble(checkpoint):
 
 
 def test_what_does_not_run_needs_nothing(checkpoint):
-    stages = stage_bytes(plan_of(checkpoint("flux"), golden="none", discard="none"))
+    stages = estimate_of(checkpoint("flux"), golden="none", discard="none").stage_bytes
     assert "running the unmodified model" not in stages
     assert "running the text encoders" in stages
-    assert "running the text encoders" not in stage_bytes(plan_of(checkpoint("dit")))
+    assert "running the text encoders" not in estimate_of(checkpoint("dit")).stage_bytes
 
 
 def test_too_little_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
@@ -54,7 +54,7 @@ def test_too_little_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
 
 def test_where_nobody_says_nothing_is_checked(checkpoint, monkeypatch):
     monkeypatch.setattr(memory, "available_bytes", lambda: None)
-    memory.check_memory(plan_of(checkpoint("dit")))
+    estimate_of(checkpoint("dit")).check_memory()
 
 
 def test_this_machine_says():
@@ -86,14 +86,31 @@ def test_a_container(tmp_path, files, expected):
     assert memory._container(tmp_path) == expected
 
 
+@pytest.mark.parametrize(("precision", "graphs"), [("float32", 1), ("float16", 2)])
+def test_a_graph_is_assembled_once_for_each_precision(checkpoint, monkeypatch, precision, graphs):
+    calls = []
+
+    def assemble_shapes(plan, condition=None):
+        calls.append(plan.precision)
+        return original(plan, condition)
+
+    original = estimate.assemble_shapes
+    monkeypatch.setattr(estimate, "assemble_shapes", assemble_shapes)
+    found = estimate_of(checkpoint("dit"), precision=precision)
+    for figure in ("work", "memory_bytes", "bundle_bytes", "written_bytes", "stage_bytes", "parameters"):
+        assert getattr(found, figure)
+    found.check_memory()
+    assert len(calls) == graphs
+
+
 def test_disk_for_the_scratch_file(checkpoint):
     """Of a 16-bit export the weights are once in float32, before there is a bundle."""
     folder = checkpoint("flux")
     plain, half, bank = (
-        plan_of(folder, **options)
+        estimate_of(folder, **options)
         for options in ({}, {"precision": "float16"}, {"conditioning": "bank", "timestep": (90, 260)})
     )
-    weights = bundle_bytes(plain) - bundle_bytes(half)  # half of those in float32
-    assert written_bytes(plain, bundle_bytes(plain)) > bundle_bytes(plain) + weights
-    assert written_bytes(half, 0) > 2 * weights
-    assert written_bytes(bank, 0) > written_bytes(plain, 0)  # the AdaLN linears, read once for all rows
+    weights = plain.bundle_bytes - half.bundle_bytes  # half of those in float32
+    assert plain.written_bytes > plain.bundle_bytes + weights
+    assert half.written_bytes > 2 * weights
+    assert bank.written_bytes > plain.written_bytes  # the AdaLN linears, read once for all rows

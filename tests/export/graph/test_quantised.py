@@ -13,7 +13,7 @@ from onnx import numpy_helper
 
 from ditf.calib.parity import feature_parity
 from ditf.calib.recipe import Recipe
-from ditf.export.assemble.features_graph import specialise
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.exporter import export_bundle
 from ditf.export.graph.blocks.layers import Linear
 from ditf.export.graph.precision import FLOAT32, INT8
@@ -54,7 +54,7 @@ def test_every_family_and_that_smoothing_alone_changes_nothing(checkpoint, name,
     assert quantised["cosine_p01"] > 0.99
     # A float32 trunk is smoothed, and has nothing to quantise.
     plain, smoothed = (
-        specialise(replace(one.plan, precision=precision), one.entries, one.noise, SETTINGS)
+        assemble(replace(one.plan, precision=precision), one.entries, one.noise, SETTINGS)
         for precision in (FLOAT32, replace(FLOAT32, maxima=maxima))
     )
     assert not any(isinstance(m, QuantisedLinear) for m in smoothed.graph.modules())
@@ -70,7 +70,7 @@ def test_what_is_quantised(checkpoint, name, layer):
     one = Measured(checkpoint(name), layer)
     _, maxima = one.measure()
     precision = replace(INT8, maxima=maxima, recipe=Recipe(float32={"transformer_blocks.0.attn1": "a test"}))
-    trunk = specialise(replace(one.plan, precision=precision), one.entries, one.noise, SETTINGS).graph.trunk
+    trunk = assemble(replace(one.plan, precision=precision), one.entries, one.noise, SETTINGS).graph.trunk
     kinds = {path: type(m) for path, m in trunk.named_modules() if isinstance(m, (Linear, QuantisedLinear))}
     if name == "dit":  # what the recipe keeps in float32 stays
         assert kinds["blocks.0.attention.project.linear"] is Linear
@@ -84,7 +84,7 @@ def test_linears_of_the_residual_are_not_quantised(checkpoint):
     one = Measured(checkpoint("pixart"), "2")
     _, maxima = one.measure()
     plan = replace(one.plan, precision=replace(INT8, maxima=maxima))
-    trunk = specialise(plan, one.entries, one.noise, SETTINGS).graph.trunk
+    trunk = assemble(plan, one.entries, one.noise, SETTINGS).graph.trunk
     cross = [m for path, m in trunk.named_modules() if ".cross_attention." in path]
     assert any(isinstance(m, Linear) for m in cross)
     assert not any(isinstance(m, QuantisedLinear) for m in cross)

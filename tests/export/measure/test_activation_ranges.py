@@ -12,8 +12,8 @@ from diffusers import AutoencoderKL
 
 from ditf.calib.images import golden_pair, procedural_images
 from ditf.calib.parity import feature_parity
-from ditf.calib.recipe import FEATURES, INNER, SHOWN, Recipe, Scale, decide
-from ditf.export.assemble.features_graph import specialise
+from ditf.calib.recipe import FEATURES, INNER, SHOWN, Recipe, Scale, choose_recipe
+from ditf.export.assemble.features_graph import assemble
 from ditf.export.graph.precision import FLOAT16, FLOAT32
 from ditf.export.graph.vae_encoder import KLEncoder, scale_down
 from ditf.export.measure.activation_ranges import measure_ranges
@@ -42,19 +42,22 @@ LAST = {
 class Measured:
     """The ranges of a checkpoint, and the parity of a float16 graph made with a recipe."""
 
-    def __init__(self, folder, layer, mode="bake"):
+    def __init__(self, folder, layer, mode="bake", settings=SETTINGS):
+        self.settings = settings
         self.plan, entries = plan_of(folder, layer, SIZE, 1, 1, mode, True)
         self.entries = trim(entries, self.plan.family, mode == "live")
         self.noise = self.plan.noise()
-        reference = Reference(self.plan.checkpoint, self.plan.family, self.plan.layer, SIZE, self.noise)
+        self.reference = reference = Reference(
+            self.plan.checkpoint, self.plan.family, self.plan.layer, SIZE, self.noise
+        )
         reference.under(self.entries[0].condition, self.entries[0].timestep)
         self.images = [golden_pair(SIZE)[0], *procedural_images(SIZE, 1)]
         self.hidden_states = reference.hidden_states(self.images[0])
-        self.expected = reference.features(self.hidden_states, SETTINGS)
+        self.expected = reference.features(self.hidden_states, settings)
 
     def measure(self):
         return measure_ranges(
-            self.plan, self.entries, self.noise, self.images, self.hidden_states, SETTINGS.channels
+            self.plan, self.entries, self.noise, self.images, self.hidden_states, self.settings
         )
 
     def ranges(self):
@@ -62,7 +65,7 @@ class Measured:
 
     def parity(self, recipe, precision=FLOAT16):
         plan = replace(self.plan, precision=replace(precision, recipe=recipe))
-        made = specialise(plan, self.entries, self.noise, SETTINGS)
+        made = assemble(plan, self.entries, self.noise, self.settings)
         with torch.no_grad(), Float32Accumulation():
             actual = made.graph(torch.from_numpy(self.images[0])[None], *made.feeds[0].values())[0]
         return feature_parity(actual.numpy().transpose(1, 2, 0), self.expected.transpose(1, 2, 0))
@@ -88,7 +91,7 @@ def test_every_branch_of_every_block_is_measured(checkpoint, name):
         assert ("text" in streams) == (not alone), block
     assert [extent.kind for extent in ranges].count(FEATURES) == 1
     assert {extent.kind for extent in ranges} & {"vae residual", "vae inner", "vae logits"}
-    assert not decide(ranges).exceptions()
+    assert not choose_recipe(ranges).exceptions()
 
 
 def test_text_and_image_of_one_sequence_are_told_apart(checkpoint, tmp_path):
@@ -138,7 +141,7 @@ def test_what_is_planted_is_found_and_survives(checkpoint, tmp_path, name, layer
     folder = planted(checkpoint(name), tmp_path / "planted", "transformer", {where: value})
     one = Measured(folder, layer, mode)
     ranges = one.ranges()
-    recipe = decide(ranges)
+    recipe = choose_recipe(ranges)
     exceptions = {entry["where"]: entry["is"] for entry in recipe.exceptions()}
     hit = [what for place, what in exceptions.items() if where.startswith(place)]
     assert len(hit) == 1
@@ -159,7 +162,7 @@ def test_a_massive_residual_needs_no_exception(checkpoint, tmp_path, name, where
     folder = planted(checkpoint(name), tmp_path / "planted", "transformer", {where: 2e5})
     one = Measured(folder, LAST[name])
     assert np.abs(one.hidden_states).max() > 1e5
-    recipe = decide(one.ranges())
+    recipe = choose_recipe(one.ranges())
     assert not recipe.exceptions()
     assert one.parity(recipe)["cosine_p01"] > 0.99999
 
@@ -176,7 +179,7 @@ VAE_PLANTED = [
 def test_the_encoder_survives_too(checkpoint, tmp_path, biases, where):
     folder = planted(checkpoint("pixart"), tmp_path / "planted", "vae", biases)
     one = Measured(folder, "2")
-    recipe = decide(one.ranges())
+    recipe = choose_recipe(one.ranges())
     assert where in {entry["where"] for entry in recipe.exceptions()}
     assert one.parity(recipe)["cosine_p01"] > 0.9999
     if where != "VAE attention":  # whose bound is an upper one

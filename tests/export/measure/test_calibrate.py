@@ -17,7 +17,9 @@ from ditf.export.exporter import export_bundle
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import FLOAT32
-from ditf.export.measure.calibrate import calibrate, identity, observe
+from ditf.export.measure.calibrate import calibrate, calibration_stage_count, observe_blocks
+from ditf.export.measure.calibration import Calibration, measured_for
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.options import ExportOptions
 from ditf.export.planning.plan import make_plan
@@ -75,20 +77,24 @@ def test_the_scale_of_an_rms_norm(checkpoint):
     """F = (1 + scale) weight z / rms(z), which no mean enters."""
     plan, entries = planned(checkpoint("lumina2"), "3", (48, 80), 1, 1, "bake", False)
     reference = Reference(plan.checkpoint, plan.family, 3, plan.size, plan.noise())
-    found = observe(plan, reference.under(entries[0].condition, entries[0].timestep))
+    found = observe_blocks(
+        plan,
+        reference.under(entries[0].condition, entries[0].timestep),
+        CalibrationImages(None, plan.size),
+    )
     weights = plan.checkpoint.weights("transformer")
     with torch.no_grad():
         conditioner = plan.family.conditioner(weights, TrunkSpec(3, plan.size, plan.grid, 256, FLOAT32))
         given = conditioner(torch.tensor([entries[0].timestep]), entries[0].condition)
     expected = (1 + given["modulation"][-1]) * weights.tensor("layers.1.norm1.norm.weight")
-    scale = found.document["layers"][3]["scale"]
+    scale = found.calibration.document["layers"][3]["scale"]
     np.testing.assert_allclose(scale, expected, rtol=1e-3, atol=1e-4)  # the file has four digits
 
 
 @pytest.fixture(scope="module")
 def calibration(checkpoint, tmp_path_factory):
     path = tmp_path_factory.mktemp("calibration") / "calibration.json"
-    path.write_text(json.dumps(calibrate(options(checkpoint("flux")))))
+    path.write_text(json.dumps(calibrate(options(checkpoint("flux"))).to_json()))
     return path
 
 
@@ -104,6 +110,25 @@ def test_every_block_is_there(calibration):
     assert all(len(layer["scale"]) == len(layer["image"]["mean_abs"]) == 48 for layer in document["layers"])
 
 
+def test_reading_a_calibration_and_writing_it_again_changes_no_byte(calibration):
+    document = json.loads(calibration.read_text())
+    again = Calibration.from_json(document)
+    assert json.dumps(again.to_json()) == json.dumps(document)
+    assert again.massive_channels == []
+    assert len(again.extents) == len(document["ranges"])
+    assert {name: len(values) for name, values in document["inputs"].items()} == {
+        name: len(values) for name, values in again.maxima.items()
+    }
+
+
+def test_every_image_is_a_stage(checkpoint):
+    lines = []
+    given = options(checkpoint("flux"))
+    calibrate(given, lines.append)
+    assert len(lines) == calibration_stage_count(given) == 8
+    assert lines[1] == "image 1 of 6: procedural 0"
+
+
 def test_an_export_takes_the_channels_of_the_file(checkpoint, calibration, tmp_path):
     document = json.loads(calibration.read_text())
     document["layers"][-1]["image"]["massive_channels"] = [{"channel": 11}, {"channel": 30}]
@@ -116,7 +141,7 @@ def test_an_export_takes_the_channels_of_the_file(checkpoint, calibration, tmp_p
 
 def test_a_calibration_is_of_weights_wherever_they_lie(checkpoint, tmp_path):
     def of(folder):
-        return identity(make_plan(options(folder), Checkpoint(folder, str(folder))))
+        return measured_for(make_plan(options(folder), Checkpoint(folder, str(folder))))
 
     model = checkpoint("flux")
     shutil.copytree(model, tmp_path / "elsewhere")

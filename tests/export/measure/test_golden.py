@@ -7,15 +7,15 @@ import pytest
 import torch
 from torch.nn import functional
 
-from ditf.export.measure.golden import published_match
+from ditf.export.measure.golden import reference_match
 
 
 @pytest.mark.parametrize("channels", [3, 64, 130])
-def test_published_match_is_upsample_normalise_argmax(channels):
+def test_reference_match_is_upsample_normalise_argmax(channels):
     rng = np.random.default_rng(channels)
     source, target = rng.normal(size=(2, channels, 6, 5)).astype(np.float32)
     points = np.stack([rng.integers(0, 40, 30), rng.integers(0, 33, 30)], axis=1)
-    found, scores = published_match(source, target, points, (33, 40))
+    found, scores = reference_match(source, target, points, (33, 40))
     up = [
         functional.normalize(
             functional.interpolate(torch.from_numpy(m)[None].double(), (33, 40), mode="bilinear")[0], dim=0

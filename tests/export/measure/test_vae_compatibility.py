@@ -13,15 +13,16 @@ import ditf
 from ditf.calib.images import golden_pair
 from ditf.calib.latents import same_space
 from ditf.calib.parity import feature_parity
-from ditf.calib.recipe import VAE_RESIDUAL, decide
+from ditf.calib.recipe import VAE_RESIDUAL, choose_recipe
 from ditf.cli.check import golden_metrics
 from ditf.export.checkpoints.opening import DEMO_CHECKPOINT, open_checkpoint
 from ditf.export.exporter import export_bundle, stage_count
 from ditf.export.graph.features import FeatureSettings
-from ditf.export.measure.calibrate import identity
+from ditf.export.measure.calibration import measured_for
+from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
-from ditf.export.measure.torch_baseline import torch_peer
-from ditf.export.measure.vae_compatibility import judge_encoder
+from ditf.export.measure.torch_baseline import torch_baseline
+from ditf.export.measure.vae_compatibility import compare_vaes
 from ditf.export.planning.conditions import encode
 from ditf.export.planning.options import ExportOptions
 from ditf.export.planning.plan import make_plan
@@ -42,12 +43,16 @@ def plan_of(model, vae=None, **options):
         return make_plan(given, checkpoint)
 
 
+def compared(plan):
+    return compare_vaes(plan, golden_pair(plan.size), CalibrationImages(None, plan.size))
+
+
 def test_encoders_of_the_same_space_are_taken(vaes):
-    own = judge_encoder(plan_of(vaes.checkpoint, vaes.checkpoint)).agreement
+    own = compared(plan_of(vaes.checkpoint, vaes.checkpoint)).agreement
     assert own["relative_error"] == 0
     assert own["correlation_min"] == pytest.approx(1)
-    tuned = judge_encoder(plan_of(vaes.checkpoint, vaes.tuned)).agreement
-    tiny = judge_encoder(plan_of(vaes.checkpoint, vaes.tiny)).agreement
+    tuned = compared(plan_of(vaes.checkpoint, vaes.tuned)).agreement
+    tiny = compared(plan_of(vaes.checkpoint, vaes.tiny)).agreement
     assert 0 < tuned["relative_error"] < 0.2
     assert 0.05 < tiny["relative_error"] < 0.6
     assert tiny["correlation_min"] > 0.6
@@ -56,10 +61,10 @@ def test_encoders_of_the_same_space_are_taken(vaes):
 def test_an_encoder_of_another_space_is_refused(vaes, tmp_path):
     """As many channels, the same stride: only x_0 tells."""
     with pytest.raises(InputError, match=r"latent space of this model.*off by \d\.\d\d of its spread"):
-        judge_encoder(plan_of(vaes.checkpoint, vaes.other))
+        compared(plan_of(vaes.checkpoint, vaes.other))
     wrong = copy_with_config(vaes.checkpoint / "vae", tmp_path / "wrong", scaling_factor=0.18215)
     with pytest.raises(InputError, match=r"it is 0\.\d+ times as large: its config's scaling_factor"):
-        judge_encoder(plan_of(vaes.checkpoint, wrong))
+        compared(plan_of(vaes.checkpoint, wrong))
 
 
 @pytest.mark.parametrize("change", ["swap", "negate"])
@@ -71,7 +76,7 @@ def test_channels_in_another_order_or_sign_are_refused(vaes, tmp_path, change):
             parameter.copy_(parameter[[1, 0, 2, 3]] if change == "swap" else parameter * -1)
     vae.save_pretrained(tmp_path / "changed")
     with pytest.raises(InputError, match="latent space"):
-        judge_encoder(plan_of(vaes.checkpoint, tmp_path / "changed"))
+        compared(plan_of(vaes.checkpoint, tmp_path / "changed"))
 
 
 def test_it_is_refused_before_the_work(vaes, tmp_path):
@@ -128,13 +133,13 @@ def test_damaged_weights(vaes, tmp_path):
     broken = shutil.copytree(vaes.tiny, tmp_path / "broken")
     (broken / "diffusion_pytorch_model.safetensors").write_bytes(b"garbage")
     with pytest.raises(InputError, match="cannot load"):
-        judge_encoder(plan_of(vaes.checkpoint, broken))
+        compared(plan_of(vaes.checkpoint, broken))
     (broken / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match="no safetensors weights"):
-        judge_encoder(plan_of(vaes.checkpoint, broken))
+        compared(plan_of(vaes.checkpoint, broken))
     blocks = copy_with_config(vaes.tiny, tmp_path / "blocks", num_encoder_blocks=[1, 2, 1])
     with pytest.raises(InputError, match="missing"):
-        judge_encoder(plan_of(vaes.checkpoint, blocks))
+        compared(plan_of(vaes.checkpoint, blocks))
 
 
 def test_a_whole_checkpoint_and_copies_of_other_programs(vaes, tmp_path):
@@ -142,7 +147,7 @@ def test_a_whole_checkpoint_and_copies_of_other_programs(vaes, tmp_path):
     other = shutil.copytree(vaes.tuned, tmp_path / "repository")
     (other / "sdxl.vae.safetensors").write_bytes(b"of another program")
     plan = plan_of(vaes.checkpoint, other)
-    assert judge_encoder(plan).agreement["relative_error"] < 0.2
+    assert compared(plan).agreement["relative_error"] < 0.2
     assert plan.latents.source.weights().shapes
     assert plan_of(vaes.checkpoint, vaes.checkpoint).latents.source.name == "vae"
 
@@ -152,12 +157,12 @@ def test_a_bundle_beside_the_plain_one(vaes):
     assert plan_of(vaes.checkpoint).output.name == "checkpoint-l2-fp32"
     with pytest.raises(InputError, match="--vae-revision is for hub ids"):
         plan_of(vaes.checkpoint, vaes.tiny, vae_revision="main")
-    with pytest.raises(InputError, match="--vae-revision is of --vae"):
+    with pytest.raises(InputError, match="--vae-revision requires --vae"):
         plan_of(vaes.checkpoint, vae_revision="main")
 
 
 def test_a_calibration_is_of_its_encoder(vaes):
-    plain, swapped = (identity(plan_of(vaes.checkpoint, vae)) for vae in (None, vaes.tiny))
+    plain, swapped = (measured_for(plan_of(vaes.checkpoint, vae)) for vae in (None, vaes.tiny))
     assert plain.pop("vae") != swapped.pop("vae")
     assert plain == swapped
 
@@ -230,10 +235,10 @@ def _parameters(folder):
     return AutoencoderKL.from_pretrained(folder).parameters()
 
 
-def test_the_peer_has_the_bundles_encoder(swapped_bundle):
+def test_the_baseline_has_the_bundles_encoder(swapped_bundle):
     manifest = Bundle.open(swapped_bundle).manifest
-    with np.load(swapped_bundle / "golden.npz") as golden, torch_peer(manifest, "eager") as peer:
-        features = peer.features(golden["images"][0]).reshape(manifest.channels, -1).T
+    with np.load(swapped_bundle / "golden.npz") as golden, torch_baseline(manifest, "eager") as baseline:
+        features = baseline.features(golden["images"][0]).reshape(manifest.channels, -1).T
         np.testing.assert_allclose(features[golden["rows"][0]], golden["features"][0], atol=1e-5)
 
 
@@ -251,7 +256,7 @@ def test_a_tiny_encoder_in_float16_survives_what_is_planted(tmp_path, vaes, wher
     ranges = one.ranges()
     found = max(extent.max_abs for extent in ranges if extent.kind == VAE_RESIDUAL)
     assert found >= 0.5 * value
-    recipe = decide(ranges)
+    recipe = choose_recipe(ranges)
     assert [entry["where"] for entry in recipe.exceptions()] == ["VAE residual"]
     assert one.parity(recipe)["cosine_p01"] > 0.9999
-    assert not one.parity(decide([]))["cosine_p01"] > 0.999
+    assert not one.parity(choose_recipe([]))["cosine_p01"] > 0.999

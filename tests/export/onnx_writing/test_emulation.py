@@ -54,7 +54,7 @@ def test_a_branch_beyond_float16_is_scaled(tmp_path):
 
 def test_a_graph_that_overflows_all_the_same_is_not_shipped(tmp_path, monkeypatch):
     """Were the recipe wrong, the graph's own arithmetic would say so."""
-    monkeypatch.setattr("ditf.export.exporter.decide", lambda extents: Recipe())
+    monkeypatch.setattr("ditf.export.exporter.choose_recipe", lambda extents: Recipe())
     model = plant(tmp_path / "planted", "transformer_blocks.0.ff.net.2", 1e6)
     options = ExportOptions(
         model=str(model), layer="2", timestep=10, precision="float16", size=(64, 64), output=tmp_path / "b"

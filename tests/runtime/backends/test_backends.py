@@ -9,10 +9,10 @@ from onnx import TensorProto, helper
 
 from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
-from ditf.runtime.backends.engine_session import invalidity
-from ditf.runtime.backends.flavour import Log, load
+from ditf.runtime.backends.flavour import Log, load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
 from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
+from ditf.runtime.backends.plan_loading import invalidity
 from ditf.runtime.bundles.bundle import MATCH, Bundle
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
@@ -27,16 +27,24 @@ def with_engine(built_bundle):
     return Bundle.open(built_bundle)
 
 
+def test_every_entry_of_the_registry_can_be_probed():
+    assert list(backends.BACKENDS) == ["tensorrt", RTX, "onnxruntime"]
+    for name in backends.BACKENDS:
+        found = backends.load_backend(name).probe()
+        assert found.detail
+        assert found.available == (found.fix == "")
+
+
 def test_auto_says_why(demo_bundle):
-    name, module, reason = backends.choose(Bundle.open(demo_bundle))
+    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle))
     assert name == "onnxruntime"
-    assert module is backends.load_backend("onnxruntime")
+    assert backend is backends.load_backend("onnxruntime")
     assert reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
 
 
 @DRIVERLESS
 def test_auto_passes_over_an_engine_that_cannot_run(with_engine):
-    name, _, reason = backends.choose(with_engine)
+    name, _, reason = backends.choose_backend(with_engine)
     assert name == "onnxruntime"
     assert "not tensorrt-rtx: no NVIDIA driver answers" in reason
 
@@ -45,7 +53,7 @@ def test_auto_passes_over_an_engine_that_cannot_run(with_engine):
 @pytest.mark.parametrize("name", ["tensorrt", RTX])
 def test_a_named_backend_without_a_driver(name, demo_bundle):
     with pytest.raises(MissingComponent, match="no NVIDIA driver answers") as caught:
-        backends.choose(Bundle.open(demo_bundle), name)
+        backends.choose_backend(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 3
     assert "--backend onnxruntime" in caught.value.fix
     assert not backends.load_backend(name).probe().available
@@ -68,23 +76,23 @@ def test_without_cuda_python(monkeypatch):
 
 
 def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
-    """Decided from engine.json: TensorRT-RTX is asked for its version and deserialises nothing."""
+    """engine.json decides this; TensorRT-RTX only gives its version and deserialises nothing."""
     monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda: Gpu("NVIDIA Other", "sm_120", 13000))
     with pytest.raises(BundleError, match=r"built for sm_89, this GPU is NVIDIA Other sm_120") as caught:
-        backends.choose(with_engine, RTX)
+        backends.choose_backend(with_engine, RTX)
     assert caught.value.fix == f"run: ditf build {with_engine.path} --backend tensorrt-rtx"
 
 
 def test_named_backend(demo_bundle):
-    name, module, reason = backends.choose(Bundle.open(demo_bundle), "onnxruntime")
+    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle), "onnxruntime")
     assert (name, reason) == ("onnxruntime", "named")
-    assert "CPUExecutionProvider" in module.probe().detail
+    assert "CPUExecutionProvider" in backend.probe().detail
 
 
 @pytest.mark.parametrize("name", ["", "onnx", "ONNXRuntime", "cuda"])
 def test_unknown_backend(name, demo_bundle):
     with pytest.raises(InputError, match="unknown backend") as caught:
-        backends.choose(Bundle.open(demo_bundle), name)
+        backends.choose_backend(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 2
     assert "onnxruntime" in caught.value.fix
 
@@ -93,16 +101,16 @@ def test_unknown_backend(name, demo_bundle):
 def test_without_onnxruntime(monkeypatch, name, demo_bundle):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what an import of a missing package meets
     with pytest.raises(MissingComponent, match="onnxruntime does not import") as caught:
-        backends.choose(Bundle.open(demo_bundle), name)
+        backends.choose_backend(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 3
     assert "pip install 'ditf[onnxruntime]'" in caught.value.fix
 
 
 def test_open_session_without_onnxruntime(monkeypatch, demo_bundle):
-    module = backends.load_backend("onnxruntime")
+    backend = backends.load_backend("onnxruntime")
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(MissingComponent, match="pip install"):
-        module.open_session(Bundle.open(demo_bundle), MATCH)
+        backend.open_session(Bundle.open(demo_bundle), MATCH)
 
 
 def test_session(demo_bundle):
@@ -127,8 +135,8 @@ def test_a_graph_that_onnx_runtime_refuses():
 
 
 def test_a_plan_is_judged_by_its_header(with_engine):
-    """TensorRT-RTX's own question, which needs no GPU."""
-    trt = load(RTX)
+    """TensorRT-RTX's own query needs no GPU."""
+    trt = load_flavour(RTX)
     log = Log(trt)
     runtime = trt.Runtime(log.logger)
     plan = next((with_engine.path / "engines").glob("*/features.plan")).read_bytes()

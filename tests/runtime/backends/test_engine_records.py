@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 from ditf.cli.main import run
-from ditf.cli.support import console
+from ditf.cli.support import bundles
 from ditf.runtime.backends.engine_records import PLANS, EngineRecord, choose_engine, sources
 from ditf.runtime.backends.gpu import Gpu, version_text
 from ditf.runtime.bundles.bundle import Bundle
@@ -24,7 +24,7 @@ def bundle(demo_bundle) -> Bundle:
 
 @pytest.fixture
 def record(bundle) -> EngineRecord:
-    """Built on an Orin."""
+    """The record of an engine that was built on an Orin."""
     return EngineRecord(
         schema=1, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
         onnx=sources(bundle), batch=[[1, 1, 1]], options={}, plans={}, left_out={}, seconds={}, peak_bytes=0,
@@ -82,7 +82,7 @@ def test_cuda_versions():
 
 
 def written(bundle: Bundle, record: EngineRecord, name: str, **changes: object) -> None:
-    """An engine of a bundle, as far as its record goes: the plans are none."""
+    """An engine of a bundle with a valid record and invalid plans."""
     key = f"tensorrt-10.13.3-{name}"
     plans = {plan: {"bytes": 1, "sha256": "0" * 64} for plan in PLANS.values()}
     folder = bundle.path / "engines" / key
@@ -91,7 +91,7 @@ def written(bundle: Bundle, record: EngineRecord, name: str, **changes: object) 
 
 
 def test_an_engine_with_code_for_the_cpu_is_passed_over(demo_bundle, record, tmp_path):
-    """engine.json says so itself, and cannot switch it on by itself."""
+    """engine.json states that the plan holds host code, but cannot allow it."""
     careful = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     written(careful, record, "a", options={"version_compatible": True})
     with pytest.raises(BundleError, match=r"code of its own on the CPU \(--allow-host-code accepts it\)"):
@@ -112,7 +112,7 @@ def test_the_flag_reaches_the_bundle(demo_bundle, flag, monkeypatch, capsys, tmp
         opened.append(bundle.trust.host_code)
         raise InputError("far enough")
 
-    monkeypatch.setattr(console, "Model", refuse)
+    monkeypatch.setattr(bundles, "Model", refuse)
     picture = str(tmp_path / "a.png")
     assert run(["match", str(demo_bundle), picture, picture, "--points", "1,1", *flag]) == 2
     assert "far enough" in capsys.readouterr().err

@@ -6,7 +6,7 @@ import pytest
 
 from ditf.engines.network import Network
 from ditf.runtime.backends import graph_loading
-from ditf.runtime.backends.flavour import load
+from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.bundle import FEATURES, FEATURES_DATA, Bundle
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError
@@ -19,7 +19,7 @@ def test_a_network_is_made_from_memory(demo_bundle, tmp_path, monkeypatch, versi
     monkeypatch.chdir(tmp_path)  # where nothing lies beside the graph
     graph = Bundle.open(demo_bundle).read_graph(FEATURES)
     elsewhere = Graph(tmp_path / FEATURES, graph.model, graph.weights)
-    assert len(Network(load("tensorrt-rtx"), elsewhere).layers) > 100
+    assert len(Network(load_flavour("tensorrt-rtx"), elsewhere).layers) > 100
     assert list(tmp_path.iterdir()) == []
 
 
@@ -28,5 +28,5 @@ def test_a_graph_that_the_parser_refuses(demo_bundle):
     name, (tensor, content) = next(iter(graph.tensors.items()))
     graph.tensors[name] = (tensor, content[:-2])
     with pytest.raises(BundleError, match=r"cannot parse features\.onnx"):
-        Network(load("tensorrt-rtx"), graph)
+        Network(load_flavour("tensorrt-rtx"), graph)
     assert FEATURES_DATA in graph.weights

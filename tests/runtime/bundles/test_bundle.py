@@ -16,10 +16,10 @@ import pytest
 import ditf
 from ditf.runtime.bundles import bundle as files
 from ditf.runtime.bundles.bundle import Bundle
+from ditf.runtime.bundles.manifest import MANIFEST
+from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.files.hashed import sha256
-from ditf.runtime.bundles.manifest import NAME
-from ditf.runtime.bundles.onnx_graph import Graph
 
 
 @pytest.fixture
@@ -31,7 +31,7 @@ def test_whole_bundle_verifies(demo_bundle):
     bundle = Bundle.open(str(demo_bundle))
     assert bundle.path == demo_bundle
     bundle.verify(bundle.manifest.files)
-    on_disk = {path.name for path in demo_bundle.iterdir() if path.name != NAME}
+    on_disk = {path.name for path in demo_bundle.iterdir() if path.name != MANIFEST}
     assert set(bundle.manifest.files) == on_disk
 
 
@@ -50,7 +50,7 @@ def test_directory_that_is_no_bundle(tmp_path):
 
 def test_opening_reads_the_manifest_alone(copy):
     for path in copy.iterdir():
-        if path.name != NAME:
+        if path.name != MANIFEST:
             path.unlink()
     assert Bundle.open(copy).manifest.layer == 9
 
@@ -97,24 +97,24 @@ def test_unlisted_file_is_refused(copy, name):
 
 
 def test_graph_the_manifest_does_not_list_is_not_loaded(copy):
-    document = json.loads((copy / NAME).read_text())
+    document = json.loads((copy / MANIFEST).read_text())
     del document["files"][files.FEATURES_DATA]
-    (copy / NAME).write_text(json.dumps(document))
+    (copy / MANIFEST).write_text(json.dumps(document))
     with pytest.raises(BundleError, match="not listed in the manifest"):
         ditf.load(copy)
 
 
 def sign(bundle: Path, *names: str) -> None:
-    """Write the present sizes and hashes of files into the manifest, listed there before or not."""
-    document = json.loads((bundle / NAME).read_text())
+    """Write the current sizes and hashes of files into the manifest."""
+    document = json.loads((bundle / MANIFEST).read_text())
     for name in names:
         content = (bundle / name).read_bytes()
         document["files"][name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (bundle / NAME).write_text(json.dumps(document))
+    (bundle / MANIFEST).write_text(json.dumps(document))
 
 
 def test_weights_that_are_swapped_after_they_were_read_change_nothing(copy, monkeypatch):
-    """Between the hash and the use another process renames other weights into place."""
+    """Between hashing and use, another process renames other weights into place."""
     image = np.zeros((96, 96, 3), np.uint8)
     with ditf.load(copy) as model:
         expected = model.features(image).array
@@ -137,7 +137,7 @@ def test_weights_that_are_swapped_after_they_were_read_change_nothing(copy, monk
 
 
 def test_weights_that_are_swapped_all_the_time_are_refused_or_right(copy):
-    """Another process renames the right and other weights into place in turn, as fast as it can."""
+    """Another process renames the right weights and others into place in turn, as fast as it can."""
     image = np.zeros((96, 96, 3), np.uint8)
     with ditf.load(copy) as model:
         expected = model.features(image).array
@@ -174,7 +174,7 @@ def test_weights_in_a_file_that_the_manifest_does_not_hash_are_refused(copy):
         ditf.load(copy)
 
 
-@pytest.mark.parametrize("name", [NAME, files.FEATURES, files.FEATURES_DATA, files.MATCH, files.GOLDEN])
+@pytest.mark.parametrize("name", [MANIFEST, files.FEATURES, files.FEATURES_DATA, files.MATCH, files.GOLDEN])
 def test_a_fifo_in_place_of_a_file(demo_bundle, copy, name):
     (copy / name).unlink()
     os.mkfifo(copy / name)
@@ -184,26 +184,28 @@ def test_a_fifo_in_place_of_a_file(demo_bundle, copy, name):
 
 
 def test_a_manifest_without_end(copy):
-    with (copy / NAME).open("ab") as file:
+    with (copy / MANIFEST).open("ab") as file:
         file.truncate(1 << 32)  # a sparse file: reading it whole would take 4 GB
     with pytest.raises(BundleError, match=r"cannot be read \(it has 4,294,967,296 bytes, more than"):
         Bundle.open(copy)
 
 
-@pytest.mark.parametrize("name", ["../other/x.bin", "/etc/passwd", "engines/x", "..", NAME, "a\0b", "a\\b"])
+@pytest.mark.parametrize(
+    "name", ["../other/x.bin", "/etc/passwd", "engines/x", "..", MANIFEST, "a\0b", "a\\b"]
+)
 def test_a_manifest_that_lists_what_is_outside(copy, name):
-    document = json.loads((copy / NAME).read_text())
+    document = json.loads((copy / MANIFEST).read_text())
     document["files"][name] = {"bytes": 1, "sha256": "0" * 64}
-    (copy / NAME).write_text(json.dumps(document))
+    (copy / MANIFEST).write_text(json.dumps(document))
     with pytest.raises(BundleError, match="no file of a bundle"):
         Bundle.open(copy)
 
 
 @pytest.mark.parametrize(("field", "value"), [("grid", [5, 5]), ("grid", [9, 16]), ("channels", 7)])
 def test_features_that_are_not_the_manifests(copy, field, value):
-    document = json.loads((copy / NAME).read_text())
+    document = json.loads((copy / MANIFEST).read_text())
     document[field] = value
-    (copy / NAME).write_text(json.dumps(document))
+    (copy / MANIFEST).write_text(json.dumps(document))
     with pytest.raises(BundleError, match=r"gives features of \[1, 128, 12, 12\], its manifest says"):
         ditf.load(copy)
 

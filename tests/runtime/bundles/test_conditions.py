@@ -1,4 +1,4 @@
-"""Choosing a condition at run time: by name from a bank, or one's own embeddings for a live graph."""
+"""A condition is chosen at run time, by name from a bank or by custom embeddings for a live graph."""
 
 from __future__ import annotations
 

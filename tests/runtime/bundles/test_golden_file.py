@@ -1,4 +1,4 @@
-"""golden.npz is refused with a line unless every array is what an export writes."""
+"""golden.npz is refused with one line unless all arrays are such as an export writes."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 
 from ditf.runtime.bundles.bundle import GOLDEN, Bundle
-from ditf.runtime.errors import BundleError
 from ditf.runtime.bundles.golden_file import Golden, read_golden
-from ditf.runtime.bundles.manifest import NAME
+from ditf.runtime.bundles.manifest import MANIFEST
+from ditf.runtime.errors import BundleError
 
 Change = Callable[[dict[str, np.ndarray]], object]
 
@@ -43,14 +43,14 @@ def copy(demo_bundle: Path, tmp_path: Path) -> Path:
 
 
 def change(bundle: Path, edit: Change) -> Bundle:
-    """Write golden.npz with a change, and list it in the manifest as it is now."""
+    """Write golden.npz with a change, and update its entry in the manifest."""
     arrays = dict(read_golden(Bundle.open(bundle)))
     edit(arrays)
     np.savez(bundle / GOLDEN, **arrays)
     content = (bundle / GOLDEN).read_bytes()
-    document = json.loads((bundle / NAME).read_text())
+    document = json.loads((bundle / MANIFEST).read_text())
     document["files"][GOLDEN] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-    (bundle / NAME).write_text(json.dumps(document))
+    (bundle / MANIFEST).write_text(json.dumps(document))
     return Bundle.open(bundle)
 
 

@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ditf.runtime.bundles.manifest import MANIFEST, SCHEMA, Manifest, read_manifest, tool_versions
 from ditf.runtime.errors import BundleError
-from ditf.runtime.bundles.manifest import NAME, SCHEMA, Manifest, read_manifest, tool_versions
 
 # Bundles of earlier versions have none.
 OPTIONAL = ("conditions", "guidance", "text_tokens", "removed", "features_dtype", "pca", "vae")
@@ -27,19 +27,19 @@ json_values = st.recursive(
 
 def write(folder: Path, document: Any) -> Path:
     text = document if isinstance(document, str) else json.dumps(document)
-    (folder / NAME).write_text(text, "utf-8")
+    (folder / MANIFEST).write_text(text, "utf-8")
     return folder
 
 
 @pytest.fixture(scope="module")
 def document(demo_bundle) -> dict[str, Any]:
-    return json.loads((demo_bundle / NAME).read_text("utf-8"))
+    return json.loads((demo_bundle / MANIFEST).read_text("utf-8"))
 
 
 def test_round_trip(demo_bundle, tmp_path):
     manifest = read_manifest(demo_bundle)
     assert read_manifest(write(tmp_path, manifest.to_json())) == manifest
-    assert manifest.to_json() == (demo_bundle / NAME).read_text("utf-8")
+    assert manifest.to_json() == (demo_bundle / MANIFEST).read_text("utf-8")
     assert manifest.size == (96, 96)
     assert isinstance(manifest.grid, tuple)
 
@@ -139,14 +139,14 @@ def test_newer_schema(tmp_path, rest):
 
 @pytest.mark.parametrize("text", ["", "{", "null", "[]", "3", '"schema"', "{}", '{"schema": NaN}'])
 def test_other_text_is_refused(tmp_path, text):
-    with pytest.raises(BundleError, match=NAME) as caught:
+    with pytest.raises(BundleError, match=MANIFEST) as caught:
         read_manifest(write(tmp_path, text))
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("data", [b"\xff\xfe{}", b"\x00", b"\x80"])
 def test_other_bytes_are_refused(tmp_path, data):
-    (tmp_path / NAME).write_bytes(data)
+    (tmp_path / MANIFEST).write_bytes(data)
     with pytest.raises(BundleError, match="cannot be read"):
         read_manifest(tmp_path)
 

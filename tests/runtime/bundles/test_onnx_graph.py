@@ -1,4 +1,4 @@
-"""A graph's references are found wherever they are, by the rules of ONNX's own package."""
+"""All references of a graph to other files are found, as ONNX's own package finds them."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def graph_of(model: ModelProto, **weights: bytes) -> Graph:
 
 
 def test_the_table_of_fields_is_onnx_own() -> None:
-    """Every field of onnx.proto that leads from a model to a tensor is in the table, and nothing else."""
+    """The table holds exactly the fields of onnx.proto that lead from a model to a tensor."""
     reaches = {"TensorProto"}
     types = {name: kind for name, kind in vars(onnx).items() if hasattr(kind, "DESCRIPTOR")}
     found: dict[str, dict[int, str]] = {}

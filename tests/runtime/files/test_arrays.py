@@ -1,4 +1,4 @@
-"""Arrays from files of others: plain data in bounds, or one line that says what is wrong."""
+"""Array files from elsewhere must hold plain data within bounds; otherwise one line says what is wrong."""
 
 import io
 import struct
@@ -67,7 +67,7 @@ def test_what_inflates_beyond_the_limit_is_refused_before_it_is_inflated() -> No
 
 
 def test_a_size_in_the_directory_that_is_too_small_bounds_what_is_read() -> None:
-    """The directory says 200 bytes of what inflates to 64 MB."""
+    """The archive's directory claims 200 bytes for a member that inflates to 64 MB."""
     bomb = bytearray(npz(a_npy=npy(np.zeros(64 << 20, np.uint8))))
     real = struct.pack("<I", (64 << 20) + 128)
     for at in [at for at in range(len(bomb)) if bomb[at : at + 4] == real]:

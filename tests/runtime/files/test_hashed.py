@@ -1,4 +1,4 @@
-"""A file is used only if it is what was written down of it."""
+"""A file is used only if its size and hash are as recorded."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""JSON files of others: bounded, regular, and one kind of error for whatever is no JSON."""
+"""JSON files from elsewhere must be regular and bounded; anything that is not JSON raises one error."""
 
 import os
 from pathlib import Path

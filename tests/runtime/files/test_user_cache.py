@@ -1,4 +1,4 @@
-"""The user's cache: what is read from it, nobody else can have written."""
+"""Nothing is read from the user's cache that another user can have written."""
 
 from __future__ import annotations
 

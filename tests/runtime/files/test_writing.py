@@ -1,4 +1,4 @@
-"""Files are there whole or not at all; what is no regular file is written to, and links stay links."""
+"""Files appear whole or not at all, other files than regular ones are written to, and links stay links."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_a_fifo_is_written_to(tmp_path):
 
 @pytest.mark.parametrize(("minor", "error"), [(3, None), (7, "No space left")])
 def test_a_device_is_written_to(tmp_path, minor, error):
-    """Nodes of the null device and of the one that is always full, in a folder of the test's own."""
+    """Nodes of the null device and the full device, in a folder of the test."""
     node = tmp_path / "node"
     try:
         os.mknod(node, stat.S_IFCHR | 0o666, os.makedev(1, minor))
@@ -136,7 +136,7 @@ def test_an_own_descriptor_goes_on_where_it_is(tmp_path, name, kind):
 
 
 def test_all_is_flushed_before_the_rename(tmp_path, monkeypatch):
-    """Recorded instead of done: only a power failure shows the difference."""
+    """The calls are recorded instead of done, because only a power failure would show a difference."""
     order = []
     fsync, replace = os.fsync, os.replace
 

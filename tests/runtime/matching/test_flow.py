@@ -10,7 +10,7 @@ from torch.nn import functional
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
 from ditf.runtime.matching.cells import cell_centres
-from ditf.runtime.matching.flow import dense_flow, warp
+from ditf.runtime.matching.flow import dense_flow, warp_image
 from ditf.runtime.matching.points import match_points
 from tests.runtime.maps import random_map, translated_pair
 
@@ -100,5 +100,5 @@ def test_warp_is_a_bilinear_sample():
         padding_mode="border",
         align_corners=True,
     )[0].permute(1, 2, 0)
-    np.testing.assert_allclose(warp(image, flow), expected, rtol=0, atol=0.51)
-    np.testing.assert_array_equal(warp(image, np.zeros((20, 30, 2), np.float32)), image)
+    np.testing.assert_allclose(warp_image(image, flow), expected, rtol=0, atol=0.51)
+    np.testing.assert_array_equal(warp_image(image, np.zeros((20, 30, 2), np.float32)), image)

@@ -17,7 +17,7 @@ axis = st.integers(1, 40)
 
 
 def torch_matrix(pixels: int, cells: int, extent: float | None = None) -> np.ndarray:
-    """What torch does to the unit vectors of an axis, in float64."""
+    """Interpolate the unit vectors of an axis by torch, in float64."""
     units = torch.eye(cells, dtype=torch.float64)[:, None, :, None]  # one unit vector an image
     if extent is None or extent == cells:
         size = functional.interpolate(units, (pixels, 1), mode="bilinear", align_corners=False)

@@ -1,4 +1,4 @@
-"""What matching takes beside its maps does not grow with the queries; numpy reports to tracemalloc."""
+"""The memory of matching does not grow with the number of queries; tracemalloc sees what numpy allocates."""
 
 from __future__ import annotations
 

@@ -7,14 +7,15 @@ from hypothesis import strategies as st
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
+from ditf.runtime.matching import mutual
 from ditf.runtime.matching.cells import cell_centres
 from ditf.runtime.matching.mutual import mutual_matches, mutual_points
-from ditf.runtime.matching.points import match_points, mutual
+from ditf.runtime.matching.points import match_points
 from tests.runtime.maps import random_map, translated_pair
 
 
 def slow(source: FeatureMap, target: FeatureMap, ratio: float | None = None) -> set[tuple[int, int]]:
-    """Pairs of cells, straight from the definition, in float64."""
+    """Compute the pairs of cells from the definition, in float64."""
     a, b = (one.array.reshape(one.channels, -1).astype(np.float64) for one in (source, target))
     cosines = (a / np.linalg.norm(a, axis=0)).T @ (b / np.linalg.norm(b, axis=0))
     pairs = set()
@@ -30,7 +31,7 @@ def slow(source: FeatureMap, target: FeatureMap, ratio: float | None = None) -> 
 
 
 def distinct(cosines: np.ndarray, grid: tuple[int, int], ratio: float) -> bool:
-    """Lowe's test against the best cell that does not touch the best one."""
+    """Apply Lowe's test against the best cell that is no neighbour of the best one."""
     y, x = np.indices(grid)
     best = np.unravel_index(cosines.argmax(), grid)
     away = np.maximum(abs(y - best[0]), abs(x - best[1])).ravel() > 1
@@ -39,7 +40,7 @@ def distinct(cosines: np.ndarray, grid: tuple[int, int], ratio: float) -> bool:
 
 
 def pairs_of(found: mutual.MutualMatches, source: FeatureMap, target: FeatureMap) -> set[tuple[int, int]]:
-    """Matches as pairs of cells."""
+    """Convert matches to pairs of cells."""
     cells = []
     for points, features in ((found.source_points, source), (found.points, target)):
         distances = np.abs(points[:, None] - cell_centres(features)).sum(axis=2)
@@ -76,7 +77,7 @@ def test_swapping_source_and_target_swaps_the_matches(seed, cells, ratio):
         (there.source_points, there.points), (back.points, back.source_points)
     )]  # fmt: skip
     np.testing.assert_array_equal(*(one[np.lexsort(one.T)] for one in pairs))
-    # The other way round a product adds up in another order: a few float32 roundings of a cosine.
+    # Swapping changes the order of summation, so cosines differ by a few float32 roundings.
     np.testing.assert_allclose(np.sort(there.scores), np.sort(back.scores), rtol=0, atol=2e-6)
     assert (np.abs(there.scores) <= 1).all()
     assert (np.diff(there.scores) <= 0).all()

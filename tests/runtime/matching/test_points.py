@@ -22,7 +22,7 @@ from tests.runtime.published import ROUNDING, accepted, cosines, upsample
 
 
 def smooth_map(seed: int, shape: tuple[int, int, int], size: tuple[int, int]) -> FeatureMap:
-    """Long waves in every channel: the cosine has one flat maximum."""
+    """A map with long waves in every channel, so that the cosine has one flat maximum."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[: shape[1], : shape[2]] / max(shape)
     a, b, phase = rng.uniform(-2, 2, (3, shape[0], 1, 1))
@@ -37,7 +37,7 @@ def random_points(seed: int, count: int, size: tuple[int, int], fractional: bool
 
 
 def assert_published(source: FeatureMap, target: FeatureMap, points: np.ndarray) -> None:
-    """The matches are those of upsample, normalise, argmax, to the pixel."""
+    """Check that the matches equal upsampling, normalising and argmax to the pixel."""
     matches = match_points(source, target, points)
     expected = cosines(source, target, points)
     index = (matches.points[:, 1] * target.image_size[1] + matches.points[:, 0]).astype(int)
@@ -66,7 +66,7 @@ CASES = {
 
 
 WAYS = {"mixed": pruning._CROWDED, "pruned": 2.0, "whole": -1.0}
-"""Shares of quads from which on whole rows are computed: as it is, never, always."""
+"""Thresholds above which whole rows are computed: the default, never and always."""
 
 
 @pytest.fixture(params=WAYS.values(), ids=WAYS)

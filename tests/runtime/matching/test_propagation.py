@@ -12,16 +12,16 @@ from torch.nn import functional
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.features import FeatureMap
-from ditf.runtime.matching.points import propagation
+from ditf.runtime.matching import propagation
 from ditf.runtime.matching.propagation import Propagator
 from tests.runtime.maps import random_map
 
 TOLERANCE = 1e-5
-"""Of probabilities: cosines are off by 1e-7, the temperature is down to a hundredth, and frames add up."""
+"""The tolerance of probabilities: cosines are off by 1e-7, temperatures go down to 0.01, frames add up."""
 
 
 class Published:
-    """Every cell with every cell of every frame, in float64, masked afterwards."""
+    """Compare every cell with every cell of every frame in float64, and mask afterwards."""
 
     def __init__(self, first, labels, n_last=7, radius=12, top_k=5, temperature=0.1, factor=16):
         self.options = (n_last, radius, top_k, temperature, factor)
@@ -66,7 +66,7 @@ class Published:
                 one -= one.min().clone()
                 spread = min(spread, float(one.max()))
                 one /= one.max().clone()
-        # Where two labels are level to within the tolerance of the probabilities, rounding decides.
+        # If two labels are level to within the tolerance of the probabilities, rounding decides.
         first, second = up.topk(2, dim=0).values
         self.certain = resized((first - second > 4 * TOLERANCE / max(spread, 1e-9)).numpy(), frame)
         decided = up.argmax(dim=0).numpy().astype(np.uint8)
@@ -74,14 +74,14 @@ class Published:
 
 
 def resized(picture: np.ndarray, frame: FeatureMap) -> np.ndarray:
-    """By the nearest pixel, to a frame's image."""
+    """Resize to a frame's image by the nearest pixel."""
     size = (frame.image_size[1], frame.image_size[0])
     image = Image.fromarray(picture.astype(np.uint8)).resize(size, Image.Resampling.NEAREST)
     return np.array(image).astype(picture.dtype)
 
 
 def video(seed: int, shape: tuple[int, int, int], size: tuple[int, int], frames: int) -> list[FeatureMap]:
-    """A scene that moves by a cell a frame, with noise."""
+    """A scene with noise that moves by one cell per frame."""
     rng = np.random.default_rng(seed)
     scene = rng.standard_normal(shape)
     return [
@@ -94,7 +94,7 @@ def video(seed: int, shape: tuple[int, int, int], size: tuple[int, int], frames:
 
 
 def blobs(seed: int, size: tuple[int, int], values: list[int]) -> np.ndarray:
-    """A picture of labels with wide areas of each."""
+    """A picture of labels with a wide area for each label."""
     rng = np.random.default_rng(seed)
     coarse = rng.choice(values, (5, 6)).astype(np.uint8)
     return np.array(Image.fromarray(coarse).resize((size[1], size[0]), Image.Resampling.NEAREST))
@@ -139,7 +139,7 @@ def test_is_the_published_protocol(case):
 
 
 def test_ties_with_the_last_of_the_top_are_taken_in():
-    # Four alike in the first frame, all within reach. Signs over sixteen channels have exact cosines.
+    # The first frame has four equal cells, all within reach. Signs over sixteen channels have exact cosines.
     tile = np.sign(np.random.default_rng(0).standard_normal((16, 4, 4))).astype(np.float32)
     frame = FeatureMap(np.tile(tile, (1, 2, 2)), (8, 8))
     assert assert_published([frame, frame, frame], blobs(2, (8, 8), [0, 3]), top_k=2) > 0.3

@@ -15,14 +15,14 @@ from ditf.runtime.matching.points import match_points
 from tests.runtime.maps import random_map, translated_pair
 
 CELL_TOLERANCE = 2e-4
-"""Cells. A cosine in float32 is off by 1e-7, at temperature 0.02 that is 5e-6 of a weight; positions are up
-to 40 cells away from their mean."""
+"""The tolerance in cells. A float32 cosine is off by 1e-7, which at temperature 0.02 changes a weight by
+5e-6, and positions are up to 40 cells away from their mean."""
 
 
 def published(
     cosines: np.ndarray, method: str, window: int = 15, temperature: float = 0.02, sigma: float = 5
 ):
-    """Expected (x, y) in cells of one query; cosines [h, w]."""
+    """The expected (x, y) in cells of one query with cosines [h, w]."""
     scores = torch.from_numpy(np.asarray(cosines, np.float64))
     h, w = scores.shape
     best = int(scores.flatten().argmax())
@@ -39,7 +39,7 @@ def published(
 
 
 def cell_cosines(source: FeatureMap, target: FeatureMap) -> np.ndarray:
-    """float64 [source cells, h, w]."""
+    """The cosines, float64 [source cells, h, w]."""
     a, b = (one.array.reshape(one.channels, -1).astype(np.float64) for one in (source, target))
     a, b = (one / np.linalg.norm(one, axis=0) for one in (a, b))
     return (a.T @ b).reshape(-1, *target.grid)

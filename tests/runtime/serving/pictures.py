@@ -1,4 +1,4 @@
-"""Pictures as files."""
+"""Making encoded pictures."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from PIL import Image
 
 
 def encoded(pixels: np.ndarray, format: str = "PNG") -> bytes:
-    """RGB uint8 [H, W, 3] as a file."""
+    """Encode RGB uint8 [H, W, 3] as a file."""
     file = io.BytesIO()
     Image.fromarray(pixels).save(file, format)
     return file.getvalue()

@@ -1,4 +1,4 @@
-"""The worker, with a real engine that fails and lingers when an image says so."""
+"""The worker, with a real engine that fails or takes long if an image says so."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from ditf.runtime.errors import InputError
+from ditf.runtime.feature_cache import FeatureCache
 from ditf.runtime.model import load
 from ditf.runtime.serving.batching import Worker
-from ditf.runtime.serving.cache import FeatureCache
 from ditf.runtime.serving.errors import DeadlineExceeded, EngineError, Overloaded
 from ditf.runtime.serving.jobs import Ticket
 from tests.runtime.serving.tiny import image, mean_colours
@@ -20,7 +20,7 @@ SOON = Ticket("test", float("inf"))
 
 
 class Seen:
-    """What the worker told."""
+    """Records what the worker reports."""
 
     def __init__(self):
         self.batches, self.stages, self.failures = [], [], 0
@@ -39,7 +39,7 @@ class Seen:
 
 
 class Bench:
-    """A worker on a bundle, and a short way to ask it."""
+    """A worker on a bundle, with a short way to use it."""
 
     def __init__(self, bundle, images=32, delay_s=0.05, largest=4, cache=0):
         self.seen = Seen()
@@ -47,7 +47,7 @@ class Bench:
         self.worker = Worker({"one": self.model}, FeatureCache(cache), images, delay_s, largest, self.seen)
 
     def busy(self, loops):
-        """An image that the engine has begun on, and will be some time about."""
+        """Queue an image that takes the engine some time, and wait until it has begun."""
         [future] = self.ask(image(1, loops=loops))
         while self.worker.waiting:
             time.sleep(0.001)

@@ -35,7 +35,7 @@ def browser():
 
 
 class Page:
-    """What a person sees and does."""
+    """A person's actions on the page, and what the page shows."""
 
     def __init__(self, driver, url):
         self.driver, self.url = driver, url
@@ -58,7 +58,7 @@ class Page:
         )
 
     def click(self, across, down):
-        """A click at fractions of the first image."""
+        """Click the first image at fractions of its size."""
         picture = self.find("#source .picture img")
         self.driver.execute_script("arguments[0].scrollIntoView({block: 'center'})", picture)
         x, y = (across - 0.5) * picture.size["width"], (down - 0.5) * picture.size["height"]
@@ -169,7 +169,7 @@ def test_the_slider_changes_the_bundle(page, tiny):
 
 
 def test_own_images(page, demo_bundle, tmp_path):
-    """A photograph that EXIF rotates: its points are those of what is shown, as everywhere in ditf."""
+    """EXIF rotates the photograph, and points refer to the rotated image, as everywhere in ditf."""
     rng = np.random.default_rng(0)
     pixels = np.kron(rng.integers(0, 256, (3, 4, 3)), np.ones((20, 20, 1))).astype(np.uint8)
     exif = Image.Exif()
@@ -199,7 +199,7 @@ def test_a_file_that_is_no_image(page, tmp_path):
 
 
 def test_an_image_the_server_refuses(browser, server, page, tmp_path):
-    """Nothing of the image before it stays."""
+    """Nothing of the former image stays."""
     page.click(0.6, 0.4)
     page.rows(1)
     page.heat()

@@ -1,4 +1,4 @@
-"""A bundle with several conditions and a dynamic batch: each request gets the one it named."""
+"""With several conditions and a dynamic batch, each request gets the condition that it named."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
 import ditf
-from ditf.runtime.serving.service import Batching
+from ditf.runtime.serving.limits import Batching
 from tests.runtime.serving.pictures import noise
 from tests.runtime.serving.tiny import serving
 

@@ -1,4 +1,4 @@
-"""Image files that are small and cost much."""
+"""Small image files that are expensive to decode."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ditf.runtime.serving.decoding import JPEG_SCANS, SLOW_BYTES, decode_image
+from ditf.runtime.serving.decoding import JPEG_SCANS, SLOW_BYTES, decode_upload
 from ditf.runtime.serving.errors import TooLarge
 from ditf.runtime.serving.limits import Limits
 from tests.runtime.serving.pictures import noise
@@ -18,7 +18,7 @@ LIMITS = Limits()
 
 
 def progressive(scans, picture=None):
-    """A JPEG whose scans are repeated until they are so many."""
+    """A JPEG whose scans are repeated up to a number."""
     file = io.BytesIO()
     Image.fromarray(noise(1) if picture is None else picture).save(file, "JPEG", progressive=True)
     data = file.getvalue()
@@ -29,26 +29,26 @@ def progressive(scans, picture=None):
 
 @pytest.mark.parametrize("prefix", [b"", b"\xff"])
 def test_scans_of_a_jpeg(prefix):
-    assert decode_image(progressive(JPEG_SCANS), LIMITS).size == (70, 50)
+    assert decode_upload(progressive(JPEG_SCANS), LIMITS).size == (70, 50)
     data = progressive(JPEG_SCANS + 1).replace(b"\xff\xda", prefix + b"\xff\xda")
     with pytest.raises(TooLarge, match=f"more than {JPEG_SCANS} scans"):
-        decode_image(data, LIMITS)
+        decode_upload(data, LIMITS)
 
 
 def test_what_only_looks_like_scans():
-    """In a comment, in the EXIF data, and after the end of the picture."""
+    """The markers are in a comment, in the EXIF data, and after the end of the picture."""
     file = io.BytesIO()
     exif = Image.Exif()
     exif[0x9286] = b"\xff\xda" * 500
     Image.fromarray(noise(1)).save(file, "JPEG", exif=exif, comment=b"\xff\xda" * 500, progressive=True)
-    assert decode_image(file.getvalue() + b"\xff\xda" * 500, LIMITS).size == (70, 50)
+    assert decode_upload(file.getvalue() + b"\xff\xda" * 500, LIMITS).size == (70, 50)
 
 
 def test_a_plain_ppm():
-    assert decode_image(b"P3\n2 1\n255\n1 2 3 4 5 6\n", LIMITS).getpixel((1, 0)) == (4, 5, 6)
+    assert decode_upload(b"P3\n2 1\n255\n1 2 3 4 5 6\n", LIMITS).getpixel((1, 0)) == (4, 5, 6)
     side = 512
     with pytest.raises(TooLarge, match="plain PPM"):
-        decode_image(b"P3\n%d %d\n255\n" % (side, side) + b"0 " * 3 * side * side, LIMITS)
+        decode_upload(b"P3\n%d %d\n255\n" % (side, side) + b"0 " * 3 * side * side, LIMITS)
 
 
 def test_a_run_length_encoded_bmp():
@@ -57,15 +57,15 @@ def test_a_run_length_encoded_bmp():
         head = struct.pack("<IiiHHIIiiII", 40, width, height, 1, 8, 1, len(rows), 0, 0, 256, 0)
         return b"BM" + struct.pack("<IHHI", 1078 + len(rows), 0, 0, 1078) + head + bytes(1024) + rows
 
-    assert decode_image(bmp(4, 3), LIMITS).size == (4, 3)
+    assert decode_upload(bmp(4, 3), LIMITS).size == (4, 3)
     data = bmp(1024, 600)
     assert len(data) > SLOW_BYTES
     with pytest.raises(TooLarge, match="run-length encoded BMP"):
-        decode_image(data, LIMITS)
+        decode_upload(data, LIMITS)
 
 
 def test_a_long_side():
     file = io.BytesIO()
     Image.fromarray(np.zeros((1, 16_385, 3), np.uint8)).save(file, "PNG")
     with pytest.raises(TooLarge, match="16385x1 pixels, a side more than 16,384"):
-        decode_image(file.getvalue(), LIMITS)
+        decode_upload(file.getvalue(), LIMITS)

@@ -1,4 +1,4 @@
-"""Schemathesis against what the plain routes say of themselves; nothing it sends may end in a 500."""
+"""Schemathesis tests the plain routes against their OpenAPI document; no request may end in a 500."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_routes(document):
 @pytest.mark.parametrize("images", ["fuzzed", "real"])
 @pytest.mark.parametrize("path", ["/match", "/heat-map", "/features"])
 def test_nothing_ends_in_a_500(server, api, path, images):
-    """With whatever files, and with two images, so that it is the other fields that are tried."""
+    """Requests use arbitrary files, and also two images, so that the other fields are tried too."""
     files = dict.fromkeys(("source", "target", "image"), encoded(noise(1)))
 
     @settings(

@@ -1,4 +1,4 @@
-"""NVIDIA's own client, unmodified, against a server with the demo's bundle."""
+"""NVIDIA's unmodified client works with a server of the demo's bundle."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_compressed(client, compression):
 
 
 def test_a_raw_binary_request(server):
-    """Inference-Header-Content-Length 0: the body is the only input's bytes."""
+    """With Inference-Header-Content-Length 0 the body is the bytes of the only input."""
     pixels = np.stack([image(8), image(9)])
     answer = requests.post(
         f"{server.url}/v2/models/tiny.features/infer",
@@ -194,7 +194,7 @@ def test_wrong_parameters(client, parameters, message):
 
 
 def test_a_timeout_of_the_client(client, server):
-    """Triton's timeout, in microseconds: what waits for longer is not run."""
+    """A request that waits for longer than Triton's timeout, in microseconds, is not run."""
     slow = client.async_infer("tiny.features", [tensor("image", image(1, loops=250)[None])])
     while not server.service.worker.running:
         time.sleep(0.001)

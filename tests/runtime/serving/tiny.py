@@ -1,4 +1,4 @@
-"""A bundle whose engine does what its image says: it fails, or takes its time; and servers in a thread."""
+"""A bundle whose engine fails or takes long if its image says so, and servers in a thread."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from onnx import TensorProto, helper, numpy_helper
 
 from ditf.runtime.model import Model, load
 from ditf.runtime.serving.http.app import make_app
-from ditf.runtime.serving.http.metrics import Metrics
+from ditf.runtime.serving.http.metrics import ServerMetrics
 from ditf.runtime.serving.http.server import LOOPBACK, Server, bind, url
-from ditf.runtime.serving.limits import Limits
-from ditf.runtime.serving.service import Batching, Service
+from ditf.runtime.serving.limits import Batching, Limits
+from ditf.runtime.serving.service import Service
 
 SIDE = 96
 CELLS = 12
@@ -31,7 +31,7 @@ LOOPS = 10  # for each step of green of the first pixel of any image of a batch:
 
 
 def tiny_bundle(demo: Path, path: Path) -> Path:
-    """A copy of the demo's bundle with a dynamic batch and another graph: mean colours of cells."""
+    """A copy of the demo's bundle with a dynamic batch, whose graph computes the mean colours of cells."""
     shutil.copytree(demo, path)
     onnx.save(_graph(), path / "features.onnx")
     manifest = json.loads((path / "manifest.json").read_text())
@@ -45,14 +45,14 @@ def tiny_bundle(demo: Path, path: Path) -> Path:
 
 
 def image(seed: int, loops: int = 0, fails: bool = False) -> np.ndarray:
-    """RGB noise at the engine's size, of which the first pixel tells the engine what to do."""
+    """RGB noise at the engine's size, whose first pixel tells the engine what to do."""
     pixels = np.random.default_rng(seed).integers(0, 256, (SIDE, SIDE, 3), np.uint8)
     pixels[0, 0] = (FAILS if fails else 0, loops, 0)
     return pixels
 
 
 def mean_colours(pixels: np.ndarray) -> np.ndarray:
-    """What the graph computes of an image, float32 [3, 12, 12]."""
+    """The graph's result for an image, float32 [3, 12, 12]."""
     cell = SIDE // CELLS
     cells = pixels.astype(np.float32).reshape(CELLS, cell, CELLS, cell, 3)
     return cells.mean(axis=(1, 3)).transpose(2, 0, 1)
@@ -68,7 +68,7 @@ def serving(
 ) -> Iterator[Running]:
     """A server on a free port of the loopback, in a thread."""
     models: dict[str, Model] = {path.name: load(path) for path in bundles}
-    metrics = Metrics()
+    metrics = ServerMetrics()
     service = Service(models, limits, batching, cache_bytes, metrics)
     gate = make_app(service, metrics, api_key, LOOPBACK)
     listening = bind("127.0.0.1", 0)
@@ -88,7 +88,7 @@ def serving(
 
 
 class Running:
-    """A server that runs; `address` is host:port."""
+    """A running server; `address` is host:port."""
 
     def __init__(self, where: str, service: Service, gate: object, server: Server) -> None:
         self.url = where

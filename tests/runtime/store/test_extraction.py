@@ -1,4 +1,4 @@
-"""Bulk extraction into a store: kept, computed, failed."""
+"""Extraction into a store counts the maps that are kept, computed and failed."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def test_a_changed_image_is_computed_again(demo_bundle, images, tmp_path):
 
 
 class OneBadImage:
-    """A model, as far as extraction knows one, whose features of an image of 47 rows are not finite."""
+    """A stand-in for a model whose features of an image of 47 rows are not finite."""
 
     manifest = SimpleNamespace(batch=3)
 

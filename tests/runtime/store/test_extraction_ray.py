@@ -1,4 +1,4 @@
-"""Extraction over a Ray cluster: the steps by themselves, and all of it on a real local cluster."""
+"""Extraction over a Ray cluster, tested in single steps and as a whole on a real local cluster."""
 
 from __future__ import annotations
 
@@ -20,7 +20,16 @@ import ditf
 from ditf.calib.images import procedural_image
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError
-from ditf.runtime.store.extraction_ray import COMPUTED, FAILED, FATAL, KEPT, PENDING, Extractor, Job, prepare
+from ditf.runtime.store.extraction_ray import (
+    COMPUTED,
+    FAILED,
+    FATAL,
+    KEPT,
+    PENDING,
+    ExtractionJob,
+    Extractor,
+    prepare,
+)
 from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity, map_files
 from ditf.runtime.store.writer import StoreWriter
 from tests.processes import started
@@ -43,7 +52,7 @@ def images(tmp_path):
 def job(demo_bundle, tmp_path):
     identity = StoreIdentity.of(Bundle.open(demo_bundle), "pad", None, "float16")
     with StoreWriter(tmp_path / "store", identity) as writer:
-        made = Job.of(Bundle.open(demo_bundle), writer, None, "pad", "onnxruntime")
+        made = ExtractionJob.of(Bundle.open(demo_bundle), writer, None, "pad", "onnxruntime")
     assert not list((tmp_path / "store" / "partial").iterdir())
     return made
 
@@ -68,7 +77,7 @@ def test_what_two_steps_store_is_what_one_process_stores(job, images, tmp_path):
 
 
 def test_a_lost_process_did_what_it_did(job, images):
-    """The same rows again, as Ray gives them to another actor: nothing is computed twice, nothing missing."""
+    """Ray gives the same rows to another actor; nothing is computed twice, and nothing is missing."""
     read = prepare(columns(images), job)
     half = {name: values[:2] for name, values in read.items()}
     Extractor(job)(half)
@@ -110,7 +119,7 @@ ray.shutdown(wait_for_processes=True)
 
 @pytest.fixture(scope="module")
 def environment():
-    """Ray's files in a folder of its own, whose name is short: sockets have at most 107 letters."""
+    """A folder for Ray's files. Its name is short, because the path of a socket has at most 107 letters."""
     folder = Path(tempfile.mkdtemp(prefix="ray"))
     yield {
         **os.environ,
@@ -150,7 +159,7 @@ def cluster(environment):
 
 
 def actors(pid):
-    """Processes of a cluster that hold an engine, or will."""
+    """The processes of a cluster that hold an engine or will do so."""
     found = []
     for process in psutil.Process(pid).children(recursive=True):
         try:
@@ -163,7 +172,7 @@ def actors(pid):
 
 @pytest.mark.slow
 def test_an_actor_killed_on_the_way(cluster, environment, demo_bundle, tmp_path):
-    """Every image once: none lost, none twice, none failed for the death of what computed it."""
+    """Each image is computed once, and none is lost or failed because its process was killed."""
     address, pid = cluster
     count = 160
     (tmp_path / "images").mkdir()
@@ -222,7 +231,7 @@ def test_why_no_worker_opens_the_bundle(cluster, environment, demo_bundle, image
 
 
 def children(process, word):
-    """Processes below another whose command line has a word."""
+    """The descendants of a process whose command line holds a word."""
     found = []
     for one in psutil.Process(process.pid).children(recursive=True):
         try:
@@ -236,7 +245,7 @@ def children(process, word):
 @pytest.mark.slow
 @pytest.mark.parametrize("lost", ["head", "ditf"])
 def test_a_cluster_whose_head_or_user_is_lost(environment, demo_bundle, tmp_path, lost):
-    """Ray's core ends its process when it loses the head; nothing of the cluster outlives who started it."""
+    """Ray's core ends its process when it loses the head. No process of the cluster outlives the test."""
     (tmp_path / "images").mkdir()
     for seed in range(200):
         Image.fromarray(procedural_image((40, 40), seed)).save(tmp_path / f"images/{seed:03}.png")
@@ -265,7 +274,7 @@ def _file_of(store, name):
 
 
 def test_a_store_without_its_identity_keeps_its_maps(job, images):
-    """It is taken up by who computes the same, and by nobody else."""
+    """A run that computes the same features continues the store, and any other run refuses it."""
     Extractor(job)(prepare(columns(images), job))
     (job.store / "store.json").unlink()
     for changes in ({"features": "f" * 64}, {"fit": "stretch"}, {"dtype": "float32"}, {"prompt": "a cat"}):

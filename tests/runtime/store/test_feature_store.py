@@ -1,4 +1,4 @@
-"""FeatureStore: what is written is what is read, and nothing that is not whole or not this store's."""
+"""A FeatureStore returns what was written, and refuses what is damaged or belongs to another store."""
 
 from __future__ import annotations
 
@@ -24,7 +24,8 @@ from ditf.runtime.features import FeatureMap
 from ditf.runtime.files import writing
 from ditf.runtime.files.liveness import STALE, file_system_time, try_lock
 from ditf.runtime.matching.points import match_points
-from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity, map_files, map_path, writer
+from ditf.runtime.store import writer
+from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity, map_files, map_path
 from ditf.runtime.store.stored_map import read_stored
 from ditf.runtime.store.writer import StoreWriter
 
@@ -38,7 +39,7 @@ def feature_map(seed=0, shape=(5, 4, 6), dtype=np.float16, image_size=(40, 60), 
 
 @pytest.fixture
 def store(tmp_path):
-    """Two maps: of a whole image and of a padded one."""
+    """A store with two maps, of a whole image and of a padded one."""
     with StoreWriter(tmp_path / "store", IDENTITY) as writer:
         writer.put("a.png", "1" * 64, feature_map(0))
         writer.put("two/a.png", "2" * 64, feature_map(1, (5, 3, 6), image_size=(33, 70), extent=(2.5, 6.0)))
@@ -201,7 +202,7 @@ def test_what_is_no_store(tmp_path, store):
 
 
 def test_several_writers_at_once(tmp_path):
-    """They make the store together, write the same and different maps, and list each other's."""
+    """The writers create the store together, write equal and different maps, and list each other's."""
 
     def write(number):
         with StoreWriter(tmp_path / "s", IDENTITY) as writer:
@@ -239,7 +240,7 @@ OWN = f"{'0' * 32}-{'1' * 32}"
 
 
 def test_what_a_killed_writer_left_goes_after_a_day(store, monkeypatch):
-    """A day of the file system's clock: this machine's may be ahead."""
+    """A day counts by the file system's clock, because this machine's may be ahead."""
     gone = [aged(store / "partial" / name) for name in (OWN, f"store-{'1' * 32}", f"index-{'1' * 32}")]
     kept = aged(store / "partial" / f"{'2' * 32}-{'1' * 32}", 0.9)
     late = time.time() + 90_000
@@ -282,7 +283,7 @@ def test_what_is_written_is_locked(store, monkeypatch):
 
 
 def test_nothing_is_removed_that_is_not_the_stores(store, tmp_path):
-    """Neither names of another kind, nor links, nor what a link points to, nor folders."""
+    """Files with other names, links, targets of links and folders are kept."""
     elsewhere = aged(tmp_path / "elsewhere" / "photograph")
     kept = [aged(store / "partial" / name) for name in ("notes.txt", f"{OWN}.txt", "0" * 32)]
     kept += [aged(store / "maps" / "ab" / "notes.txt"), elsewhere]
@@ -320,7 +321,7 @@ def test_parts_that_are_links_are_refused(store, tmp_path, part):
 
 @pytest.mark.parametrize("where", [-2, -200, "extent"])
 def test_damage_is_found_by_a_rerun_and_by_verify(store, where):
-    """In the numbers and in what is said of them."""
+    """The changes are in the numbers and in the metadata."""
     path = map_path(store, "a.png")
     content = bytearray(path.read_bytes())
     if where == "extent":
@@ -340,7 +341,7 @@ def test_damage_is_found_by_a_rerun_and_by_verify(store, where):
 
 
 def test_a_store_of_0_1_0_is_read_and_computed_again(store):
-    """Its maps have no digest: nothing says that they are whole."""
+    """Its maps have no digest, so nothing shows that they are whole."""
     path = map_path(store, "a.png")
     with safe_open(path, framework="numpy") as file:
         noted, array = file.metadata(), file.get_tensor("features")

@@ -1,4 +1,4 @@
-"""What clients do to a server: too much, too slowly, too many at once, and leaving."""
+"""Clients that send too much, too slowly or too many requests at once, and clients that leave."""
 
 from __future__ import annotations
 
@@ -20,10 +20,9 @@ import requests
 import tritonclient.http as triton
 from tritonclient.utils import InferenceServerException
 
-from ditf.runtime.serving.http.gate import Gate
-from ditf.runtime.serving.http.metrics import Metrics
-from ditf.runtime.serving.limits import Limits
-from ditf.runtime.serving.service import Batching
+from ditf.runtime.serving.http.gate import RequestGate
+from ditf.runtime.serving.http.metrics import ServerMetrics
+from ditf.runtime.serving.limits import Batching, Limits
 from tests.runtime.serving.pictures import encoded
 from tests.runtime.serving.tiny import image, mean_colours, serving
 
@@ -44,7 +43,7 @@ def infer_body(pixels):
 
 
 def infer(server, pixels, timeout=20):
-    """Status, features or None, and Retry-After."""
+    """The status, the features or None, and Retry-After."""
     body, header = infer_body(pixels)
     connection = http.client.HTTPConnection("127.0.0.1", server.port, timeout=timeout)
     try:
@@ -70,7 +69,7 @@ def raw(server, data=b""):
 
 
 def received(connection):
-    """All that comes until the server closes."""
+    """Read all that the server sends until it closes."""
     parts = []
     try:
         while part := connection.recv(65536):
@@ -82,7 +81,7 @@ def received(connection):
 
 @contextmanager
 def busy(server, loops):
-    """While the engine is about an image that keeps it for a time; gives what was answered."""
+    """Keep the engine busy with an image that takes some time. Yields the answer."""
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(infer, server, image(0, loops=loops))
         while not server.service.worker.running:
@@ -91,7 +90,7 @@ def busy(server, loops):
 
 
 def settled(server):
-    """Wait until nothing is left of any request."""
+    """Wait until no request holds anything."""
     for _ in range(2000):
         gate = server.gate
         left = (gate.reading, gate.in_flight, gate.buffered, server.service.worker.waiting)
@@ -119,7 +118,7 @@ def test_a_body_that_hides_its_length(server):
 
 
 def test_one_byte_a_second_of_a_body(server):
-    """Answered 408 when its time is over, whatever it still sends; others are served meanwhile."""
+    """A slow body is answered with 408 when its time is over, and others are served in the meantime."""
     head = b"POST /match HTTP/1.1\r\nHost: localhost\r\nContent-Length: 1000\r\n\r\n"
     slow = [raw(server, head) for _ in range(20)]  # more than may be in flight
     for _ in range(3):
@@ -319,7 +318,7 @@ def test_points_times_pixels_are_bounded(tiny):
 
 
 def test_a_target_of_one_row_and_a_million_columns(server):
-    """Its pixels are few, but matching in it takes a minute: sides are bounded too."""
+    """The image has few pixels, but matching in it would take a minute, so sides are bounded too."""
     tensors = {
         "source": np.zeros((3, 12, 12), np.float32),
         "target": np.zeros((3, 12, 12), np.float32),
@@ -353,7 +352,7 @@ def test_a_running_call_does_not_keep_its_client_past_the_deadline(tiny):
 
 
 def test_draining(tiny):
-    """What is in flight is answered; what comes later is refused, and ready says so."""
+    """Requests in flight are answered, later ones are refused, and the server is not ready."""
     with serving(tiny, batching=Batching(0.0, 1)) as server, requests.Session() as held:
         assert held.get(f"{server.url}/v2/health/ready", timeout=9).status_code == 200
         with busy(server, 250) as slow:
@@ -407,7 +406,7 @@ def test_a_name_that_resolves_to_the_loopback_is_not_it(server):
 
 
 def test_pages_of_other_sites_may_not_ask(server):
-    """Browsers say where a request comes from, whatever the page wants."""
+    """Browsers send the origin of a request, whatever the page wants."""
     for site, expected in (("cross-site", 403), ("same-origin", 422), ("none", 422)):
         answer = requests.post(f"{server.url}/match", headers={"Sec-Fetch-Site": site}, timeout=9)
         assert answer.status_code == expected
@@ -433,14 +432,14 @@ def test_an_origin_is_that_of_the_host(server, origin, expected):
 
 
 def test_a_page_of_another_port_may_not_ask(server):
-    """It is of the same site to a browser, which says so; the page itself may be linked to."""
+    """A browser treats the request as of the same site and says so; the page itself may be linked to."""
     headers = {"Sec-Fetch-Site": "same-site", "Origin": "http://localhost:1"}
     assert requests.get(f"{server.url}/bundles", headers=headers, timeout=9).status_code == 403
     assert requests.get(f"{server.url}/", headers=headers, timeout=9).status_code == 200
 
 
 def test_nothing_is_read_after_a_body_with_two_lengths(server):
-    """Content-Length and Transfer-Encoding: which of them a proxy believed is not known."""
+    """The request has Content-Length and Transfer-Encoding, and nobody knows which one a proxy used."""
     second = b"GET /metrics HTTP/1.1\r\nHost: localhost\r\n\r\n"
     head = (
         b"POST /match HTTP/1.1\r\nHost: localhost\r\nContent-Length: %d\r\n"
@@ -498,7 +497,7 @@ def test_a_line_of_log_for_each_request(server, caplog):
 
 
 def test_a_body_in_pieces_leaves_turns_to_others():
-    """A form is parsed in the event loop: a large one must not keep it from everyone else."""
+    """A form is parsed in the event loop, and a large one must not block other requests."""
     pieces = deque([b"piece"] * 5)
     turns = []
     now = 0
@@ -523,7 +522,7 @@ def test_a_body_in_pieces_leaves_turns_to_others():
     async def run():
         nonlocal now
         scope = {"type": "http", "scheme": "http", "method": "POST", "path": "/", "headers": []}
-        answer = asyncio.ensure_future(Gate(app, Limits(), Metrics())(scope, receive, send))
+        answer = asyncio.ensure_future(RequestGate(app, Limits(), ServerMetrics())(scope, receive, send))
         while not answer.done():
             now += 1
             await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""The log's lines: how many, and of what."""
+"""The number of log lines is bounded, and they hold the right fields."""
 
 from __future__ import annotations
 

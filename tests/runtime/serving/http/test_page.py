@@ -1,4 +1,4 @@
-"""Files for browsers: read once, and nothing but them."""
+"""The page's files are read once, and no other file is served."""
 
 from __future__ import annotations
 

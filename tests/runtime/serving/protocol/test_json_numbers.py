@@ -1,4 +1,4 @@
-"""Numbers in JSON, a piece at a time: the same as the json module's, of a document that is JSON."""
+"""Reading numbers piece by piece gives the same as the json module for every JSON document."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Messages of the protocol: what NVIDIA's client writes is read back, and nothing else is believed."""
+"""What NVIDIA's client writes is read back, and contradictory messages are refused."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from hypothesis.extra import numpy as arrays
 from ditf.runtime.errors import InputError
 from ditf.runtime.serving.errors import TooLarge
 from ditf.runtime.serving.protocol.contract import ModelSpec, TensorSpec
-from ditf.runtime.serving.protocol.v2 import DTYPES, encode_response, inflate, parse_request
+from ditf.runtime.serving.protocol.v2 import NUMPY_TYPES, encode_response, inflate, parse_request
 
 LIMIT = 1 << 20
 
-DATATYPES = st.sampled_from(sorted(DTYPES))
+DATATYPES = st.sampled_from(sorted(NUMPY_TYPES))
 
 
 def any_array(datatype):
-    dtype = np.dtype(DTYPES[datatype])
+    dtype = np.dtype(NUMPY_TYPES[datatype])
     shapes = arrays.array_shapes(min_dims=1, max_dims=4, min_side=0, max_side=4)
     finite = {"allow_nan": False, "allow_infinity": False} if dtype.kind == "f" else {}
     return arrays.arrays(dtype, shapes, elements=arrays.from_dtype(dtype, **finite))
@@ -82,7 +82,7 @@ def test_a_damaged_request_is_refused_or_read_never_a_crash(given_tensors, data)
     except InputError:
         return
     for spec in model.inputs:
-        assert request.inputs[spec.name].dtype == np.dtype(DTYPES[spec.datatype])
+        assert request.inputs[spec.name].dtype == np.dtype(NUMPY_TYPES[spec.datatype])
 
 
 json_values = st.recursive(

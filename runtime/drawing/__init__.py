@@ -1,0 +1,1 @@
+"""Pictures of matches, heat maps and flow, drawn with Pillow alone."""
