@@ -19,7 +19,7 @@ from ditf.engines.build import build
 from ditf.engines.compile import BuildOptions
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN
 from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, TARGETS, load_flavour
 from ditf.runtime.bundles.bundle import Bundle

@@ -59,7 +59,7 @@ from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import TIMESTEP, Conditioner
 from ditf.export.graph.precision import FLOAT32, Precision
 from ditf.export.onnx_writing.onnx_file import write_onnx
-from ditf.export.planning.options import DEFAULT_OPSET
+from ditf.export.planning.export_options import DEFAULT_OPSET
 
 THREADS = 1
 IMAGES = 4  # inputs are rotated

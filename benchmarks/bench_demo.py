@@ -29,7 +29,7 @@ from ditf.calib.eval.outcomes import totals
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
 from ditf.export.families.demo import DEMO_DEFAULTS
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime import FeatureMap
 from ditf.runtime.matching.points import match_points
 

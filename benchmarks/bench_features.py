@@ -62,7 +62,7 @@ from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.checkpoints.noise_schedule import ddpm_scheduler, draw_noise
 from ditf.export.exporter import export_bundle
 from ditf.export.families.pixart import PixArt
-from ditf.export.planning.options import SHORT_NAMES, ExportOptions
+from ditf.export.planning.export_options import SHORT_NAMES, ExportOptions
 from ditf.runtime import load
 from ditf.runtime.bundles.bundle import FEATURES, FEATURES_DATA, GOLDEN
 

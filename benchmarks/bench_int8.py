@@ -35,7 +35,7 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.precision import FLOAT16, FLOAT32, INT8
 from ditf.export.onnx_writing.onnx_file import write_onnx
-from ditf.export.planning.options import DEFAULT_OPSET, ExportOptions
+from ditf.export.planning.export_options import DEFAULT_OPSET, ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.onnx_graph import Graph

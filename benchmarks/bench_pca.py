@@ -40,7 +40,7 @@ from ditf.calib.projection import SecondMoment, project_features
 from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.exporter import export_bundle
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime import FeatureMap
 from ditf.runtime.matching.points import match_points
 from ditf.runtime.store.feature_store import FeatureStore, StoreIdentity

@@ -52,7 +52,7 @@ from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import Entry
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import Plan, make_plan
 from ditf.runtime.errors import DitfError
 

@@ -33,7 +33,7 @@ from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.graph.precision import FLOAT16, FLOAT32, Precision
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.onnx_writing.onnx_file import write_onnx
-from ditf.export.planning.options import DEFAULT_OPSET
+from ditf.export.planning.export_options import DEFAULT_OPSET
 from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.onnx_graph import Graph
 

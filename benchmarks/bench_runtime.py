@@ -44,7 +44,7 @@ def compare() -> None:
     from ditf.cli.support.output import bytes_text
     from ditf.export.checkpoints.loading import quieten_libraries
     from ditf.export.exporter import export_bundle
-    from ditf.export.planning.options import ExportOptions
+    from ditf.export.planning.export_options import ExportOptions
 
     bench = Bench(__doc__, THREADS, repeats=5)
     repeats = bench.parse().repeats

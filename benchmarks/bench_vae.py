@@ -60,12 +60,12 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
 from ditf.export.checkpoints.opening import open_vae
 from ditf.export.graph.features import FeatureSettings
-from ditf.export.graph.vae_encoder import QueryChunks, attentions
+from ditf.export.graph.vae_encoders import QueryChunks, attentions
 from ditf.export.measure.golden import POINTS
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.conditions import Entry, encode, trim
-from ditf.export.planning.options import DEFAULT_OPSET, SHORT_NAMES, ExportOptions
+from ditf.export.planning.export_options import DEFAULT_OPSET, SHORT_NAMES, ExportOptions
 from ditf.export.planning.plan import Plan, plan_from_configs
 from ditf.runtime import FeatureMap
 from ditf.runtime.bundles.bundle import FEATURES

@@ -10,7 +10,7 @@ from ditf.export.estimate.devices import DEVICES
 from ditf.export.estimate.estimate import Estimate
 from ditf.export.estimate.published_configs import open_configs, open_vae_configs
 from ditf.export.estimate.work import ATTENTION, GEMMS, VAE
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import plan_from_configs
 
 MODELS = (

@@ -35,7 +35,7 @@ from ditf.calib.eval.correspondence import evaluate_pairs, matcher
 from ditf.calib.eval.creature_pairs import CreaturePairs
 from ditf.calib.eval.outcomes import totals
 from ditf.export.exporter import export_bundle
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 
 WIDTH, BLOCKS = 128, 12
 LAYER, TIMESTEP = 9, 100  # of the features whose PCK is followed

@@ -15,7 +15,7 @@ from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.feature_statistics import FeatureStatistics
 from ditf.export.measure.golden import GoldenOutputs
 from ditf.export.measure.vae_compatibility import VaeComparison
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import Plan
 from ditf.runtime.bundles.manifest import SCHEMA, Manifest, tool_versions
 from ditf.runtime.files.hashed import sha256

@@ -36,7 +36,7 @@ from ditf.export.measure.vae_compatibility import VaeComparison, compare_vaes
 from ditf.export.onnx_writing.emulation import check_against_golden, check_finite
 from ditf.export.onnx_writing.onnx_file import Progress
 from ditf.export.planning.conditions import Entry, describe, encode, trim
-from ditf.export.planning.options import ExportOptions, check_opset
+from ditf.export.planning.export_options import ExportOptions, check_opset
 from ditf.export.planning.plan import Plan, make_plan
 from ditf.export.planning.stages import Report, Stage, run_stages
 from ditf.runtime.bundles import bundle as files

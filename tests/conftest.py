@@ -216,7 +216,7 @@ def ditf(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
 
 def _export(factory: pytest.TempPathFactory, name: str, **options: object) -> Path:
     from ditf.export.exporter import export_bundle
-    from ditf.export.planning.options import ExportOptions
+    from ditf.export.planning.export_options import ExportOptions
 
     return _made_once(factory, name, lambda path: export_bundle(ExportOptions(output=path, **options)))
 

@@ -22,7 +22,7 @@ from ditf.cli.support.exporter import needs_exporter
 from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import bytes_text, say, show, table, write_json
 from ditf.cli.support.paths import check_picture, check_writable
-from ditf.export.planning.options import parse_size
+from ditf.export.planning.export_options import parse_size
 from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.manifest import MANIFEST

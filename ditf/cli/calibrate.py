@@ -15,7 +15,7 @@ from ditf.cli.support.options import JsonOption, verb
 from ditf.cli.support.output import say, show, table, write_json
 from ditf.cli.support.paths import check_picture, check_writable
 from ditf.cli.support.progress import stages
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing, write_whole
 

@@ -14,7 +14,7 @@ from ditf.cli.support.options import JsonOption, verb
 from ditf.cli.support.output import bytes_text, show, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import stages
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.backends.flavour import choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.staging import check_output

@@ -13,7 +13,7 @@ from ditf.cli.support.options import JsonOption, verb
 from ditf.cli.support.output import bytes_text, show, table, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.export.estimate.devices import DEVICES, Device, find_device
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.errors import GateFailed, InputError
 
 if TYPE_CHECKING:

@@ -12,9 +12,9 @@ import torch
 from torch import nn
 
 from ditf.calib.recipe import LIMIT
+from ditf.export.checkpoints.latent_space import TINY
 from ditf.export.checkpoints.loading import model_shapes, shape_model
 from ditf.export.checkpoints.noise_schedule import NoiseLevel
-from ditf.export.checkpoints.vae import TINY
 from ditf.export.checkpoints.weights import MetaWeights, Weights
 from ditf.export.families.base import Condition, TrunkSpec
 from ditf.export.graph.condition import (
@@ -29,8 +29,8 @@ from ditf.export.graph.condition import (
 )
 from ditf.export.graph.features import NOISE, FeatureSettings, FeaturesGraph
 from ditf.export.graph.precision import FLOAT32, Precision
-from ditf.export.graph.quantised import quantise
-from ditf.export.graph.vae_encoder import KLEncoder, PixelEncoder, TinyEncoder
+from ditf.export.graph.quantised_linears import quantise
+from ditf.export.graph.vae_encoders import KLEncoder, PixelEncoder, TinyEncoder
 from ditf.export.planning.conditions import Entry, example_condition, usual_text_tokens
 from ditf.export.planning.plan import Plan
 

@@ -23,7 +23,7 @@ from ditf.export.graph.blocks.layers import Linear
 from ditf.export.graph.condition import LiveCondition
 from ditf.export.graph.features import FeaturesGraph
 from ditf.export.graph.precision import FLOAT32
-from ditf.export.graph.quantised import quantisable
+from ditf.export.graph.quantised_linears import quantisable
 from ditf.export.planning.plan import Plan
 
 _OTHER_FILES = 16 << 20

@@ -18,7 +18,7 @@ from ditf.export.graph.blocks.layers import Linear
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import MEASURING
 from ditf.export.graph.range_probes import Where, branch_of, recording
-from ditf.export.graph.vae_encoder import (
+from ditf.export.graph.vae_encoders import (
     KLEncoder,
     TinyEncoder,
     attentions,

@@ -24,7 +24,7 @@ from ditf.export.measure.calibration import (
 from ditf.export.measure.images import CalibrationImages, image_names
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import Entry, encode, trim
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import Plan, make_plan
 from ditf.export.planning.stages import Report, Stage, run_stages
 from ditf.runtime.bundles.manifest import tool_versions

@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from ditf.calib.blocks import Entering
+from ditf.export.checkpoints.latent_space import LatentSpace
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_model
 from ditf.export.checkpoints.noise_schedule import ddpm_scheduler
 from ditf.export.checkpoints.offload import is_offloaded, offload_model
-from ditf.export.checkpoints.vae import LatentSpace
 from ditf.export.families.base import Condition, Family
 from ditf.export.graph.features import FeatureSettings
 from ditf.runtime.errors import MissingComponent

@@ -12,7 +12,7 @@ from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.errors import InputError

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from ditf.calib.latents import CORRELATION, RELATIVE_ERROR, same_space, x_0_agreement
-from ditf.export.checkpoints.vae import LatentSpace
+from ditf.export.checkpoints.latent_space import LatentSpace
 from ditf.export.measure.images import CalibrationImages
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import InputError

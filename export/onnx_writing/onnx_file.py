@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from ditf.export.checkpoints.weight_spill import rest
-from ditf.export.graph.quantised import TRANSLATIONS
+from ditf.export.graph.quantised_linears import TRANSLATIONS
 from ditf.export.onnx_writing.value_names import name_values
 
 Progress = Callable[[int, int], None]

@@ -15,7 +15,7 @@ import torch
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import first_line
 from ditf.export.families.base import Condition, Defaults, Family
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.prompt_embeds import read_embeddings
 from ditf.runtime.errors import DitfError, InputError
 from ditf.runtime.files.reading import read_regular

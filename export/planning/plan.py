@@ -11,17 +11,17 @@ import torch
 from ditf.calib.images import COUNT
 from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.components import check_components
+from ditf.export.checkpoints.latent_space import LatentSpace
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import check_structure
 from ditf.export.checkpoints.noise_schedule import draw_noise, noise_level, noise_levels
 from ditf.export.checkpoints.opening import open_vae
-from ditf.export.checkpoints.vae import LatentSpace
 from ditf.export.families import family_of
 from ditf.export.families.base import Defaults, Family
 from ditf.export.families.demo import DEMO_DEFAULTS
 from ditf.export.graph.precision import PRECISIONS, Precision
 from ditf.export.planning.conditions import Entry, plan_entries
-from ditf.export.planning.options import SHORT_NAMES, ExportOptions
+from ditf.export.planning.export_options import SHORT_NAMES, ExportOptions
 from ditf.export.planning.size import Size
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images

@@ -8,7 +8,7 @@ import torch
 
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import plan_from_configs
 from ditf.export.planning.prompt_embeds import write_embeddings
 from ditf.runtime.errors import InputError

@@ -21,7 +21,7 @@ from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import encode, trim
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 
 SETTINGS = FeatureSettings(channels=(3,))

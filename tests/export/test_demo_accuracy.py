@@ -13,7 +13,7 @@ from ditf.calib.eval.creature_pairs import CreaturePairs
 from ditf.calib.eval.outcomes import totals
 from ditf.export.exporter import export_bundle
 from ditf.export.measure.torch_baseline import torch_baseline
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.images import fit_image
 from ditf.runtime.matching.points import match_points

@@ -18,7 +18,7 @@ from ditf.export.exporter import export_bundle, stage_count
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure import images
 from ditf.export.planning.conditions import trim
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import DitfError

@@ -15,7 +15,7 @@ from ditf.export.exporter import export_bundle, stage_count
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.manifest import read_manifest

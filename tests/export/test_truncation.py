@@ -13,7 +13,7 @@ from ditf.export.exporter import export_bundle
 from ditf.export.families import family_of
 from ditf.export.families.base import TrunkSpec
 from ditf.export.graph.precision import FLOAT32
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.bundles.manifest import read_manifest
 from tests.checkpoints import PIXART_WIDTH
 

@@ -13,9 +13,9 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.cli.support.export_flags import ExportFlags
 from ditf.cli.support.state import state
-from ditf.export.planning.options import ExportOptions
+from ditf.cli.support.typer_parameters import ExportFlags
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.backends import BACKENDS
 from ditf.runtime.printable import PrintableFormatter
 

@@ -1,6 +1,6 @@
 """Where a factor for each channel can move from what makes a value to what reads it, without extra work.
 
-A block lists what it allows in `smoothings()`; `ditf.export.graph.quantised` chooses the factors.
+A block lists what it allows in `smoothings()`; `ditf.export.graph.quantised_linears` chooses the factors.
 """
 
 from __future__ import annotations

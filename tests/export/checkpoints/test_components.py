@@ -14,7 +14,7 @@ from ditf.export.checkpoints.components import check_components, check_files
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.families import FAMILIES, family_of
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.errors import InputError
 from tests.checkpoints import SAVE

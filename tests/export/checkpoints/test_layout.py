@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditf.export.checkpoints.opening import open_checkpoint
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.errors import DitfError, InputError, MissingComponent
 
@@ -148,7 +148,7 @@ def test_a_hub_id_without_network(monkeypatch):
 def test_pickles_are_refused_in_every_component(copy, component, tmp_path):
     """from_pretrained is never allowed to fall back to a .bin beside."""
     from ditf.export.exporter import export_bundle
-    from ditf.export.planning.options import ExportOptions
+    from ditf.export.planning.export_options import ExportOptions
 
     (path,) = (copy / component).glob("*.safetensors")
     torch.save(load_file(path), path.with_suffix(".bin"))

@@ -18,7 +18,7 @@ from ditf.export.families import family_of
 from ditf.export.families.pixart import PixArt
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError, MissingComponent

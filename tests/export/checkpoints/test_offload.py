@@ -16,7 +16,7 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.errors import InputError
 from tests.checkpoints import SAVE

@@ -41,7 +41,7 @@ from ditf.export.estimate.work import (
 from ditf.export.exporter import export_bundle
 from ditf.export.graph.match import MatchGraph
 from ditf.export.planning.conditions import example_condition, trim
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan, plan_from_configs
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError

@@ -9,7 +9,7 @@ from ditf.export.estimate.estimate import Estimate
 from ditf.export.estimate.memory import available_bytes
 from ditf.export.estimate.published_configs import open_configs
 from ditf.export.exporter import export_bundle
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import plan_from_configs
 from ditf.runtime.errors import InputError
 

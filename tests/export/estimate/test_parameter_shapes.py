@@ -8,7 +8,7 @@ from ditf.export.assemble.features_graph import assemble, assemble_shapes
 from ditf.export.estimate.estimate import Estimate
 from ditf.export.estimate.published_configs import CONFIGS, open_configs
 from ditf.export.planning.conditions import example_condition, trim
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import plan_from_configs
 from tests.export.parity import SETTINGS, planned
 

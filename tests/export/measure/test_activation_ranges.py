@@ -15,7 +15,7 @@ from ditf.calib.parity import feature_parity
 from ditf.calib.recipe import FEATURES, INNER, SHOWN, Recipe, Scale, choose_recipe
 from ditf.export.assemble.features_graph import assemble
 from ditf.export.graph.precision import FLOAT16, FLOAT32
-from ditf.export.graph.vae_encoder import KLEncoder, scale_down
+from ditf.export.graph.vae_encoders import KLEncoder, scale_down
 from ditf.export.measure.activation_ranges import measure_ranges
 from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation

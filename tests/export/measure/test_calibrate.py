@@ -21,7 +21,7 @@ from ditf.export.measure.calibrate import calibrate, calibration_stage_count, ob
 from ditf.export.measure.calibration import Calibration, measured_for
 from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError

@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from ditf.calib.recipe import FEATURES, LIMIT
 from ditf.export.exporter import export_bundle, stage_count
 from ditf.export.graph.features import FeatureSettings
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError
 from tests.checkpoints import planted

@@ -24,7 +24,7 @@ from ditf.export.measure.reference_model import Reference
 from ditf.export.measure.torch_baseline import torch_baseline
 from ditf.export.measure.vae_compatibility import compare_vaes
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError

@@ -11,7 +11,7 @@ from ditf.calib.recipe import Recipe
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.onnx_writing.emulation import Float32Accumulation
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import GateFailed
 from tests.checkpoints import save_untrained

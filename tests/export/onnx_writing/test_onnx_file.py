@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from ditf.export.exporter import export_bundle
-from ditf.export.planning.options import OPSETS, ExportOptions, check_opset
+from ditf.export.planning.export_options import OPSETS, ExportOptions, check_opset
 from ditf.runtime.errors import InputError
 
 HALF, FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT

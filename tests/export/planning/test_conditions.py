@@ -13,7 +13,7 @@ from diffusers import Flux2KleinPipeline, Lumina2Pipeline, ZImagePipeline
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.families import family_of
 from ditf.export.planning.conditions import encode, plan_entries, read_prompts, trim
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.errors import InputError
 from tests.checkpoint_parts import tiny_t5_tokenizer

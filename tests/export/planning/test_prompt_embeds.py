@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.options import ExportOptions
+from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.export.planning.save_prompt import save_prompt
 from ditf.runtime.errors import InputError

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal, Optional, Union, get_args, get_origi
 import typer
 
 from ditf.cli.support.state import state
-from ditf.export.planning.options import ExportOptions, Flag, flags_of
+from ditf.export.planning.export_options import ExportOptions, Flag, flags_of
 from ditf.runtime.errors import InputError
 
 

@@ -17,8 +17,8 @@ from ditf.export.assemble.features_graph import assemble
 from ditf.export.exporter import export_bundle
 from ditf.export.graph.blocks.layers import Linear
 from ditf.export.graph.precision import FLOAT32, INT8
-from ditf.export.graph.quantised import QuantisedLinear, dequantize, quantise, quantize
-from ditf.export.planning.options import ExportOptions
+from ditf.export.graph.quantised_linears import QuantisedLinear, dequantize, quantise, quantize
+from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError
 from tests.checkpoints import planted

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from ditf.calib.recipe import Recipe, Scale
 from ditf.export.graph.precision import FLOAT32, Precision
-from ditf.export.graph.vae_encoder import KLEncoder, QueryChunks, TinyEncoder, attentions, scale_tiny_down
+from ditf.export.graph.vae_encoders import KLEncoder, QueryChunks, TinyEncoder, attentions, scale_tiny_down
 from tests.checkpoint_parts import TINY_VAE, seeded
 
 IMAGE = torch.rand((1, 3, 48, 80), generator=torch.Generator().manual_seed(0)) * 2 - 1
