@@ -21,7 +21,7 @@ Call = Callable[[int], object]
 
 
 @dataclass(frozen=True)
-class Row:
+class Timing:
     """Timings of one part.
 
     Attributes:
@@ -52,7 +52,7 @@ class Row:
         return {"clock": self.clock, **self.statistics(), "samples": self.samples}
 
     @classmethod
-    def from_json(cls, name: str, document: Mapping[str, Any]) -> Row:
+    def from_json(cls, name: str, document: Mapping[str, Any]) -> Timing:
         """Raises: KeyError, TypeError or ValueError if the document is not a row."""
         samples = [[float(value) for value in one] for one in document["samples"]]
         lengths = {len(one) for one in samples}
@@ -69,7 +69,7 @@ def measure(
     repetitions: int,
     step: Callable[[str], None] = lambda name: None,
     clocks: Mapping[str, Callable[[], float | None]] | None = None,
-) -> list[Row]:
+) -> list[Timing]:
     """Time parts in turns: each repetition calls every part several times with rotating inputs.
 
     A disturbance of the machine then affects all parts alike, and only some of the repetitions.
@@ -103,9 +103,9 @@ def measure(
                 by_device.setdefault(name, []).append(device)
     rows = []
     for name, one in samples.items():
-        rows.append(Row(name, "host clock (perf_counter)", one))
+        rows.append(Timing(name, "host clock (perf_counter)", one))
         if name in by_device:
-            rows.append(Row(f"{name}, GPU", "CUDA events", by_device[name]))
+            rows.append(Timing(f"{name}, GPU", "CUDA events", by_device[name]))
     return rows
 
 
@@ -143,19 +143,19 @@ class Change:
         }
 
 
-def compare(new: Row, old: Row) -> Change:
+def compare(new: Timing, old: Timing) -> Change:
     """Compare medians; the interval comes from resampling repetitions, then calls within them."""
     rng = np.random.default_rng(_SEED)
     low, high = np.percentile(_resampled(new, rng) / _resampled(old, rng), [2.5, 97.5])
     return Change(new.name, _median(new) / _median(old), float(low), float(high))
 
 
-def _median(row: Row) -> float:
+def _median(row: Timing) -> float:
     """Median of the repetitions' medians, which one disturbed repetition does not move."""
     return float(np.median(row.medians))
 
 
-def _resampled(row: Row, rng: np.random.Generator) -> np.ndarray:
+def _resampled(row: Timing, rng: np.random.Generator) -> np.ndarray:
     """`_median` of resampled repetitions with resampled calls, float64 [_RESAMPLES]."""
     samples = np.array(row.samples)
     repetitions, calls = samples.shape

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -88,7 +88,7 @@ def _write_conditions(folder: Path, made: AssembledGraph) -> None:
         np.savez(folder / files.CONDITIONS, allow_pickle=False, **arrays)
 
 
-@lru_cache(maxsize=8)
+@cache
 def match_onnx(channels: int, grid: tuple[int, int], dtype: torch.dtype, opset: int) -> bytes:
     """The bytes of match.onnx. It has no weights and is the same for every layer of a model, so it is cached.
 

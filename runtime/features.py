@@ -106,5 +106,5 @@ def not_finite() -> InputError:
     """The error for features that hold NaN or infinity."""
     return InputError(
         "the features hold NaN or infinity",
-        "run `ditf check` on the bundle; if it was exported with --fp16, export it in float32",
+        "run `ditf check` on the bundle; if it is not a float32 bundle, export it with --precision fp32",
     )

@@ -7,10 +7,10 @@ from pathlib import Path
 
 import numpy as np
 
-from ditf.calib.latency import Row
+from ditf.calib.latency import Timing
 
 
-def plot_latency(rows: Sequence[Row], baseline: Mapping[str, Row], title: str, path: Path) -> None:
+def plot_latency(rows: Sequence[Timing], baseline: Mapping[str, Timing], title: str, path: Path) -> None:
     """Draw the cumulative distribution of the calls' times, one panel per part.
 
     Args:

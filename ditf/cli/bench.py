@@ -14,7 +14,7 @@ import typer
 from PIL import Image
 
 from ditf.calib.images import procedural_images
-from ditf.calib.latency import Change, Row, compare, measure
+from ditf.calib.latency import Change, Timing, compare, measure
 from ditf.calib.machine import machine, peak_bytes, resident_bytes
 from ditf.cli.support.baseline import Baseline
 from ditf.cli.support.bundles import open_bundle, open_model
@@ -230,12 +230,12 @@ def _open_peer(
     return lambda index: torch.features(work.fitted[index % _IMAGES]), torch.detail
 
 
-def _against(peer: str, rows: dict[str, Row]) -> Change:
+def _against(peer: str, rows: dict[str, Timing]) -> Change:
     change = compare(rows[f"features, {peer}"], rows["features"])
     return Change(change.name, change.ratio, change.low, change.high)
 
 
-def _render(rows: Sequence[Row], load: float, first: float, memory: dict[str, Optional[int]]) -> str:
+def _render(rows: Sequence[Timing], load: float, first: float, memory: dict[str, Optional[int]]) -> str:
     def milliseconds(value: float) -> str:
         return f"{value * 1e3:.2f}"
 

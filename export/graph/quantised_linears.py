@@ -5,8 +5,9 @@ largest values of the calibration. One massive channel in an activation would le
 steps, so a factor for each channel moves from the activation to the weights that read it, as in SmoothQuant
 (Xiao et al. 2023, equation 4, alpha 0.5), which DiTAS (Dong et al. 2024) applies to Diffusion Transformers.
 ditf does so where it costs nothing: into a norm's affine parameters, into the values that an output
-projection reads, and into the linear half of a gated feed-forward; not between GELU and the down-projection,
-nor before a query that reads the residual.
+projection reads, and into the linear half of the gated feed-forwards of AuraFlow, Lumina-Image 2.0 and
+Z-Image. It does not do so between GELU and the down-projection, in FLUX.2's gated feed-forwards, or before a
+query that reads the residual.
 """
 
 from __future__ import annotations

@@ -8,14 +8,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ditf.calib.latency import Change, Row, compare, measure
+from ditf.calib.latency import Change, Timing, compare, measure
 
 
-def row(scale: float = 1.0, noise: float = 0.05, seed: int = 0, repetitions: int = 5) -> Row:
+def row(scale: float = 1.0, noise: float = 0.05, seed: int = 0, repetitions: int = 5) -> Timing:
     """Log-normal timings around 10 ms."""
     rng = np.random.default_rng(seed)
     samples = scale * 0.01 * np.exp(noise * rng.standard_normal((repetitions, 20)))
-    return Row("features", "host", samples.tolist())
+    return Timing("features", "host", samples.tolist())
 
 
 def test_parts_take_turns_and_inputs_rotate():
@@ -41,7 +41,7 @@ def test_time_is_what_the_clock_shows():
 
 
 def test_statistics():
-    found = Row("a", "host", [[1.0, 2.0, 3.0], [4.0, 5.0, 100.0]]).statistics()
+    found = Timing("a", "host", [[1.0, 2.0, 3.0], [4.0, 5.0, 100.0]]).statistics()
     assert (found["p50"], found["min"], found["max"], found["calls"]) == (3.5, 1.0, 100.0, 6)
     assert found["throughput"] == pytest.approx(6 / 115)
     assert found["p90"] <= found["p95"] <= found["p99"] <= found["max"]
@@ -57,8 +57,8 @@ def test_only_what_is_slower_by_more_than_the_limit_regressed(scale):
 
 def test_noise_is_no_regression():
     """The median moved by more than the limit, but the repetitions do not agree that it did."""
-    old = Row("a", "host", [[1.0] * 9, [1.0] * 9, [1.0] * 9])
-    new = Row("a", "host", [[0.9] * 9, [1.2] * 9, [1.3] * 9])
+    old = Timing("a", "host", [[1.0] * 9, [1.0] * 9, [1.0] * 9])
+    new = Timing("a", "host", [[0.9] * 9, [1.2] * 9, [1.3] * 9])
     change = compare(new, old)
     assert change.ratio > 1.1
     assert not change.regressed(0.1)
@@ -74,7 +74,7 @@ def test_one_disturbed_repetition_is_outvoted():
 @given(st.floats(0.2, 5.0), st.integers(0, 100))
 def test_the_interval_holds_a_ratio_of_scales(scale, seed):
     old = row(seed=seed)
-    change = compare(Row("a", "host", [[v * scale for v in one] for one in old.samples]), old)
+    change = compare(Timing("a", "host", [[v * scale for v in one] for one in old.samples]), old)
     assert change.ratio == pytest.approx(scale)
     assert change.low <= scale * (1 + 1e-9)
     assert change.high >= scale * (1 - 1e-9)
@@ -98,7 +98,7 @@ def test_the_gate():
 
 def test_rows_survive_json():
     one = row()
-    assert Row.from_json("features", json.loads(json.dumps(one.to_json()))) == one
+    assert Timing.from_json("features", json.loads(json.dumps(one.to_json()))) == one
 
 
 @pytest.mark.parametrize(
@@ -107,4 +107,4 @@ def test_rows_survive_json():
 )
 def test_samples_that_are_none(samples):
     with pytest.raises((KeyError, TypeError, ValueError)):
-        Row.from_json("a", {"clock": "host", "samples": samples})
+        Timing.from_json("a", {"clock": "host", "samples": samples})

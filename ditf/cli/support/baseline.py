@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ditf.calib.latency import Change, Row, compare
+from ditf.calib.latency import Change, Timing, compare
 from ditf.cli.support.output import SCHEMA
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
@@ -25,7 +25,7 @@ class Baseline:
         self._path = path
         try:
             document = read_json(path, _LARGEST)
-            self.rows = {name: Row.from_json(name, row) for name, row in document["rows"].items()}
+            self.rows = {name: Timing.from_json(name, row) for name, row in document["rows"].items()}
             self._machine = dict(document["machine"])
             self._backend = document["backend"]
             self._settings = {"points": document["points"], "image_size": document["image_size"]}
@@ -62,5 +62,5 @@ class Baseline:
                 f"use --backend {self._backend}, or measure a new baseline",
             )
 
-    def changes(self, rows: dict[str, Row]) -> list[Change]:
+    def changes(self, rows: dict[str, Timing]) -> list[Change]:
         return [compare(row, self.rows[name]) for name, row in rows.items() if name in self.rows]

@@ -1,4 +1,4 @@
-"""The reference against the formula of design section 2, computed by hand from the unmodified model."""
+"""The reference against the formula in docs/design.md, computed by hand from the unmodified model."""
 
 from __future__ import annotations
 
