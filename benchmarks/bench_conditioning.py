@@ -56,7 +56,7 @@ from ditf.export.families.pixart import PixArt
 from ditf.export.families.sd3 import SD3
 from ditf.export.graph.blocks.dit import FoldedCrossAttention
 from ditf.export.graph.blocks.trunk import Trunk
-from ditf.export.graph.condition import TIMESTEP, Conditioner
+from ditf.export.graph.condition import TIMESTEP, Conditioner, hold_projections
 from ditf.export.graph.precision import FLOAT32, Precision
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.export_options import DEFAULT_OPSET
@@ -299,6 +299,7 @@ def make_module(case: Case, family: Family, side: str, precision: Precision = FL
     spec = TrunkSpec(case.layer, size, (tokens, tokens), text, precision)
     conditioner = family.conditioner(weights, replace(spec, precision=FLOAT32)).eval()
     if side == LIVE:
+        hold_projections(conditioner)
         return Transformer(family.trunk(weights, spec, None), conditioner).eval()
     given = conditioner(trimmed[TIMESTEP], trimmed)
     del conditioner
