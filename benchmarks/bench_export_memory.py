@@ -145,6 +145,8 @@ def watch(command: list[str]) -> dict[str, Any]:
         time.sleep(INTERVAL)
     code = process.wait()
     listener.join()
+    assert process.stderr is not None
+    process.stderr.close()
     if code:
         raise RuntimeError("\n".join(said[-5:]))
     return {**peaks, "seconds": time.monotonic() - started, "stages": by_stage}

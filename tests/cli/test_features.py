@@ -50,7 +50,7 @@ def test_what_fails_is_listed_and_mended_by_a_rerun(ditf, demo_bundle, folders, 
     assert "3 computed, 0 kept, 2 failed" in done.stdout
     assert "one/broken.png is not a readable image" in done.stdout
     assert done.stderr.count("\n") == 1
-    assert "2 of 5 images failed, one/broken.png the first" in done.stderr
+    assert "2 of 5 images failed; the first is one/broken.png" in done.stderr
     report = json.loads((tmp_path / "f.json").read_text())
     assert not report["ok"]
     assert list(report["failed"]) == ["one/broken.png", "one/empty.png"]
