@@ -76,12 +76,12 @@ def built_bundle(tmp_path_factory: pytest.TempPathFactory, demo_bundle: Path) ->
     """`demo_bundle` with a TensorRT-RTX engine for sm_89. Read-only."""
     from ditf.engines.build import build
     from ditf.engines.compile import BuildOptions
-    from ditf.runtime.backends.flavour import FLAVOURS, load
+    from ditf.runtime.backends.flavour import FLAVOURS, load_flavour
     from ditf.runtime.bundles.bundle import Bundle
 
     def make(path: Path) -> None:
         bundle = Bundle.open(shutil.copytree(demo_bundle, path))
-        build(bundle, FLAVOURS["tensorrt-rtx"], load("tensorrt-rtx"), BuildOptions("sm_89"))
+        build(bundle, FLAVOURS["tensorrt-rtx"], load_flavour("tensorrt-rtx"), BuildOptions("sm_89"))
 
     return _made_once(tmp_path_factory, "demo-l9-fp16-sm89", make)
 
