@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ logger = logging.getLogger(__name__)
 
 _INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for CUDA, never both)"
 _WANTED = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_CPU = Path("/proc/cpuinfo")
 
 
 class OnnxRuntimeBackend:
@@ -63,6 +65,9 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise bytes that look like ONNX Runtime's own format are read as such, and that can name files.
         options.add_session_config_entry("session.load_model_format", "ONNX")
+        dequantised = is_quantised(graph.model) and saturates(_CPU)
+        if dequantised:
+            options.add_session_config_entry("session.disable_quant_qdq", "1")
         weights = _initializers(onnxruntime, graph)
         options.add_external_initializers(list(weights), list(weights.values()))
         available = onnxruntime.get_available_providers()
@@ -88,6 +93,8 @@ class OnnxRuntimeSession:
         if lost:
             logger.warning("onnxruntime runs on %s%s", used[0], lost)
         self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}"
+        if dequantised:
+            self.detail += ", int8 products in float32 because the CPU has no VNNI"
         self.inputs = {item.name: _known(item.shape) for item in session.get_inputs()}
         self.outputs = {item.name: _known(item.shape) for item in session.get_outputs()}
         self._session = session
@@ -135,9 +142,31 @@ def _known(shape: list[int | str | None]) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
+def is_quantised(model: bytes) -> bool:
+    """Whether a graph has quantised linears."""
+    return b"DequantizeLinear" in model
+
+
+def saturates(cpu: Path) -> bool:
+    """Whether int8 products would be wrong on this CPU.
+
+    Without VNNI, ONNX Runtime multiplies int8 on x86-64 with an instruction that adds two products in 16 bits
+    and saturates. Its own remedy, session.x64quantprecision, fails where weights share a zero point (1.31).
+
+    Args:
+        cpu: a file like /proc/cpuinfo.
+    """
+    try:
+        fields = (line.partition(":") for line in cpu.read_text().splitlines())
+    except OSError:
+        return False
+    flags = next((value.split() for key, _, value in fields if key.strip() == "flags"), [])
+    return "avx2" in flags and not any(flag.endswith("vnni") for flag in flags)
+
+
 def _disabled(model: bytes) -> list[str]:
     """Optimisations to switch off: MatMulAddFusion would make a quantised graph's products float ones."""
-    return ["MatMulAddFusion"] if b"DequantizeLinear" in model else []
+    return ["MatMulAddFusion"] if is_quantised(model) else []
 
 
 def _first_line(error: Exception) -> str:

@@ -183,7 +183,7 @@ def test_without_a_reference(checkpoint, tmp_path):
         ({"discard": "none", "precision": "float16"}, "a float16 graph needs measured ranges"),
         ({"discard": "none", "precision": "int8"}, "a int8 graph needs measured ranges"),
         ({"discard": "none", "pca": 8}, "--pca is learned from the model"),
-        ({"discard": "none", "features_dtype": "float16"}, "--features-dtype float16 needs"),
+        ({"discard": "none", "features_dtype": "float16"}, "float16 features need their range"),
     ],
 )
 def test_what_needs_the_reference_is_refused_without(tmp_path, options, message):

@@ -11,7 +11,7 @@ from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
 from ditf.runtime.backends.flavour import Log, load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
-from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession
+from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession, saturates
 from ditf.runtime.backends.plan_loading import invalidity
 from ditf.runtime.bundles.bundle import MATCH, Bundle
 from ditf.runtime.bundles.onnx_graph import Graph
@@ -143,3 +143,19 @@ def test_a_plan_is_judged_by_its_header(with_engine):
     assert invalidity(trt, runtime, plan) == []
     assert "MALFORMED_ENGINE" in invalidity(trt, runtime, b"no plan" * 100)
     del runtime
+
+
+@pytest.mark.parametrize(
+    ("flags", "wrong"),
+    [
+        ("fpu sse4_2 avx avx2 fma", True),
+        ("avx2 avx512f avx512_vnni", False),
+        ("avx2 avx_vnni", False),
+        ("fp asimd asimddp", False),
+    ],
+)
+def test_a_cpu_whose_int8_products_saturate_is_recognised(tmp_path, flags, wrong):
+    """The features themselves are compared in tests/export/graph/test_quantised_linears.py, on any CPU."""
+    (tmp_path / "cpuinfo").write_text(f"model name\t: A CPU\nflags\t\t: {flags}\n")
+    assert saturates(tmp_path / "cpuinfo") is wrong
+    assert not saturates(tmp_path / "missing")
