@@ -33,6 +33,7 @@ OBJECTS = {  # what a variable or attribute of this name is
     "layer": "ILayer",
     "output": "ITensor",
     "learned": "ITimingCache",
+    "runtime": "Runtime",
     "_runtime": "Runtime",
     "engine": "ICudaEngine",
     "_engine": "ICudaEngine",
@@ -118,9 +119,9 @@ def missing(source: str, api: dict[str, list[str]]) -> set[str]:
 
 def sources() -> dict[str, str]:
     engines = [path for path in (ROOT / "engines").glob("*.py") if not path.name.startswith("triton")]
-    backends = ("flavour.py", "graph_loading.py", "engine_session.py")
-    paths = [*engines, *(ROOT / "runtime" / "backends" / name for name in backends)]
-    return {path.name: path.read_text() for path in sorted(paths)}
+    backends = (ROOT / "runtime" / "backends").glob("*.py")
+    texts = {path.name: path.read_text() for path in sorted([*engines, *backends])}
+    return {name: text for name, text in texts.items() if "trt: Any" in text}
 
 
 def apis() -> dict[str, dict[str, list[str]]]:
