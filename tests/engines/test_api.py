@@ -119,9 +119,8 @@ def missing(source: str, api: dict[str, list[str]]) -> set[str]:
 
 def sources() -> dict[str, str]:
     engines = [path for path in (ROOT / "engines").glob("*.py") if not path.name.startswith("triton")]
-    backends = (ROOT / "runtime" / "backends").glob("*.py")
-    texts = {path.name: path.read_text() for path in sorted([*engines, *backends])}
-    return {name: text for name, text in texts.items() if "trt: Any" in text}
+    backends = [path for path in (ROOT / "runtime/backends").glob("*.py") if "trt: Any" in path.read_text()]
+    return {path.name: path.read_text() for path in sorted([*engines, *backends])}
 
 
 def apis() -> dict[str, dict[str, list[str]]]:
