@@ -57,7 +57,7 @@ def test_wheel(root, built):
     rest = {name for name in names - modules if ".dist-info/" not in name}
     data = {
         f"ditf/{path.relative_to(root)}"
-        for folder in ("export/demo_model", "runtime/serving/static")
+        for folder in ("export/demo_model", "runtime/serving/http/static")
         for path in (root / folder).rglob("*")
         if path.is_file()
     }
