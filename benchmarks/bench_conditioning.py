@@ -56,10 +56,11 @@ from ditf.export.families.pixart import PixArt
 from ditf.export.families.sd3 import SD3
 from ditf.export.graph.blocks.dit import FoldedCrossAttention
 from ditf.export.graph.blocks.trunk import Trunk
-from ditf.export.graph.condition import TIMESTEP, Conditioner, hold_projections
+from ditf.export.graph.condition import Conditioner, hold_projections
 from ditf.export.graph.precision import FLOAT32, Precision
 from ditf.export.onnx_writing.onnx_file import write_onnx
 from ditf.export.planning.export_options import DEFAULT_OPSET
+from ditf.runtime.bundles.conditions import TIMESTEP
 
 THREADS = 1
 IMAGES = 4  # inputs are rotated

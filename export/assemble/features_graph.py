@@ -19,7 +19,6 @@ from ditf.export.checkpoints.weights import MetaWeights, Weights
 from ditf.export.families.base import Condition, TrunkSpec
 from ditf.export.graph.condition import (
     LEVEL,
-    TIMESTEP,
     BakedCondition,
     BankedCondition,
     Conditioner,
@@ -33,6 +32,7 @@ from ditf.export.graph.quantised_linears import quantise
 from ditf.export.graph.vae_encoders import KLEncoder, PixelEncoder, TinyEncoder
 from ditf.export.planning.conditions import Entry, example_condition, usual_text_tokens
 from ditf.export.planning.plan import Plan
+from ditf.runtime.bundles.conditions import TIMESTEP
 
 Feeds = dict[str, torch.Tensor]
 

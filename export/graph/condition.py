@@ -21,9 +21,9 @@ from ditf.export.graph.blocks.condition_tensors import MODULATION, ConditionTens
 from ditf.export.graph.blocks.layers import Linear, constant, read_linear
 from ditf.export.graph.precision import Precision
 from ditf.export.graph.range_probes import Where, probe
+from ditf.runtime.bundles.conditions import TIMESTEP
 
 LEVEL = "level"
-TIMESTEP = "timestep"
 
 Levels = tuple[ConditionTensors, torch.Tensor | float, torch.Tensor | float]
 """The tensors that the trunk is given, and signal and noise of x_t = signal * x_0 + noise * eps."""

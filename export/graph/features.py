@@ -7,7 +7,7 @@ not: there the unmodified model computes the feature, in code that is not ditf's
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -15,15 +15,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ditf.export.graph.blocks.condition_tensors import ConditionTensors
 from ditf.export.graph.blocks.layers import constant
 from ditf.export.graph.blocks.trunk import Trunk
 from ditf.export.graph.condition import ConditionSource
 from ditf.export.graph.roles import Role, Roles
 
 NOISE = "noise"
-
-Given = Mapping[str, torch.Tensor]
-"""The condition's tensors that a trunk takes at run time, by name."""
 
 
 @dataclass(frozen=True)
@@ -37,7 +35,7 @@ class FeatureTap:
     """
 
     name: str
-    read: Callable[[Trunk, torch.Tensor, Given], torch.Tensor]
+    read: Callable[[Trunk, torch.Tensor, ConditionTensors], torch.Tensor]
 
 
 MODULATED = FeatureTap("features", lambda trunk, z, given: trunk.modulate(z, given))
@@ -157,7 +155,9 @@ class FeaturesGraph(nn.Module):
         projected: torch.Tensor = self.projection(features)
         return projected.to(self.output)
 
-    def hidden_states(self, image: torch.Tensor, *feeds: torch.Tensor) -> tuple[torch.Tensor, Given]:
+    def hidden_states(
+        self, image: torch.Tensor, *feeds: torch.Tensor
+    ) -> tuple[torch.Tensor, ConditionTensors]:
         """What enters block k, averaged over the ensemble: z [B, N, C]; and the condition that it met.
 
         Args:
@@ -170,7 +170,7 @@ class FeaturesGraph(nn.Module):
         x_t = self._add_noise(self.encoder(pixels) * signal, noise * noise_scale)
         return self._average(self.trunk(x_t, given)), given
 
-    def features(self, z: torch.Tensor, given: Given) -> torch.Tensor:
+    def features(self, z: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
         """The feature of averaged hidden states [B, N, C], before it is projected and cast: [B, N, C]."""
         settings = self.settings
         if settings.stage == "before":

@@ -65,16 +65,19 @@ class OnnxRuntimeSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         # Otherwise bytes that look like ONNX Runtime's own format are read as such, and that can name files.
         options.add_session_config_entry("session.load_model_format", "ONNX")
-        dequantised = is_quantised(graph.model) and saturates(_CPU)
+        quantised = b"DequantizeLinear" in graph.model
+        dequantised = quantised and saturates(_CPU)
         if dequantised:
             options.add_session_config_entry("session.disable_quant_qdq", "1")
         weights = _initializers(onnxruntime, graph)
         options.add_external_initializers(list(weights), list(weights.values()))
         available = onnxruntime.get_available_providers()
         wanted = [provider for provider in _WANTED if provider in available]
+        # It would make a quantised graph's products float ones.
+        disabled = ["MatMulAddFusion"] if quantised else []
         try:
             session = onnxruntime.InferenceSession(
-                graph.model, options, providers=wanted, disabled_optimizers=_disabled(graph.model)
+                graph.model, options, providers=wanted, disabled_optimizers=disabled
             )
         except Exception as error:  # its exceptions share no base class
             if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
@@ -142,11 +145,6 @@ def _known(shape: list[int | str | None]) -> tuple[int | None, ...]:
     return tuple(size if isinstance(size, int) else None for size in shape)
 
 
-def is_quantised(model: bytes) -> bool:
-    """Whether a graph has quantised linears."""
-    return b"DequantizeLinear" in model
-
-
 def saturates(cpu: Path) -> bool:
     """Whether int8 products would be wrong on this CPU.
 
@@ -162,11 +160,6 @@ def saturates(cpu: Path) -> bool:
         return False
     flags = next((value.split() for key, _, value in fields if key.strip() == "flags"), [])
     return "avx2" in flags and not any(flag.endswith("vnni") for flag in flags)
-
-
-def _disabled(model: bytes) -> list[str]:
-    """Optimisations to switch off: MatMulAddFusion would make a quantised graph's products float ones."""
-    return ["MatMulAddFusion"] if is_quantised(model) else []
 
 
 def _first_line(error: Exception) -> str:
