@@ -6,8 +6,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.checkpoints.weight_files import variant_of, weight_files
-from ditf.export.checkpoints.weights import SafetensorsWeights
+from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 
@@ -106,7 +107,7 @@ class Checkpoint:
             name.strip(): int(number) for number, names in labels.items() for name in str(names).split(",")
         }
 
-    def weights(self, component: str) -> SafetensorsWeights:
+    def weights(self, component: str) -> Weights:
         """A component's weights; a tensor is read when it is asked for.
 
         Raises:
@@ -148,7 +149,7 @@ class Part:
         """
         return self.checkpoint.config(self.name)
 
-    def weights(self) -> SafetensorsWeights:
+    def weights(self) -> Weights:
         """Its weights; a tensor is read when it is asked for."""
         return self.checkpoint.weights(self.name)
 

@@ -1,0 +1,77 @@
+"""Weights in safetensors files; each tensor is read when it is asked for."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from ditf.export.checkpoints.weights import Weights
+from ditf.runtime.errors import InputError
+from ditf.runtime.files.reading import open_regular
+
+_BYTES = {
+    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
+    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2},
+    **{"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1},
+}
+"""Bytes of an element, by the name of its type in the format."""
+
+
+class SafetensorsWeights(Weights):
+    """The tensors of safetensors files, as they are stored.
+
+    Raises (when made and when a tensor is read):
+        InputError: a file is missing, truncated or not safetensors.
+    """
+
+    def __init__(self, files: Sequence[Path]) -> None:
+        shapes: dict[str, tuple[int, ...]] = {}
+        dtypes: dict[str, str] = {}
+        bytes_of: dict[str, int] = {}
+        self._file_of: dict[str, Path] = {}
+        for path in files:
+            with _open_safetensors(path) as file:
+                for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
+                    part = file.get_slice(name)
+                    shapes[name], dtypes[name] = tuple(part.get_shape()), part.get_dtype()
+                    bytes_of[name] = _BYTES.get(dtypes[name], 4) * math.prod(shapes[name])
+                    self._file_of[name] = path
+        super().__init__(shapes, bytes_of, dtypes)
+
+    def raw(self, name: str) -> torch.Tensor:
+        """Read one tensor in the type that it is stored in."""
+        with _open_safetensors(self._file_of[name]) as file:
+            tensor: torch.Tensor = file.get_tensor(name)
+        return tensor
+
+    def source(self, name: str) -> str:
+        return f"tensor {name} of {self._file_of[name]}"
+
+    def _load(self, name: str) -> torch.Tensor:
+        return self.raw(name).to(torch.float32)
+
+    def _first_row(self, name: str) -> torch.Tensor:
+        if not self.shapes[name]:
+            return self._load(name)
+        with _open_safetensors(self._file_of[name]) as file:
+            row: torch.Tensor = file.get_slice(name)[:1].to(torch.float32)
+        return row
+
+
+@contextmanager
+def _open_safetensors(path: Path) -> Iterator[Any]:
+    try:
+        open_regular(path).close()  # safe_open would wait for a FIFO
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
+        ) from error
