@@ -225,7 +225,8 @@ class RandomWeights(Weights):
     """The tensors of a model with random values, the same whenever and wherever they are read."""
 
     def __init__(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        super().__init__(shapes, {name: 4 * math.prod(shape) for name, shape in shapes.items()})
+        bytes_of = {name: 4 * math.prod(shape) for name, shape in shapes.items()}
+        super().__init__(shapes, bytes_of, dict.fromkeys(shapes, "F32"))
 
     def _load(self, name: str) -> torch.Tensor:
         shape = self.shapes[name]

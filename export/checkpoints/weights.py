@@ -13,8 +13,9 @@ from ditf.runtime.errors import InputError
 
 
 class Weights(ABC):
-    """Tensors by name. A class of `ditf.export.checkpoints.formats` reads them from files, or changes those of
-    another object: it dequantises them, renames them or adds to them.
+    """Tensors by name.
+
+    The classes of `ditf.export.checkpoints.formats` read them from files, or change those of another object.
 
     Attributes:
         shapes: {name: shape} of all tensors.

@@ -180,6 +180,7 @@ class _Unfused(Weights):
         super().__init__(
             {**weights.shapes, **shapes},
             {**weights.bytes_of, **{part: 4 * math.prod(shape) for part, shape in shapes.items()}},
+            {**weights.dtypes, **dict.fromkeys(shapes, weights.dtypes[source])},
         )
         self.read = weights.read
 
