@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
+from ditf.export.checkpoints.formats.quantised import dequantised
+from ditf.export.checkpoints.formats.stored_weights import open_weights
 from ditf.export.checkpoints.weight_files import variant_of, weight_files
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
@@ -108,15 +109,20 @@ class Checkpoint:
         }
 
     def weights(self, component: str) -> Weights:
-        """A component's weights; a tensor is read when it is asked for.
+        """A component's weights; a tensor is read, and dequantised where it must be, when it is asked for.
 
         Raises:
-            InputError: a file is missing, truncated or not safetensors.
+            InputError: a file is missing, truncated or not safetensors, or quantised in a way that is not
+                supported.
         """
-        return SafetensorsWeights(weight_files(self.path / component, self.variant))
+        folder = self.path / component
+        config = (_read_json(folder / "config.json") or {}).get("quantization_config")
+        if config is not None and not isinstance(config, dict):
+            raise InputError(f"quantization_config of {folder}/config.json is no table", _AGAIN)
+        return dequantised(open_weights(weight_files(folder, self.variant)), config)
 
     def stored(self, component: str) -> tuple[int, int]:
-        """Number of parameters and of bytes of a component's weights; (0, 0) if they are not safetensors."""
+        """Parameters of a component's weights, and their bytes as stored; (0, 0) if they are unreadable."""
         try:
             weights = self.weights(component)
         except InputError:

@@ -16,15 +16,20 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.files.reading import open_regular
 
 _BYTES = {
-    **{"F64": 8, "I64": 8, "U64": 8, "F32": 4, "I32": 4, "U32": 4},
-    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2},
-    **{"F8_E4M3": 1, "F8_E5M2": 1, "I8": 1, "U8": 1, "BOOL": 1},
+    **{"F64": 8, "I64": 8, "U64": 8, "C64": 8, "F32": 4, "I32": 4, "U32": 4},
+    **{"F16": 2, "BF16": 2, "I16": 2, "U16": 2, "I8": 1, "U8": 1, "BOOL": 1},
 }
-"""Bytes of an element, by the name of its type in the format."""
+"""Bytes of an element, by the name of its type in the format; all other types are floats of one byte."""
+
+_FIRST_BYTES = 4096
+"""Bytes that `fingerprint` reads of a tensor of packed bytes, whose rows may have one byte."""
 
 
 class SafetensorsWeights(Weights):
     """The tensors of safetensors files, as they are stored.
+
+    Attributes:
+        metadata: {key: text} of the files' headers.
 
     Raises (when made and when a tensor is read):
         InputError: a file is missing, truncated or not safetensors.
@@ -34,21 +39,29 @@ class SafetensorsWeights(Weights):
         shapes: dict[str, tuple[int, ...]] = {}
         dtypes: dict[str, str] = {}
         bytes_of: dict[str, int] = {}
+        self.metadata: dict[str, str] = {}
         self._file_of: dict[str, Path] = {}
         for path in files:
             with _open_safetensors(path) as file:
+                self.metadata.update(file.metadata() or {})
                 for name in file.keys():  # noqa: SIM118  (safe_open is no dict)
                     part = file.get_slice(name)
                     shapes[name], dtypes[name] = tuple(part.get_shape()), part.get_dtype()
-                    bytes_of[name] = _BYTES.get(dtypes[name], 4) * math.prod(shapes[name])
+                    bytes_of[name] = _BYTES.get(dtypes[name], 1) * math.prod(shapes[name])
                     self._file_of[name] = path
         super().__init__(shapes, bytes_of, dtypes)
 
     def raw(self, name: str) -> torch.Tensor:
         """Read one tensor in the type that it is stored in."""
-        with _open_safetensors(self._file_of[name]) as file:
-            tensor: torch.Tensor = file.get_tensor(name)
-        return tensor
+        return self.raws([name])[name]
+
+    def raws(self, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Read small tensors in the types that they are stored in; every file is opened once."""
+        found: dict[str, torch.Tensor] = {}
+        for path in {self._file_of[name]: None for name in names}:
+            with _open_safetensors(path) as file:
+                found.update({name: file.get_tensor(name) for name in names if self._file_of[name] == path})
+        return found
 
     def source(self, name: str) -> str:
         return f"tensor {name} of {self._file_of[name]}"
@@ -59,8 +72,9 @@ class SafetensorsWeights(Weights):
     def _first_row(self, name: str) -> torch.Tensor:
         if not self.shapes[name]:
             return self._load(name)
+        rows = _FIRST_BYTES if self.dtypes[name] == "U8" and math.prod(self.shapes[name][1:]) == 1 else 1
         with _open_safetensors(self._file_of[name]) as file:
-            row: torch.Tensor = file.get_slice(name)[:1].to(torch.float32)
+            row: torch.Tensor = file.get_slice(name)[:rows].to(torch.float32)
         return row
 
 
@@ -71,7 +85,22 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
-        ) from error
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: SafetensorError | OSError) -> InputError:
+    """What is wrong with a file that cannot be opened as safetensors, by its first bytes."""
+    reason = getattr(error, "strerror", None) or error
+    if isinstance(error, SafetensorError):
+        with open_regular(path) as file:
+            start = file.read(64)
+        if start.startswith(b"version https://git-lfs"):
+            return InputError(f"{path} is a pointer of Git LFS, not the file itself", "run: git lfs pull")
+        if start.startswith(b"PK\x03\x04"):
+            return InputError(
+                f"{path} is a PyTorch pickle, which can run code when loaded",
+                "save the weights as safetensors: model.save_pretrained(folder, safe_serialization=True)",
+            )
+    return InputError(
+        f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
+    )

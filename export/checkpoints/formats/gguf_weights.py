@@ -1,0 +1,125 @@
+"""Weights in a GGUF file, as ComfyUI-GGUF writes them; each tensor is decoded when it is asked for."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from ditf.export.checkpoints.formats.gguf_header import StoredTensor, read_header
+from ditf.export.checkpoints.weights import Weights
+from ditf.runtime.errors import InputError
+from ditf.runtime.files.reading import open_regular
+
+_PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
+"""Types whose elements are stored one by one, as numpy names them; the others are stored in blocks."""
+
+
+class GGUFWeights(Weights):
+    """The tensors of a GGUF file, under the names that it stores.
+
+    Blocks are decoded by the gguf package. Shapes are those of torch: GGUF lists the fastest dimension first.
+
+    Attributes:
+        architecture: what the file says the model is, such as "flux" or "sd3"; None if it does not say.
+        metadata: {key: value} of the header, without long arrays.
+
+    Raises (when made and when a tensor is read):
+        InputError: the file is not readable GGUF, is truncated, is one of several parts, or holds a type that
+            the installed gguf package cannot decode.
+    """
+
+    def __init__(self, path: Path) -> None:
+        from gguf import GGMLQuantizationType
+
+        header = read_header(path)
+        self._path = path
+        self._tensors = header.tensors
+        self._kinds = {name: GGMLQuantizationType(tensor.kind) for name, tensor in header.tensors.items()}
+        self.metadata = header.metadata
+        architecture = header.metadata.get("general.architecture")
+        self.architecture = architecture if isinstance(architecture, str) else None
+        parts = header.metadata.get("split.count", 1)
+        if isinstance(parts, int) and parts > 1:
+            raise InputError(f"{path} is one of {parts} parts", "join them with llama-gguf-split --merge")
+        self._check_types()
+        super().__init__(
+            {name: tensor.shape for name, tensor in header.tensors.items()},
+            {name: tensor.size for name, tensor in header.tensors.items()},
+            {name: kind.name for name, kind in self._kinds.items()},
+        )
+
+    def source(self, name: str) -> str:
+        return f"tensor {name} of {self._path}"
+
+    def _check_types(self) -> None:
+        """Decode an empty block of each type that occurs."""
+        first = {kind: name for name, kind in self._kinds.items()}
+        for kind, name in first.items():
+            try:
+                _decoded(bytes(_block_bytes(kind)), kind)
+            except NotImplementedError as error:
+                raise InputError(
+                    f"{self.source(name)} has the type {kind.name}, which the gguf package cannot decode",
+                    "use a file of another type, such as Q8_0, or the bf16 files",
+                ) from error
+
+    def _load(self, name: str) -> torch.Tensor:
+        tensor = self._tensors[name]
+        values = _decoded(self._bytes(tensor, tensor.size), self._kinds[name])
+        return torch.from_numpy(values).reshape(tensor.shape)
+
+    def _first_row(self, name: str) -> torch.Tensor:
+        tensor, kind = self._tensors[name], self._kinds[name]
+        if not tensor.shape or not tensor.size:
+            return self._load(name)
+        # A row is whole blocks, except in shapes that ComfyUI-GGUF has flattened.
+        block = _block_bytes(kind)
+        row = tensor.size // tensor.shape[0] // block * block
+        values = _decoded(self._bytes(tensor, max(row, block)), kind)
+        return torch.from_numpy(values).reshape(-1)[: max(1, math.prod(tensor.shape[1:]))]
+
+    def _bytes(self, tensor: StoredTensor, count: int) -> bytes:
+        try:
+            with open_regular(self._path) as file:
+                file.seek(tensor.start)
+                taken = file.read(count)
+        except OSError as error:
+            raise InputError(f"{self._path} cannot be read ({error.strerror})", "check the path") from error
+        if len(taken) < count:
+            raise InputError(f"{self._path} was cut off while it was read", "download the file again")
+        return taken
+
+
+def _block_bytes(kind: Any) -> int:
+    from gguf import GGML_QUANT_SIZES
+
+    return int(GGML_QUANT_SIZES[kind][1])
+
+
+def _decoded(stored: bytes, kind: Any) -> np.ndarray:
+    """Whole blocks of a type as float32, in one dimension.
+
+    Raises:
+        NotImplementedError: the gguf package cannot decode the type.
+    """
+    from gguf.quants import dequantize
+
+    if kind.name in _PLAIN:
+        return np.frombuffer(stored, _PLAIN[kind.name]).astype(np.float32)
+    if kind.name == "BF16":
+        return (np.frombuffer(stored, "<u2").astype(np.uint32) << 16).view(np.float32)
+    # dequantize works through 16 rows at a time: rows of 256 blocks bound what it holds beside its result.
+    blocks = np.frombuffer(stored, np.uint8).reshape(-1, _block_bytes(kind))
+    with np.errstate(over="ignore", invalid="ignore"):  # damaged blocks are found by the check for infinity
+        whole = len(blocks) // 256 * 256
+        parts = [
+            dequantize(part, kind).ravel()
+            for part in (blocks[:whole].reshape(-1, 256 * blocks.shape[1]), blocks[whole:])
+            if len(part)
+        ]
+    values = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0)
+    return np.ascontiguousarray(values, np.float32)
