@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from ditf.export.assemble.features_graph import AssembledGraph
+from ditf.export.assemble.lora_records import lora_records
 from ditf.export.assemble.parameter_counts import Counts, parameter_parts, removed_parts
 from ditf.export.graph.blocks.gated_linear import gate_counts, scales, subnormal_weights
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
@@ -31,6 +32,7 @@ class FeaturesRecord:
     recipe: dict[str, Any]
     parts: dict[str, Counts]
     removed: Counts
+    lora: list[dict[str, Any]]
 
 
 def write_features(
@@ -55,7 +57,7 @@ def write_features(
     if plan.precision.compute != torch.float32:
         recipe["float32_products"] = traced.float32_products
     _write_conditions(folder, made)
-    return FeaturesRecord(recipe, parts, removed_parts(plan, made))
+    return FeaturesRecord(recipe, parts, removed_parts(plan, made), lora_records(plan, made))
 
 
 def _trace(

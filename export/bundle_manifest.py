@@ -69,6 +69,7 @@ def make_manifest(
         "features_dtype": "float16" if half else "float32",
         "pca": None,
         "vae": None if vaes is None else {**plan.latents.identity(), "x_0": vaes.agreement},
+        "lora": features.lora,
         "golden": {} if golden is None else golden.manifest,
         "command": options.command or f"ditf-export --model {shlex.quote(options.model)}",
     }

@@ -15,6 +15,7 @@ import torch
 from ditf.calib.images import golden_pair
 from ditf.calib.recipe import FEATURES, Recipe, choose_recipe
 from ditf.export.assemble.features_graph import AssembledGraph, assemble
+from ditf.export.assemble.lora_records import describe_loras
 from ditf.export.bundle_graphs import FeaturesRecord, match_onnx, write_features
 from ditf.export.bundle_manifest import make_manifest
 from ditf.export.checkpoints.opening import open_checkpoint
@@ -142,6 +143,7 @@ class _Export:
             ),
             Stage(lambda: f"recipe: {self.recipe.summary()}", self.take_recipe, runs=chooses),
             Stage(lambda: f"reading and folding the weights of {self.blocks}", self.fold_weights),
+            Stage(lambda: describe_loras(self.plan, self.made), runs=bool(options.lora)),
             Stage(lambda: f"rehearsing {self.blocks} in {options.precision}{against}", self.emulate),
             Stage(lambda: f"tracing {self.blocks} in {options.precision}", self.trace),
             Stage(lambda: "tracing the matcher", self.trace_matcher),

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditf.export.checkpoints.formats.lora import Lora
+from ditf.export.checkpoints.formats.lora_weights import LoraWeights, check_components
 from ditf.export.checkpoints.formats.quantised import dequantised
 from ditf.export.checkpoints.formats.stored_weights import open_weights
 from ditf.export.checkpoints.weight_files import variant_of, weight_files
@@ -26,12 +28,14 @@ class Checkpoint:
         id: the name that the user gave: "demo", a path or a hub id.
         revision: commit hash of a model from the hub, else None.
         variant: the variant of the weights that is read, such as "fp16"; None for the plain weights.
+        loras: what is folded into the weights of the transformer and the text encoders, in this order.
     """
 
     path: Path
     id: str
     revision: str | None = None
     variant: str | None = None
+    loras: tuple[Lora, ...] = ()
 
     def has(self, component: str) -> bool:
         """Whether the directory has a component (transformer, vae, ...)."""
@@ -109,17 +113,53 @@ class Checkpoint:
         }
 
     def weights(self, component: str) -> Weights:
-        """A component's weights; a tensor is read, and dequantised where it must be, when it is asked for.
+        """A component's weights, dequantised and with the LoRAs folded in; a tensor is read when it is asked for.
 
         Raises:
-            InputError: a file is missing, truncated or not safetensors, or quantised in a way that is not
-                supported.
+            InputError: a file is missing, truncated or not safetensors, weights are quantised in a way that is
+                not supported, or a LoRA does not fit.
         """
+        own = self._own_weights(component)
+        if not self.loras or component not in ("transformer", *self.text_encoders()):
+            return own
+        return self._with_loras(own, component)
+
+    def changed_by_loras(self, component: str) -> list[set[str]]:
+        """For each LoRA, the names of the component's tensors that it changes."""
+        return self._with_loras(self._own_weights(component), component).changed
+
+    def _own_weights(self, component: str) -> Weights:
+        """A component's weights without LoRAs."""
         folder = self.path / component
         config = (_read_json(folder / "config.json") or {}).get("quantization_config")
         if config is not None and not isinstance(config, dict):
             raise InputError(f"quantization_config of {folder}/config.json is no table", _AGAIN)
         return dequantised(open_weights(weight_files(folder, self.variant)), config)
+
+    def _with_loras(self, weights: Weights, component: str) -> LoraWeights:
+        model = str(self.config("transformer").get("_class_name"))
+        return LoraWeights(weights, self.loras, component, self.text_encoders(), model)
+
+    def text_encoders(self) -> tuple[str, ...]:
+        """The names of the text encoders that model_index.json names."""
+        index = self.index()
+        return tuple(
+            name
+            for name in index
+            if name.startswith("text_encoder") and index[name] not in (None, [None, None])
+        )
+
+    def check_loras(self, unneeded: tuple[str, ...] = ()) -> None:
+        """Check that the LoRAs change only components that are there; `weights` checks their tensors.
+
+        Args:
+            unneeded: as for `check_complete`.
+
+        Raises:
+            InputError: a LoRA cannot be read, or changes a component that is not there.
+        """
+        for lora in self.loras:
+            check_components(lora, self.text_encoders(), unneeded)
 
     def stored(self, component: str) -> tuple[int, int]:
         """Parameters of a component's weights, and their bytes as stored; (0, 0) if they are unreadable."""

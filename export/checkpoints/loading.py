@@ -242,7 +242,7 @@ def _load_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Any:
         "use_safetensors": True,
         **_LOCAL,
     }
-    if not is_offloaded(checkpoint.stored(name)[0]):
+    if not checkpoint.loras and not is_offloaded(checkpoint.stored(name)[0]):
         return _from_pretrained(encoder_class, folder, **options).eval()
     try:
         offloaded = offload_encoder(encoder_class, folder, checkpoint.weights(name))
@@ -253,6 +253,11 @@ def _load_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Any:
         ) from error
     if offloaded is not None:
         return offloaded
+    if any(checkpoint.changed_by_loras(name)):
+        raise InputError(
+            f"{folder} stores its tensors in an older layout, and a LoRA changes them",
+            "load and save the text encoder with transformers again",
+        )
     # The tensors have an older layout. from_pretrained converts them and writes the result to this folder.
     rewritten = tempfile.mkdtemp(prefix="ditf-encoder-")
     remove = partial(shutil.rmtree, rewritten, ignore_errors=True)

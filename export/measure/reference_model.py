@@ -65,7 +65,8 @@ class Reference:
         self._family = family
         self._layer = layer
         self._transformer: Any
-        if resident or not is_offloaded(checkpoint.stored("transformer")[0]):
+        # A model that is held in memory is loaded by diffusers, which does not know the LoRAs.
+        if not checkpoint.loras and (resident or not is_offloaded(checkpoint.stored("transformer")[0])):
             self._transformer = load_model(transformer_class, checkpoint, "transformer")
         else:
             weights = checkpoint.weights("transformer")

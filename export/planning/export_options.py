@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union, get_type_hints
 
 from ditf.export.checkpoints import DEMO
+from ditf.export.checkpoints.formats.lora import Lora, parse_lora
 from ditf.runtime.errors import InputError
 
 DEFAULT_OPSET = 20
@@ -94,7 +95,7 @@ class ExportOptions:
 
     Attributes:
         precision: the long name; the command line takes a name of `SHORT_NAMES`.
-        timestep, prompt, class_label, prompt_embeds: a tuple; a single value becomes a tuple of one.
+        timestep, prompt, class_label, prompt_embeds, lora: a tuple; a single value becomes a tuple of one.
         size: (H, W) in pixels.
         adaln: whether the block's norm and modulation are applied to the hidden states.
         command: the command line, which the manifest records.
@@ -116,6 +117,13 @@ class ExportOptions:
         ),
     ] = None
     vae_revision: Annotated[Optional[str], Flag("Branch, tag or commit of --vae, if it is a hub id.")] = None
+    lora: Annotated[
+        tuple[str, ...],
+        Flag(
+            "Fold a LoRA file into the weights, SCALE times (1 by default); repeat for several.",
+            metavar="FILE[=SCALE]",
+        ),
+    ] = ()
     layer: Annotated[Optional[str], Flag("Block whose input is the feature: 9 or single.9.")] = None
     precision: Annotated[
         Literal["float32", "float16", "bfloat16", "int8"],
@@ -228,10 +236,11 @@ class ExportOptions:
         from pydantic import ValidationError
 
         given = dict(vars(self))
-        for name in ("timestep", "prompt", "class_label", "prompt_embeds"):
+        for name in ("timestep", "prompt", "class_label", "prompt_embeds", "lora"):
             value = () if given[name] is None else given[name]
             given[name] = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         given["class_label"] = tuple(map(str, given["class_label"]))
+        given["lora"] = tuple(map(str, given["lora"]))
         try:
             checked = _checks().model_validate(given)
         except ValidationError as error:
@@ -242,12 +251,20 @@ class ExportOptions:
             ) from None
         for name in given:
             object.__setattr__(self, name, getattr(checked, name))
+        for text in self.lora:
+            parse_lora(text)  # or it is no LoRA file
+
+    @property
+    def loras(self) -> tuple[Lora, ...]:
+        """The files of --lora with their scales, in order."""
+        return tuple(map(parse_lora, self.lora))
 
     @property
     def inputs(self) -> list[Path]:
         """Existing files and folders that the export reads; hub ids are not among them."""
         named = [Path(one).expanduser() for one in (self.model, self.vae) if one not in (None, DEMO)]
-        given = [self.prompts, *self.prompt_embeds, self.calibration, self.calibration_images]
+        loras = [lora.path for lora in self.loras]
+        given = [self.prompts, *self.prompt_embeds, self.calibration, self.calibration_images, *loras]
         return [path for path in (*named, *given) if path is not None and path.exists()]
 
     @property

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -67,9 +67,10 @@ class Plan:
             return self.options.output
         name = Path(self.options.model.rstrip("/")).name
         short = next(k for k, v in SHORT_NAMES.items() if v == self.options.precision)
-        # Beside the bundle with the checkpoint's own VAE, to compare them.
+        # Beside the bundle with the checkpoint's own VAE or without the LoRAs, to compare them.
         encoder = "" if self.options.vae is None else f"-{Path(self.options.vae.rstrip('/')).name}"
-        return Path("bundles") / f"{name}-l{self.layer}-{short}{encoder}"
+        loras = "".join(f"-{lora.name}" for lora in self.options.loras)
+        return Path("bundles") / f"{name}-l{self.layer}-{short}{encoder}{loras}"
 
     @property
     def output_dtype(self) -> torch.dtype:
@@ -112,7 +113,8 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
         raise InputError("--vae-revision requires --vae", "add --vae, or leave --vae-revision out")
     vae = None if options.vae is None else open_vae(options.vae, options.vae_revision)
     plan = plan_from_configs(options, checkpoint, vae)
-    family = plan.family
+    family, checkpoint = plan.family, plan.checkpoint
+    checkpoint.check_loras(options.unneeded)
     check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
     checkpoint.check_weights(options.unneeded)
     return plan
@@ -127,6 +129,7 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
     Raises:
         DitfError: the options contradict each other or the checkpoint.
     """
+    checkpoint = replace(checkpoint, loras=options.loras)
     family = family_of(checkpoint)
     check_components(checkpoint, family.text_classes, options.unneeded)
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults

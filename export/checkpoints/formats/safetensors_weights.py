@@ -104,3 +104,17 @@ def _unreadable(path: Path, error: SafetensorError | OSError) -> InputError:
     return InputError(
         f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
     )
+
+
+def read_small(path: Path, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
+    """Read small tensors of a safetensors file, which is opened once, and the metadata in its header.
+
+    Returns:
+        {name: tensor in float32}, and the metadata; {} if it has none.
+
+    Raises:
+        InputError: the file is missing, truncated or not safetensors.
+    """
+    with _open_safetensors(path) as file:
+        tensors = {name: file.get_tensor(name).to(torch.float32) for name in names}
+        return tensors, dict(file.metadata() or {})
