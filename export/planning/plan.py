@@ -65,7 +65,7 @@ class Plan:
         """The bundle's directory."""
         if self.options.output is not None:
             return self.options.output
-        name = Path(self.options.model.rstrip("/")).name
+        name = self.options.model_name
         short = next(k for k, v in SHORT_NAMES.items() if v == self.options.precision)
         # Beside the bundle with the checkpoint's own VAE, to compare them.
         encoder = "" if self.options.vae is None else f"-{Path(self.options.vae.rstrip('/')).name}"
@@ -113,7 +113,8 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     vae = None if options.vae is None else open_vae(options.vae, options.vae_revision)
     plan = plan_from_configs(options, checkpoint, vae)
     family = plan.family
-    check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
+    weights = checkpoint.weights("transformer")
+    check_structure(family.transformer_class, family.config, weights, checkpoint.mismatch_fix)
     checkpoint.check_weights(options.unneeded)
     return plan
 

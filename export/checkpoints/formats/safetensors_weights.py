@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ditf.export.checkpoints.formats.file_kinds import unreadable
 from ditf.export.checkpoints.weights import Weights
-from ditf.runtime.errors import InputError
 from ditf.runtime.files.reading import open_regular
 
 _BYTES = {
@@ -56,12 +56,12 @@ class SafetensorsWeights(Weights):
     def _load(self, name: str) -> torch.Tensor:
         return self.raw(name).to(torch.float32)
 
-    def _first_row(self, name: str) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.shapes[name]:
             return self._load(name)
         with _open_safetensors(self._file_of[name]) as file:
-            row: torch.Tensor = file.get_slice(name)[:1].to(torch.float32)
-        return row
+            part: torch.Tensor = file.get_slice(name)[start:stop]
+        return part.to(torch.float32)
 
 
 @contextmanager
@@ -72,6 +72,4 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
             yield file
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise InputError(
-            f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
-        ) from error
+        raise unreadable(path, reason) from error
