@@ -73,7 +73,7 @@ def full_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         if key in hints and not _fits(value, hints[key], defaults.get(key)):
             raise InputError(
                 f"the config of {name} has {key}={value!r:.60}, which is no {_hint_name(hints[key])}",
-                "download the checkpoint again",
+                "correct its config.json, or take the published one",
             )
     return {**defaults, **config}
 
@@ -155,7 +155,8 @@ def shape_model(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
             )
     except Exception as error:  # a config can make a library raise anything
         raise InputError(
-            f"{name} cannot be made from its config ({first_line(error)})", "download the checkpoint again"
+            f"{name} cannot be made from its config ({first_line(error)})",
+            "correct its config.json, or take the published one",
         ) from error
     return model
 

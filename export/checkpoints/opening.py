@@ -10,7 +10,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from ditf.export.checkpoints import DEMO
-from ditf.export.checkpoints.formats.file_kinds import check_weights_file
+from ditf.export.checkpoints.formats.file_kinds import PICKLES, SAFETENSORS, check_weights_file
 from ditf.export.checkpoints.layout import Checkpoint, Part, stored_tensors
 from ditf.export.checkpoints.loading import current_class
 from ditf.export.checkpoints.recognise import (
@@ -26,6 +26,10 @@ DEMO_CHECKPOINT = Path(__file__).parent.parent / "demo_model"
 """The demo: transformer/ in float16, and scheduler/. It works in pixels, so it has no VAE."""
 
 _HUB_ID = re.compile(r"^[A-Za-z0-9][\w.-]*/[\w.-]+$")
+_HUB_FILE = re.compile(
+    r"^(?:https://huggingface\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+)/(?:(?:resolve|blob)/[^/]+/)?(.+)$"
+)
+_WEIGHTS = (*SAFETENSORS, ".gguf", *PICKLES)
 _TRANSFORMER = ("transformer",)
 
 logger = logging.getLogger(__name__)
@@ -85,6 +89,8 @@ def open_checkpoint(
         _check_folder(checkpoint)
     elif path.exists():
         raise _file_error(path, named)
+    elif path.suffix.lower() in _WEIGHTS:
+        raise _no_file(model, named)
     elif _HUB_ID.match(model):
         from ditf.export.checkpoints.hub import download
 
@@ -102,6 +108,17 @@ def open_checkpoint(
     yield checkpoint
 
 
+def _no_file(given: str, flag: str) -> InputError:
+    """The error for a file that does not exist here; the hub's files are named by their path or address."""
+    on_hub = _HUB_FILE.match(given)
+    if on_hub is None or Path(given).parts[0] in (".", "..", "~") or Path(Path(given).parts[0]).exists():
+        return InputError(f"{flag} {given}: no such file", "check the path")
+    return InputError(
+        f"{flag} {given}: no such file here, and a file on the hub is not downloaded",
+        f"run: hf download {on_hub[1]} {on_hub[2]} --local-dir DIR, and pass the file",
+    )
+
+
 def _transformer(given: str, base: str | None) -> Path:
     """Find a transformer that is given beside a pipeline: a file, or the folder of a component.
 
@@ -114,6 +131,8 @@ def _transformer(given: str, base: str | None) -> Path:
         check_weights_file(path)
         check_transformer_tensors(path, stored_tensors(path))
         return path
+    if path.suffix.lower() in _WEIGHTS and not path.exists():
+        raise _no_file(given, flag)
     if not given or not path.is_dir():
         raise InputError(
             f"{flag} {given!r:.80}: no such file or directory",
@@ -202,7 +221,11 @@ def open_vae(vae: str, revision: str | None = None) -> Part:
     if path.is_dir():
         checkpoint = Checkpoint(path, vae)
     elif path.exists():
-        raise InputError(f"--vae {vae} is a file, not a directory", "pass its directory")
+        check_weights_file(path)
+        raise InputError(
+            f"--vae {vae} is a file",
+            "pass the VAE's diffusers directory, which has config.json beside the weights, or a hub id",
+        )
     elif _HUB_ID.match(vae):
         from ditf.export.checkpoints.hub import download_vae
 

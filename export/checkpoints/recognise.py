@@ -7,7 +7,7 @@ from collections.abc import Collection, Mapping
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from ditf.export.checkpoints.formats.file_kinds import PICKLES, UNFINISHED
+from ditf.export.checkpoints.formats.file_kinds import PICKLES, SAFETENSORS, UNFINISHED
 from ditf.export.checkpoints.formats.original_layout import Layout, layout_of, prefix_of
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
@@ -237,7 +237,7 @@ def listing_error(model: str, files: Collection[str]) -> InputError | None:
             f"{model} is a LoRA, not a whole model",
             f"give the model with --model, and --lora {model}/{file}",
         )
-    weights = [name for name in top if name.endswith((".safetensors", ".gguf"))]
+    weights = [name for name in top if name.endswith((*SAFETENSORS, ".gguf"))]
     if weights and "config.json" not in top:
         return InputError(
             f"{model} is not in diffusers' layout: it holds {weights[0]}"

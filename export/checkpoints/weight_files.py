@@ -35,6 +35,8 @@ def weight_files(folder: Path, variant: str | None = None) -> list[Path]:
             files could be meant.
     """
     encoder = folder.name.startswith("text_encoder")
+    if encoder:
+        _check_no_other_name(folder)
     own = _TRANSFORMERS if encoder else _DIFFUSERS
     files = [path for path in sorted(folder.glob("*.safetensors")) if not _SHARD.search(path.name)]
     files += [path for path in sorted(folder.glob("*.safetensors*.json")) if ".index." in path.name]
@@ -70,6 +72,24 @@ def variant_of(path: Path) -> str | None:
         if match is not None:
             return match[1]
     return None
+
+
+def _check_no_other_name(folder: Path) -> None:
+    """Check that a text encoder's config names no file, which transformers would read in place of its own.
+
+    Raises:
+        InputError: it names one.
+    """
+    try:
+        config = read_json(folder / "config.json", _LARGEST_INDEX)
+    except (OSError, ValueError):
+        return  # reported where the config is read
+    named = config.get("transformers_weights") if isinstance(config, dict) else None
+    if named is not None:
+        raise InputError(
+            f"{folder}/config.json names the file of weights, {named!r:.60}",
+            f"rename that file to {_TRANSFORMERS}.safetensors and remove transformers_weights there",
+        )
 
 
 def _no_weights(folder: Path) -> InputError:

@@ -283,7 +283,7 @@ class ExportOptions:
     def model_name(self) -> str:
         """The model's name in that of a bundle: of the transformer's file or folder, or of the model."""
         path = Path((self.transformer or self.model).rstrip("/"))
-        if path.suffix in (".safetensors", ".gguf"):
+        if path.suffix in (".safetensors", ".sft", ".gguf"):
             return path.stem
         return path.parent.name if path.name == "transformer" and path.parent.name else path.name
 

@@ -157,7 +157,10 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
 
 def _layer(options: ExportOptions, checkpoint: Checkpoint, family: Family, defaults: Defaults) -> int:
     if not 0 < family.blocks.count <= _MOST_BLOCKS:
-        raise InputError(f"{checkpoint.id} has {family.blocks.count} blocks", "download the checkpoint again")
+        raise InputError(
+            f"{checkpoint.id} has {family.blocks.count} blocks, as its config.json says",
+            "take the published one",
+        )
     default = family.blocks.count // 2 if defaults.layer is None else defaults.layer
     return family.blocks.resolve(str(default) if options.layer is None else options.layer)
 

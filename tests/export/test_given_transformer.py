@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import onnxruntime
 import pytest
 import torch
 from diffusers import SD3Transformer2DModel
@@ -11,6 +12,7 @@ from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle
+from ditf.export.measure.torch_baseline import torch_baseline
 from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.manifest import read_manifest
@@ -68,15 +70,25 @@ def judged(folder, file):
     return seen["hidden_states"][0].reshape(*plan.grid, -1).numpy()
 
 
-def test_parity_with_the_model_of_from_single_file(checkpoint, tuned, bundle):
-    import onnxruntime
-
+def features_of(bundle):
+    """What ONNX Runtime computes, [h, w, C]."""
     session = onnxruntime.InferenceSession(bundle / "features.onnx")
     (features,) = session.run(None, {"image": golden_pair(SIZE)[:1]})
-    parity = feature_parity(features[0].transpose(1, 2, 0), judged(checkpoint("sd35"), tuned))
+    return features[0].transpose(1, 2, 0)
+
+
+def test_parity_with_the_model_of_from_single_file(checkpoint, tuned, bundle):
+    parity = feature_parity(features_of(bundle), judged(checkpoint("sd35"), tuned))
     assert parity["cosine_min"] > 0.999999, parity
     assert parity["relative_error"] < 1e-5, parity
     assert parity["channel_error"] < 1e-4, parity
+
+
+def test_the_model_is_found_again_to_time_it(bundle):
+    """The baseline of `ditf bench` opens the file and its base, which the manifest names."""
+    with torch_baseline(read_manifest(bundle), "eager") as baseline:
+        found = baseline.features(golden_pair(SIZE)[0])
+    assert feature_parity(found.transpose(1, 2, 0), features_of(bundle))["cosine_min"] > 0.999
 
 
 def test_the_manifest_says_what_the_bundle_was_made_of(checkpoint, tuned, bundle):

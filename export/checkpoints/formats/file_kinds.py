@@ -8,6 +8,9 @@ from pathlib import Path
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.reading import open_regular
 
+SAFETENSORS = (".safetensors", ".sft")
+"""Suffixes of safetensors files; the short one is that of the first files of FLUX.1."""
+
 PICKLES = (".bin", ".ckpt", ".pkl", ".pt", ".pth")
 """Suffixes of files that are read by running what they say; ditf never opens them."""
 
@@ -96,7 +99,7 @@ def _misfit(path: Path) -> InputError | None:
             return InputError(f"{path} {_PICKLED}", "save it as safetensors")
         if start.startswith(b"GGUF"):
             return InputError(f"{path} is a GGUF file with another suffix", "rename it to .gguf")
-        if path.suffix.lower() != ".safetensors":
+        if path.suffix.lower() not in SAFETENSORS:
             return InputError(f"{path} is no file of weights", "pass a .safetensors or .gguf file")
         if not 2 <= length <= _LARGEST_HEADER or start[_HEADER : _HEADER + 1] not in (b"{", b""):
             return InputError(f"{path} is not a readable safetensors file (it has no header)", _AGAIN)

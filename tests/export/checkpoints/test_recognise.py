@@ -266,7 +266,9 @@ def test_a_transformer_beside_a_pipeline(tiny_pixart, tmp_path):
     expected = tensors["proj_out.bias"] + 1
     base = shutil.copytree(tiny_pixart, tmp_path / "base")
     (base / "transformer" / WEIGHTS).unlink()
-    for given in (tuned / WEIGHTS, tuned, tuned.parent):
+    short = tuned.parent / "model.sft"
+    shutil.copy(tuned / WEIGHTS, short)
+    for given in (tuned / WEIGHTS, short, tuned, tuned.parent):
         for options in (
             {"model": str(base), "transformer": str(given)},
             {"model": str(given), "base": str(base)},
@@ -275,6 +277,9 @@ def test_a_transformer_beside_a_pipeline(tiny_pixart, tmp_path):
                 assert torch.equal(opened.weights("transformer").tensor("proj_out.bias"), expected)
                 assert opened.id == str(base)
     refused("--base and --transformer exclude each other", str(base), base=str(base), transformer=str(tuned))
+    refused(
+        "--transformer absent.safetensors: no such file; check", str(base), transformer="absent.safetensors"
+    )
     refused("--transformer 'absent': no such file or directory", str(base), transformer="absent")
     refused(f"--base {tuned / WEIGHTS} is a file", str(tuned), base=str(tuned / WEIGHTS))
 
@@ -282,3 +287,15 @@ def test_a_transformer_beside_a_pipeline(tiny_pixart, tmp_path):
 def test_the_transformer_of_a_base_is_not_downloaded():
     files = ["model_index.json", "transformer/config.json", f"transformer/{WEIGHTS}", f"vae/{WEIGHTS}"]
     assert wanted_files(files, None, ("transformer",)) == [files[0], files[1], files[3]]
+
+
+@pytest.mark.parametrize("start", ["", "https://huggingface.co/", "https://huggingface.co/blob"])
+def test_a_file_on_the_hub(tiny_pixart, start):
+    """It has to be downloaded: nothing asks the hub for a model of this name."""
+    blob = "blob/main/" if start.endswith("blob") else ""
+    given = f"{start.removesuffix('blob')}black-forest-labs/FLUX.1-dev/{blob}flux1-dev.safetensors"
+    message = r"run: hf download black-forest-labs/FLUX\.1-dev flux1-dev\.safetensors --local-dir DIR"
+    refused(message, given)
+    refused(message, given, base=str(tiny_pixart))
+    for here in ("models/flux1-dev.safetensors", "./models/unet/x.safetensors", f"{tiny_pixart}/a/x.ckpt"):
+        refused(f"{here}: no such file; check the path", here)
