@@ -49,8 +49,7 @@ def make_manifest(
     half = plan.output_dtype == torch.float16
     decided: dict[str, Any] = {
         "model": {
-            "id": plan.checkpoint.id,
-            "revision": plan.checkpoint.revision,
+            **plan.checkpoint.identity(),
             "family": plan.family.name,
             "transformer": plan.family.transformer_class,
         },

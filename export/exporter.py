@@ -153,7 +153,7 @@ class _Export:
 
     def open(self) -> None:
         options = self.options
-        opened = open_checkpoint(options.model, options.revision, options.variant, options.unneeded)
+        opened = open_checkpoint(**options.opened)
         self.plan = plan = make_plan(options, self.resources.enter_context(opened))
         check_output(plan.output, options.inputs)
         estimate = Estimate(plan)

@@ -32,7 +32,7 @@ def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list
     Raises:
         InputError: the template is missing, fails, or takes more than 2 s, 512 MiB or a million characters.
     """
-    fix = "download the checkpoint again"
+    fix = "take the tokenizer's folder of the published checkpoint"
     what = f"the chat template of {tokenizer.name_or_path}"
     try:
         template = tokenizer.get_chat_template()

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from ditf.export.checkpoints.formats.file_kinds import check_no_pointer
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
@@ -71,11 +72,12 @@ def check_files(folder: Path) -> None:
         limit = _LARGEST_TABLE if table else _LARGEST_CONFIG
         try:
             open_regular(path, None if path.suffix == ".safetensors" else limit).close()
+            check_no_pointer(path)
             if path.name.endswith("config.json"):
                 _check_config(path, read_json(path, _LARGEST_CONFIG))
         except (OSError, ValueError) as error:
             reason = error.strerror if isinstance(error, OSError) else error
-            raise InputError(f"{path} cannot be read ({reason})", "download the checkpoint again") from error
+            raise InputError(f"{path} cannot be read ({reason})", "take the published file") from error
 
 
 def _check_config(path: Path, document: Any) -> None:

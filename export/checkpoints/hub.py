@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
+from ditf.export.checkpoints.recognise import listing_error
 from ditf.export.checkpoints.weight_files import variant_of
 from ditf.runtime.errors import InputError, MissingComponent
 
@@ -22,10 +23,19 @@ def download(model: str, revision: str | None, variant: str | None, unneeded: tu
         unneeded: prefixes of the names of components whose weights are left out.
 
     Raises:
-        InputError: there is no such model or revision, or the model is gated.
+        InputError: there is no such model or revision, the model is gated, or it is a LoRA or another thing
+            that `listing_error` recognises.
         MissingComponent: the hub cannot be reached and the cache does not have the model.
     """
-    return _snapshot(model, revision, lambda files: wanted_files(files, variant, unneeded))
+
+    def choose(files: list[str]) -> list[str]:
+        if "model_index.json" not in files and not any(name.startswith("transformer/") for name in files):
+            error = listing_error(model, files)
+            if error is not None:
+                raise error
+        return wanted_files(files, variant, unneeded)
+
+    return _snapshot(model, revision, choose)
 
 
 def download_vae(model: str, revision: str | None) -> Path:
@@ -56,6 +66,8 @@ def _snapshot(model: str, revision: str | None, choose: Callable[[list[str]], li
             f"{model}: no such directory, and no such model on the hub",
             "check the spelling; a private model needs: hf auth login",
         ) from None
+    except InputError:
+        raise
     except Exception as error:  # the network's errors share no base class
         try:
             return Path(snapshot_download(model, revision=revision, local_files_only=True))

@@ -16,7 +16,7 @@ from ditf.runtime.errors import InputError
 PLAIN, PACKED, TINY = "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"
 """VAE classes: the usual one, FLUX.2's, and TAESD's."""
 
-_AGAIN = "download the checkpoint again"
+_AGAIN = "correct its config.json, or take the published one"
 
 
 @dataclass(frozen=True)

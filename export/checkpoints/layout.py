@@ -6,8 +6,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ditf.export.checkpoints.formats.file_kinds import check_no_pointer
 from ditf.export.checkpoints.formats.lora import Lora
 from ditf.export.checkpoints.formats.lora_weights import LoraWeights, check_components
+from ditf.export.checkpoints.formats.original_layout import in_diffusers_names
 from ditf.export.checkpoints.formats.quantised import dequantised
 from ditf.export.checkpoints.formats.stored_weights import open_weights
 from ditf.export.checkpoints.weight_files import variant_of, weight_files
@@ -29,6 +31,8 @@ class Checkpoint:
         revision: commit hash of a model from the hub, else None.
         variant: the variant of the weights that is read, such as "fp16"; None for the plain weights.
         loras: what is folded into the weights of the transformer and the text encoders, in this order.
+        transformer: a transformer in place of the directory's own: a folder with config.json and weights, or
+            a file of weights, whose config is the directory's. None for the directory's own.
     """
 
     path: Path
@@ -36,10 +40,26 @@ class Checkpoint:
     revision: str | None = None
     variant: str | None = None
     loras: tuple[Lora, ...] = ()
+    transformer: Path | None = None
+
+    def folder(self, component: str) -> Path:
+        """Where a component's config and weights are; a file given as the transformer has its weights."""
+        if component == "transformer" and self.transformer is not None and self.transformer.is_dir():
+            return self.transformer
+        return self.path / component
 
     def has(self, component: str) -> bool:
         """Whether the directory has a component (transformer, vae, ...)."""
-        return (self.path / component).is_dir()
+        return self.folder(component).is_dir()
+
+    @property
+    def mismatch_fix(self) -> str:
+        """What to do where the transformer's weights do not fit its config."""
+        if self.transformer is None:
+            return "take config.json and weights from the same model"
+        if self.transformer.is_dir():
+            return f"save {self.transformer} again: its config.json is another model's"
+        return f"is {self.id} the model that {self.transformer.name} was made from? If not, name that model"
 
     def config(self, component: str) -> dict[str, Any]:
         """A component's JSON configuration.
@@ -48,14 +68,25 @@ class Checkpoint:
             InputError: the configuration is missing or not JSON.
         """
         name = "scheduler_config.json" if component == "scheduler" else "config.json"
-        path = self.path / component / name
-        config = _read_json(path)
+        config = _read_json(self.folder(component) / name)
         if config is None:
             raise InputError(
                 f"{self.path} is not a diffusers checkpoint: it has no {component}/{name}",
                 "save one with DiffusionPipeline.save_pretrained",
             )
         return config
+
+    def identity(self) -> dict[str, str | None]:
+        """What the manifest records of where the weights are from.
+
+        Returns:
+            `id` and `revision` of the model. With a given transformer `id` is that one's path, `weights` its
+            fingerprint, and `base` the id of the pipeline whose revision it is.
+        """
+        if self.transformer is None:
+            return {"id": self.id, "revision": self.revision}
+        weights = self.weights("transformer").fingerprint()
+        return {"id": str(self.transformer), "revision": self.revision, "base": self.id, "weights": weights}
 
     def index(self) -> dict[str, Any]:
         """model_index.json, which names the pipeline and its components; {} if there is none."""
@@ -117,7 +148,7 @@ class Checkpoint:
 
         Raises:
             InputError: a file is missing, truncated or not safetensors, weights are quantised in a way that is
-                not supported, or a LoRA does not fit.
+                not supported, a LoRA does not fit, or `in_diffusers_names` cannot read a given transformer.
         """
         own = self._own_weights(component)
         if not self.loras or component not in ("transformer", *self.text_encoders()):
@@ -130,10 +161,12 @@ class Checkpoint:
 
     def _own_weights(self, component: str) -> Weights:
         """A component's weights without LoRAs."""
-        folder = self.path / component
+        if component == "transformer" and self.transformer is not None and self.transformer.is_file():
+            return in_diffusers_names(file_weights(self.transformer), self.config(component))
+        folder = self.folder(component)
         config = (_read_json(folder / "config.json") or {}).get("quantization_config")
         if config is not None and not isinstance(config, dict):
-            raise InputError(f"quantization_config of {folder}/config.json is no table", _AGAIN)
+            raise InputError(f"quantization_config of {folder}/config.json is no table", "save it again")
         return dequantised(open_weights(weight_files(folder, self.variant)), config)
 
     def _with_loras(self, weights: Weights, component: str) -> LoraWeights:
@@ -172,7 +205,7 @@ class Checkpoint:
 
     def loading_variant(self, component: str) -> str | None:
         """The variant to pass to `from_pretrained`, which looks for plain files by default."""
-        return variant_of(weight_files(self.path / component, self.variant)[0])
+        return variant_of(weight_files(self.folder(component), self.variant)[0])
 
 
 @dataclass(frozen=True)
@@ -200,12 +233,23 @@ class Part:
         return self.checkpoint.weights(self.name)
 
 
+def file_weights(path: Path) -> Weights:
+    """The tensors of one file, dequantised, under the names that they have in it.
+
+    Raises:
+        InputError: the file cannot be read, or its weights are quantised in a way that is not supported.
+    """
+    return dequantised(open_weights([path]))
+
+
 def _read_json(path: Path) -> dict[str, Any] | None:
     try:
         document = read_json(path, _LARGEST_CONFIG)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
+        if isinstance(error, ValueError):
+            check_no_pointer(path)
         reason = error.strerror if isinstance(error, OSError) else error
         raise InputError(f"{path} cannot be read ({reason})", "save the checkpoint again") from error
     if not isinstance(document, dict):

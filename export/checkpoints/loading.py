@@ -16,6 +16,7 @@ from typing import Any, Union, get_args, get_origin, get_type_hints
 
 import diffusers
 import torch
+from accelerate import init_empty_weights
 
 from ditf.export.checkpoints.components import check_components, check_files
 from ditf.export.checkpoints.layout import Checkpoint
@@ -72,7 +73,7 @@ def full_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         if key in hints and not _fits(value, hints[key], defaults.get(key)):
             raise InputError(
                 f"the config of {name} has {key}={value!r:.60}, which is no {_hint_name(hints[key])}",
-                "download the checkpoint again",
+                "correct its config.json, or take the published one",
             )
     return {**defaults, **config}
 
@@ -106,15 +107,17 @@ def _newer(one: str, other: str) -> bool:
         return False
 
 
-def check_structure(name: str, config: Mapping[str, Any], weights: Weights) -> None:
+def check_structure(name: str, config: Mapping[str, Any], weights: Weights, fix: str) -> None:
     """Compare the names and shapes of tensors with the model that the config describes; no value is read.
+
+    Args:
+        fix: what to do where they differ.
 
     Raises:
         InputError: a tensor is missing, unknown or has the wrong shape (the message names the first one), or
             no model can be made of the config.
     """
     expected = model_shapes(name, config)
-    fix = "the checkpoint's config and weights do not belong together: download it again"
     for tensor in sorted(expected.keys() - weights.shapes.keys()):
         raise InputError(f"the weights of {name} lack {tensor}, which the config asks for", fix)
     for tensor in sorted(weights.shapes.keys() - expected.keys()):
@@ -152,7 +155,8 @@ def shape_model(name: str, config: Mapping[str, Any]) -> torch.nn.Module:
             )
     except Exception as error:  # a config can make a library raise anything
         raise InputError(
-            f"{name} cannot be made from its config ({first_line(error)})", "download the checkpoint again"
+            f"{name} cannot be made from its config ({first_line(error)})",
+            "correct its config.json, or take the published one",
         ) from error
     return model
 
@@ -163,7 +167,9 @@ def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
     Raises:
         InputError: the component is not that model, or its weights are incomplete, NaN or infinite.
     """
-    folder = checkpoint.path / component
+    if component == "transformer" and checkpoint.transformer is not None and checkpoint.transformer.is_file():
+        return _model_of(model_class, checkpoint.config(component), checkpoint.weights(component))
+    folder = checkpoint.folder(component)
     variant = checkpoint.loading_variant(component)
     model, info = _from_pretrained(
         model_class, folder, variant=variant, use_safetensors=True, output_loading_info=True
@@ -182,6 +188,19 @@ def load_model(model_class: Any, checkpoint: Checkpoint, component: str) -> Any:
                 "the checkpoint is damaged: download or save it again",
             )
     return model
+
+
+def _model_of(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
+    """A diffusers model in float32 and eval mode that is made of tensors, where it has no folder of its own.
+
+    Raises:
+        InputError: a tensor is missing, has another shape, or holds NaN or infinity.
+    """
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers announces changes of its own classes
+        model = model_class.from_config(config)
+    model.load_state_dict({name: weights.tensor(name) for name in model.state_dict()}, assign=True)
+    return model.eval().requires_grad_(False)
 
 
 def load_text_pipeline(checkpoint: Checkpoint, pipelines: Sequence[str], classes: Sequence[str]) -> Any:

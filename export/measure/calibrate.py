@@ -53,7 +53,7 @@ def calibrate(
         DitfError: anything wrong with the options, the checkpoint or the images; or activations that are NaN
             or infinite, with the first block that has them.
     """
-    with open_checkpoint(options.model, options.revision, options.variant, options.unneeded) as checkpoint:
+    with open_checkpoint(**options.opened) as checkpoint:
         run = _CalibrationRun(options, folder)
         run.plan = make_plan(options, checkpoint)
         run_stages(run.stages(), report)
@@ -185,7 +185,8 @@ class BlockObserver:
         published = plan.family.defaults.channels
         document = {
             "schema": CALIBRATION_SCHEMA,
-            "model": plan.checkpoint.id,
+            "model": str(plan.checkpoint.transformer or plan.checkpoint.id),
+            "base": None if plan.checkpoint.transformer is None else plan.checkpoint.id,
             "revision": plan.checkpoint.revision,
             **measured_for(plan),
             "images": {

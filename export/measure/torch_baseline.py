@@ -50,6 +50,7 @@ def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> I
     """
     options = ExportOptions(
         model=model or str(manifest.model["id"]),
+        base=None if model else manifest.model.get("base"),
         revision=None if model else manifest.model["revision"],
         vae=None if manifest.vae is None else manifest.vae["id"],
         vae_revision=None if manifest.vae is None else manifest.vae["revision"],
@@ -66,7 +67,7 @@ def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> I
     gpu = torch.cuda.is_available()
     half = gpu and manifest.precision != "float32"
     device, dtype = ("cuda" if gpu else "cpu"), (torch.float16 if half else torch.float32)
-    with open_checkpoint(options.model, options.revision) as checkpoint:
+    with open_checkpoint(**options.opened) as checkpoint:
         plan = make_plan(options, checkpoint)
         if plan.family.name != manifest.model["family"]:
             raise InputError(f"{options.model} is not the {manifest.model['family']} of this bundle")

@@ -104,7 +104,23 @@ class ExportOptions:
         InputError: a value has the wrong type or is out of range. The message names its flag.
     """
 
-    model: Annotated[str, Flag("'demo', a directory saved by diffusers, or a hub id.")] = DEMO
+    model: Annotated[
+        str, Flag("'demo', a directory saved by diffusers, a hub id, or with --base a file of weights.")
+    ] = DEMO
+    base: Annotated[
+        Optional[str],
+        Flag(
+            "Take everything but the transformer from this pipeline; --model is then only a transformer.",
+            metavar="ID|DIR",
+        ),
+    ] = None
+    transformer: Annotated[
+        Optional[str],
+        Flag(
+            "Replace the transformer of --model, for example with a fine-tuned one.",
+            metavar="FILE|DIR",
+        ),
+    ] = None
     revision: Annotated[Optional[str], Flag("Branch, tag or commit of a hub id.")] = None
     variant: Annotated[
         Optional[str], Flag("Variant of the weights files, such as fp16; the plain ones by default.")
@@ -262,10 +278,31 @@ class ExportOptions:
     @property
     def inputs(self) -> list[Path]:
         """Existing files and folders that the export reads; hub ids are not among them."""
-        named = [Path(one).expanduser() for one in (self.model, self.vae) if one not in (None, DEMO)]
+        models = (self.model, self.base, self.transformer, self.vae)
+        named = [Path(one).expanduser() for one in models if one not in (None, DEMO)]
         loras = [lora.path for lora in self.loras]
         given = [self.prompts, *self.prompt_embeds, self.calibration, self.calibration_images, *loras]
         return [path for path in (*named, *given) if path is not None and path.exists()]
+
+    @property
+    def opened(self) -> dict[str, Any]:
+        """The arguments that `open_checkpoint` takes."""
+        return {
+            "model": self.model,
+            "revision": self.revision,
+            "variant": self.variant,
+            "unneeded": self.unneeded,
+            "base": self.base,
+            "transformer": self.transformer,
+        }
+
+    @property
+    def model_name(self) -> str:
+        """The model's name in that of a bundle: of the transformer's file or folder, or of the model."""
+        path = Path((self.transformer or self.model).rstrip("/"))
+        if path.suffix in (".safetensors", ".sft", ".gguf"):
+            return path.stem
+        return path.parent.name if path.name == "transformer" and path.parent.name else path.name
 
     @property
     def measures_features(self) -> bool:

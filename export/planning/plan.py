@@ -65,7 +65,7 @@ class Plan:
         """The bundle's directory."""
         if self.options.output is not None:
             return self.options.output
-        name = Path(self.options.model.rstrip("/")).name
+        name = self.options.model_name
         short = next(k for k, v in SHORT_NAMES.items() if v == self.options.precision)
         # Beside the bundle with the checkpoint's own VAE or without the LoRAs, to compare them.
         encoder = "" if self.options.vae is None else f"-{Path(self.options.vae.rstrip('/')).name}"
@@ -115,7 +115,8 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     plan = plan_from_configs(options, checkpoint, vae)
     family, checkpoint = plan.family, plan.checkpoint
     checkpoint.check_loras(options.unneeded)
-    check_structure(family.transformer_class, family.config, checkpoint.weights("transformer"))
+    weights = checkpoint.weights("transformer")
+    check_structure(family.transformer_class, family.config, weights, checkpoint.mismatch_fix)
     checkpoint.check_weights(options.unneeded)
     return plan
 
@@ -159,7 +160,10 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
 
 def _layer(options: ExportOptions, checkpoint: Checkpoint, family: Family, defaults: Defaults) -> int:
     if not 0 < family.blocks.count <= _MOST_BLOCKS:
-        raise InputError(f"{checkpoint.id} has {family.blocks.count} blocks", "download the checkpoint again")
+        raise InputError(
+            f"{checkpoint.id} has {family.blocks.count} blocks, as its config.json says",
+            "take the published one",
+        )
     default = family.blocks.count // 2 if defaults.layer is None else defaults.layer
     return family.blocks.resolve(str(default) if options.layer is None else options.layer)
 

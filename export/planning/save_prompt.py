@@ -29,7 +29,7 @@ def save_prompt(options: ExportOptions, path: Path) -> str:
     """
     if options.prompt_embeds:
         raise InputError("--prompt-embeds and --save-prompt-embeds exclude each other", "leave one out")
-    with open_checkpoint(options.model, options.revision, options.variant, _UNNEEDED) as checkpoint:
+    with open_checkpoint(**options.opened | {"unneeded": _UNNEEDED}) as checkpoint:
         plan = plan_from_configs(options, checkpoint)
         if not plan.family.takes_prompt:
             raise InputError(f"{plan.family.name} reads no text", "leave --save-prompt-embeds out")

@@ -36,7 +36,9 @@ class Manifest:
 
     Attributes:
         schema: the version of this layout.
-        model: the id, revision and family of the checkpoint, and `transformer`, its diffusers class.
+        model: the id, revision and family of the checkpoint, and `transformer`, its diffusers class. If the
+            transformer was given apart, `id` is its file or folder, `weights` a fingerprint of its tensors,
+            and `base` the id of the pipeline that the rest is from, whose revision it is.
         layer: the global index k of the block whose input is the feature.
         layer_name: the same for people, such as "layer 9 = block.9 of 12".
         timestep: the diffusion timestep, 0..999.

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from ditf.export.checkpoints.formats.file_kinds import unreadable
 from ditf.export.checkpoints.weights import Weights
-from ditf.runtime.errors import InputError
 from ditf.runtime.files.reading import open_regular
 
 _BYTES = {
@@ -69,13 +69,16 @@ class SafetensorsWeights(Weights):
     def _load(self, name: str) -> torch.Tensor:
         return self.raw(name).to(torch.float32)
 
-    def _first_row(self, name: str) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.shapes[name]:
             return self._load(name)
-        rows = _FIRST_BYTES if self.dtypes[name] == "U8" and math.prod(self.shapes[name][1:]) == 1 else 1
         with _open_safetensors(self._file_of[name]) as file:
-            row: torch.Tensor = file.get_slice(name)[:rows].to(torch.float32)
-        return row
+            part: torch.Tensor = file.get_slice(name)[start:stop]
+        return part.to(torch.float32)
+
+    def _first_row(self, name: str) -> torch.Tensor:
+        packed = self.dtypes[name] == "U8" and math.prod(self.shapes[name][1:]) == 1
+        return self.rows(name, 0, _FIRST_BYTES if packed else 1)
 
 
 @contextmanager
@@ -85,25 +88,8 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: SafetensorError | OSError) -> InputError:
-    """What is wrong with a file that cannot be opened as safetensors, by its first bytes."""
-    reason = getattr(error, "strerror", None) or error
-    if isinstance(error, SafetensorError):
-        with open_regular(path) as file:
-            start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            return InputError(f"{path} is a pointer of Git LFS, not the file itself", "run: git lfs pull")
-        if start.startswith(b"PK\x03\x04"):
-            return InputError(
-                f"{path} is a PyTorch pickle, which can run code when loaded",
-                "save the weights as safetensors: model.save_pretrained(folder, safe_serialization=True)",
-            )
-    return InputError(
-        f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
-    )
+        reason = getattr(error, "strerror", None) or error
+        raise unreadable(path, reason) from error
 
 
 def read_small(path: Path, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:

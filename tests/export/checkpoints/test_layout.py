@@ -125,7 +125,7 @@ def test_no_checkpoint(tmp_path):
     cases = {
         str(tmp_path): "not a diffusers checkpoint",
         str(tmp_path / "absent"): "no such directory",
-        str(tmp_path / "file"): "is a file",
+        str(tmp_path / "file"): "is no file of weights",
         "not an id": "no such directory",
     }
     for model, message in cases.items():
