@@ -66,7 +66,8 @@ class Weights(ABC):
         self.read.add(name)
         tensor = self._load(name)
         # isfinite of the whole tensor would take as much memory as the tensor.
-        if not tensor.is_meta and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        valued = tensor.numel() and not tensor.is_meta
+        if valued and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise InputError(
                 f"{self.source(name)} holds NaN or infinity",
                 "the checkpoint is damaged: download or save it again",
@@ -89,10 +90,18 @@ class Weights(ABC):
             digest.update(self._first_row(name).contiguous().numpy().tobytes())
         return digest.hexdigest()[:16]
 
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows start..stop-1 of a tensor in float32, or the whole of a scalar; no value is checked.
+
+        Layers that store rows independently override it to read only these.
+        """
+        tensor = self._load(name)
+        whole = not self.shapes[name] or (start, stop) == (0, self.shapes[name][0])
+        return tensor if whole else tensor[start:stop].clone()  # a view would keep the whole tensor
+
     def _first_row(self, name: str) -> torch.Tensor:
         """The first row of a tensor in float32, or the whole of a scalar."""
-        tensor = self._load(name)
-        return tensor[:1] if tensor.ndim else tensor
+        return self.rows(name, 0, 1)
 
     def load_into(self, make: Callable[[], torch.nn.Module], prefix: str) -> torch.nn.Module:
         """Make a module and fill its parameters from the tensors under `prefix`; returns it in eval mode.

@@ -21,9 +21,6 @@ _BYTES = {
 }
 """Bytes of an element, by the name of its type in the format; all other types are floats of one byte."""
 
-_FIRST_BYTES = 4096
-"""Bytes that `fingerprint` reads of a tensor of packed bytes, whose rows may have one byte."""
-
 
 class SafetensorsWeights(Weights):
     """The tensors of safetensors files, as they are stored.
@@ -69,13 +66,16 @@ class SafetensorsWeights(Weights):
     def _load(self, name: str) -> torch.Tensor:
         return self.raw(name).to(torch.float32)
 
-    def _first_row(self, name: str) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.shapes[name]:
             return self._load(name)
-        rows = _FIRST_BYTES if self.dtypes[name] == "U8" and math.prod(self.shapes[name][1:]) == 1 else 1
+        return self.raw_rows(name, start, stop).to(torch.float32)
+
+    def raw_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows start..stop-1 of a tensor in the type that it is stored in."""
         with _open_safetensors(self._file_of[name]) as file:
-            row: torch.Tensor = file.get_slice(name)[:rows].to(torch.float32)
-        return row
+            part: torch.Tensor = file.get_slice(name)[start:stop]
+        return part
 
 
 @contextmanager
@@ -85,22 +85,7 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
         with safe_open(path, framework="pt") as file:
             yield file
     except (SafetensorError, OSError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: SafetensorError | OSError) -> InputError:
-    """What is wrong with a file that cannot be opened as safetensors, by its first bytes."""
-    reason = getattr(error, "strerror", None) or error
-    if isinstance(error, SafetensorError):
-        with open_regular(path) as file:
-            start = file.read(64)
-        if start.startswith(b"version https://git-lfs"):
-            return InputError(f"{path} is a pointer of Git LFS, not the file itself", "run: git lfs pull")
-        if start.startswith(b"PK\x03\x04"):
-            return InputError(
-                f"{path} is a PyTorch pickle, which can run code when loaded",
-                "save the weights as safetensors: model.save_pretrained(folder, safe_serialization=True)",
-            )
-    return InputError(
-        f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
-    )
+        reason = getattr(error, "strerror", None) or error
+        raise InputError(
+            f"{path} is not a readable safetensors file ({reason})", "download the checkpoint again"
+        ) from error
