@@ -11,8 +11,15 @@ from diffusers.quantizers.bfl.utils import dequantize_fp8r, quantize_fp8r
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
+from ditf.calib.images import golden_pair
+from ditf.calib.parity import feature_parity
+from ditf.export.assemble.features_graph import assemble
+from ditf.export.assemble.parameter_counts import removed_parts
 from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.estimate.memory import stage_bytes
+from ditf.export.planning.conditions import trim
 from ditf.runtime.errors import InputError
+from tests.export import parity
 from tests.export.checkpoints.formats.quantised_files import (
     CASES,
     FP8,
@@ -196,3 +203,46 @@ def test_the_fingerprint_sees_scales(tmp_path, tiny_pixart):
         for name in ("q", "same", "other")
     )
     assert first == same != other
+
+
+@pytest.mark.parametrize("kind", ["int8", "comfy", "inv"])
+def test_a_quantised_transformer_is_exported(tiny_pixart, tmp_path, kind):
+    """The judge is the unmodified model with weights that are dequantised here, loaded by diffusers."""
+    names = quantised_copy(tiny_pixart, tmp_path / "q", "transformer", kind)
+    twin = shutil.copytree(tiny_pixart, tmp_path / "twin")
+    path = next((twin / "transformer").glob("*.safetensors"))
+    plain, tensors = load_file(path), load_file(tmp_path / "q" / "transformer" / path.name)
+    for name in names:
+        if kind == "int8":
+            plain[name] = tensors[name] * tensors[f"{name.removesuffix('weight')}SCB"][:, None] / 127
+        else:
+            scale = "scale_weight" if kind == "comfy" else "weight_scale_inv"
+            plain[name] = tensors[name].float() * tensors[name.removesuffix("weight") + scale]
+    save_file(plain, path)
+    plan, entries = parity.planned(tmp_path / "q", "2", (48, 80), 1, 1, "bake", False)
+    made = assemble(plan, trim(entries, plan.family, False), plan.noise(), parity.SETTINGS)
+    with torch.no_grad():
+        actual = made.graph(torch.from_numpy(golden_pair((48, 80))[:1]))[0].numpy()
+    reference = parity.expected(twin, "2", (48, 80), 1, 1)[0]
+    assert feature_parity(actual.transpose(1, 2, 0), reference.transpose(1, 2, 0))["cosine_p01"] > 0.99999
+    # The weights are those of the quantised file, not the ones that it was made from.
+    before = parity.expected(tiny_pixart, "2", (48, 80), 1, 1)[0]
+    assert feature_parity(actual.transpose(1, 2, 0), before.transpose(1, 2, 0))["cosine_p01"] < 0.99999
+
+
+def test_estimates_of_a_quantised_checkpoint(tiny_pixart, tmp_path):
+    """Memory is that of the float32 numbers; what was left out is counted as stored."""
+    for component in ("transformer", "text_encoder"):
+        source = tmp_path / "transformer" if component == "text_encoder" else tiny_pixart
+        quantised_copy(source, tmp_path / component, component, "comfy")
+    found = []
+    for folder in (tiny_pixart, tmp_path / "text_encoder"):
+        plan, entries = parity.planned(folder, "2", (48, 80), 1, 1, "bake", False)
+        made = assemble(plan, trim(entries, plan.family, False), plan.noise(), parity.SETTINGS)
+        found.append((stage_bytes(plan, made.graph, 1000), removed_parts(plan, made)))
+    (plain_stages, plain_removed), (stages, removed) = found
+    assert stages == plain_stages
+    for step, count in removed.items():
+        assert count["parameters"] == plain_removed[step]["parameters"]
+    for step in ("blocks 2.. and the final layer", "text encoders"):
+        assert removed[step]["bytes"] < 0.6 * plain_removed[step]["bytes"]
