@@ -66,7 +66,8 @@ class Weights(ABC):
         self.read.add(name)
         tensor = self._load(name)
         # isfinite of the whole tensor would take as much memory as the tensor.
-        if not tensor.is_meta and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        valued = tensor.numel() and not tensor.is_meta
+        if valued and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise InputError(
                 f"{self.source(name)} holds NaN or infinity",
                 "the checkpoint is damaged: download or save it again",

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from ditf.export.checkpoints.formats.gguf_header import StoredTensor, read_header
+from ditf.export.checkpoints.formats.gguf_header import read_header
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.reading import open_regular
@@ -60,7 +60,7 @@ class GGUFWeights(Weights):
         first = {kind: name for name, kind in self._kinds.items()}
         for kind, name in first.items():
             try:
-                _decoded(bytes(_block_bytes(kind)), kind)
+                _decoded(bytes(_block(kind)[1]), kind)
             except NotImplementedError as error:
                 raise InputError(
                     f"{self.source(name)} has the type {kind.name}, which the gguf package cannot decode",
@@ -69,23 +69,22 @@ class GGUFWeights(Weights):
 
     def _load(self, name: str) -> torch.Tensor:
         tensor = self._tensors[name]
-        values = _decoded(self._bytes(tensor, tensor.size), self._kinds[name])
+        values = _decoded(self._bytes(tensor.start, tensor.size), self._kinds[name])
         return torch.from_numpy(values).reshape(tensor.shape)
 
-    def _first_row(self, name: str) -> torch.Tensor:
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         tensor, kind = self._tensors[name], self._kinds[name]
-        if not tensor.shape or not tensor.size:
-            return self._load(name)
-        # A row is whole blocks, except in shapes that ComfyUI-GGUF has flattened.
-        block = _block_bytes(kind)
-        row = tensor.size // tensor.shape[0] // block * block
-        values = _decoded(self._bytes(tensor, max(row, block)), kind)
-        return torch.from_numpy(values).reshape(-1)[: max(1, math.prod(tensor.shape[1:]))]
+        elements, size = _block(kind)
+        first, last = (row * math.prod(tensor.shape[1:]) for row in (start, stop))
+        if not tensor.shape or first % elements or last % elements:
+            return super().rows(name, start, stop)  # a block may lie across rows that ComfyUI-GGUF has noted
+        taken = self._bytes(tensor.start + first // elements * size, (last - first) // elements * size)
+        return torch.from_numpy(_decoded(taken, kind)).reshape(stop - start, *tensor.shape[1:])
 
-    def _bytes(self, tensor: StoredTensor, count: int) -> bytes:
+    def _bytes(self, start: int, count: int) -> bytes:
         try:
             with open_regular(self._path) as file:
-                file.seek(tensor.start)
+                file.seek(start)
                 taken = file.read(count)
         except OSError as error:
             raise InputError(f"{self._path} cannot be read ({error.strerror})", "check the path") from error
@@ -94,10 +93,12 @@ class GGUFWeights(Weights):
         return taken
 
 
-def _block_bytes(kind: Any) -> int:
+def _block(kind: Any) -> tuple[int, int]:
+    """Elements and bytes of a block."""
     from gguf import GGML_QUANT_SIZES
 
-    return int(GGML_QUANT_SIZES[kind][1])
+    elements, size = GGML_QUANT_SIZES[kind]
+    return int(elements), int(size)
 
 
 def _decoded(stored: bytes, kind: Any) -> np.ndarray:
@@ -113,7 +114,7 @@ def _decoded(stored: bytes, kind: Any) -> np.ndarray:
     if kind.name == "BF16":
         return (np.frombuffer(stored, "<u2").astype(np.uint32) << 16).view(np.float32)
     # dequantize works through 16 rows at a time: rows of 256 blocks bound what it holds beside its result.
-    blocks = np.frombuffer(stored, np.uint8).reshape(-1, _block_bytes(kind))
+    blocks = np.frombuffer(stored, np.uint8).reshape(-1, _block(kind)[1])
     with np.errstate(over="ignore", invalid="ignore"):  # damaged blocks are found by the check for infinity
         whole = len(blocks) // 256 * 256
         parts = [

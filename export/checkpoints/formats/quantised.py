@@ -40,7 +40,7 @@ def dequantised(stored: Weights, quantization_config: Mapping[str, Any] | None =
     layers, notes = comfy_layers(stored)
     marked = bool(layers or notes)
     found = {**scaled_tensors(stored, config, layers, marked), **bitsandbytes_tensors(stored)}
-    claimed = {part for tensor in found.values() for part in (*tensor.read, *tensor.ignored)}
+    claimed = {part for tensor in found.values() for part in tensor.parts}
     plain_fp8 = marked or not (found or config.get("quant_method"))
     refuse_rest(stored, [name for name in stored.shapes if name not in claimed | notes], config, plain_fp8)
     return _Dequantised(stored, found, claimed | notes) if found or notes else stored
@@ -64,21 +64,22 @@ class _Dequantised(Weights):
         super().__init__(
             {name: stored.shapes[name] for name in plain} | {name: found[name].shape for name in found},
             {name: stored.bytes_of[name] for name in plain}
-            | {
-                name: sum(stored.bytes_of[part] for part in (*tensor.read, *tensor.ignored))
-                for name, tensor in found.items()
-            },
+            | {name: sum(stored.bytes_of[part] for part in tensor.parts) for name, tensor in found.items()},
             {name: stored.dtypes[name] for name in plain} | dict.fromkeys(found, "F32"),
         )
 
     def source(self, name: str) -> str:
-        return self._stored.source(self._found[name].read[0] if name in self._found else name)
+        return self._stored.source(self._found[name].values if name in self._found else name)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        if name not in self._found:
+            return self._stored.rows(name, start, stop)
+        tensor = self._found[name]
+        values = self._stored.raw_rows(tensor.values, *tensor.stored_rows(start, stop))
+        factors = self._stored.raws(tensor.factors)
+        return tensor.decode(values, *(factors[part] for part in tensor.factors), start=start, stop=stop)
 
     def _load(self, name: str) -> torch.Tensor:
         if name not in self._found:
             return self._stored.raw(name).to(torch.float32)
-        tensor = self._found[name]
-        return tensor.decode(*(self._stored.raw(part) for part in tensor.read))
-
-    def fingerprint(self) -> str:
-        return self._stored.fingerprint()
+        return self.rows(name, 0, self.shapes[name][0])

@@ -19,7 +19,7 @@ import json
 import math
 import re
 from collections.abc import Mapping
-from functools import partial
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -58,11 +58,11 @@ def _eight_bits(
     shape = stored.shapes.get(weight, ())
     if stored.dtypes.get(weight) != "I8" or len(shape) != 2 or math.prod(stored.shapes[scale]) != shape[0]:
         raise damaged(stored.source(scale), f"{weight} is {stored.dtypes.get(weight)} {list(shape)}")
-    return QuantisedTensor(shape, (weight, scale), ignored, _decoded_eight)
+    return QuantisedTensor(shape, weight, (scale,), ignored, _decoded_eight)
 
 
-def _decoded_eight(values: torch.Tensor, largest: torch.Tensor) -> torch.Tensor:
-    return values.float().mul_(largest.float().reshape(-1, 1) / 127)
+def _decoded_eight(values: torch.Tensor, largest: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return values.float().mul_(largest.float().reshape(-1, 1)[start:stop] / 127)
 
 
 def _four_bits(stored: SafetensorsWeights, weight: str, name: str, state: torch.Tensor) -> QuantisedTensor:
@@ -70,7 +70,7 @@ def _four_bits(stored: SafetensorsWeights, weight: str, name: str, state: torch.
     try:
         found = json.loads(bytes(state.to(torch.uint8).tolist()))
         shape = tuple(_size(length) for length in found["shape"])
-        block = _size(found["blocksize"])
+        block = 2 * _size(found["blocksize"] / 2)  # of whole bytes
         nested: dict[str, Any] = {}
         if f"{weight}.nested_absmax" in stored:
             parts += [f"{weight}.nested_absmax", f"{weight}.nested_quant_map"]
@@ -78,24 +78,23 @@ def _four_bits(stored: SafetensorsWeights, weight: str, name: str, state: torch.
                 "nested_block": _size(found["nested_blocksize"]),
                 "offset": float(found["nested_offset"]),
             }
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, OverflowError, RecursionError) as error:
         raise damaged(stored.source(name), f"it cannot be read ({error!a:.80})") from error
     for part, size in _expected_sizes(parts, shape, block, nested).items():
         if part not in stored:
             raise damaged(stored.source(name), f"{part} is missing")
         # The packed bytes may be stored under the name of a wider type.
         stored_size = stored.bytes_of[part] if part == weight else math.prod(stored.shapes[part])
-        if stored_size != size:
+        if stored_size != size or not stored.shapes[part]:
             raise damaged(stored.source(weight), f"{part} has the size {stored_size}, not {size}")
-    return QuantisedTensor(
-        shape, tuple(parts), (name,), partial(_decoded_four, shape=shape, block=block, **nested)
-    )
+    packed = _Packed(shape, block, stored.shapes[weight], stored.bytes_of[weight], **nested)
+    return QuantisedTensor(shape, weight, tuple(parts[1:]), (name,), packed.decoded, packed.stored_rows)
 
 
 def _size(value: Any) -> int:
-    if type(value) is not int or value <= 0:
+    if isinstance(value, bool) or value != int(value) or value <= 0:
         raise ValueError(f"{value!r} is no size")
-    return value
+    return int(value)
 
 
 def _expected_sizes(
@@ -109,26 +108,62 @@ def _expected_sizes(
     return dict(zip(parts, sizes, strict=True))
 
 
-def _decoded_four(
-    packed: torch.Tensor,
-    absmax: torch.Tensor,
-    code: torch.Tensor,
-    nested_absmax: torch.Tensor | None = None,
-    nested_code: torch.Tensor | None = None,
-    *,
-    shape: tuple[int, ...],
-    block: int,
-    nested_block: int = 0,
-    offset: float = 0.0,
-) -> torch.Tensor:
-    if nested_absmax is not None and nested_code is not None:
-        absmax = (
-            _by_blocks(nested_code.float()[absmax.reshape(-1).int()], nested_absmax, nested_block) + offset
-        )
-    code = code.float().reshape(16)
-    pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # [256, 2]: of each byte
-    values = pairs.index_select(0, packed.reshape(-1).view(torch.uint8).int()).reshape(-1)
-    return _by_blocks(values[: math.prod(shape)], absmax, block).reshape(shape)
+@dataclass(frozen=True)
+class _Packed:
+    """Where the elements of a tensor of 4 bits lie.
+
+    Attributes:
+        shape: of the tensor.
+        block: elements that share a factor; an even number.
+        stored: shape of the stored bytes, mostly [bytes, 1].
+        size: number of the stored bytes.
+        nested_block: blocks that share a factor of second order, or 0.
+        offset: of the factors, where they are quantised too.
+    """
+
+    shape: tuple[int, ...]
+    block: int
+    stored: tuple[int, ...]
+    size: int
+    nested_block: int = 0
+    offset: float = 0.0
+
+    def _blocks(self, start: int, stop: int) -> tuple[int, int]:
+        """The blocks that hold rows start..stop-1."""
+        row = math.prod(self.shape[1:])
+        return start * row // self.block, -(-stop * row // self.block)
+
+    def stored_rows(self, start: int, stop: int) -> tuple[int, int]:
+        first, last = self._blocks(start, stop)
+        row = self.size // self.stored[0]  # bytes; one, unless they are stored as a wider type
+        if self.stored[0] == 1 or self.block // 2 % row:
+            return 0, self.stored[0]
+        return first * self.block // 2 // row, min(-(-last * self.block // 2 // row), self.stored[0])
+
+    def decoded(
+        self,
+        packed: torch.Tensor,
+        absmax: torch.Tensor,
+        code: torch.Tensor,
+        *nested: torch.Tensor,
+        start: int,
+        stop: int,
+    ) -> torch.Tensor:
+        first, last = self._blocks(start, stop)
+        if nested:
+            numbers = nested[1].float()[absmax.reshape(-1).int()]
+            absmax = _by_blocks(numbers, nested[0], self.nested_block) + self.offset
+        code = code.float().reshape(16)
+        pairs = torch.stack([code.repeat_interleave(16), code.repeat(16)], dim=1)  # [256, 2]: of each byte
+        indices = packed.reshape(-1).view(torch.uint8)
+        if len(indices) == self.size:  # the whole was read
+            indices = indices[first * self.block // 2 : -(-last * self.block // 2)]
+        values = pairs.index_select(0, indices.int()).reshape(-1)
+        row = math.prod(self.shape[1:])
+        begin = first * self.block
+        values = values[: min(last * self.block, math.prod(self.shape)) - begin]
+        values = _by_blocks(values, absmax.reshape(-1)[first:last], self.block)
+        return values[start * row - begin : stop * row - begin].reshape(stop - start, *self.shape[1:])
 
 
 def _by_blocks(values: torch.Tensor, factors: torch.Tensor, block: int) -> torch.Tensor:

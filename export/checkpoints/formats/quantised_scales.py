@@ -96,6 +96,8 @@ def scaled_tensors(
         InputError: a scale does not fit its weight, or belongs to a weight that is not FP8 or int8.
     """
     found: dict[str, QuantisedTensor] = {}
+    # Layers in a file's metadata may lack the prefix that its tensors have.
+    of_int8 = tuple(layer for layer, kind in comfy.items() if kind == "int8_tensorwise")
     for name in stored.shapes:
         if name.endswith("weight._data"):
             base = name.removesuffix("._data")
@@ -104,10 +106,10 @@ def scaled_tensors(
             module = name.removesuffix("weight")
             scales = [module + leaf for leaf in _SCALES if module + leaf in stored]
             if scales:
-                whole_numbers = comfy.get(module.rstrip(".")) == "int8_tensorwise"
+                whole_numbers = module.rstrip(".").endswith(of_int8)
                 found[name] = _scaled(stored, config, name, scales, module, whole_numbers)
-            elif marked and (ignored := _ignored(stored, module)):
-                found[name] = QuantisedTensor(stored.shapes[name], (name,), ignored, torch.Tensor.float)
+            elif marked and stored.shapes[name] and (ignored := _ignored(stored, module)):
+                found[name] = QuantisedTensor(stored.shapes[name], name, (), ignored, _plain)
     return found
 
 
@@ -143,8 +145,8 @@ def _scaled(
         raise damaged(
             source, f"its shape is {list(shape)}, that of {scales[0]} {list(stored.shapes[scales[0]])}"
         )
-    decode = partial(_multiplied, block=block)
-    return QuantisedTensor(shape, (name, scales[0]), _ignored(stored, module), decode)
+    decode = partial(_multiplied, rows=shape[0], block=block)
+    return QuantisedTensor(shape, name, (scales[0],), _ignored(stored, module), decode)
 
 
 def _block(config: Mapping[str, Any]) -> tuple[int, int]:
@@ -173,7 +175,9 @@ def _block(config: Mapping[str, Any]) -> tuple[int, int]:
 def _fits(
     scale: tuple[int, ...], shape: tuple[int, ...], block: tuple[int, int], rows_only: bool = False
 ) -> bool:
-    if math.prod(scale) == 1 or (shape and scale in ((shape[0],), (shape[0], *[1] * (len(shape) - 1)))):
+    if not shape:
+        return False
+    if math.prod(scale) == 1 or scale in ((shape[0],), (shape[0], *[1] * (len(shape) - 1))):
         return True
     return (
         not rows_only
@@ -182,13 +186,20 @@ def _fits(
     )
 
 
-def _multiplied(values: torch.Tensor, scale: torch.Tensor, block: tuple[int, int]) -> torch.Tensor:
-    """Values times their scales in float32; the scale's shape fits as `_fits` says."""
+def _plain(values: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+    return values.float()
+
+
+def _multiplied(
+    values: torch.Tensor, scale: torch.Tensor, start: int, stop: int, rows: int, block: tuple[int, int]
+) -> torch.Tensor:
+    """Rows start..stop-1 of a tensor of so many rows times their scales, whose shape fits as `_fits` says."""
     values, scale = values.float(), scale.float()
     if scale.numel() == 1:
         return values.mul_(scale.reshape(()))
-    if scale.numel() == len(values) and scale.shape[0] == len(values):
-        return values.mul_(scale.reshape(-1, *[1] * (values.ndim - 1)))
-    for rows, factors in zip(values.split(block[0]), scale, strict=True):
-        rows.mul_(factors.repeat_interleave(block[1])[: values.shape[1]])
+    if scale.numel() == rows == len(scale):
+        return values.mul_(scale[start:stop].reshape(-1, *[1] * (values.ndim - 1)))
+    for index in range(start // block[0], -(-stop // block[0])):
+        inside = slice(max(index * block[0] - start, 0), (index + 1) * block[0] - start)
+        values[inside].mul_(scale[index].repeat_interleave(block[1])[: values.shape[1]])
     return values

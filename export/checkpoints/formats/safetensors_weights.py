@@ -21,9 +21,6 @@ _BYTES = {
 }
 """Bytes of an element, by the name of its type in the format; all other types are floats of one byte."""
 
-_FIRST_BYTES = 4096
-"""Bytes that `fingerprint` reads of a tensor of packed bytes, whose rows may have one byte."""
-
 
 class SafetensorsWeights(Weights):
     """The tensors of safetensors files, as they are stored.
@@ -72,13 +69,13 @@ class SafetensorsWeights(Weights):
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
         if not self.shapes[name]:
             return self._load(name)
+        return self.raw_rows(name, start, stop).to(torch.float32)
+
+    def raw_rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Read rows start..stop-1 of a tensor in the type that it is stored in."""
         with _open_safetensors(self._file_of[name]) as file:
             part: torch.Tensor = file.get_slice(name)[start:stop]
-        return part.to(torch.float32)
-
-    def _first_row(self, name: str) -> torch.Tensor:
-        packed = self.dtypes[name] == "U8" and math.prod(self.shapes[name][1:]) == 1
-        return self.rows(name, 0, _FIRST_BYTES if packed else 1)
+        return part
 
 
 @contextmanager

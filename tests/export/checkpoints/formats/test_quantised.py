@@ -8,38 +8,27 @@ import shutil
 import pytest
 import torch
 from diffusers.quantizers.bfl.utils import dequantize_fp8r, quantize_fp8r
-from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
-from ditf.export.checkpoints.formats.quantised import dequantised
-from ditf.export.checkpoints.formats.stored_weights import open_weights
+from ditf.calib.images import golden_pair
+from ditf.calib.parity import feature_parity
+from ditf.export.assemble.features_graph import assemble
+from ditf.export.assemble.parameter_counts import removed_parts
 from ditf.export.checkpoints.layout import Checkpoint
+from ditf.export.estimate.memory import stage_bytes
+from ditf.export.planning.conditions import trim
 from ditf.runtime.errors import InputError
-from tests.export.checkpoints.formats.record_quantised import RECORDED
-
-LAYER = "blocks.0.to_q."
-FP8 = torch.float8_e4m3fn
-
-
-def recorded():
-    """{case: (quantization_config, {name: stored tensor}, the weight as the library dequantises it)}."""
-    with safe_open(RECORDED, "pt") as file:
-        configs = json.loads(file.metadata()["configs"])
-    cases = {case: (config, {}) for case, config in configs.items()}
-    for name, tensor in load_file(RECORDED).items():
-        case, _, part = name.partition("/")
-        cases[case][1][part] = tensor
-    return {case: (config, state, state.pop("expected")) for case, (config, state) in cases.items()}
-
-
-CASES = recorded()
-
-
-def opened(tmp_path, tensors, config=None, metadata=None):
-    path = tmp_path / "model.safetensors"
-    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, path, metadata)
-    return dequantised(open_weights([path]), config)
+from tests.export import parity
+from tests.export.checkpoints.formats.quantised_files import (
+    CASES,
+    FP8,
+    LAYER,
+    note,
+    opened,
+    quantise,
+    quantised_copy,
+)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -54,6 +43,8 @@ def test_what_libraries_store(tmp_path, case):
     tensor = weights.tensor(f"{LAYER}weight")
     assert tensor.dtype == torch.float32
     torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=1e-7)
+    for start, stop in ((0, 1), (1, 3), (2, len(expected))):
+        assert torch.equal(weights.rows(f"{LAYER}weight", start, stop), tensor[start:stop])
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if "block" not in case and "-group" not in case])
@@ -71,19 +62,6 @@ def test_blocks_that_the_config_does_not_give(tmp_path):
     _, state, _ = CASES["fp8-block"]
     with pytest.raises(InputError, match=r"its shape is \[24, 32\], that of weight_scale \[3, 2\]"):
         opened(tmp_path, state)
-
-
-def quantise(weight, largest=448.0, dtype=FP8, dim=None):
-    """The values and the scale that dequantise to about `weight`; one scale, or one for each row."""
-    peak = weight.abs().amax(dim, keepdim=True) if dim is not None else weight.abs().max()
-    scale = peak / largest
-    return (weight / scale).to(dtype) if dtype.is_floating_point else (weight / scale).round().to(
-        dtype
-    ), scale
-
-
-def note(**content):
-    return torch.tensor(list(json.dumps(content).encode()), dtype=torch.uint8)
 
 
 def comfy(kind, weight):
@@ -127,8 +105,11 @@ def test_blocks_of_transformers(tmp_path, shape, dtype):
         exact = Fp8Dequantize(None)._dequantize_one(values, scale, torch.float32)
         torch.testing.assert_close(expected, exact)
     for config in (None, {"quant_method": "fp8", "weight_block_size": [128, 128]}):
-        tensor = opened(tmp_path, stored, config).tensor(f"{LAYER}weight")
-        torch.testing.assert_close(tensor, expected, rtol=1e-6, atol=0)
+        weights = opened(tmp_path, stored, config)
+        torch.testing.assert_close(weights.tensor(f"{LAYER}weight"), expected, rtol=1e-6, atol=0)
+        assert torch.equal(
+            weights.rows(f"{LAYER}weight", 100, 150), weights.tensor(f"{LAYER}weight")[100:150]
+        )
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (1, 1)])
@@ -184,211 +165,11 @@ def test_names_of_models_are_no_companions(tmp_path):
             weights.tensor(name)
 
 
-BYTES = torch.zeros(4, 8, dtype=torch.uint8)
-WORDS = torch.zeros(4, 8, dtype=torch.int32)
-VALUES = torch.ones(4, 8).to(FP8)
-ONE = torch.tensor(0.5)
-REFUSED = {
-    "int8": ({"q.weight": BYTES.to(torch.int8)}, None, "stored as I8 without its scales; take the bf16"),
-    "bool": ({"q.weight": BYTES.to(torch.bool)}, None, "stored as BOOL without its scales"),
-    "named int8": (
-        {"q.weight": BYTES.to(torch.int8)},
-        {"quant_method": "bitsandbytes"},
-        r"stored as I8 without its scales \(its config says 'bitsandbytes'\)",
-    ),
-    "a lost scale": (
-        {"a.weight": VALUES, "a.weight_scale": ONE, "b.weight": VALUES},
-        None,
-        r"tensor b\.weight .* is stored as F8_E4M3 without its scales",
-    ),
-    "no scale at all": ({"a.weight": VALUES}, {"quant_method": "fp8"}, "F8_E4M3 without its scales"),
-    "a scale of bfloat16": (
-        {"a.weight": VALUES.bfloat16(), "a.weight_scale": ONE},
-        None,
-        r"tensor a\.weight .* is BF16 and has the scale a\.weight_scale",
-    ),
-    "two scales": (
-        {"a.weight": VALUES, "a.weight_scale": ONE, "a.scale_weight": ONE},
-        None,
-        "cannot be dequantised: it has 2 scales",
-    ),
-    "a scale of columns": (
-        {"a.weight": VALUES, "a.weight_scale": torch.ones(1, 8)},
-        None,
-        r"its shape is \[4, 8\], that of a\.weight_scale \[1, 8\]",
-    ),
-    "bytes as scales": (
-        {"a.weight": VALUES, "a.weight_scale_inv": BYTES[:, :1]},
-        {"quant_method": "mxfp8"},
-        "quantised by 'mxfp8', which is not supported",
-    ),
-    "exponents": (
-        {"a.weight": VALUES, "a.weight_scale_inv": torch.ones(4, 1).to(torch.float8_e8m0fnu)},
-        None,
-        r"tensor a\.weight_scale_inv .* is F8_E8M0",
-    ),
-    "an unknown companion": (
-        {"a.weight": VALUES, "a.qscale_weight": ONE},
-        None,
-        r"tensor a\.qscale_weight .* belongs to a weight that is quantised in an unknown way",
-    ),
-    "a scale without a known weight": (
-        {"experts.gate_proj": VALUES, "experts.gate_proj_scale_inv": ONE},
-        None,
-        r"tensor experts\.gate_proj_scale_inv .* quantised in an unknown way",
-    ),
-    "a zero point": (
-        {"a.weight": VALUES, "a.weight_scale": ONE, "a.weight_zero_point": ONE},
-        {"quant_method": "compressed-tensors"},
-        r"tensor a\.weight_zero_point .* quantised in an unknown way \(its config says 'compressed-tensors'",
-    ),
-    "rotated": (
-        {"a.weight": VALUES, "a.weight_scale": ONE},
-        {"quant_method": "compressed-tensors", "transform_config": {"config_groups": {"r": {}}}},
-        "quantization_config has transform_config",
-    ),
-    "nvfp4": ({"a.weight": BYTES, "a.weight_scale": VALUES, "a.weight_scale_2": ONE}, None, "is of NVFP4"),
-    "mxfp4": ({"a.down_proj_blocks": BYTES, "a.down_proj_scales": BYTES}, None, "is of MXFP4"),
-    "nunchaku": (
-        {"a.qweight": BYTES, "a.wscales": ONE, "a.proj_down": ONE},
-        None,
-        r"is of SVDQuant \(nunchaku\)",
-    ),
-    "gptq": (
-        {"a.qweight": WORDS, "a.qzeros": WORDS, "a.scales": ONE, "a.g_idx": WORDS},
-        None,
-        "is of GPTQ or AWQ",
-    ),
-    "packed": (
-        {"a.weight_packed": WORDS, "a.weight_scale": ONE},
-        None,
-        "is of compressed-tensors in packed form",
-    ),
-    "hqq": ({"a.W_q": BYTES, "a.scale": ONE, "a.zero": ONE}, None, "is of HQQ"),
-    "torchao": (
-        {"a._weight_qdata": VALUES, "a._weight_scale": ONE},
-        {"quant_method": "torchao"},
-        r"is of torchao, which is not supported; save the model after model\.dequantize\(\)",
-    ),
-    "quanto qint4": (
-        {"a.weight._data._data": BYTES, "a.weight._scale": ONE, "a.weight._shift": ONE},
-        None,
-        "is of Quanto with 4 or 2 bits",
-    ),
-    "sdnq": ({"a.weight": BYTES, "a.scale": ONE, "a.svd_up": ONE}, {"quant_method": "sdnq"}, "is of SDNQ"),
-    "modelopt": ({"a.weight": VALUES, "a.weight_quantizer._scale": ONE}, None, "is of ModelOpt"),
-    "another method": (
-        {"a.weight": VALUES, "a.weight_scale": ONE},
-        {"quant_method": "quark"},
-        "quantised by 'quark', which is not supported",
-    ),
-    "comfyui nvfp4": (
-        {"a.weight": BYTES, "a.comfy_quant": note(format="nvfp4")},
-        None,
-        "ComfyUI's format 'nvfp4'",
-    ),
-    "comfyui convrot": (
-        {
-            "a.weight": BYTES.to(torch.int8),
-            "a.weight_scale": ONE,
-            "a.comfy_quant": note(format="int8_tensorwise", convrot=True),
-        },
-        None,
-        "ComfyUI's format 'int8_tensorwise with convrot'",
-    ),
-    "comfyui's broken note": (
-        {"a.weight": VALUES, "a.comfy_quant": BYTES[0]},
-        None,
-        "ComfyUI's note of its format cannot be read",
-    ),
-    "quanto without a scale": (
-        {"a.weight._data": BYTES.to(torch.int8)},
-        None,
-        r"a\.weight\._scale is missing",
-    ),
-    "SCB without a weight": ({"a.SCB": torch.ones(4)}, None, r"tensor a\.SCB .* a\.weight is None"),
-    "SCB of another size": (
-        {"a.weight": BYTES.to(torch.int8), "a.SCB": torch.ones(8)},
-        None,
-        r"a\.weight is I8 \[4, 8\]",
-    ),
-    "int8 in the order of a GPU": (
-        {"a.weight": BYTES.to(torch.int8), "a.SCB": torch.ones(4), "a.weight_format": BYTES[0, 0] + 1},
-        None,
-        r"a GPU's own order of elements; save the model after model\.dequantize",
-    ),
-}
-
-
-@pytest.mark.parametrize("case", REFUSED)
-def test_what_is_refused_by_name(tmp_path, case):
-    tensors, config, message = REFUSED[case]
-    with pytest.raises(InputError, match=message) as caught:
-        opened(tmp_path, {name: tensor.clone() for name, tensor in tensors.items()}, config)
-    assert "\n" not in str(caught.value)
-
-
-@pytest.mark.parametrize(
-    "part", ["weight.absmax", "weight.nested_absmax", "weight.nested_quant_map", "weight"]
-)
-@pytest.mark.parametrize("change", ["missing", "short"])
-def test_damaged_four_bits(tmp_path, part, change):
-    config, state, _ = CASES["nf4-nested"]
-    state = dict(state)
-    state[part] = state[part][:-1]
-    if change == "missing":
-        del state[part]
-    with pytest.raises(InputError, match=r"(cannot be dequantised|quantised in an unknown way)"):
-        opened(tmp_path, {LAYER + name: tensor for name, tensor in state.items()}, config)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [b"{", b"[]", b'{"shape": [4, -1], "blocksize": 64}', b'{"shape": 3, "blocksize": 64}', b"[" * 9999],
-)
-def test_damaged_states_of_four_bits(tmp_path, content):
-    config, state, _ = CASES["nf4"]
-    state = {**state, "weight.quant_state.bitsandbytes__nf4": torch.tensor(list(content), dtype=torch.uint8)}
-    with pytest.raises(InputError, match="cannot be dequantised: it cannot be read"):
-        opened(tmp_path, state, config)
-
-
 def test_nan_of_fp8_is_found(tmp_path):
     values = torch.full((4, 4), 0x7F, dtype=torch.uint8).view(FP8)
-    weights = opened(tmp_path, {"a.weight": values, "a.weight_scale": ONE.clone()})
+    weights = opened(tmp_path, {"a.weight": values, "a.weight_scale": torch.ones(())})
     with pytest.raises(InputError, match=r"tensor a\.weight of .* holds NaN or infinity"):
         weights.tensor("a.weight")
-
-
-def quantised_copy(source, folder, component, kind):
-    """A copy of a checkpoint with the matrices of one component quantised; gives their names."""
-    shutil.copytree(source, folder)
-    path = next((folder / component).glob("*.safetensors"))
-    tensors = load_file(path)
-    names = [
-        name
-        for name, tensor in tensors.items()
-        if name.endswith(".weight") and tensor.ndim == 2 and not name.startswith("shared")
-    ]
-    for name in names:
-        module, weight = name.removesuffix("weight"), tensors[name].float()
-        if kind == "int8":
-            values, scale = quantise(weight, 1.0, torch.float32, dim=1)
-            tensors[name] = (values * 127).round().to(torch.int8)
-            tensors[f"{module}SCB"] = scale[:, 0].contiguous()
-        else:
-            tensors[name], scale = quantise(weight)
-            tensors[f"{module}{'scale_weight' if kind == 'comfy' else 'weight_scale_inv'}"] = scale
-    if kind == "comfy":
-        tensors["scaled_fp8"] = torch.zeros(0).to(FP8)
-    save_file(tensors, path, {"format": "pt"})
-    config = {"int8": {"quant_method": "bitsandbytes", "load_in_8bit": True}, "inv": {"quant_method": "fp8"}}
-    if kind in config:
-        described = folder / component / "config.json"
-        described.write_text(
-            json.dumps(json.loads(described.read_text()) | {"quantization_config": config[kind]})
-        )
-    return names
 
 
 @pytest.mark.parametrize("kind", ["int8", "comfy", "inv"])
@@ -422,3 +203,46 @@ def test_the_fingerprint_sees_scales(tmp_path, tiny_pixart):
         for name in ("q", "same", "other")
     )
     assert first == same != other
+
+
+@pytest.mark.parametrize("kind", ["int8", "comfy", "inv"])
+def test_a_quantised_transformer_is_exported(tiny_pixart, tmp_path, kind):
+    """The judge is the unmodified model with weights that are dequantised here, loaded by diffusers."""
+    names = quantised_copy(tiny_pixart, tmp_path / "q", "transformer", kind)
+    twin = shutil.copytree(tiny_pixart, tmp_path / "twin")
+    path = next((twin / "transformer").glob("*.safetensors"))
+    plain, tensors = load_file(path), load_file(tmp_path / "q" / "transformer" / path.name)
+    for name in names:
+        if kind == "int8":
+            plain[name] = tensors[name] * tensors[f"{name.removesuffix('weight')}SCB"][:, None] / 127
+        else:
+            scale = "scale_weight" if kind == "comfy" else "weight_scale_inv"
+            plain[name] = tensors[name].float() * tensors[name.removesuffix("weight") + scale]
+    save_file(plain, path)
+    plan, entries = parity.planned(tmp_path / "q", "2", (48, 80), 1, 1, "bake", False)
+    made = assemble(plan, trim(entries, plan.family, False), plan.noise(), parity.SETTINGS)
+    with torch.no_grad():
+        actual = made.graph(torch.from_numpy(golden_pair((48, 80))[:1]))[0].numpy()
+    reference = parity.expected(twin, "2", (48, 80), 1, 1)[0]
+    assert feature_parity(actual.transpose(1, 2, 0), reference.transpose(1, 2, 0))["cosine_p01"] > 0.99999
+    # The weights are those of the quantised file, not the ones that it was made from.
+    before = parity.expected(tiny_pixart, "2", (48, 80), 1, 1)[0]
+    assert feature_parity(actual.transpose(1, 2, 0), before.transpose(1, 2, 0))["cosine_p01"] < 0.99999
+
+
+def test_estimates_of_a_quantised_checkpoint(tiny_pixart, tmp_path):
+    """Memory is that of the float32 numbers; what was left out is counted as stored."""
+    for component in ("transformer", "text_encoder"):
+        source = tmp_path / "transformer" if component == "text_encoder" else tiny_pixart
+        quantised_copy(source, tmp_path / component, component, "comfy")
+    found = []
+    for folder in (tiny_pixart, tmp_path / "text_encoder"):
+        plan, entries = parity.planned(folder, "2", (48, 80), 1, 1, "bake", False)
+        made = assemble(plan, trim(entries, plan.family, False), plan.noise(), parity.SETTINGS)
+        found.append((stage_bytes(plan, made.graph, 1000), removed_parts(plan, made)))
+    (plain_stages, plain_removed), (stages, removed) = found
+    assert stages == plain_stages
+    for step, count in removed.items():
+        assert count["parameters"] == plain_removed[step]["parameters"]
+    for step in ("blocks 2.. and the final layer", "text encoders"):
+        assert removed[step]["bytes"] < 0.6 * plain_removed[step]["bytes"]
