@@ -140,19 +140,30 @@ class LoraFile:
                     raise InputError(f"--lora {path} is {kind} ({key}), which is not supported", _MERGE)
             match = _KEY.fullmatch(key)
             if match is None:
-                raise InputError(
-                    f"{key} of --lora {path} is no part of a LoRA",
-                    "pass the weights of a whole model as --model",
-                )
+                raise self._no_part(key)
             use = next(use for use in _SUFFIXES if match[use])
             taken = found.setdefault(match["module"], {}).setdefault(use, key)
             if taken != key:
                 raise InputError(f"--lora {path} holds two adapters: {taken} and {key}", "save one of them")
+        if not found:
+            raise InputError(f"--lora {path} holds no tensors", "download or save it again")
         self.parts = {module: Part(module, **keys) for module, keys in found.items()}
         self._check_pairs()
         self._alphas, metadata = self._read_alphas()
         self._settings = _parsed(path, metadata.get("lora_adapter_metadata"))
         self._peft = _peft_config(path)
+
+    def _no_part(self, key: str) -> InputError:
+        matches = map(_KEY.fullmatch, self.tensors.shapes)
+        if any(match is not None and match["down"] for match in matches):
+            return InputError(
+                f"{key} of --lora {self.path} is a whole tensor beside a LoRA's",
+                "control LoRAs and modules_to_save are not supported: pass a plain LoRA",
+            )
+        return InputError(
+            f"{key} of --lora {self.path} is no part of a LoRA",
+            "pass the weights of a whole model as --model",
+        )
 
     def _read_alphas(self) -> tuple[dict[str, float], dict[str, str]]:
         """The alphas by their keys, and the metadata of the file."""
