@@ -176,11 +176,8 @@ class Checkpoint:
     def text_encoders(self) -> tuple[str, ...]:
         """The names of the text encoders that model_index.json names."""
         index = self.index()
-        return tuple(
-            name
-            for name in index
-            if name.startswith("text_encoder") and index[name] not in (None, [None, None])
-        )
+        named = [name for name, entry in index.items() if entry not in (None, [None, None])]
+        return tuple(name for name in named if name.startswith("text_encoder"))
 
     def check_loras(self, unneeded: tuple[str, ...] = ()) -> None:
         """Check that the LoRAs change only components that are there; `weights` checks their tensors.

@@ -37,8 +37,9 @@ class TorchBaseline:
 def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> Iterator[TorchBaseline]:
     """Open the model that a bundle was exported from in PyTorch.
 
-    LoRAs are left out: they change values and no shapes, so the time is the same. It runs on the GPU if there is one, in float16 unless the bundle is float32. Else it runs on the CPU in
-    float32, the type that PyTorch is fastest in there.
+    It runs on the GPU if there is one, in float16 unless the bundle is float32. Else it runs on the CPU in
+    float32, the type that PyTorch is fastest in there. A bundle's LoRAs are left out: they change values and
+    no shapes, so the time is the same.
 
     Args:
         manifest: the bundle's.

@@ -71,8 +71,8 @@ class Manifest:
             (`ditf.calib.projection`); and the images and tokens that it was learned from.
         vae: an encoder in place of the checkpoint's own (--vae): its id, revision and class, and under "x_0"
             how well it agrees with the checkpoint's (`ditf.calib.latents`).
-        lora: the LoRAs that were folded in: the "file" as it was given, its "sha256", the "scale", and how many
-            "tensors" of each component it changed on which the features depend.
+        lora: the LoRAs that were folded in: the "file" as it was given, its "sha256", the "scale", and how
+            many "tensors" of each component it changed on which the features depend.
         removed: what the export left out of the checkpoint, {step: {"parameters": n, "bytes": n}}.
     """
 

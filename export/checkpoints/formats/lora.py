@@ -40,7 +40,7 @@ def parse_lora(text: str) -> Lora:
     A file whose own name ends in such a number is meant if it exists; "FILE=1" scales it.
 
     Raises:
-        InputError: the file does not exist, is no safetensors file by its name, or the scale is 0 or not finite.
+        InputError: there is no such safetensors file, or the scale is 0 or not finite.
     """
     path, scale = Path(text).expanduser(), 1.0
     name, sign, number = text.rpartition("=")

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights, read_small
+from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 
@@ -140,32 +140,42 @@ class LoraFile:
                     raise InputError(f"--lora {path} is {kind} ({key}), which is not supported", _MERGE)
             match = _KEY.fullmatch(key)
             if match is None:
-                raise InputError(
-                    f"{key} of --lora {path} is no part of a LoRA",
-                    "pass the weights of a whole model as --model",
-                )
+                raise self._no_part(key)
             use = next(use for use in _SUFFIXES if match[use])
             taken = found.setdefault(match["module"], {}).setdefault(use, key)
             if taken != key:
                 raise InputError(f"--lora {path} holds two adapters: {taken} and {key}", "save one of them")
+        if not found:
+            raise InputError(f"--lora {path} holds no tensors", "download or save it again")
         self.parts = {module: Part(module, **keys) for module, keys in found.items()}
         self._check_pairs()
-        self._alphas, metadata = self._read_alphas()
-        self._settings = _parsed(path, metadata.get("lora_adapter_metadata"))
+        self._alphas = self._read_alphas()
+        self._settings = _parsed(path, self.tensors.metadata.get("lora_adapter_metadata"))
         self._peft = _peft_config(path)
 
-    def _read_alphas(self) -> tuple[dict[str, float], dict[str, str]]:
-        """The alphas by their keys, and the metadata of the file."""
+    def _no_part(self, key: str) -> InputError:
+        matches = map(_KEY.fullmatch, self.tensors.shapes)
+        if any(match is not None and match["down"] for match in matches):
+            return InputError(
+                f"{key} of --lora {self.path} is a whole tensor beside a LoRA's",
+                "control LoRAs and modules_to_save are not supported: pass a plain LoRA",
+            )
+        return InputError(
+            f"{key} of --lora {self.path} is no part of a LoRA",
+            "pass the weights of a whole model as --model",
+        )
+
+    def _read_alphas(self) -> dict[str, float]:
+        """The alphas by their keys."""
         keys = [part.alpha for part in self.parts.values() if part.alpha is not None]
         for key in keys:
             if math.prod(self.tensors.shapes[key]) != 1:
                 raise InputError(f"{key} of --lora {self.path} is no number", "save the LoRA again")
-        read, metadata = read_small(self.path, keys)
-        alphas = {key: float(value.reshape(())) for key, value in read.items()}
+        alphas = {key: float(value.reshape(())) for key, value in self.tensors.raws(keys).items()}
         for key, alpha in alphas.items():
             if not math.isfinite(alpha):
                 raise InputError(f"{key} of --lora {self.path} is {alpha}", "save the LoRA again")
-        return alphas, metadata
+        return alphas
 
     def _check_pairs(self) -> None:
         for part in self.parts.values():

@@ -10,12 +10,14 @@ leave out is noticed.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from ditf.export.checkpoints.formats.lora_file import LoraFile, Part
+from ditf.export.checkpoints.formats.lora_original import original_modules
 from ditf.runtime.errors import InputError
 
 _LOADERS = {
@@ -71,91 +73,139 @@ def component_of(module: str, encoders: Sequence[str]) -> tuple[str, str]:
 
 
 def place(
-    file: LoraFile, component: str, encoders: Sequence[str], names: Iterable[str], model: str
+    file: LoraFile,
+    component: str,
+    encoders: Sequence[str],
+    shapes: Mapping[str, tuple[int, ...]],
+    model: str,
 ) -> list[Placed]:
-    """Find the modules that the parts of a file for one component change. Parts that are zero are left out.
+    """Find the modules that the parts of a file for one component change.
+
+    A part that holds zeros and has no place is left out.
 
     Args:
         component: "transformer" or a text encoder.
         encoders: the names of the model's text encoders.
-        names: of the component's tensors.
+        shapes: of the component's tensors.
         model: the class of the transformer.
 
     Raises:
         InputError: a module is not in the model; the message names the first such tensor of the file.
     """
     parts = [part for part in file.parts.values() if component_of(part.module, encoders)[0] == component]
-    known = _Modules(names)
-    direct: dict[str, str] = {}
-    for part in parts:
-        module = known.find(component_of(part.module, encoders)[1])
-        if module is not None:
-            direct[part.module] = module
-    rest = [part for part in parts if part.module not in direct]
+    known = _Modules(shapes, model if component == "transformer" else "")
     placed: list[Placed] = []
+    rest: list[Part] = []
+    for part in parts:
+        found = known.find(component_of(part.module, encoders)[1])
+        placed += [Placed(part, module, rows) for module, rows in found]
+        rest += [] if found else [part]
+    if rest and component != "transformer" and not all(map(file.is_zero, rest)):
+        raise _no_place(file, next(part for part in rest if not file.is_zero(part)), component, model)
     if rest and component == "transformer":
-        placed = _translated(file, parts, model) or _translated(file, rest, model)
-    for one in placed:
-        if not known.has(one.module) and one.part.module not in direct:
-            raise _no_place(file, one.part, component, model, f"there is no {one.module}")
-    placed = [one for one in placed if known.has(one.module)]
-    translated = {one.part.module for one in placed}
-    placed += [Placed(file.parts[name], module) for name, module in direct.items() if name not in translated]
-    covered = {one.module for one in placed}
-    for part in rest:
-        if part.module in translated or file.is_zero(part):
-            continue
-        alone = _translated(file, [part], model) if component == "transformer" else []
-        # Some files hold the same change twice, in two layouts. diffusers reads one of them too.
-        if not alone or not covered.issuperset(one.module for one in alone):
-            raise _no_place(file, part, component, model, "no module of the model has this name")
+        placed += _placed_by_loader(file, parts, rest, placed, known, model)
     _check_once(file, placed)
     return placed
 
 
-class _Modules:
-    """The modules of a model that have weights, found by the names that LoRA files use."""
+def _placed_by_loader(
+    file: LoraFile,
+    parts: Sequence[Part],
+    rest: Sequence[Part],
+    direct: Sequence[Placed],
+    known: _Modules,
+    model: str,
+) -> list[Placed]:
+    """Find the modules of the parts in `rest`, those whose names the model does not have."""
+    whole = _translated(file, [part for part in parts if part.up is not None], model, known)
+    together = whole or _translated(file, [part for part in rest if part.up is not None], model, known)
+    placed = [one for one in together if one.part in rest]
+    done = {one.part for one in placed}
+    for part in rest:
+        if part in done or file.is_zero(part):
+            continue
+        alone = _translated(file, [part], model, known)
+        if not alone:
+            raise _no_place(file, part, "transformer", model)
+        # Some files hold the same change twice, in two layouts; the loader has left one of them out.
+        covered = {one.module for one in (*direct, *placed)}
+        if not whole or not covered.issuperset(one.module for one in alone):
+            placed += alone
+    return placed
 
-    def __init__(self, names: Iterable[str]) -> None:
-        self._names = {name.rpartition(".")[0] for name in names}
-        self._flat: dict[str, str] = {}
+
+class _Modules:
+    """The modules of a model that have weights, found by the names that LoRA files use.
+
+    Args:
+        shapes: of the model's tensors.
+        model: the class of a transformer, whose original names are known too; "" for other models.
+    """
+
+    def __init__(self, shapes: Mapping[str, tuple[int, ...]], model: str) -> None:
+        self._names = {name.rpartition(".")[0] for name in shapes}
+        self._places: dict[str, list[tuple[str, torch.Tensor | None]]] = {}
+        for name, places in original_modules(model, shapes).items():
+            self._places[_flat(name)] = places
         for name in self._names:
             for known in (name, name.removeprefix("text_model.")):
-                self._flat[known.replace(".", "_")] = name
+                self._places[_flat(known)] = [(name, None)]
 
     def has(self, name: str) -> bool:
         return name in self._names
 
-    def find(self, name: str) -> str | None:
-        """The module that a file's name means; None if it is in another layout."""
-        for prefix in _PREFIXES:
-            name = name.removeprefix(prefix)
-        name = name.replace(".processor.", ".").removesuffix("_lora")
+    def find(self, name: str) -> list[tuple[str, torch.Tensor | None]]:
+        """The modules that a file's name means, each with its rows; [] if it is in another layout."""
+        name = _bare(name).replace(".processor.", ".").removesuffix("_lora")
         name = name + ".0" if name.endswith(".to_out") and not self.has(name) else name
-        flat = name.replace(".", "_").rstrip("_")  # some trainers end every name with "_"
-        return self._flat.get(flat) or self._flat.get(flat.removeprefix("text_model_"))
+        flat = _flat(name)
+        return self._places.get(flat) or self._places.get(flat.removeprefix("text_model_")) or []
 
 
-def _translated(file: LoraFile, parts: Sequence[Part], model: str) -> list[Placed]:
+def _bare(name: str) -> str:
+    """A module's name in a file without the prefix of the trainer."""
+    for prefix in _PREFIXES:
+        name = name.removeprefix(prefix)
+    return name
+
+
+def _flat(name: str) -> str:
+    return name.replace(".", "_").rstrip("_")  # some trainers end every name with "_"
+
+
+def _translated(file: LoraFile, parts: Sequence[Part], model: str, known: _Modules) -> list[Placed]:
     """Run diffusers' loader of a model's LoRAs on row numbers; [] if it does not know the layout.
 
-    A part's B becomes a column of its row numbers and its A the part's own number, both of rank 1.
+    The loader gets the keys of the file and, where that does not help, Kohya's for the same modules.
     """
     import diffusers.loaders
 
     loader = getattr(diffusers.loaders, _LOADERS.get(model, ""), None)
-    if loader is None:
-        return []
+    placed: list[Placed] = []
+    for kohya in (False, True):
+        if loader is not None and not placed:
+            placed = _loaded(loader, file, parts, kohya)
+            placed = placed if all(known.has(one.module) for one in placed) else []
+    return placed
+
+
+def _loaded(loader: Any, file: LoraFile, parts: Sequence[Part], kohya: bool) -> list[Placed]:
+    """Run a loader. A part's B becomes a column of its row numbers and its A the part's own number."""
     state: dict[str, torch.Tensor] = {}
+    shapes = file.tensors.shapes
     numbered = [part for part in parts if part.up or part.difference or part.bias_difference]
     for number, part in enumerate(numbered):
-        down, up, rows = _keys(file, part)
+        down, up, alpha = part.down, part.up, part.alpha
+        if kohya or down is None or up is None:
+            name = f"lora_unet_{_flat(_bare(part.module))}"
+            down, up, alpha = f"{name}.lora_down.weight", f"{name}.lora_up.weight", f"{name}.alpha"
+        rows = shapes[part.up or part.difference or part.bias_difference or part.key][0]
         state[down] = torch.full((1, 1), float(number))
         state[up] = torch.arange(rows, dtype=torch.float32)[:, None]
-        if part.alpha is not None:
-            state[part.alpha] = torch.ones(file.tensors.shapes[part.alpha])
+        if part.alpha is not None and alpha is not None:
+            state[alpha] = torch.ones(shapes[part.alpha])
     try:
-        made = loader.lora_state_dict(state)
+        made = loader.lora_state_dict(state) if state else {}
     except Exception:  # whatever a loader raises on keys that it was not made for
         return []
     placed = []
@@ -163,20 +213,8 @@ def _translated(file: LoraFile, parts: Sequence[Part], model: str) -> list[Place
         module, sign, _ = key.removeprefix("transformer.").rpartition(".lora_A.weight")
         ups = made.get(key.replace(".lora_A.", ".lora_B."))
         if sign and ups is not None:
-            part, rows = numbered[int(value[0, 0])], ups[:, 0].to(torch.int64)
-            placed.append(Placed(part, module, rows))
+            placed.append(Placed(numbered[int(value[0, 0])], module, ups[:, 0].to(torch.int64)))
     return placed
-
-
-def _keys(file: LoraFile, part: Part) -> tuple[str, str, int]:
-    """The keys of a part's factors, made up for one that has only differences, and the number of rows."""
-    shapes = file.tensors.shapes
-    if part.down is not None and part.up is not None:
-        return part.down, part.up, shapes[part.up][0]
-    rows = shapes[part.difference or part.bias_difference or part.key][0]
-    kohya = any(".lora_down." in key for key in shapes) or part.module.startswith("lora_unet_")
-    down, up = ("lora_down", "lora_up") if kohya else ("lora_A", "lora_B")
-    return f"{part.module}.{down}.weight", f"{part.module}.{up}.weight", rows
 
 
 def _check_once(file: LoraFile, placed: Sequence[Placed]) -> None:
@@ -190,11 +228,11 @@ def _check_once(file: LoraFile, placed: Sequence[Placed]) -> None:
             )
 
 
-def _no_place(file: LoraFile, part: Part, component: str, model: str, why: str) -> InputError:
+def _no_place(file: LoraFile, part: Part, component: str, model: str) -> InputError:
     what = model if component == "transformer" else component
     other = re.search(r"down_blocks|up_blocks|mid_block|input_blocks|output_blocks", part.module)
     return InputError(
-        f"{part.key} of --lora {file.path} does not fit the {what}: {why}",
+        f"{part.key} of --lora {file.path} does not fit: this {what} has no module of that name and shape",
         "it is a LoRA of a UNet, such as Stable Diffusion 1 or XL: pass a LoRA of this model"
         if other
         else "pass a LoRA of this model",

@@ -68,10 +68,8 @@ class LoraWeights(Weights):
         return [set(changes) for changes in self._changes]
 
     def source(self, name: str) -> str:
-        given = [
-            str(lora.path) for lora, names in zip(self._loras, self.changed, strict=True) if name in names
-        ]
-        return " with ".join([self._base.source(name), *given])
+        pairs = zip(self._loras, self._changes, strict=True)
+        return " with ".join([self._base.source(name), *(str(a.path) for a, b in pairs if name in b)])
 
     def fingerprint(self) -> str:
         """A hash of that of the unchanged weights, of the LoRA files that change them and of their scales."""
@@ -129,10 +127,11 @@ class LoraWeights(Weights):
                 f"--lora {lora.path} is a control LoRA: it widens {name} from {list(there)} to {list(given)}",
                 "control LoRAs read a second image, which ditf does not have: pass another one",
             )
-        what = f"it changes {name} by {list(given)}"
-        has = "which the model does not have" if there is None else f"which is {list(there)} in this model"
+        has = "does not have" if there is None else f"has as {list(there)}"
         raise InputError(
-            f"{change.key} of --lora {lora.path} does not fit: {what}, {has}", "pass a LoRA of this model"
+            f"{change.key} of --lora {lora.path} does not fit: it is {list(given)} for {name}, which this"
+            f" model {has}",
+            "pass a LoRA of this model",
         )
 
 

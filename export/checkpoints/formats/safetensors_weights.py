@@ -87,17 +87,3 @@ def _open_safetensors(path: Path) -> Iterator[Any]:
     except (SafetensorError, OSError) as error:
         reason = getattr(error, "strerror", None) or error
         raise unreadable(path, reason) from error
-
-
-def read_small(path: Path, names: Sequence[str]) -> tuple[dict[str, torch.Tensor], dict[str, str]]:
-    """Read small tensors of a safetensors file, which is opened once, and the metadata in its header.
-
-    Returns:
-        {name: tensor in float32}, and the metadata; {} if it has none.
-
-    Raises:
-        InputError: the file is missing, truncated or not safetensors.
-    """
-    with _open_safetensors(path) as file:
-        tensors = {name: file.get_tensor(name).to(torch.float32) for name in names}
-        return tensors, dict(file.metadata() or {})
