@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ditf.export.checkpoints.formats.file_kinds import check_no_pointer
-from ditf.export.checkpoints.formats.original_layout import in_diffusers_names
+from ditf.export.checkpoints.formats.original.layout import in_diffusers_names
 from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.checkpoints.weight_files import variant_of, weight_files
 from ditf.export.checkpoints.weights import Weights
