@@ -238,7 +238,7 @@ def listing_error(model: str, files: Collection[str]) -> InputError | None:
             f"{model} is a LoRA, not a whole model",
             f"give the model with --model, and --lora {model}/{file}",
         )
-    weights = [name for name in top if name.endswith((*SAFETENSORS, ".gguf"))]
+    weights = sorted(name for name in files if name.endswith((*SAFETENSORS, ".gguf")))
     if weights and "config.json" not in top:
         return InputError(
             f"{model} is not in diffusers' layout: it holds {weights[0]}"

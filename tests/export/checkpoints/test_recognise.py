@@ -221,7 +221,10 @@ def test_repositories_that_are_no_checkpoint():
         listing_error("some/lora", ["README.md", "pytorch_lora_weights.safetensors"])
     )
     assert "UNet" in str(listing_error("some/sdxl", ["unet/config.json", "sd_xl.safetensors"]))
-    assert "--base" in str(listing_error("Comfy-Org/x", ["flux1-dev-fp8.safetensors"]))
+    for file in ("flux1-dev-fp8.safetensors", "split_files/diffusion_models/flux1-dev.safetensors"):
+        assert f"it holds {file}; pass the file itself with --model" in str(
+            listing_error("Comfy-Org/x", [file])
+        )
     assert listing_error("some/vae", ["config.json", WEIGHTS]) is None
 
 
