@@ -194,7 +194,7 @@ UNREAD = {
     "Lumina2Transformer2DModel": {"norm_final.weight": (48,)},
     "ZImageTransformer2DModel": {"norm_final.weight": (48,)},
 }
-"""Tensors of published files that diffusers does not read, by class."""
+"""Tensors of published files that diffusers does not read, by class. Some files of Z-Image hold NaN there."""
 
 WIDTHS = {
     "FluxTransformer2DModel": {3072: 48},
@@ -230,7 +230,10 @@ def original_of(folder: Path, class_name: str) -> dict[str, torch.Tensor]:
     """The transformer of a tiny checkpoint in its original layout."""
     tensors = load_file(folder / "transformer" / "diffusion_pytorch_model.safetensors")
     unread = UNREAD.get(class_name, {})
-    return {**original(class_name, tensors), **{name: torch.randn(shape) for name, shape in unread.items()}}
+    return {
+        **original(class_name, tensors),
+        **{name: torch.full(shape, torch.nan) for name, shape in unread.items()},
+    }
 
 
 def narrowed(key_map: Callable, widths: Mapping[int, int]) -> Callable:

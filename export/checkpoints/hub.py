@@ -29,13 +29,28 @@ def download(model: str, revision: str | None, variant: str | None, unneeded: tu
     """
 
     def choose(files: list[str]) -> list[str]:
-        if "model_index.json" not in files and not any(name.startswith("transformer/") for name in files):
-            error = listing_error(model, files)
-            if error is not None:
-                raise error
+        _check_listing(model, files)
         return wanted_files(files, variant, unneeded)
 
     return _snapshot(model, revision, choose)
+
+
+def _check_listing(model: str, files: list[str]) -> None:
+    """Check that the files of a repository are those of a pipeline, before they are downloaded.
+
+    Raises:
+        InputError: they are a LoRA, one component, or another thing that is recognised.
+    """
+    if "model_index.json" in files or any(name.startswith("transformer/") for name in files):
+        return
+    error = listing_error(model, files)
+    if error is not None:
+        raise error
+    if "config.json" in files:
+        raise InputError(
+            f"{model} is one component, not a pipeline",
+            f"for a transformer run hf download {model} --local-dir DIR, then --model BASE --transformer DIR",
+        )
 
 
 def download_vae(model: str, revision: str | None) -> Path:

@@ -8,7 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from ditf.export.checkpoints.formats.file_kinds import PICKLES, SAFETENSORS, UNFINISHED
-from ditf.export.checkpoints.formats.original_layout import Layout, layout_of, prefix_of
+from ditf.export.checkpoints.formats.original.layout import Layout, layout_of, prefix_of
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
@@ -37,17 +37,9 @@ _BASES = {
     "ZImageTransformer2DModel": "Tongyi-MAI/Z-Image-Turbo",
 }
 
+_LORA = r"\.base_layer\.|(?:^|[._])lora(?:[._\d]|$)|\.lokr_|\.hada_w|\.dora_scale"
+
 _ADDED = (
-    (
-        r"\.base_layer\.",
-        "a model with a LoRA that is not fused",
-        "fuse and unload it in diffusers, then save the model",
-    ),
-    (
-        r"(?:^|[._])lora(?:[._\d]|$)|\.lokr_|\.hada_w|\.dora_scale",
-        "a LoRA, not a whole model",
-        "give the model with --model and this file with --lora",
-    ),
     (
         r"^(?:control_model\.|controlnet_|control_(?:layers|all_x_embedder|noise_refiner)\b|input_hint_block\.)",
         "a ControlNet, not a text-to-image model",
@@ -119,6 +111,15 @@ def check_transformer_tensors(path: Path, stored: Weights) -> Layout:
     prefix = prefix_of(stored.shapes)
     names = [name.removeprefix(prefix) for name in stored.shapes]
     layout = layout_of(stored.shapes)
+    if any(re.search(_LORA, name) for name in names):
+        if layout is not None:
+            raise InputError(
+                f"{path} is a model with a LoRA that is not fused",
+                "fuse and unload it in diffusers, then save the model",
+            )
+        raise InputError(
+            f"{path} is a LoRA, not a whole model", "give the model with --model and this file with --lora"
+        )
     for pattern, what, fix in _ADDED if layout is not None else (*_ADDED, *_OTHERS):
         if any(re.search(pattern, name) for name in names):
             raise InputError(f"{path} is {what}", fix)
@@ -237,7 +238,7 @@ def listing_error(model: str, files: Collection[str]) -> InputError | None:
             f"{model} is a LoRA, not a whole model",
             f"give the model with --model, and --lora {model}/{file}",
         )
-    weights = [name for name in top if name.endswith((*SAFETENSORS, ".gguf"))]
+    weights = sorted(name for name in files if name.endswith((*SAFETENSORS, ".gguf")))
     if weights and "config.json" not in top:
         return InputError(
             f"{model} is not in diffusers' layout: it holds {weights[0]}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -60,15 +61,16 @@ def test_of_a_vae_nothing_else_is_fetched():
 
 @pytest.fixture
 def hub(monkeypatch):
-    """A server that answers every request with one status and hub error code."""
-    answer = {"status": 404, "code": "RepoNotFound"}
+    """A server that answers every request with one status, hub error code and body."""
+    answer = {"status": 404, "code": "RepoNotFound", "body": b""}
 
     class Handler(BaseHTTPRequestHandler):
         def do_GET(self):
             self.send_response(answer["status"])
             self.send_header("X-Error-Code", answer["code"])
-            self.send_header("Content-Length", "0")
+            self.send_header("Content-Length", str(len(answer["body"])))
             self.end_headers()
+            self.wfile.write(answer["body"] if self.command == "GET" else b"")
 
         do_HEAD = do_GET  # noqa: N815  (http.server's own name)
 
@@ -101,3 +103,19 @@ def test_the_hubs_errors(hub, status, code, error, message):
         download("some/model", "v9", None)
     with pytest.raises(error, match=message):
         download_vae("some/model", "v9")
+
+
+@pytest.mark.parametrize(
+    ("files", "message"),
+    [
+        (["README.md", "pytorch_lora_weights.safetensors"], "is a LoRA.*--lora"),
+        (["split_files/flux1-dev.safetensors"], "--model, and the pipeline .* with --base"),
+        (["config.json", "diffusion_pytorch_model.safetensors"], "--model BASE --transformer DIR"),
+        (["unet/config.json", "sd_xl_base_1.0.safetensors"], "has a UNet"),
+    ],
+)
+def test_a_repository_that_is_no_pipeline_is_not_downloaded(hub, files, message):
+    listing = [{"type": "file", "path": name, "size": 1, "oid": "0"} for name in files]
+    hub |= {"status": 200, "code": "", "body": json.dumps(listing).encode()}
+    with pytest.raises(InputError, match=message):
+        download("some/model", None, None)

@@ -221,7 +221,10 @@ def test_repositories_that_are_no_checkpoint():
         listing_error("some/lora", ["README.md", "pytorch_lora_weights.safetensors"])
     )
     assert "UNet" in str(listing_error("some/sdxl", ["unet/config.json", "sd_xl.safetensors"]))
-    assert "--base" in str(listing_error("Comfy-Org/x", ["flux1-dev-fp8.safetensors"]))
+    for file in ("flux1-dev-fp8.safetensors", "split_files/diffusion_models/flux1-dev.safetensors"):
+        assert f"it holds {file}; pass the file itself with --model" in str(
+            listing_error("Comfy-Org/x", [file])
+        )
     assert listing_error("some/vae", ["config.json", WEIGHTS]) is None
 
 
@@ -282,6 +285,29 @@ def test_a_transformer_beside_a_pipeline(tiny_pixart, tmp_path):
     )
     refused("--transformer 'absent': no such file or directory", str(base), transformer="absent")
     refused(f"--base {tuned / WEIGHTS} is a file", str(tuned), base=str(tuned / WEIGHTS))
+
+
+def test_a_class_of_a_trainers_own(checkpoint, tmp_path):
+    """SimpleTuner saves FluxTransformer2DModelWithMasking, whose tensors are those of the usual class."""
+    base = checkpoint("flux")
+    folder = shutil.copytree(base / "transformer", tmp_path / "transformer")
+    config = json.loads((folder / "config.json").read_text())
+    config["_class_name"] += "WithMasking"
+    (folder / "config.json").write_text(json.dumps(config))
+    refused(
+        "is a FluxTransformer2DModelWithMasking, .*; .* pass its file", str(base), transformer=str(folder)
+    )
+    with open_checkpoint(str(base), transformer=str(folder / WEIGHTS)) as opened:
+        assert opened.config("transformer")["_class_name"] == "FluxTransformer2DModel"
+
+
+def test_a_model_with_a_lora_that_is_not_fused(checkpoint, tmp_path):
+    folder = checkpoint("flux")
+    tensors = original_of(folder, "FluxTransformer2DModel")
+    file = tmp_path / "merged.safetensors"
+    for name in ("double_blocks.0.processor.proj_lora1.down.weight", "img_in.lora_A.default.weight"):
+        save_file({**tensors, name: torch.zeros(2, 2)}, file)
+        refused("is a model with a LoRA that is not fused; fuse", str(file), base=str(folder))
 
 
 def test_the_transformer_of_a_base_is_not_downloaded():

@@ -11,7 +11,7 @@ import torch
 from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 from safetensors.torch import load_file, save_file
 
-from ditf.export.checkpoints.formats.original_layout import in_diffusers_names, layout_of
+from ditf.export.checkpoints.formats.original.layout import in_diffusers_names, layout_of
 from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import check_structure, full_config, model_shapes

@@ -1,0 +1,1 @@
+"""The layouts in which authors publish their models, which ComfyUI reads too."""
