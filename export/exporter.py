@@ -36,10 +36,10 @@ from ditf.export.measure.reference_model import Reference
 from ditf.export.measure.vae_compatibility import VaeComparison, compare_vaes
 from ditf.export.onnx_writing.emulation import check_against_golden, check_finite
 from ditf.export.onnx_writing.onnx_file import Progress
-from ditf.export.planning.conditions import Entry, describe, encode, trim
+from ditf.export.planning.conditions import Entry, describe, encode, trim, warnings_of
 from ditf.export.planning.export_options import ExportOptions, check_opset
 from ditf.export.planning.plan import Plan, make_plan
-from ditf.export.planning.stages import Report, Stage, run_stages
+from ditf.export.planning.stages import Report, Stage, Warn, run_stages
 from ditf.runtime.bundles import bundle as files
 from ditf.runtime.bundles.manifest import MANIFEST, read_manifest
 from ditf.runtime.bundles.staging import check_output, check_space, staged
@@ -54,6 +54,7 @@ def export_bundle(
     options: ExportOptions,
     report: Report = lambda stage: None,
     progress: Progress = lambda done, total: None,
+    warn: Warn = lambda line: None,
 ) -> Path:
     """Export a checkpoint up to a layer.
 
@@ -61,6 +62,7 @@ def export_bundle(
         options: what to export.
         report: called with a line for people at the start of each of `stage_count(options)` stages.
         progress: called with bytes of weights, done and in all, while many are read or written.
+        warn: called with a line for people for each prompt of which a text encoder reads only the start.
 
     Returns:
         The bundle's directory. It is written beside its place and renamed when complete.
@@ -69,7 +71,7 @@ def export_bundle(
         DitfError: anything wrong with the options, the checkpoint or the disk.
     """
     check_opset(options.opset)
-    export = _Export(options, progress)
+    export = _Export(options, progress, warn)
     with export.resources, torch.no_grad():
         run_stages(export.stages(), report)
     return export.plan.output
@@ -91,9 +93,15 @@ class _Export:
     made: AssembledGraph
     features: FeaturesRecord
 
-    def __init__(self, options: ExportOptions, progress: Progress = lambda done, total: None) -> None:
+    def __init__(
+        self,
+        options: ExportOptions,
+        progress: Progress = lambda done, total: None,
+        warn: Warn = lambda line: None,
+    ) -> None:
         self.options = options
         self.progress = progress
+        self.warn = warn
         self.resources = ExitStack()  # what is open until the export ends: the checkpoint and the bundle
         self.spill = self.resources.enter_context(ExitStack())  # the file that the graph's weights are in
         self.calibration: Calibration | None = None
@@ -155,6 +163,8 @@ class _Export:
         options = self.options
         opened = open_checkpoint(**options.opened)
         self.plan = plan = make_plan(options, self.resources.enter_context(opened))
+        for line in warnings_of(plan.entries):
+            self.warn(line)
         check_output(plan.output, options.inputs)
         estimate = Estimate(plan)
         check_space(plan.output, estimate.written_bytes)

@@ -81,7 +81,7 @@ def tiny_qwen_tokenizer() -> Qwen2Tokenizer:
 def tiny_gemma() -> Gemma2Model:
     return Gemma2Model(
         Gemma2Config(
-            vocab_size=160,
+            vocab_size=64,
             hidden_size=32,
             intermediate_size=64,
             num_hidden_layers=3,
@@ -95,7 +95,8 @@ def tiny_gemma() -> Gemma2Model:
 def tiny_gemma_tokenizer() -> GemmaTokenizer:
     """A Gemma tokenizer that spells, but for the pipeline's system prompt."""
     symbols = ["<pad>", "<eos>", "<bos>", "<unk>", "<mask>", "▁", *LETTERS]
-    return GemmaTokenizer(vocab={symbol: index for index, symbol in enumerate(symbols)}, merges=[])
+    vocab = {symbol: index for index, symbol in enumerate(symbols)}
+    return GemmaTokenizer(vocab=vocab, merges=[], add_bos_token=True)
 
 
 def tiny_vae(**config: object) -> AutoencoderKL:

@@ -11,7 +11,7 @@ from ditf.cli.build import TargetOption, build_targets
 from ditf.cli.support.bundles import pca_text, vae_text
 from ditf.cli.support.exporter import needs_exporter
 from ditf.cli.support.options import JsonOption, verb
-from ditf.cli.support.output import bytes_text, show, write_json
+from ditf.cli.support.output import bytes_text, show, tell, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import stages
 from ditf.export.planning.export_options import ExportOptions
@@ -50,12 +50,12 @@ def export(
         from ditf.export.exporter import export_bundle, stage_count
         from ditf.export.planning.save_prompt import save_prompt
     if save_prompt_embeds is not None:
-        name = save_prompt(options, save_prompt_embeds)
+        name = save_prompt(options, save_prompt_embeds, tell)
         show(f"{save_prompt_embeds}: embeddings of {name!r}")
         write_json(json_file, {"prompt_embeds": str(save_prompt_embeds), "prompt": name})
         return
     with stages(stage_count(options)) as report:
-        path = export_bundle(options, report, report.amount)
+        path = export_bundle(options, report, report.amount, tell)
     manifest = Bundle.open(path).manifest
     size_text = bytes_text(sum(file["bytes"] for file in manifest.files.values()))
     height, width = manifest.size

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional
 
 from ditf.export.checkpoints.layout import Checkpoint, Part
-from ditf.export.checkpoints.loading import full_config, load_model
+from ditf.export.checkpoints.loading import check_structure, full_config, load_model
 from ditf.runtime.errors import InputError
 
 PLAIN, PACKED, TINY = "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"
@@ -150,6 +150,16 @@ class LatentSpace:
         """
         assert self.source is not None
         return load_model(getattr(diffusers, self.name), self.source.checkpoint, self.source.name)
+
+    def check_weights(self) -> None:
+        """Compare the VAE's tensors with its config; no value is read.
+
+        Raises:
+            InputError: as for `check_structure`; the message names the VAE.
+        """
+        if self.source is not None:
+            what = f"the VAE of {self.source.checkpoint.id} ({self.name})"
+            check_structure(self.name, self.config(), self.source.weights(), what)
 
     def shift_and_scale(self, vae: Any) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """Shift and scale of x_0: numbers, or float32 [c, 1, 1] from the batch norm of a packed VAE."""

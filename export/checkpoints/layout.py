@@ -12,7 +12,7 @@ from ditf.export.checkpoints.formats.lora_weights import LoraWeights, check_comp
 from ditf.export.checkpoints.formats.original.layout import in_diffusers_names
 from ditf.export.checkpoints.formats.quantised import dequantised
 from ditf.export.checkpoints.formats.stored_weights import open_weights
-from ditf.export.checkpoints.weight_files import variant_of, weight_files
+from ditf.export.checkpoints.weight_files import weight_files
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
@@ -114,20 +114,6 @@ class Checkpoint:
                     else _AGAIN,
                 )
 
-    def check_weights(self, unneeded: tuple[str, ...] = ()) -> None:
-        """Open the weights of the VAE and the text encoders; no value is read.
-
-        Args:
-            unneeded: as for `check_complete`.
-
-        Raises:
-            InputError: a file is missing, truncated or not safetensors.
-        """
-        encoders = [name for name in self.index() if name.startswith("text_encoder")]
-        for name in ("vae", *encoders):
-            if self.has(name) and not name.startswith(unneeded):
-                self.weights(name)
-
     def class_names(self) -> dict[str, int]:
         """Names and numbers of the classes, as DiTPipeline reads them; {} if there are none.
 
@@ -199,10 +185,6 @@ class Checkpoint:
             return 0, 0
         parameters = sum(map(weights.numel, weights.shapes))
         return parameters, sum(weights.bytes_of.values())
-
-    def loading_variant(self, component: str) -> str | None:
-        """The variant to pass to `from_pretrained`, which looks for plain files by default."""
-        return variant_of(weight_files(self.folder(component), self.variant)[0])
 
 
 @dataclass(frozen=True)

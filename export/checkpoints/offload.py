@@ -1,15 +1,14 @@
-"""Runs unmodified models whose weights stay on disk: each module reads its weights, runs, and drops them.
+"""Gives unmodified models their weights: in memory, or read from disk by each module when it runs.
 
-accelerate's hooks do this. The weights that they get are read in float32 and checked for NaN and infinity. A
-small model is held in memory, because reading it again for every image would cost time.
+The weights come from `Checkpoint.weights`, so every model reads what the graph reads: float32 values that
+were checked for NaN and infinity. Large models stay on disk, with accelerate's hooks. A small model is held
+in memory, because reading it again for every image would cost time.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
-from typing import Any
+from collections.abc import Callable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -23,6 +22,53 @@ RESIDENT = 1 << 30
 def is_offloaded(parameters: int) -> bool:
     """Whether the weights of a model with so many parameters stay on disk."""
     return 4 * parameters > RESIDENT
+
+
+def without_values(make: Callable[[], nn.Module]) -> nn.Module:
+    """Make a model whose parameters are on the meta device; its buffers have values."""
+    from accelerate import init_empty_weights
+
+    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # diffusers announces changes of its own classes
+        return make()
+
+
+def give_weights(
+    model: nn.Module, weights: Weights, stored: Mapping[str, str], resident: bool = False
+) -> nn.Module:
+    """Give a model its weights, in float32 and eval mode; returns it.
+
+    Args:
+        model: from `without_values`.
+        stored: {name in the model: name in `weights`}, for every name of the model's state dict.
+        resident: hold the model in memory, whatever its size.
+
+    Raises (when called and, where the weights stay on disk, when the model runs):
+        InputError: a tensor cannot be read, or holds NaN or infinity.
+    """
+    model.eval().requires_grad_(False)
+    if not resident and is_offloaded(sum(parameter.numel() for parameter in model.parameters())):
+        return _offloaded(model, weights, stored)
+    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    read: dict[str, torch.Tensor] = {}  # tied parameters read one tensor
+    for source in stored.values():
+        if source not in read:
+            read[source] = weights.tensor(source)
+    state = {name: read[source].to(types[name]) for name, source in stored.items()}
+    model.load_state_dict(state, assign=True)
+    return model
+
+
+def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
+    from accelerate.hooks import attach_align_device_hook
+
+    for name, buffer in model.named_buffers():
+        if name in stored:
+            buffer.copy_(weights.tensor(stored[name]))
+    attach_align_device_hook(
+        model, execution_device=torch.device("cpu"), offload=True, weights_map=_Tensors(weights, stored)
+    )
+    return model
 
 
 class _Tensors(Mapping[str, torch.Tensor]):
@@ -45,57 +91,3 @@ class _Tensors(Mapping[str, torch.Tensor]):
 
     def __len__(self) -> int:
         return len(self._stored)
-
-
-def offload_model(model_class: Any, config: Mapping[str, Any], weights: Weights) -> Any:
-    """A diffusers model in float32 and eval mode that reads its parameters when they are used.
-
-    Args:
-        model_class: the diffusers class.
-        config: the model's.
-        weights: exactly the model's tensors (see `loading.check_structure`).
-
-    Raises (when made and when run):
-        InputError: a tensor cannot be read, or holds NaN or infinity.
-    """
-    from accelerate import init_empty_weights
-
-    known = {key: value for key, value in config.items() if not key.startswith("_")}
-    with init_empty_weights(include_buffers=False), warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # diffusers announces changes of its own classes
-        model: nn.Module = model_class.from_config(known)
-    return _offloaded(model, weights, {name: name for name in weights.shapes})
-
-
-def offload_encoder(encoder_class: Any, folder: Path, weights: Weights) -> Any | None:
-    """The same for a model of transformers; None if the checkpoint stores its tensors in another layout."""
-    from accelerate import init_empty_weights
-
-    config = encoder_class.config_class.from_pretrained(folder, local_files_only=True)
-    config.dtype = torch.float32
-    with init_empty_weights(include_buffers=False):
-        model: nn.Module = encoder_class(config)
-    model.tie_weights()  # type: ignore[operator]
-    same: dict[int, str] = {}
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        if name in weights:
-            same[id(parameter)] = name
-    tensors = {**dict(model.named_parameters(remove_duplicate=False)), **dict(model.named_buffers())}
-    persistent = model.state_dict().keys()
-    stored = {name: same.get(id(tensor), name) for name, tensor in tensors.items() if name in persistent}
-    if any(weights.shapes.get(stored[name]) != tuple(tensors[name].shape) for name in stored):
-        return None
-    return _offloaded(model, weights, stored)
-
-
-def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
-    from accelerate.hooks import attach_align_device_hook
-
-    for name, buffer in model.named_buffers():
-        if name in stored:
-            buffer.copy_(weights.tensor(stored[name]))
-    model.eval().requires_grad_(False)
-    attach_align_device_hook(
-        model, execution_device=torch.device("cpu"), offload=True, weights_map=_Tensors(weights, stored)
-    )
-    return model

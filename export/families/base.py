@@ -298,5 +298,6 @@ def check_prompt(prompt: str, tokenizer: Any, limit: int, encoder: str, chat: st
     count = len(tokenizer(text, truncation=False, verbose=False).input_ids)
     if count > limit:
         raise InputError(
-            f"the prompt {prompt[:40]!r}... has {count} tokens{where}, {encoder} reads {limit}", "shorten it"
+            f"the prompt {prompt[:40]!r}... has {count} tokens{where}, {encoder} reads {limit}",
+            "shorten it, or give what diffusers makes of it with --prompt-embeds",
         )

@@ -13,7 +13,7 @@ from diffusers.models.transformers.transformer_chroma import (
 from torch import nn
 
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.text.pipeline import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
 from ditf.export.families.flux import Flux

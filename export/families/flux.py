@@ -14,7 +14,7 @@ from diffusers.models.embeddings import (
 from diffusers.models.transformers.transformer_flux import FluxPosEmbed
 
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.text.pipeline import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.pooled_conditioner import PooledConditioner
@@ -135,7 +135,6 @@ class Flux(FluxLayout):
         pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
         for prompt in map(str, subjects):
-            check_prompt(prompt, pipeline.tokenizer, pipeline.tokenizer_max_length, "CLIP")
             check_prompt(prompt, pipeline.tokenizer_2, self._text_limit, "T5")
             embeds, pooled, _ = pipeline.encode_prompt(
                 prompt, None, device=torch.device("cpu"), max_sequence_length=self._text_limit

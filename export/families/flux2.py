@@ -10,9 +10,9 @@ import torch
 from diffusers.models.transformers.transformer_flux2 import Flux2PosEmbed, Flux2TimestepGuidanceEmbeddings
 from torch import nn
 
-from ditf.export.checkpoints.chat_template import as_template, render_chats
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.text.chat_template import as_template, render_chats
+from ditf.export.checkpoints.text.pipeline import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
 from ditf.export.families.flux import FluxLayout

@@ -11,7 +11,7 @@ from diffusers.models.normalization import AdaLayerNormSingle
 from torch import nn
 
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.text.pipeline import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.patch_embedders import sincos_embedder

@@ -10,7 +10,7 @@ import torch
 from diffusers.models.embeddings import CombinedTimestepTextProjEmbeddings
 
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.text.pipeline import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.patch_embedders import cropped_embedder
@@ -19,6 +19,7 @@ from ditf.export.graph.blocks.condition_tensors import ConditionTensors
 from ditf.export.graph.blocks.joint_trunk import JointBlocks, JointTrunk, build_joint_trunk
 from ditf.export.graph.blocks.two_stream import TwoStreamSpec
 from ditf.export.graph.condition import Conditioner
+from ditf.runtime.errors import InputError
 
 _CLIP_TOKENS = 77  # come first in prompt_embeds, T5's follow
 _T5_TOKENS = 256  # max_sequence_length of StableDiffusion3Pipeline.encode_prompt
@@ -70,10 +71,16 @@ class SD3(Family):
     ) -> list[Condition]:
         pipeline = load_text_pipeline(checkpoint, self.pipelines, self.text_classes)
         conditions: list[Condition] = []
+        if pipeline.tokenizer_max_length != _CLIP_TOKENS:
+            raise InputError(
+                f"the tokenizer of {checkpoint.id} has model_max_length={pipeline.tokenizer_max_length}, and"
+                f" {self.name} has {_CLIP_TOKENS} tokens of CLIP",
+                f'write "model_max_length": {_CLIP_TOKENS} into tokenizer/tokenizer_config.json',
+            )
         for prompt in map(str, subjects):
-            for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
-                check_prompt(prompt, tokenizer, pipeline.tokenizer_max_length, "CLIP")
             if pipeline.tokenizer_3 is None:  # the pipeline asks the transformer for the width of its zeros
+                for tokenizer in (pipeline.tokenizer, pipeline.tokenizer_2):
+                    check_prompt(prompt, tokenizer, _CLIP_TOKENS, "CLIP")
                 pipeline.transformer = SimpleNamespace(config=SimpleNamespace(**self.config))
             else:
                 check_prompt(prompt, pipeline.tokenizer_3, _T5_TOKENS, "T5")

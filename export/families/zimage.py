@@ -10,9 +10,9 @@ from diffusers.models.embeddings import Timesteps
 from diffusers.models.transformers.transformer_z_image import TimestepEmbedder
 from torch import nn
 
-from ditf.export.checkpoints.chat_template import as_template, render_chats
 from ditf.export.checkpoints.layout import Checkpoint
-from ditf.export.checkpoints.loading import load_text_pipeline
+from ditf.export.checkpoints.text.chat_template import as_template, render_chats
+from ditf.export.checkpoints.text.pipeline import load_text_pipeline
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Blocks, Condition, Defaults, Family, TrunkSpec, check_prompt
 from ditf.export.families.refined_text import RefinedConditioner, RefinedText, axes_rotary

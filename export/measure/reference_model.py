@@ -23,7 +23,6 @@ from ditf.export.checkpoints.latent_space import LatentSpace
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_model
 from ditf.export.checkpoints.noise_schedule import ddpm_scheduler
-from ditf.export.checkpoints.offload import is_offloaded, offload_model
 from ditf.export.families.base import Condition, Family
 from ditf.export.graph.features import FeatureSettings
 from ditf.runtime.errors import MissingComponent
@@ -64,13 +63,7 @@ class Reference:
         transformer_class = getattr(diffusers, family.transformer_class)
         self._family = family
         self._layer = layer
-        self._transformer: Any
-        # A model that is held in memory is loaded by diffusers, which does not know the LoRAs.
-        if not checkpoint.loras and (resident or not is_offloaded(checkpoint.stored("transformer")[0])):
-            self._transformer = load_model(transformer_class, checkpoint, "transformer")
-        else:
-            weights = checkpoint.weights("transformer")
-            self._transformer = offload_model(transformer_class, family.config, weights)
+        self._transformer = load_model(transformer_class, checkpoint, "transformer", resident)
         self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels)
         self._vae = self._latents.load_vae() if self._latents.vae else None
         self._scheduler = checkpoint.config("scheduler")

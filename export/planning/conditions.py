@@ -14,6 +14,7 @@ import torch
 
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import first_line
+from ditf.export.checkpoints.text.pipeline import check_text
 from ditf.export.families.base import Condition, Defaults, Family
 from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.prompt_embeds import read_embeddings
@@ -35,6 +36,7 @@ class Entry:
         timestep: diffusion timestep.
         condition: the tensors of the text encoders, once they ran.
         embeds: sha256 of the file of --prompt-embeds that the condition is from, or None.
+        cut_text: which text encoder reads only the start of the prompt, or None; for people.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Entry:
     timestep: int
     condition: Condition
     embeds: str | None = None
+    cut_text: str | None = None
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -51,6 +54,7 @@ class Entry:
             "class_label": self.class_label,
             "timestep": self.timestep,
             **({} if self.embeds is None else {"prompt_embeds": self.embeds}),
+            **({} if self.cut_text is None else {"cut_text": self.cut_text}),
         }
 
 
@@ -163,13 +167,36 @@ def read_prompts(path: Path) -> list[tuple[str, str]]:
     return named
 
 
+def check_prompts(entries: Sequence[Entry], family: Family, checkpoint: Checkpoint) -> tuple[Entry, ...]:
+    """Check the text encoders and tokenizers that the entries need; their values are not read.
+
+    Returns:
+        The entries, each with its `cut_text`.
+
+    Raises:
+        InputError: as for `check_text`.
+    """
+    prompts = [entry.prompt for entry in entries if entry.embeds is None and entry.prompt is not None]
+    if not prompts:
+        return tuple(entries)
+    text = check_text(checkpoint, family.pipelines, family.text_classes, prompts)
+    cut = {prompt: text.cut_text(prompt) for prompt in dict.fromkeys(prompts)}
+    return tuple(replace(entry, cut_text=cut.get(entry.prompt or "")) for entry in entries)
+
+
+def warnings_of(entries: Sequence[Entry]) -> list[str]:
+    """A line for each prompt of which a text encoder reads only the start."""
+    lines = [f"{entry.prompt!r:.60}: {entry.cut_text}" for entry in entries if entry.cut_text is not None]
+    return list(dict.fromkeys(lines))
+
+
 def encode(
     entries: Sequence[Entry], family: Family, checkpoint: Checkpoint, guidance: float | None
 ) -> tuple[Entry, ...]:
     """The entries with their conditions. Where embeddings were given, no text encoder is opened.
 
     Raises:
-        InputError: a prompt is too long, or a text encoder fails or gives NaN.
+        InputError: a prompt is too long; or a text encoder fails, gives NaN, or is not of this transformer.
     """
     if entries[0].embeds is not None:
         setting = {} if guidance is None else {"guidance": torch.tensor([guidance])}
@@ -189,8 +216,15 @@ def encode(
             "download the checkpoint again",
         ) from error
     conditions = dict(zip(unique, encoded, strict=True))
+    example = family.example_condition()
     for subject, condition in conditions.items():
         for name, tensor in condition.items():
+            if tensor.is_floating_point() and tensor.shape[-1] != example[name].shape[-1]:
+                raise InputError(
+                    f"the text encoders of {checkpoint.id} give {name} of {tensor.shape[-1]} channels, its"
+                    f" transformer takes {example[name].shape[-1]}",
+                    "take the text encoders and the transformer from the same checkpoint",
+                )
             if not torch.isfinite(tensor).all():
                 raise InputError(
                     f"{name} of {subject!r:.60} holds NaN or infinity: the text encoder is damaged",

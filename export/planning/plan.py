@@ -20,7 +20,7 @@ from ditf.export.families import family_of
 from ditf.export.families.base import Defaults, Family
 from ditf.export.families.demo import DEMO_DEFAULTS
 from ditf.export.graph.precision import PRECISIONS, Precision
-from ditf.export.planning.conditions import Entry, plan_entries
+from ditf.export.planning.conditions import Entry, check_prompts, plan_entries
 from ditf.export.planning.export_options import SHORT_NAMES, ExportOptions
 from ditf.export.planning.size import Size
 from ditf.runtime.errors import InputError
@@ -107,7 +107,8 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     """Plan an export of a checkpoint whose weights are there.
 
     Raises:
-        DitfError: as `plan_from_configs`; or the checkpoint's config and weights contradict each other.
+        DitfError: as `plan_from_configs`; or the config and the weights of a part that will be loaded
+            contradict each other.
     """
     if options.vae is None and options.vae_revision is not None:
         raise InputError("--vae-revision requires --vae", "add --vae, or leave --vae-revision out")
@@ -116,9 +117,11 @@ def make_plan(options: ExportOptions, checkpoint: Checkpoint) -> Plan:
     family, checkpoint = plan.family, plan.checkpoint
     checkpoint.check_loras(options.unneeded)
     weights = checkpoint.weights("transformer")
-    check_structure(family.transformer_class, family.config, weights, checkpoint.mismatch_fix)
-    checkpoint.check_weights(options.unneeded)
-    return plan
+    check_structure(family.transformer_class, family.config, weights, fix=checkpoint.mismatch_fix)
+    plan.own_latents.check_weights()
+    if vae is not None:
+        plan.latents.check_weights()
+    return replace(plan, entries=check_prompts(plan.entries, family, checkpoint))
 
 
 def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part | None = None) -> Plan:

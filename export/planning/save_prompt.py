@@ -7,19 +7,23 @@ from pathlib import Path
 import torch
 
 from ditf.export.checkpoints.opening import open_checkpoint
-from ditf.export.planning.conditions import encode
+from ditf.export.planning.conditions import check_prompts, encode, warnings_of
 from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import plan_from_configs
 from ditf.export.planning.prompt_embeds import write_embeddings
+from ditf.export.planning.stages import Warn
 from ditf.runtime.errors import InputError
 
 _UNNEEDED = ("transformer", "vae")
 
 
-def save_prompt(options: ExportOptions, path: Path) -> str:
+def save_prompt(options: ExportOptions, path: Path, warn: Warn = lambda line: None) -> str:
     """Encode the prompt of an export and write it for `--prompt-embeds`.
 
     Transformer and VAE need their configs only, not their weights.
+
+    Args:
+        warn: as for `export_bundle`.
 
     Returns:
         The prompt.
@@ -36,8 +40,11 @@ def save_prompt(options: ExportOptions, path: Path) -> str:
         plan.checkpoint.check_loras(_UNNEEDED)
         if len({entry.prompt for entry in plan.entries}) > 1:
             raise InputError("--save-prompt-embeds writes one prompt to a file", "run it once for each")
+        entries = check_prompts(plan.entries[:1], plan.family, plan.checkpoint)
+        for line in warnings_of(entries):
+            warn(line)
         with torch.no_grad():
-            entry = encode(plan.entries[:1], plan.family, plan.checkpoint, plan.guidance)[0]
+            entry = encode(entries, plan.family, plan.checkpoint, plan.guidance)[0]
     prompt = str(entry.prompt)
     write_embeddings(path, entry.condition, prompt, checkpoint.id)
     return prompt

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 Report = Callable[[str], None]
 """Takes a line for people at the start of each stage."""
 
+Warn = Callable[[str], None]
+"""Takes a line for people about something that the result differs by, though the work goes on."""
+
 
 def _nothing() -> None:
     pass

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ditf.calib.images import procedural_image
-from ditf.export.checkpoints import loading, offload
+from ditf.export.checkpoints import offload
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
@@ -106,16 +106,5 @@ def test_text_encoders_are_the_same_bits(checkpoint, tmp_path, monkeypatch, name
     monkeypatch.setattr(offload, "RESIDENT", 0)
     offloaded = condition_of(plan).condition
     assert resident.keys() == offloaded.keys()
-    for key, tensor in resident.items():
-        assert torch.equal(tensor, offloaded[key]), key
-
-
-def test_encoders_of_another_layout_are_left_to_transformers(checkpoint, monkeypatch):
-    """Where the tensors are not stored as the model has them, `from_pretrained` maps them."""
-    plan = plan_of(checkpoint("flux"))
-    resident = condition_of(plan).condition
-    monkeypatch.setattr(offload, "RESIDENT", 0)
-    monkeypatch.setattr(loading, "offload_encoder", lambda *arguments: None)
-    offloaded = condition_of(plan).condition
     for key, tensor in resident.items():
         assert torch.equal(tensor, offloaded[key]), key

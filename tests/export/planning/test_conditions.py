@@ -100,9 +100,10 @@ def test_what_is_refused(checkpoint, name, options, message):
 @pytest.mark.parametrize(
     ("name", "options", "message"),
     [
-        ("pixart", {"prompt": "a" * 120}, "tokens, T5 reads 120; shorten it"),
-        ("sd3", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
-        ("flux", {"prompt": "a" * 90}, "tokens, CLIP reads 77"),
+        ("pixart", {"prompt": "a" * 120}, "tokens, T5 reads 120; shorten it, .*--prompt-embeds"),
+        ("sd3", {"prompt": "a" * 256}, "tokens, T5 reads 256"),
+        ("schnell", {"prompt": "a" * 256}, "tokens, T5 reads 256"),
+        ("flux", {"prompt": "a" * 512}, "tokens, T5 reads 512"),
         ("flux2", {"prompt": "a" * 520}, "tokens in its template, Qwen3 reads 512"),
         ("chroma", {"prompt": "a" * 512}, "tokens, T5 reads 512"),
         ("zimage", {"prompt": "a" * 512}, "tokens in its template, Qwen3 reads 512"),

@@ -108,7 +108,7 @@ def test_the_widths_of_published_models_fit_the_key_maps(published):
     meta = {name: torch.empty(shape, device="meta") for name, shape in shapes.items()}
     stored = MetaWeights({name: tuple(one.shape) for name, one in original(class_name, meta).items()})
     assert layout_of(stored.shapes).class_name == class_name
-    check_structure(class_name, config, in_diffusers_names(stored, config), "")
+    check_structure(class_name, config, in_diffusers_names(stored, config))
 
 
 class Counted(SafetensorsWeights):
@@ -175,4 +175,4 @@ def test_a_tensor_too_few_or_too_many_is_named(checkpoint, tmp_path):
     weights = read(tmp_path / "model.safetensors", folder)
     config = full_config("FluxTransformer2DModel", Checkpoint(folder, "").config("transformer"))
     with pytest.raises(InputError, match=r"have double_blocks\.1\.img_mlp\.1\.bias, which"):
-        check_structure("FluxTransformer2DModel", config, weights, "")
+        check_structure("FluxTransformer2DModel", config, weights)

@@ -7,6 +7,7 @@ Python, but it can still loop for years or fill the memory.
 from __future__ import annotations
 
 import json
+import re
 import resource
 import signal
 import subprocess
@@ -20,6 +21,7 @@ from ditf.runtime.errors import InputError
 _SECONDS, _BYTES, _CHARACTERS = 2, 512 << 20, 1 << 20  # a chat has about 100 characters
 _DEADLINE = 300  # seconds after which the process is stopped, whatever it does
 _PAGE = resource.getpagesize()
+_MARK = re.compile(r"<\|[^<>|]+\|>")
 
 
 def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list[str]:
@@ -30,7 +32,8 @@ def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list
         thinking: the template's `enable_thinking`.
 
     Raises:
-        InputError: the template is missing, fails, or takes more than 2 s, 512 MiB or a million characters.
+        InputError: the template is missing, fails, or takes more than 2 s, 512 MiB or a million characters;
+            or it writes a mark that is no token.
     """
     fix = "take the tokenizer's folder of the published checkpoint"
     what = f"the chat template of {tokenizer.name_or_path}"
@@ -65,7 +68,23 @@ def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list
     if "problem" in answer:
         raise InputError(f"{what} {answer['problem']}", fix)
     chats: list[str] = answer["chats"]
+    for chat, prompt in zip(chats, prompts, strict=True):
+        check_marks(tokenizer, chat, prompt)
     return chats
+
+
+def check_marks(tokenizer: Any, chat: str, prompt: str) -> None:
+    """Check that the marks which a chat template has put around a prompt are tokens.
+
+    Raises:
+        InputError: one is not in the vocabulary, and would be read as letters; names it.
+    """
+    for mark in sorted(set(_MARK.findall(chat)) - set(_MARK.findall(prompt))):
+        if mark not in tokenizer.get_vocab():
+            raise InputError(
+                f"the chat template of {tokenizer.name_or_path} writes {mark}, which is no token of it",
+                "take the tokenizer from the checkpoint of its text encoder",
+            )
 
 
 def as_template(chat: str) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from ditf.export.checkpoints.chat_template import as_template, render_chats
+from ditf.export.checkpoints.text.chat_template import as_template, check_marks, render_chats
 from ditf.runtime.errors import InputError
 from tests.checkpoint_parts import tiny_qwen_tokenizer
 
@@ -56,3 +56,11 @@ def test_a_hostile_template_is_bad_input(template, problem):
     with pytest.raises(InputError, match=rf"the chat template of .* {problem}") as caught:
         render_chats(tokenizer, ["a cat"], True)
     assert "\n" not in str(caught.value)
+
+
+def test_the_marks_of_a_chat_are_tokens():
+    """A mark that the vocabulary lacks would be read letter by letter."""
+    tokenizer = tiny_qwen_tokenizer()
+    check_marks(tokenizer, "<|im_start|>user\na <|cat|><|im_end|>", "a <|cat|>")
+    with pytest.raises(InputError, match=r"writes <\|end\|>, which is no token"):
+        check_marks(tokenizer, "<|im_start|>user\na cat<|end|>", "a cat")
