@@ -21,8 +21,8 @@ from ditf.runtime.files.writing import replacing, write_whole
 
 
 @verb(
-    takes="model base transformer vae lora layer conditioning prompt prompts prompt_embeds class_label guidance"
-    " text_tokens timestep size seed ensemble",
+    takes="model base transformer vae lora layer conditioning prompt prompts prompt_embeds class_label"
+    " guidance text_tokens timestep size seed ensemble",
     helps={"layer": "Last layer to measure: 9 or single.9."},
 )
 def calibrate(

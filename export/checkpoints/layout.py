@@ -130,11 +130,11 @@ class Checkpoint:
         }
 
     def weights(self, component: str) -> Weights:
-        """A component's weights, dequantised and with the LoRAs folded in; a tensor is read when it is asked for.
+        """A component's weights, dequantised and with the LoRAs folded in.
 
         Raises:
-            InputError: a file is missing, truncated or not safetensors, weights are quantised in a way that is
-                not supported, a LoRA does not fit, or `in_diffusers_names` cannot read a given transformer.
+            InputError: a file is missing, truncated or not safetensors, weights are quantised in a way that
+                is not supported, a LoRA does not fit, or `in_diffusers_names` cannot read the transformer.
         """
         own = self._own_weights(component)
         if not self.loras or component not in ("transformer", *self.text_encoders()):
