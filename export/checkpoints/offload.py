@@ -49,14 +49,18 @@ def give_weights(
     model.eval().requires_grad_(False)
     if not resident and is_offloaded(sum(parameter.numel() for parameter in model.parameters())):
         return _offloaded(model, weights, stored)
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
+    own = model.state_dict()
     read: dict[str, torch.Tensor] = {}  # tied parameters read one tensor
-    for source in stored.values():
+    for name, source in stored.items():
         if source not in read:
-            read[source] = weights.tensor(source)
-    state = {name: read[source].to(types[name]) for name, source in stored.items()}
+            read[source] = _read(weights, source, own[name])
+    state = {name: read[source].to(own[name].dtype) for name, source in stored.items()}
     model.load_state_dict(state, assign=True)
     return model
+
+
+def _read(weights: Weights, name: str, like: torch.Tensor) -> torch.Tensor:
+    return weights.tensor(name) if like.is_floating_point() else weights.counts(name)
 
 
 def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
@@ -64,7 +68,7 @@ def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) ->
 
     for name, buffer in model.named_buffers():
         if name in stored:
-            buffer.copy_(weights.tensor(stored[name]))
+            buffer.copy_(_read(weights, stored[name], buffer))
     attach_align_device_hook(
         model, execution_device=torch.device("cpu"), offload=True, weights_map=_Tensors(weights, stored)
     )

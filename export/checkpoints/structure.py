@@ -7,11 +7,8 @@ from collections.abc import Collection, Mapping
 
 import torch
 
-from ditf.export.checkpoints.weights import Weights
+from ditf.export.checkpoints.weights import WHOLE_NUMBERS, Weights
 from ditf.runtime.errors import InputError
-
-_NO_VALUES = re.compile(r"[IU]\d+|BOOL|F[46]_.*|F8_E8M0")
-"""The types, named as in safetensors, whose values are not those of the weights."""
 
 _ADAPTER = re.compile(
     r"(^|[._])(lora|lora_[A-Za-z]+|lokr_\w+|hada_\w+|base_layer|base_model|modules_to_save|adapter|dora_scale)"
@@ -22,6 +19,14 @@ _QUANTISER = re.compile(
     r"|scale_input|input_scale|scaled_fp8|qweight|qzeros|g_idx|_data|_scale|zero_point)([._]|$)"
 )
 """Parts of names that only an adapter (LoRA) or a quantiser gives to a tensor."""
+
+_WRAPPERS = {
+    "_orig_mod.": "torch.compile",
+    "module.": "DistributedDataParallel",
+    "_fsdp_wrapped_module.": "FullyShardedDataParallel",
+    "_checkpoint_wrapped_module.": "activation checkpointing",
+}
+"""What wrappers of a model put in front of its names, alone or between them."""
 
 BELONG = "the config and the weights do not belong together: take both from the same checkpoint"
 
@@ -59,6 +64,12 @@ def check_tensors(
                 f"the weights of {what} are quantised in a way that ditf does not read: they have {tensor}",
                 "take the checkpoint that is not quantised",
             )
+        for prefix, wrapper in _WRAPPERS.items():
+            if prefix in tensor and tensor.replace(prefix, "") in expected:
+                raise InputError(
+                    f"the weights of {what} were saved from inside {wrapper}: they have {tensor}",
+                    "save the model that it wraps (accelerate: unwrap_model), or take the prefix off the names",
+                )
     unknown = [tensor for tensor in unknown if tensor not in ignored]
     has = f" have {unknown[0]}, which the config does not know" if unknown else ""
     for tensor in sorted(expected.keys() - stored.keys()):
@@ -73,7 +84,7 @@ def check_tensors(
             raise InputError(
                 f"{source} of {what} is {list(weights.shapes[source])}, the config says {list(shape)}", fix
             )
-        if value.is_floating_point() and _NO_VALUES.fullmatch(weights.dtypes[source]):
+        if value.is_floating_point() and weights.dtypes[source] in WHOLE_NUMBERS:
             raise InputError(
                 f"{source} of {what} is stored as {weights.dtypes[source]}, and nothing says which values"
                 " that stands for",

@@ -17,7 +17,10 @@ from ditf.export.checkpoints.formats.original.rows import Rows, RowWeights
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
 
-PREFIXES = ("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer.")
+PREFIXES = (
+    *("model.diffusion_model.", "diffusion_model.", "model.model.", "net.", "transformer."),
+    *("module.", "_orig_mod."),  # of DistributedDataParallel and torch.compile
+)
 """What stands in front of the transformer's names in whole checkpoints and in some exports."""
 
 
