@@ -68,7 +68,7 @@ def check_tensors(
             if prefix in tensor and tensor.replace(prefix, "") in expected:
                 raise InputError(
                     f"the weights of {what} were saved from inside {wrapper}: they have {tensor}",
-                    "save the model that it wraps (accelerate: unwrap_model), or take the prefix off the names",
+                    "save the model that it wraps (accelerate: unwrap_model), or take the prefix off",
                 )
     unknown = [tensor for tensor in unknown if tensor not in ignored]
     has = f" have {unknown[0]}, which the config does not know" if unknown else ""
