@@ -16,8 +16,8 @@ INPUTS = ("source", "target", "point_rows", "point_columns", "rows", "columns")
 OUTPUTS = ("points", "scores")
 
 UNRESOLVED = 1e-6
-"""The smallest ratio of |up(F)| to up(|F|) that float32 resolves. Where the cells around a pixel cancel further
-than that, the direction of up(F) is rounding noise, and its cosine is scaled down towards 0."""
+"""The smallest ratio of |up(F)| to up(|F|) that float32 resolves. Where the cells around a pixel cancel
+further, the direction of up(F) is rounding noise, and its cosine is scaled down towards 0."""
 
 
 class MatchGraph(nn.Module):
