@@ -72,7 +72,7 @@ def _trace(
         image = {0: torch.export.Dim("batch")}
         shapes = (image, tuple({} for _ in made.feeds[0])) if made.feeds[0] else (image,)
     path = folder / files.FEATURES
-    traced = write_onnx(made.graph, inputs, ["features"], path, plan.options.opset, shapes, progress)
+    traced = write_onnx(made.graph, inputs, ["features"], path, plan.opset, shapes, progress)
     if golden is not None:
         inputs["image"] = torch.from_numpy(golden.arrays["images"][:1].repeat(batch, axis=0))
         write_trace(folder / files.TRACE, traced, inputs, golden.arrays, plan.grid, plan.options.ensemble)

@@ -60,6 +60,7 @@ def make_manifest(
         "guidance": plan.guidance,
         "text_tokens": options.text_tokens if text_is_cut else None,
         "size": plan.size,
+        "opset": plan.opset,
         "discard": {
             "channels": list(settings.channels),
             "stage": settings.stage,

@@ -117,7 +117,6 @@ class _Export:
         calibrates = reference and options.calibration is None
         measures = options.precision != "float32" and calibrates
         chooses = options.precision in ("float16", "int8")
-        learned = "measuring the range" if options.pca is None else f"learning {options.pca} channels"
         against = " against the reference" if reference else ""
         stages = [
             Stage(lambda: f"opening {options.model}", self.open),
@@ -138,7 +137,7 @@ class _Export:
                 runs=reference and not calibrates,
             ),
             Stage(
-                lambda: f"{learned} of the unmodified model's features",
+                lambda: self.looking_at_features,
                 self.measure_features,
                 runs=reference and options.measures_features,
             ),
@@ -200,6 +199,8 @@ class _Export:
         self.calibration = self.observed.calibration
 
     def measure_features(self) -> None:
+        if self.range_is_calibrated:
+            return  # and was checked when the calibration was read
         self.statistics = measure_features(self.plan, self.reference, self.settings, self.cases, self.images)
 
     def record_golden(self) -> None:
@@ -252,7 +253,7 @@ class _Export:
 
     def trace_matcher(self) -> None:
         plan = self.plan
-        matcher = match_onnx(plan.channels, plan.grid, plan.output_dtype, plan.options.opset)
+        matcher = match_onnx(plan.channels, plan.grid, plan.output_dtype, plan.opset)
         (self.folder / files.MATCH).write_bytes(matcher)
 
     def write_manifest(self) -> None:
@@ -301,6 +302,20 @@ class _Export:
         assert self.calibration is not None
         assert self.calibration.extents is not None
         return choose_recipe([extent for extent in self.calibration.extents if extent.kind != FEATURES])
+
+    @property
+    def range_is_calibrated(self) -> bool:
+        """Whether the given calibration has all that is to be known of the features."""
+        if self.calibration is None or self.options.calibration is None or self.options.pca is not None:
+            return False
+        return self.calibration.range_of(self.settings) is not None
+
+    @property
+    def looking_at_features(self) -> str:
+        if self.range_is_calibrated:
+            return "the calibration has the range of the features"
+        what = "measuring the range" if self.options.pca is None else f"learning {self.options.pca} channels"
+        return f"{what} of the unmodified model's features"
 
     @property
     def layer_name(self) -> str:

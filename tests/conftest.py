@@ -93,9 +93,16 @@ def demo_bundle_float32(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bfloat16_bundle(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo model's bfloat16 bundle, two layers of it."""
-    return _export(tmp_path_factory, "demo-l2-bf16", precision="bfloat16", layer="2", size=(64, 64))
+def bfloat16_bundle(tmp_path_factory: pytest.TempPathFactory, tiny_pixart: Path) -> Path:
+    """A bfloat16 bundle of the tiny PixArt, whose VAE has convolutions."""
+    return _export(
+        tmp_path_factory,
+        "pixart-l2-bf16",
+        model=str(tiny_pixart),
+        layer="2",
+        precision="bfloat16",
+        size=(48, 80),
+    )
 
 
 @pytest.fixture(scope="session")

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Optional
 
 import typer
 
-from ditf.calib.recipe import INNER, SHOWN, Extent, choose_recipe
+from ditf.calib.recipe import FEATURES, INNER, SHOWN, Extent, choose_recipe
 from ditf.cli.support.exporter import needs_exporter
 from ditf.cli.support.options import JsonOption, verb
 from ditf.cli.support.output import say, show, table, write_json
@@ -22,8 +22,11 @@ from ditf.runtime.files.writing import replacing, write_whole
 
 @verb(
     takes="model base transformer vae lora layer conditioning prompt prompts prompt_embeds class_label"
-    " guidance text_tokens timestep size seed ensemble",
-    helps={"layer": "Last layer to measure: 9 or single.9."},
+    " guidance text_tokens timestep size seed ensemble discard discard_stage adaln",
+    helps={
+        "layer": "Last layer to measure: 9 or single.9.",
+        "discard": "Channels that are zero in the features whose range is measured.",
+    },
 )
 def calibrate(
     *,
@@ -59,7 +62,7 @@ def calibrate(
     if document["images"]["warning"]:
         say(f"warning: {document['images']['warning']}: the statistics say little")
     show(_render(document))
-    prediction = _prediction(document)
+    prediction = _prediction(document, replace(options, precision="float16").float16_features)
     show("\n".join(prediction))
     summary = [{k: layer[k] for k in ("layer", "name")} | _numbers(layer) for layer in document["layers"]]
     write_json(json_file, {"calibration": str(output), "layers": summary, "float16": prediction})
@@ -108,9 +111,11 @@ def _render(document: dict[str, Any]) -> str:
     return table(rows)
 
 
-def _prediction(document: dict[str, Any]) -> list[str]:
+def _prediction(document: dict[str, Any], float16_features: bool) -> list[str]:
     """Lines that say which exceptions --fp16 would make for these ranges."""
     extents = [Extent.from_json(entry) for entry in document["ranges"]]
+    if not float16_features:  # --no-adaln
+        extents = [extent for extent in extents if extent.kind != FEATURES]
     try:
         exceptions = choose_recipe(extents).exceptions()
     except InputError as error:

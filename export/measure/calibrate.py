@@ -139,7 +139,7 @@ def measure_calibration(
     """
     settings = feature_settings(plan, observed.calibration)
     extents, maxima = measure_ranges(plan, entries, noise, images.arrays, observed.hidden_states, settings)
-    return observed.calibration.with_ranges(extents, maxima)
+    return observed.calibration.with_ranges(settings, extents, maxima)
 
 
 def observe_blocks(plan: Plan, reference: Reference, images: CalibrationImages) -> ObservedBlocks:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,8 @@ class Calibration:
 
     Attributes:
         document: calibration.json without its keys `ranges` and `inputs`: the model, the settings it was
-            measured for (`measured_for`), the images, and for each of blocks 0..k the statistics of the
-            tokens that enter it.
+            measured for (`measured_for`), the images, for each of blocks 0..k the statistics of the tokens
+            that enter it, and with `extents` the `feature` whose range is among them.
         extents: `ranges`, the largest |x| of every value that a 16-bit graph holds; None where they were not
             measured, which float32 graphs do not need.
         maxima: `inputs`, the largest |x| of every input channel of each linear, {module: float32 [C_in]},
@@ -44,14 +44,24 @@ class Calibration:
         """The massive channels of the image tokens that enter block k, ascending."""
         return [entry["channel"] for entry in self.document["layers"][-1]["image"]["massive_channels"]]
 
-    def with_ranges(self, extents: Iterable[Extent], maxima: Mapping[str, torch.Tensor]) -> Calibration:
+    def with_ranges(
+        self, settings: FeatureSettings, extents: Iterable[Extent], maxima: Mapping[str, torch.Tensor]
+    ) -> Calibration:
         """The same calibration with measured ranges.
 
         Args:
+            settings: the feature whose range is among the extents.
             maxima: of any precision; they are rounded to the digits that the file keeps.
         """
+        document = {**self.document, "feature": _describe(settings)}
         rounded = {name: torch.tensor(_three_digits(values)) for name, values in maxima.items()}
-        return replace(self, extents=tuple(extents), maxima=rounded)
+        return Calibration(document, tuple(extents), rounded)
+
+    def range_of(self, settings: FeatureSettings) -> float | None:
+        """The largest |x| of a feature; None if the calibration measured another feature, or none."""
+        if self.document.get("feature") != _describe(settings):
+            return None
+        return next((one.max_abs for one in self.extents or () if one.kind == FEATURES), None)
 
     def to_json(self) -> dict[str, Any]:
         """The document of calibration.json."""
@@ -81,6 +91,12 @@ class Calibration:
         return cls(kept, extents, maxima)
 
 
+def _describe(settings: FeatureSettings) -> dict[str, Any]:
+    """A feature as calibration.json has it; hidden states have no norm to discard before or after."""
+    stage = settings.stage if settings.adaln else "before"
+    return {"channels": list(settings.channels), "stage": stage, "adaln": settings.adaln}
+
+
 def _three_digits(values: torch.Tensor) -> list[float]:
     return [float(f"{value:.3g}") for value in values.tolist()]
 
@@ -89,8 +105,9 @@ def read_calibration(path: Path, plan: Plan) -> Calibration:
     """Read a file that `ditf calibrate` wrote with the settings of this export.
 
     Raises:
-        InputError: the file cannot be read or is no calibration, or it was measured on another model, layer,
-            timestep, condition, size or feature; or as for `check_feature_range`.
+        InputError: the file cannot be read or is no calibration; it was measured on another model, layer,
+            timestep, condition or size; it has not the features' range and nothing will measure it; or as
+            for `check_feature_range`.
     """
     fix = "make one with ditf calibrate"
     try:
@@ -101,11 +118,15 @@ def read_calibration(path: Path, plan: Plan) -> Calibration:
         raise InputError(f"--calibration {path} is no calibration ({error!r:.80})", fix) from error
     if plan.precision.compute != torch.float32 and calibration.extents is None:
         raise InputError(f"--calibration {path} has no ranges: it is a float32 bundle's", fix)
-    if plan.features_in_ranges and not any(extent.name == FEATURES for extent in calibration.extents or ()):
-        raise InputError(f"--calibration {path} has the range of another feature", fix)
     wrong = mismatches(calibration.document, measured_for(plan))
     if wrong:
         raise InputError(f"--calibration {path} has {wrong[0]}", fix)
+    lacks = plan.features_in_ranges and calibration.range_of(feature_settings(plan, calibration)) is None
+    if lacks and plan.options.golden == "none":
+        raise InputError(
+            f"--calibration {path} has the range of other features, and --golden none measures nothing",
+            "make it with ditf calibrate and this export's --discard, --discard-stage and --no-adaln",
+        )
     check_feature_range(plan, calibration)
     return calibration
 
@@ -145,12 +166,11 @@ def feature_settings(plan: Plan, calibration: Calibration | None) -> FeatureSett
 
 
 def check_feature_range(plan: Plan, calibration: Calibration) -> None:
-    """Check that the plan's features fit into float16, if they are float16 and the calibration measured them.
+    """Check that the plan's features fit into float16, if they are float16 and the calibration has them.
 
     Raises:
         InputError: the features leave no margin to float16's largest number.
     """
-    name = feature_settings(plan, calibration).name
-    for extent in calibration.extents or ():
-        if plan.features_in_ranges and extent.kind == FEATURES and extent.name == name:
-            check_features(extent.max_abs)
+    largest = calibration.range_of(feature_settings(plan, calibration))
+    if plan.features_in_ranges and largest is not None:
+        check_features(largest)

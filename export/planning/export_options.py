@@ -222,7 +222,13 @@ class ExportOptions:
         Union[int, Literal["dynamic"]],
         Flag("Number of images in one call.", metavar="N|dynamic", parse=parse_batch),
     ] = 1
-    opset: Annotated[int, Flag(f"ONNX opset, {OPSETS[0]}..{OPSETS[-1]}.")] = DEFAULT_OPSET
+    opset: Annotated[
+        Optional[int],
+        Flag(
+            f"ONNX opset, {OPSETS[0]}..{OPSETS[-1]}; {DEFAULT_OPSET} by default, or 22 where bf16 needs it.",
+            metavar="N",
+        ),
+    ] = None
     calibration: Annotated[
         Optional[Path],
         Flag(
@@ -305,18 +311,22 @@ class ExportOptions:
         return path.parent.name if path.name == "transformer" and path.parent.name else path.name
 
     @property
+    def float16_features(self) -> bool:
+        """Whether the features are float16."""
+        if self.features_dtype is not None:
+            return self.features_dtype == "float16"
+        return self.adaln and self.precision != "float32"
+
+    @property
     def measures_features(self) -> bool:
-        """Whether the unmodified model has to run over the images once more, to see its features.
+        """Whether the unmodified model may have to run over the images once more, to see its features.
 
         It learns --pca from them, or it measures the range of float16 features. A graph that is not float32
-        has all its ranges measured anyway, the features' among them; a given calibration has that of the
-        default feature only.
+        has all its ranges measured anyway, the features' among them; a given calibration has the range of
+        one feature, which may be another.
         """
-        default = self.adaln and self.discard_stage == "before"
-        measured = self.precision != "float32" and (self.calibration is None or default)
-        normed = self.features_dtype is None and self.adaln and self.precision != "float32"
-        float16 = self.features_dtype == "float16" or normed
-        return self.pca is not None or (float16 and not measured)
+        measured = self.precision != "float32" and self.calibration is None
+        return self.pca is not None or (self.float16_features and not measured)
 
     @property
     def unneeded(self) -> tuple[str, ...]:
@@ -348,13 +358,13 @@ def _checks() -> Any:
     return create_model("Checked", **fields)
 
 
-def check_opset(opset: int) -> None:
+def check_opset(opset: Optional[int]) -> None:
     """Reject opsets for which torch writes wrong graphs.
 
     Raises:
-        InputError: the opset is not in `OPSETS`.
+        InputError: the opset is given and not in `OPSETS`.
     """
-    if opset not in OPSETS:
+    if opset is not None and opset not in OPSETS:
         raise InputError(
-            f"opset {opset} is not supported", f"choose {OPSETS[0]}..{OPSETS[-1]}, default {DEFAULT_OPSET}"
+            f"opset {opset} is not supported", f"choose {OPSETS[0]}..{OPSETS[-1]}, or leave --opset out"
         )

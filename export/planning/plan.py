@@ -21,7 +21,7 @@ from ditf.export.families.base import Defaults, Family
 from ditf.export.families.demo import DEMO_DEFAULTS
 from ditf.export.graph.precision import PRECISIONS, Precision
 from ditf.export.planning.conditions import Entry, check_prompts, plan_entries
-from ditf.export.planning.export_options import SHORT_NAMES, ExportOptions
+from ditf.export.planning.export_options import DEFAULT_OPSET, OPSETS, SHORT_NAMES, ExportOptions
 from ditf.export.planning.size import Size
 from ditf.runtime.errors import InputError
 from ditf.runtime.images import list_images
@@ -84,13 +84,30 @@ class Plan:
 
     @property
     def features_in_ranges(self) -> bool:
-        """Whether the measured ranges have to show that the features fit into float16."""
-        return self.output_dtype == torch.float16 and not self.options.measures_features
+        """Whether the measured ranges have to show that the features fit into float16.
+
+        The range of projected features is not among them.
+        """
+        return self.options.float16_features and self.options.pca is None
 
     @property
     def channels(self) -> int:
         """Number of channels of the features that the graph gives."""
         return self.family.channels if self.options.pca is None else self.options.pca
+
+    @property
+    def opset(self) -> int:
+        """The ONNX opset of the graphs: the given one, or one that has the operators of `least_opset`."""
+        return max(DEFAULT_OPSET, self.least_opset[0]) if self.options.opset is None else self.options.opset
+
+    @property
+    def least_opset(self) -> tuple[int, str]:
+        """The lowest opset that can express the graph, and what of the graph needs it."""
+        if self.options.precision == "int8":
+            return 19, "float16 inputs of QuantizeLinear"
+        if self.precision.compute == torch.bfloat16 and self.latents.vae:
+            return 22, "the VAE's bfloat16 convolutions"
+        return OPSETS[0], "torch's exporter"
 
     @property
     def noise_shape(self) -> tuple[int, int, int, int]:
@@ -235,8 +252,9 @@ def _check_batch(plan: Plan) -> None:
 
 
 def _check_opset(plan: Plan) -> None:
-    if plan.options.precision == "int8" and plan.options.opset < 19:
-        raise InputError(f"int8 needs opset 19, not {plan.options.opset}", "leave --opset out")
+    least, what = plan.least_opset
+    if plan.opset < least:
+        raise InputError(f"--opset {plan.opset}: {what} need opset {least}", "leave --opset out")
 
 
 def _check_calibration_images(plan: Plan) -> None:
@@ -266,10 +284,10 @@ def _check_golden(plan: Plan) -> None:
         raise InputError(
             "--pca is learned from the model, and --golden none leaves it out", "give one of them"
         )
-    if options.measures_features:
+    if options.measures_features and options.calibration is None:
         raise InputError(
             "float16 features need their range, and --golden none measures nothing",
-            "leave it out, or add --features-dtype float32",
+            "add --calibration FILE (ditf calibrate), or --features-dtype float32",
         )
     if options.calibration is None and options.discard == "auto":
         raise InputError(

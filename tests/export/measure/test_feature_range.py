@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from ditf.calib.recipe import FEATURES, LIMIT
 from ditf.export.exporter import export_bundle, stage_count
 from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.calibrate import calibrate
 from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError
@@ -97,15 +99,56 @@ def test_features_that_ship_without_margin_are_refused(cancelled, tmp_path, prec
     assert not list(tmp_path.iterdir())
 
 
-def test_a_calibration_has_the_range_of_one_feature(shifted, tmp_path):
-    """Of another feature the range is measured anew, or the file or the export is refused."""
-    same = {"precision": "float16", "discard": (3, 5)}
-    made = export_bundle(options_of(shifted, tmp_path / "a", discard_stage="after", **same))
-    file = {"calibration": made / "calibration.json"}
-    again = options_of(shifted, tmp_path / "b", discard_stage="after", **same, **file)
-    assert again.measures_features
-    assert export_bundle(again).exists()
-    with pytest.raises(InputError, match=r"calibration\.json has the range of another feature"):
-        export_bundle(options_of(shifted, tmp_path / "c", **same, **file))
-    with pytest.raises(InputError, match=r"float16 features need their range, and --golden none"):
-        export_bundle(replace(again, golden="none"))
+@pytest.fixture(scope="module")
+def calibrated(cancelled, tmp_path_factory):
+    """The calibration of a feature that fits."""
+    folder = tmp_path_factory.mktemp("calibrated")
+    document = calibrate(options_of(cancelled, folder / "b", **FITS), folder=folder).to_json()
+    path = folder / "calibration.json"
+    path.write_text(json.dumps(document))
+    return path
+
+
+FITS = {"precision": "float16", "discard": (3,)}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"discard": "none"},
+        {"discard_stage": "after", "precision": "bfloat16"},
+        {"discard": "none", "precision": "float32", "features_dtype": "float16"},
+    ],
+)
+def test_a_calibration_has_the_range_of_its_own_feature(cancelled, calibrated, tmp_path, changes):
+    """The range of another feature is measured, and without the reference the file is refused."""
+    options = options_of(cancelled, tmp_path / "b", calibration=calibrated, **FITS | changes)
+    stages = []
+    with pytest.raises(InputError, match=r"features reach [34]\.\d+e\+04.*--features-dtype float32"):
+        export_bundle(options, stages.append)
+    assert stages[-1] == "measuring the range of the unmodified model's features"
+    with pytest.raises(InputError, match="has the range of other features, and --golden none"):
+        export_bundle(replace(options, golden="none"))
+    assert not list(tmp_path.iterdir())
+
+
+def test_features_that_a_calibration_knows_are_not_measured_again(cancelled, calibrated, tmp_path):
+    options = options_of(cancelled, tmp_path / "b", calibration=calibrated, **FITS)
+    stages = []
+    assert export_bundle(replace(options, golden="none"), stages.append).exists()
+    assert len(stages) == stage_count(replace(options, golden="none"))
+    options = replace(options, output=tmp_path / "c")
+    stages = []
+    export_bundle(options, stages.append)
+    assert "the calibration has the range of the features" in stages
+    assert len(stages) == stage_count(options)
+
+
+def test_hidden_states_do_not_make_fp16_refuse(ditf, shifted):
+    """They are float32 features with --fp16, so their range is no reason."""
+    same = ("--layer", LAYER, "--size", f"{SIZE[0]}x{SIZE[1]}", "--discard", "none", "-q")
+    refused = ditf("calibrate", "--model", shifted, *same)
+    assert "--fp16 would refuse: the features reach" in refused.stdout
+    kept = ditf("calibrate", "--model", shifted, *same, "--no-adaln")
+    assert kept.returncode == 0
+    assert "would refuse" not in kept.stdout

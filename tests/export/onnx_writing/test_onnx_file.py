@@ -9,6 +9,7 @@ import pytest
 
 from ditf.export.exporter import export_bundle
 from ditf.export.planning.export_options import OPSETS, ExportOptions, check_opset
+from ditf.runtime.bundles.manifest import read_manifest
 from ditf.runtime.errors import InputError
 
 HALF, FLOAT = onnx.TensorProto.FLOAT16, onnx.TensorProto.FLOAT
@@ -66,6 +67,18 @@ def test_opsets(tmp_path, tiny_pixart, opset):
     )
     model = onnx.load(str(export_bundle(options) / "features.onnx"), load_external_data=False)
     assert {item.version for item in model.opset_import if not item.domain} == {opset}
+
+
+def test_bfloat16_takes_the_opset_that_has_its_convolutions(bfloat16_bundle, tiny_pixart, tmp_path):
+    manifest = read_manifest(bfloat16_bundle)
+    assert manifest.opset == 22
+    for name in ("features.onnx", "match.onnx"):
+        model = onnx.load(str(bfloat16_bundle / name), load_external_data=False)
+        assert {item.version for item in model.opset_import} == {22}
+    options = ExportOptions(model=str(tiny_pixart), precision="bfloat16", opset=21, output=tmp_path / "b")
+    with pytest.raises(InputError, match="the VAE's bfloat16 convolutions need opset 22; leave --opset out"):
+        export_bundle(options)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.parametrize("opset", [OPSETS[0] - 1, OPSETS[-1] + 1])
