@@ -167,7 +167,8 @@ class Family(ABC):
     """The text encoders and tokenizers of its checkpoints in transformers; no other class is imported."""
 
     ddpm: ClassVar[bool] = False
-    """Whether the published checkpoints have a DDPM schedule. The others have flow matching."""
+    """Whether the published checkpoints were trained with DDPM noise. The other families know flow matching
+    only, whatever scheduler a checkpoint is saved with."""
 
     short_text: ClassVar[int | None] = None
     """The text tokens of a short prompt, in families that drop the masked tokens after them."""

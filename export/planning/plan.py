@@ -145,7 +145,7 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
         entries=entries,
         guidance=_guidance(options, family, defaults),
         size=_size(options.size or defaults.size, family, latents),
-        levels=_levels(checkpoint, entries),
+        levels=_levels(checkpoint, family, entries),
         discard=discard,
         precision=PRECISIONS[options.precision],
     )
@@ -211,11 +211,11 @@ def _cell(family: Family, latents: LatentSpace) -> int:
     return latents.stride * family.patch_size
 
 
-def _levels(checkpoint: Checkpoint, entries: tuple[Entry, ...]) -> torch.Tensor:
-    scheduler = checkpoint.config("scheduler")
+def _levels(checkpoint: Checkpoint, family: Family, entries: tuple[Entry, ...]) -> torch.Tensor:
+    levels = noise_levels(checkpoint.config("scheduler"), flow_matching=not family.ddpm)
     for entry in entries:
-        noise_level(scheduler, entry.timestep)  # or it is out of range
-    return noise_levels(scheduler)
+        noise_level(levels, entry.timestep)  # or it is out of range
+    return levels
 
 
 def _check_batch(plan: Plan) -> None:
