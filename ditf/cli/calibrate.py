@@ -22,7 +22,7 @@ from ditf.runtime.files.writing import replacing, write_whole
 
 @verb(
     takes="model vae layer conditioning prompt prompts prompt_embeds class_label guidance text_tokens"
-    " timestep size seed ensemble",
+    " text_padding timestep size seed ensemble",
     helps={"layer": "Last layer to measure: 9 or single.9."},
 )
 def calibrate(

@@ -201,6 +201,12 @@ class Family(ABC):
     text_multiple: ClassVar[int] = 1
     """The model pads a text to a multiple of this length, with tokens that it reads."""
 
+    text_paddings: ClassVar[tuple[str, ...]] = ()
+    """The values of --text-padding, in families that can read the padding of their text in several ways."""
+
+    text_padding: str | None = None
+    """The one that is used; None in families with one way."""
+
     def text_length(self, condition: Condition) -> int:
         """L, the number of text tokens of a condition, masked ones included."""
         embeds = condition.get("prompt_embeds")

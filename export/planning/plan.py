@@ -127,7 +127,7 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
     Raises:
         DitfError: the options contradict each other or the checkpoint.
     """
-    family = family_of(checkpoint)
+    family = family_of(checkpoint, options.text_padding)
     check_components(checkpoint, family.text_classes, options.unneeded)
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
     own_latents = LatentSpace.of(checkpoint, family.latent_channels)

@@ -64,6 +64,8 @@ class Manifest:
         conditions: the name, prompt or class label, and timestep of each condition that can be chosen.
         guidance: the guidance, for guidance-distilled models.
         text_tokens: the number of T5 tokens that were kept, if --text-tokens cut some that matter.
+        text_padding: how the text's padding is read, in families with several ways (Chroma): as in their
+            "pipeline", or "masked"; None in other families and in bundles from before this field.
         features_dtype: the type of the output; None in bundles from before this field.
         pca: a projection: "of", the channels before it; what it keeps and costs, measured at export
             (`ditf.calib.projection`); and the images and tokens that it was learned from.
@@ -106,6 +108,7 @@ class Manifest:
     features_dtype: Optional[Literal["float16", "float32"]] = None
     pca: Optional[dict[str, Any]] = None
     vae: Optional[dict[str, Any]] = None
+    text_padding: Optional[Literal["pipeline", "masked"]] = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
