@@ -160,6 +160,9 @@ class Family(ABC):
     vae_class: ClassVar[str] = "AutoencoderKL"
     """The diffusers class of the published checkpoints' VAE."""
 
+    shifts_latents: ClassVar[bool] = True
+    """Whether the pipelines subtract `shift_factor` of the VAE's config from its latents."""
+
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipelines that encode prompts: the checkpoint's own if it is one of them, else the first."""
 

@@ -70,7 +70,7 @@ class Reference:
         else:
             weights = checkpoint.weights("transformer")
             self._transformer = offload_model(transformer_class, family.config, weights)
-        self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels)
+        self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels, family.shifts_latents)
         self._vae = self._latents.load_vae() if self._latents.vae else None
         self._schedule = ReferenceNoise(checkpoint.config("scheduler"), flow_matching=not family.ddpm)
         self._block = _submodule(self._transformer, family.block_name(layer))

@@ -130,7 +130,7 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
     family = family_of(checkpoint, options.text_padding)
     check_components(checkpoint, family.text_classes, options.unneeded)
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
-    own_latents = LatentSpace.of(checkpoint, family.latent_channels)
+    own_latents = LatentSpace.of(checkpoint, family.latent_channels, family.shifts_latents)
     latents = own_latents if vae is None else own_latents.encoded_by(vae)
     layer = _layer(options, checkpoint, family, defaults)
     discard = _discard(options, family)

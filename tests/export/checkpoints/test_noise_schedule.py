@@ -196,6 +196,31 @@ def test_trained_betas_that_are_no_schedule(betas):
         noise_levels(config)
 
 
+READ = {
+    "num_train_timesteps",
+    "beta_start",
+    "beta_end",
+    "beta_schedule",
+    "trained_betas",
+    "rescale_betas_zero_snr",
+    "snr_shift_scale",
+    "prediction_type",
+    "use_flow_sigmas",
+    "timestep_type",
+    "invert_sigmas",
+}
+
+
+def test_every_key_of_a_supported_scheduler_is_read_or_of_sampling():
+    """A parameter that a new diffusers adds is given to the class, until somebody decides."""
+    keys = {
+        key
+        for name in set(SCHEDULERS) - set(REFUSED)
+        for key in inspect.signature(getattr(diffusers, name).__init__).parameters
+    }
+    assert keys - SAMPLING - {"self", "kwargs"} == READ
+
+
 def test_every_key_that_is_not_read_is_one_of_a_scheduler():
     known = {
         key for name in SCHEDULERS for key in inspect.signature(getattr(diffusers, name).__init__).parameters
