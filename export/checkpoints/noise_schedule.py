@@ -219,7 +219,8 @@ def _probe(
             if hasattr(made, "add_noise"):
                 return _added_levels(made, every_step="timestep_spacing" in parameters)
             if hasattr(made, "scale_noise"):
-                return _check_scaled(made)
+                _check_scaled(made)
+                return None
         raise ValueError("it has neither add_noise nor scale_noise")
     except Exception as error:  # a config can make a library raise anything
         raise InputError(
