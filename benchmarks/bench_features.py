@@ -34,6 +34,7 @@ import onnx.utils
 import torch
 from diffusers import (
     AutoencoderKL,
+    DDPMScheduler,
     DPMSolverMultistepScheduler,
     PixArtAlphaPipeline,
     PixArtTransformer2DModel,
@@ -59,7 +60,7 @@ from ditf.cli.check import golden_metrics
 from ditf.cli.support.output import bytes_text
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import quieten_libraries
-from ditf.export.checkpoints.noise_schedule import ddpm_scheduler, draw_noise
+from ditf.export.checkpoints.noise_schedule import draw_noise
 from ditf.export.exporter import export_bundle
 from ditf.export.families.pixart import PixArt
 from ditf.export.planning.export_options import SHORT_NAMES, ExportOptions
@@ -233,7 +234,7 @@ class Peer:
         checkpoint = Checkpoint(folder, str(folder))
         self.vae = AutoencoderKL.from_pretrained(folder / "vae").eval()
         self.transformer = PixArtTransformer2DModel.from_pretrained(folder / "transformer").eval()
-        self.scheduler = ddpm_scheduler(checkpoint.config("scheduler"))
+        self.scheduler = DDPMScheduler.from_config(checkpoint.config("scheduler"))
         side = geometry.sample_size
         self.noise = draw_noise(1, (4, side, side), SEED)
         self.grid = (side // 2, side // 2)

@@ -59,6 +59,7 @@ def make_manifest(
         "class_label": first.class_label,
         "guidance": plan.guidance,
         "text_tokens": options.text_tokens if text_is_cut else None,
+        "text_padding": plan.family.text_padding,
         "size": plan.size,
         "opset": plan.opset,
         "discard": {

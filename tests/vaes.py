@@ -85,7 +85,8 @@ def make_learnable(vae: AutoencoderKL, images: torch.Tensor) -> None:
         if name == "conv_in" or name.endswith("downsamplers.0.conv"):
             module.weight.copy_(3 * module.weight.mean((2, 3), keepdim=True).expand_as(module.weight))
     mean = torch.cat([vae.encode(image).latent_dist.mean for image in images.split(1)])
-    vae.register_to_config(shift_factor=float(mean.mean()), scaling_factor=float(1 / mean.std()))
+    vae.quant_conv.bias[: vae.config.latent_channels] -= mean.mean()  # no pipeline of PixArt has a shift
+    vae.register_to_config(scaling_factor=float(1 / mean.std()))
 
 
 @torch.no_grad()
@@ -96,7 +97,7 @@ def fit_tiny(tiny: AutoencoderTiny, vae: AutoencoderKL, images: torch.Tensor) ->
         images: in [-1, 1], [n, 3, H, W].
     """
     mean = torch.cat([vae.encode(image).latent_dist.mean for image in images.split(1)])
-    x_0 = (mean - vae.config.shift_factor) * vae.config.scaling_factor
+    x_0 = mean * vae.config.scaling_factor
     layers = tiny.encoder.layers
     first, *strided, last = (layer for layer in layers if isinstance(layer, torch.nn.Conv2d))
     width = len(first.weight)

@@ -22,7 +22,7 @@ from ditf.runtime.files.writing import replacing, write_whole
 
 @verb(
     takes="model base transformer vae lora layer conditioning prompt prompts prompt_embeds class_label"
-    " guidance text_tokens timestep size seed ensemble discard discard_stage adaln",
+    " guidance text_tokens text_padding timestep size seed ensemble discard discard_stage adaln",
     helps={
         "layer": "Last layer to measure: 9 or single.9.",
         "discard": "Channels that are zero in the features whose range is measured.",

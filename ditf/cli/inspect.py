@@ -116,6 +116,7 @@ def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
         ("condition", _condition(manifest)),
         *([] if manifest.guidance is None else [("guidance", f"{manifest.guidance:g}")]),
         *([] if manifest.text_tokens is None else [("text", f"cut to {manifest.text_tokens} T5 tokens")]),
+        *([] if manifest.text_padding is None else [("text padding", manifest.text_padding)]),
         ("opset", str(manifest.opset)),
         ("made by", manifest.command.replace("\n", "\\n")),
         ("with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @verb(
-    takes="model vae layer size precision ensemble text_tokens",
+    takes="model vae layer size precision ensemble text_tokens text_padding",
     helps={
         "model": "'demo', a directory with its configs, or a published model's hub id.",
         "text_tokens": "Keep only this many T5 tokens; all, or those of a short prompt, by default.",

@@ -16,6 +16,7 @@ from ditf.runtime.errors import InputError
 PLAIN, PACKED, TINY = "AutoencoderKL", "AutoencoderKLFlux2", "AutoencoderTiny"
 """VAE classes: the usual one, FLUX.2's, and TAESD's."""
 
+_DOWN_BLOCKS = ("DownEncoderBlock2D", "AttnDownEncoderBlock2D")
 _AGAIN = "correct its config.json, or take the published one"
 
 
@@ -48,14 +49,15 @@ class LatentSpace:
         return self.source is not None
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, channels: int) -> LatentSpace:
+    def of(cls, checkpoint: Checkpoint, channels: int, shifts: bool = True) -> LatentSpace:
         """The latent space of a checkpoint, read from its configs.
 
         Args:
             channels: how many channels the transformer takes.
+            shifts: whether the checkpoint's pipeline subtracts the VAE's `shift_factor`.
 
         Raises:
-            InputError: the VAE's class is not supported, or the VAE does not fit the transformer.
+            InputError: the VAE's class or config is not supported, or the VAE does not fit the transformer.
         """
         if not checkpoint.has("vae"):
             if channels != 3:
@@ -70,6 +72,12 @@ class LatentSpace:
                 f"the VAE of {checkpoint.id} has {found.channels // found.patch**2} channels, its transformer"
                 f" takes {channels}",
                 "this is not a text-to-image checkpoint, or its parts do not belong together",
+            )
+        if found.shift and not shifts:
+            raise InputError(
+                f"the VAE of {checkpoint.id} has shift_factor={found.shift:g}, which the pipelines of this"
+                " model do not subtract",
+                "set shift_factor to null in vae/config.json if the transformer was trained without it",
             )
         return found
 
@@ -118,8 +126,7 @@ class LatentSpace:
             raise InputError(f"{what} has block_out_channels={stages}, scaling_factor={scale}", _AGAIN)
         if config["in_channels"] != 3:
             raise InputError(f"{what} encodes {config['in_channels']} channels, not RGB", "choose another")
-        if name == TINY:
-            _check_tiny(config, what)
+        _CHECKS[name](config, what)
         patch = int(config["patch_size"][0]) if name == PACKED else 1
         return cls(
             stride=2 ** (len(stages) - 1) * patch,
@@ -193,6 +200,32 @@ class LatentSpace:
         return normed
 
 
+def _check_plain(config: dict[str, Any], what: str) -> None:
+    """Check what the pipelines rely on: they read neither latents_mean nor latents_std."""
+    for key in ("latents_mean", "latents_std"):
+        if config[key] is not None:
+            raise InputError(
+                f"{what} has {key}, with which no pipeline of a supported model normalises its latents",
+                f"set {key} to null in the VAE's config.json if the transformer was trained without it",
+            )
+    _check_blocks(config, what)
+
+
+def _check_packed(config: dict[str, Any], what: str) -> None:
+    if list(config["patch_size"]) != [2, 2]:
+        raise InputError(f"{what} has patch_size={config['patch_size']}", "supported: [2, 2]")
+    _check_blocks(config, what)
+
+
+def _check_blocks(config: dict[str, Any], what: str) -> None:
+    """Check that every stage of the encoder but the last halves the image, on which the stride relies."""
+    for block in config["down_block_types"]:
+        if block not in _DOWN_BLOCKS:
+            raise InputError(
+                f"{what} has down_block_types of {block}", f"supported: {', '.join(_DOWN_BLOCKS)}"
+            )
+
+
 def _check_tiny(config: dict[str, Any], what: str) -> None:
     """Check what the graph relies on and every published AutoencoderTiny has."""
     if config["act_fn"] != "relu":
@@ -200,3 +233,7 @@ def _check_tiny(config: dict[str, Any], what: str) -> None:
     widths = config["encoder_block_out_channels"]
     if len(set(widths)) > 1:  # its downsampling convolutions keep the number of channels
         raise InputError(f"{what} has encoder_block_out_channels={list(widths)}", "they have to be equal")
+
+
+_CHECKS = {PLAIN: _check_plain, PACKED: _check_packed, TINY: _check_tiny}
+"""What a VAE's config must have, by class."""

@@ -19,19 +19,34 @@ from ditf.runtime.errors import InputError
 FAMILIES: tuple[type[Family], ...] = (DiT, PixArt, SD3, Flux, Flux2, AuraFlow, Lumina2, ZImage, Chroma)
 
 
-def family_of(checkpoint: Checkpoint) -> Family:
+def family_of(checkpoint: Checkpoint, text_padding: str | None = None) -> Family:
     """The family of a checkpoint, by the class of its transformer.
 
+    Args:
+        text_padding: the value of --text-padding, or None.
+
     Raises:
-        InputError: the class is not supported; lists those that are.
+        InputError: the class is not supported; lists those that are. Or the family has no such text padding.
         MissingComponent: the installed diffusers lacks the class.
     """
     config = checkpoint.config("transformer")
     name = current_class(config)
     for family in FAMILIES:
         if name == family.transformer_class:
-            return family(full_config(name, config))
+            made = family(full_config(name, config))
+            if text_padding is not None:
+                _check_text_padding(made, text_padding)
+                made.text_padding = text_padding
+            return made
     if "_class_name" not in config:
         raise InputError(f"{checkpoint.id}: transformer/config.json names no class", "save the model again")
     supported = ", ".join(f"{family.name} ({family.transformer_class})" for family in FAMILIES)
     raise InputError(f"{checkpoint.id} is a {name}, which is not supported", f"supported: {supported}")
+
+
+def _check_text_padding(family: Family, text_padding: str) -> None:
+    if text_padding not in family.text_paddings:
+        raise InputError(
+            f"--text-padding {text_padding}: {family.name} reads its text in one way",
+            "leave --text-padding out",
+        )

@@ -45,6 +45,7 @@ class AuraFlow(Family):
     )
     takes_prompt = True
     attention_name = "attn"
+    shifts_latents = False
     defaults = Defaults(
         timestep=260,
         prompt="a photo",

@@ -160,6 +160,9 @@ class Family(ABC):
     vae_class: ClassVar[str] = "AutoencoderKL"
     """The diffusers class of the published checkpoints' VAE."""
 
+    shifts_latents: ClassVar[bool] = True
+    """Whether the pipelines subtract `shift_factor` of the VAE's config from its latents."""
+
     pipelines: ClassVar[tuple[str, ...]] = ()
     """Diffusers pipelines that encode prompts: the checkpoint's own if it is one of them, else the first."""
 
@@ -167,7 +170,8 @@ class Family(ABC):
     """The text encoders and tokenizers of its checkpoints in transformers; no other class is imported."""
 
     ddpm: ClassVar[bool] = False
-    """Whether the published checkpoints have a DDPM schedule. The others have flow matching."""
+    """Whether the published checkpoints were trained with DDPM noise. The other families know flow matching
+    only, whatever scheduler a checkpoint is saved with."""
 
     short_text: ClassVar[int | None] = None
     """The text tokens of a short prompt, in families that drop the masked tokens after them."""
@@ -199,6 +203,12 @@ class Family(ABC):
 
     text_multiple: ClassVar[int] = 1
     """The model pads a text to a multiple of this length, with tokens that it reads."""
+
+    text_paddings: ClassVar[tuple[str, ...]] = ()
+    """The values of --text-padding, in families that can read the padding of their text in several ways."""
+
+    text_padding: str | None = None
+    """The one that is used; None in families with one way."""
 
     def text_length(self, condition: Condition) -> int:
         """L, the number of text tokens of a condition, masked ones included."""

@@ -18,7 +18,7 @@ from ditf.export.checkpoints.weights import Weights
 from ditf.export.families.base import Condition, Defaults, TrunkSpec, check_prompt
 from ditf.export.families.flux import Flux
 from ditf.export.graph.blocks.adaln import NORM_ROWS
-from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT, TEXT_BIAS
+from ditf.export.graph.blocks.condition_tensors import MODULATION, TEXT, TEXT_BIAS, TEXT_BIAS_ROWS
 from ditf.export.graph.blocks.layers import Linear, constant
 from ditf.export.graph.blocks.single_stream import SINGLE_ROWS
 from ditf.export.graph.blocks.two_stream import IMAGE_ROWS
@@ -26,6 +26,7 @@ from ditf.export.graph.condition import Conditioner, with_constant_frequencies
 from ditf.export.graph.precision import EMBEDDERS
 
 _TEXT_TOKENS = 512  # max_sequence_length of ChromaPipeline.encode_prompt
+_PIPELINE, _HIDDEN = "pipeline", "masked"  # values of --text-padding
 _MASKED = -10000.0  # added to the logits of a masked token: its weight is exactly 0
 
 
@@ -34,10 +35,11 @@ class Chroma(Flux):
 
     One network makes every row of the modulation from the timestep and the row's number.
 
-    The text is T5's alone, and one token of its padding is read. diffusers' pipeline passes that mask on as
-    floats, which its attention adds to the logits instead of masking (huggingface/diffusers 12116, 13619).
-    The authors' code masks, and so does ditf: the unmodified transformer is given only the tokens that are
-    read.
+    The text is T5's alone, padded to 512 tokens. The authors' code masks the padding but for one token. The
+    diffusers pipeline passes on that mask as floats m, and its attention adds m_i m_j to the logit of query i
+    and key j instead of masking (huggingface/diffusers 12116, 13619): to image and prompt the padding weighs
+    1/e of the other tokens, and padding is not told apart from them. ditf follows the pipeline. With
+    --text-padding masked the unmodified transformer is given only the tokens that the authors' code reads.
     """
 
     name = "chroma"
@@ -45,7 +47,12 @@ class Chroma(Flux):
     pipelines = ("ChromaPipeline",)
     text_classes = ("T5EncoderModel", "T5Tokenizer", "T5TokenizerFast")
     takes_guidance = False
-    short_text = 8
+    text_paddings = (_PIPELINE, _HIDDEN)
+    text_padding = _PIPELINE
+
+    @property
+    def short_text(self) -> int | None:  # type: ignore[override]
+        return 8 if self.text_padding == _HIDDEN else None
 
     @property
     def defaults(self) -> Defaults:
@@ -79,15 +86,22 @@ class Chroma(Flux):
         return conditions
 
     def text_tokens(self, condition: Condition) -> int:
+        if self.text_padding == _PIPELINE:
+            return self.text_length(condition)
         return int(condition["prompt_attention_mask"].sum())
 
     def reference_inputs(
         self, condition: Condition, timestep: int, size: tuple[int, int], grid: tuple[int, int], batch: int
     ) -> dict[str, Any]:
         text = condition["prompt_embeds"][:, : self.text_tokens(condition)]
+        mask = None
+        if self.text_padding == _PIPELINE:  # ChromaPipeline._prepare_attention_mask
+            own = condition["prompt_attention_mask"].to(torch.float32)
+            mask = torch.cat([own, torch.ones(1, grid[0] * grid[1])], dim=1).expand(batch, -1)
         return {
             "timestep": torch.full((batch,), timestep / 1000),
             "encoder_hidden_states": text.expand(batch, -1, -1),
+            "attention_mask": mask,
             **self.reference_positions(grid, text.shape[1]),
         }
 
@@ -123,7 +137,7 @@ class Chroma(Flux):
         context = None
         if spec.layer:
             context = Linear.read(weights, "context_embedder", precision=spec.precision, kept=EMBEDDERS)
-        return _Conditioner(embedding, network, rows, context)
+        return _Conditioner(embedding, network, rows, context, self.text_padding == _HIDDEN)
 
 
 class _Modulation(nn.Module):
@@ -151,12 +165,24 @@ class _Modulation(nn.Module):
 
 
 class _Conditioner(Conditioner):
-    """Computes the modulation from the timestep, and text tokens and their mask from text embeddings."""
+    """Computes the modulation from the timestep, and text tokens and their bias from text embeddings.
+
+    Args:
+        context: text embedder, None where no block reads the text.
+        hidden: whether the padding is masked. Otherwise the bias is m_i (m_j - 1), which differs from the
+            pipeline's m_i m_j by a constant for each query, and softmax does not change with that.
+    """
 
     def __init__(
-        self, embedding: nn.Module, network: nn.Module, rows: Sequence[int], context: Linear | None
+        self,
+        embedding: nn.Module,
+        network: nn.Module,
+        rows: Sequence[int],
+        context: Linear | None,
+        hidden: bool,
     ) -> None:
         super().__init__()
+        self.hidden = hidden
         self.modulation = with_constant_frequencies(_Modulation(embedding, network, rows))
         self.context = context
         self.inputs = ("prompt_embeds", "prompt_attention_mask") if context else ()
@@ -168,5 +194,8 @@ class _Conditioner(Conditioner):
         if self.context is not None:
             mask = condition["prompt_attention_mask"][0]
             given[TEXT] = self.context(condition["prompt_embeds"][0]).to(torch.float32)
-            given[TEXT_BIAS] = torch.where(mask == 0, _MASKED, 0.0).to(torch.float32)
+            given[TEXT_BIAS] = torch.where(mask == 0, _MASKED if self.hidden else -1.0, 0.0)
+            if not self.hidden:
+                given[TEXT_BIAS_ROWS] = mask
+            given = {name: tensor.to(torch.float32) for name, tensor in given.items()}
         return given

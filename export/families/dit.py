@@ -34,6 +34,7 @@ class DiT(Family):
     transformer_class = "DiTTransformer2DModel"
     takes_prompt = False
     ddpm = True
+    shifts_latents = False
     defaults = Defaults(
         timestep=261,
         source="none published for DiT: half of DiT-XL's depth, and the timestep DIFT (Tang et al. 2023)"

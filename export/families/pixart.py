@@ -49,6 +49,7 @@ class PixArt(Family):
     takes_prompt = True
     text_stream = False
     ddpm = True
+    shifts_latents = False
     short_text = 8
     longest_text = max(_TEXT_LIMIT.values())
     defaults = Defaults(

@@ -149,6 +149,7 @@ def measured_for(plan: Plan) -> dict[str, Any]:
         "text_tokens": plan.options.text_tokens,
         "size": list(plan.size),
         **({"prompt_embeds": given} if given else {}),
+        **({"text_padding": plan.family.text_padding} if plan.family.text_paddings else {}),
     }
 
 

@@ -22,9 +22,9 @@ from ditf.calib.blocks import Entering
 from ditf.export.checkpoints.latent_space import LatentSpace
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_model
-from ditf.export.checkpoints.noise_schedule import ddpm_scheduler
 from ditf.export.families.base import Condition, Family
 from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.reference_noise import ReferenceNoise
 from ditf.runtime.errors import MissingComponent
 
 
@@ -64,9 +64,9 @@ class Reference:
         self._family = family
         self._layer = layer
         self._transformer = load_model(transformer_class, checkpoint, "transformer", resident)
-        self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels)
+        self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels, family.shifts_latents)
         self._vae = self._latents.load_vae() if self._latents.vae else None
-        self._scheduler = checkpoint.config("scheduler")
+        self._schedule = ReferenceNoise(checkpoint.config("scheduler"), flow_matching=not family.ddpm)
         self._block = _submodule(self._transformer, family.block_name(layer))
         self._attention = _submodule(self._block, family.attention_name)
         self._noise = noise
@@ -208,20 +208,8 @@ class Reference:
         return self._latents.encode(self._vae, pixels)
 
     def _add_noise(self, x_0: torch.Tensor) -> torch.Tensor:
-        """x_t [E, c, h', w'], from diffusers' own DDPM scheduler or the formula of flow matching.
-
-        `noise_schedule.noise_levels` decides between the two for the graph. The decision is made again here,
-        because the reference has to find a graph that has the wrong noise.
-        """
-        x_0 = x_0.expand(len(self._noise), -1, -1, -1)
-        if "beta_schedule" in self._scheduler:
-            scheduler = ddpm_scheduler(self._scheduler)
-            noisy: torch.Tensor = scheduler.add_noise(
-                x_0, self._noise, torch.full((len(self._noise),), self._timestep)
-            )
-            return noisy
-        t = self._timestep / int(self._scheduler.get("num_train_timesteps", 1000))
-        return (1.0 - t) * x_0 + t * self._noise
+        """x_t [E, c, h', w']."""
+        return self._schedule.add(x_0.expand(len(self._noise), -1, -1, -1), self._noise, self._timestep)
 
 
 def _submodule(module: nn.Module, name: str) -> nn.Module:

@@ -181,6 +181,13 @@ class ExportOptions:
         Optional[int],
         Flag("Keep only this many T5 tokens, an approximation; all by default.", limits={"ge": 1}),
     ] = None
+    text_padding: Annotated[
+        Optional[Literal["pipeline", "masked"]],
+        Flag(
+            "How Chroma reads the padding of its text: as diffusers' pipeline, which only weighs it less, or"
+            " masked but for one token, as its authors; pipeline by default."
+        ),
+    ] = None
     size: Annotated[
         Optional[tuple[int, int]],
         Flag("Input size in pixels; the model's own by default.", metavar="HxW", parse=parse_size),

@@ -151,10 +151,10 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
         DitfError: the options contradict each other or the checkpoint.
     """
     checkpoint = replace(checkpoint, loras=options.loras)
-    family = family_of(checkpoint)
+    family = family_of(checkpoint, options.text_padding)
     check_components(checkpoint, family.text_classes, options.unneeded)
     defaults = DEMO_DEFAULTS if options.model == DEMO else family.defaults
-    own_latents = LatentSpace.of(checkpoint, family.latent_channels)
+    own_latents = LatentSpace.of(checkpoint, family.latent_channels, family.shifts_latents)
     latents = own_latents if vae is None else own_latents.encoded_by(vae)
     layer = _layer(options, checkpoint, family, defaults)
     discard = _discard(options, family)
@@ -169,7 +169,7 @@ def plan_from_configs(options: ExportOptions, checkpoint: Checkpoint, vae: Part 
         entries=entries,
         guidance=_guidance(options, family, defaults),
         size=_size(options.size or defaults.size, family, latents),
-        levels=_levels(checkpoint, entries),
+        levels=_levels(checkpoint, family, entries),
         discard=discard,
         precision=PRECISIONS[options.precision],
     )
@@ -238,11 +238,11 @@ def _cell(family: Family, latents: LatentSpace) -> int:
     return latents.stride * family.patch_size
 
 
-def _levels(checkpoint: Checkpoint, entries: tuple[Entry, ...]) -> torch.Tensor:
-    scheduler = checkpoint.config("scheduler")
+def _levels(checkpoint: Checkpoint, family: Family, entries: tuple[Entry, ...]) -> torch.Tensor:
+    levels = noise_levels(checkpoint.config("scheduler"), flow_matching=not family.ddpm)
     for entry in entries:
-        noise_level(scheduler, entry.timestep)  # or it is out of range
-    return noise_levels(scheduler)
+        noise_level(levels, entry.timestep)  # or it is out of range
+    return levels
 
 
 def _check_batch(plan: Plan) -> None:

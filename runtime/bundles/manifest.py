@@ -66,6 +66,8 @@ class Manifest:
         conditions: the name, prompt or class label, and timestep of each condition that can be chosen.
         guidance: the guidance, for guidance-distilled models.
         text_tokens: the number of T5 tokens that were kept, if --text-tokens cut some that matter.
+        text_padding: how the text's padding is read, in families with several ways (Chroma): as in their
+            "pipeline", or "masked"; None in other families and in bundles from before this field.
         features_dtype: the type of the output; None in bundles from before this field.
         pca: a projection: "of", the channels before it; what it keeps and costs, measured at export
             (`ditf.calib.projection`); and the images and tokens that it was learned from.
@@ -111,6 +113,7 @@ class Manifest:
     pca: Optional[dict[str, Any]] = None
     vae: Optional[dict[str, Any]] = None
     lora: list[dict[str, Any]] = field(default_factory=list)
+    text_padding: Optional[Literal["pipeline", "masked"]] = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -35,9 +35,9 @@ def subjects(family, count):
 
 
 @lru_cache(maxsize=4)
-def expected(folder: Path, layer: str, size, ensemble, count):
+def expected(folder: Path, layer: str, size, ensemble, count, text_padding=None):
     """What the unmodified model gives, for each of `count` conditions."""
-    plan, entries = planned(folder, layer, size, ensemble, count, "bank", False)
+    plan, entries = planned(folder, layer, size, ensemble, count, "bank", False, text_padding=text_padding)
     reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
     image = golden_pair(plan.size)[0]
     maps = []
@@ -87,14 +87,17 @@ def family_named(folder):
     return family_of(Checkpoint(folder, str(folder)))
 
 
-def module_parity(folder: Path, layer: str, mode: str, fp16: bool, size=(48, 80), ensemble=1):
+def module_parity(
+    folder: Path, layer: str, mode: str, fp16: bool, size=(48, 80), ensemble=1, text_padding=None
+):
     """The worst metrics over the conditions of a graph, and the plan."""
     count = 1 if mode == "bake" else 2
-    plan, entries = planned(folder, layer, size, ensemble, count, mode, fp16)
+    plan, entries = planned(folder, layer, size, ensemble, count, mode, fp16, text_padding=text_padding)
     made = assemble(plan, trim(entries, plan.family, mode == "live"), plan.noise(), SETTINGS)
     image = torch.from_numpy(golden_pair(size)[:1])
     metrics = []
-    for feeds, reference in zip(made.feeds, expected(folder, layer, size, ensemble, 2), strict=False):
+    references = expected(folder, layer, size, ensemble, 2, text_padding)
+    for feeds, reference in zip(made.feeds, references, strict=False):
         with torch.no_grad(), Float32Accumulation():
             actual = made.graph(image, *feeds.values())[0].numpy()
         assert actual.shape == reference.shape

@@ -52,6 +52,12 @@ def test_every_mode_and_precision_is_the_unmodified_model(checkpoint, name, laye
         assert half["cosine_p01"] > 0.995, mode
 
 
+def test_chroma_with_masked_padding_is_the_unmodified_model_without_it(checkpoint):
+    for mode in ("bake", "bank", "live"):
+        exact = module_parity(checkpoint("chroma"), "3", mode, False, text_padding="masked")
+        assert exact["relative_error"] < 5e-6, mode
+
+
 @pytest.mark.parametrize("name", ["dit", "pixart", "sd35", "flux"])
 def test_bake_and_bank_agree_to_rounding(checkpoint, name):
     image = torch.from_numpy(golden_pair((48, 80))[:1])

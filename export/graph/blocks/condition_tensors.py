@@ -20,6 +20,14 @@ TEXT = "text"
 TEXT_BIAS = "text_bias"
 """Added to the attention logits of the text's keys, [L]: a large negative number masks a token."""
 
+TEXT_BIAS_ROWS = "text_bias_rows"
+"""1 for each text query to whose logits the text's bias is added, 0 for the others, [L]; absent where it is
+added to all. It is added to those of every image query."""
+
+IMAGE_TEXT_BIAS, TEXT_IMAGE_BIAS = "image_text_bias", "text_image_bias"
+"""The bias of an attention over image and text, in this order or the other one: [N + L] for all queries, or
+[N + L, N + L]. The trunk makes it once for all its blocks."""
+
 KEYS, VALUES = "keys", "values"
 """Keys and values of the text in the cross-attention of each block, [k, L, C]."""
 

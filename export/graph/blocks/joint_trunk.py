@@ -7,11 +7,19 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.graph.blocks.adaln import NORM_ROWS, ModulatedNorm, modulations
 from ditf.export.graph.blocks.auraflow import AuraFlowJointSpec, AuraFlowSingleSpec
-from ditf.export.graph.blocks.condition_tensors import TEXT, ConditionTensors
+from ditf.export.graph.blocks.condition_tensors import (
+    IMAGE_TEXT_BIAS,
+    TEXT,
+    TEXT_BIAS,
+    TEXT_BIAS_ROWS,
+    TEXT_IMAGE_BIAS,
+    ConditionTensors,
+)
 from ditf.export.graph.blocks.layers import Rotary, constant
 from ditf.export.graph.blocks.single_stream import SingleStreamSpec
 from ditf.export.graph.blocks.trunk import PatchEmbedder, Trunk
@@ -82,13 +90,15 @@ class JointBlocks:
 class JointTrunk(Trunk):
     """Embedder, two-stream blocks, then single-stream blocks over text and image.
 
-    Given at run time: the modulation [R, C], the text [L, C], and the text's bias [L] where it may be masked.
+    Given at run time: the modulation [R, C], the text [L, C], and the text's bias [L] and its rows [L], where
+    some tokens are masked or weighed less.
 
     Args:
         embedder: latents -> tokens.
         doubles, singles: the blocks that run.
         output_norm: block k's.
         text: [1, L, C] float32, where it is constant and a block reads it.
+        biases: the text's bias and its rows, where they are constant.
         rotary: of text and image tokens, [L + N, D / 2], or None.
         text_rotary: two-stream blocks rotate the text.
     """
@@ -102,8 +112,11 @@ class JointTrunk(Trunk):
         text: torch.Tensor | None,
         rotary: Rotary | None,
         text_rotary: bool = False,
+        biases: ConditionTensors | None = None,
     ) -> None:
         super().__init__(embedder, output_norm)
+        self.text_bias = None if biases is None else constant(biases[TEXT_BIAS])
+        self.text_bias_rows = None if biases is None else constant(biases[TEXT_BIAS_ROWS])
         self.doubles = nn.ModuleList(doubles)
         self.singles = nn.ModuleList(singles)
         self.text = None if text is None else constant(text)
@@ -116,6 +129,7 @@ class JointTrunk(Trunk):
         x: torch.Tensor = self.embedder(latents)
         tokens = x.shape[1]
         text = self._text(given, x)
+        given = {**given, **self._joint_biases(given, tokens)}
         both, image, own = self._rotary(tokens)
         for block in self.doubles:
             x, text = block(x, text, given, image, own)
@@ -124,6 +138,19 @@ class JointTrunk(Trunk):
         for block in self.singles:
             x = block(x, tokens, given, both)
         return x
+
+    def _joint_biases(self, given: ConditionTensors, tokens: int) -> dict[str, torch.Tensor]:
+        """The biases of attention over image and text, in both orders; {} where the text has none."""
+        bias = given.get(TEXT_BIAS, self.text_bias)
+        rows = given.get(TEXT_BIAS_ROWS, self.text_bias_rows)
+        if bias is None:
+            return {}
+        made = {}
+        for name, pad in ((IMAGE_TEXT_BIAS, (tokens, 0)), (TEXT_IMAGE_BIAS, (0, tokens))):
+            made[name] = functional.pad(bias, pad)
+            if rows is not None:
+                made[name] = functional.pad(rows, pad, value=1.0)[:, None] * made[name]
+        return made
 
     def _text(self, given: ConditionTensors, x: torch.Tensor) -> torch.Tensor:
         """[B, L, C]; no tokens where no block reads them."""
@@ -177,4 +204,10 @@ def build_joint_trunk(
         singles.append(single.block(weights, name, single, part, precision, last))
     needed = singles or any(block.reads_text for block in doubles)
     norm = own.norm(0, blocks.tapped[1].eps)
-    return JointTrunk(embedder, doubles, singles, norm, text if needed else None, rotary, text_rotary)
+    biases = None
+    if (
+        constants is not None and layer and TEXT_BIAS_ROWS in constants
+    ):  # else no token is left that is masked
+        biases = {name: constants[name] for name in (TEXT_BIAS, TEXT_BIAS_ROWS)}
+    used = text if needed else None
+    return JointTrunk(embedder, doubles, singles, norm, used, rotary, text_rotary, biases)

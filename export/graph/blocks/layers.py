@@ -100,7 +100,7 @@ def attention(
 
     Args:
         where: names the attention to range probes.
-        bias: [M], added to the logits.
+        bias: [M], or [N, M] where every query has a key head of its own; added to the logits.
     """
     repeats = query.shape[1] // key.shape[1]
     if repeats > 1:

@@ -8,11 +8,10 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.graph.blocks.adaln import Modulation
-from ditf.export.graph.blocks.condition_tensors import TEXT_BIAS, ConditionTensors
+from ditf.export.graph.blocks.condition_tensors import TEXT_IMAGE_BIAS, ConditionTensors
 from ditf.export.graph.blocks.gated_linear import read_gated
 from ditf.export.graph.blocks.layers import (
     AttentionNames,
@@ -85,11 +84,13 @@ class SingleStreamBlock(nn.Module):
             tokens: N.
             rotary: of text and image tokens.
         """
-        bias = functional.pad(given[TEXT_BIAS], (0, tokens)) if TEXT_BIAS in given else None
+        bias = given.get(TEXT_IMAGE_BIAS)
         normed = self.norm(x, given)
         query, key, value = self.project(normed, rotary)
         if self.last:
             x, normed, query = x[:, -tokens:], normed[:, -tokens:], query[:, :, -tokens:]
+            if bias is not None and bias.ndim == 2:
+                bias = bias[-tokens:]
         attended, hidden = attention(query, key, value, self.attended, bias), self.feed_forward(normed)
         wider = torch.promote_types(attended.dtype, hidden.dtype)  # the recipe may hold them apart
         hidden = torch.cat([attended.to(wider), hidden.to(wider)], dim=2)

@@ -70,6 +70,8 @@ class Trunk(nn.Module, ABC):
     roles: ClassVar[Roles] = {
         "embedder": Role.EMBEDDERS,
         "text": Role.TEXT_STREAM,
+        "text_bias": Role.TEXT_STREAM,
+        "text_bias_rows": Role.TEXT_STREAM,
         "padding": Role.EMBEDDERS,
         "cosine": Role.EMBEDDERS,
         "sine": Role.EMBEDDERS,

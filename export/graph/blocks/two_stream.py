@@ -13,11 +13,10 @@ from typing import ClassVar
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from ditf.export.checkpoints.weights import Weights
 from ditf.export.graph.blocks.adaln import Modulation
-from ditf.export.graph.blocks.condition_tensors import TEXT_BIAS, ConditionTensors
+from ditf.export.graph.blocks.condition_tensors import IMAGE_TEXT_BIAS, ConditionTensors
 from ditf.export.graph.blocks.dit import SelfAttention
 from ditf.export.graph.blocks.gated_linear import read_gated
 from ditf.export.graph.blocks.layers import (
@@ -213,12 +212,15 @@ class TwoStreamBlock(nn.Module):
         query, key, value = self.project(self.norm_attention(x, given), rotary)
         text_query, text_key, text_value = self.text.heads_of(text, given, text_rotary)
         joined = [query] if text_query is None else [query, _like(text_query, query)]
+        bias = given.get(IMAGE_TEXT_BIAS)
+        if bias is not None and bias.ndim == 2 and text_query is None:
+            bias = bias[:tokens]
         attended = attention(
             torch.cat(joined, dim=2),
             torch.cat([key, _like(text_key, key)], dim=2),
             torch.cat([value, _like(text_value, value)], dim=2),
             self.attended,
-            functional.pad(given[TEXT_BIAS], (tokens, 0)) if TEXT_BIAS in given else None,
+            bias,
         )
         dual = self.dual(self.norm_dual(x, given), given) if self.has_dual else None
         x = x + self.out(attended[:, :tokens], given)

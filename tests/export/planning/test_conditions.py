@@ -204,16 +204,26 @@ def test_zimage_reads_what_its_whole_pipeline_encodes(checkpoint):
     assert plan.family.text_tokens(condition) == 64 > own > 32  # padded with learned tokens, to be read
 
 
-def test_chroma_reads_one_token_of_the_padding(checkpoint):
+def test_chroma_with_masked_padding_reads_one_token_of_it(checkpoint):
     """And no more of it, which its pipeline means with a mask that its attention takes for a bias."""
-    made, plan = encoded(checkpoint("chroma"), prompt="a dog")
+    made, plan = encoded(checkpoint("chroma"), prompt="a dog", text_padding="masked")
     condition = made[0].condition
     assert condition["prompt_embeds"].shape == (1, 512, 32)
     own = len(tiny_t5_tokenizer()("a dog").input_ids)
     assert condition["prompt_attention_mask"].sum() == own + 1 == plan.family.text_tokens(condition)
     inputs = plan.family.reference_inputs(condition, 260, plan.size, plan.grid, 2)
     assert inputs["encoder_hidden_states"].shape == (2, own + 1, 32)
-    assert "attention_mask" not in inputs
+    assert inputs["attention_mask"] is None
+
+
+def test_chroma_reads_all_padding_by_default(checkpoint):
+    made, plan = encoded(checkpoint("chroma"), prompt="a dog")
+    assert plan.family.text_tokens(made[0].condition) == 512
+
+
+def test_another_family_has_one_way_to_read_its_padding(checkpoint):
+    with pytest.raises(InputError, match="--text-padding masked: flux reads its text in one way"):
+        encoded(checkpoint("flux"), text_padding="masked")
 
 
 def test_another_zimage_is_refused(checkpoint, tmp_path):
