@@ -52,7 +52,10 @@ class GGUFWeights(Weights):
         super().__init__(
             {name: tensor.shape for name, tensor in header.tensors.items()},
             {name: tensor.size for name, tensor in header.tensors.items()},
-            {name: kind.name for name, kind in self._kinds.items()},
+            {
+                name: kind.name if kind.name in (*_PLAIN, "BF16") else "F32"
+                for name, kind in self._kinds.items()
+            },
         )
 
     def source(self, name: str) -> str:
