@@ -119,6 +119,16 @@ def test_shapes_that_comfyui_notes(tmp_path):
         open_weights([wrong])
 
 
+@pytest.mark.parametrize(("name", "rank"), [("x_pad_token", 2), ("pos_embed", 3), ("m.register_tokens", 3)])
+def test_a_first_dimension_of_one(tmp_path, name, rank):
+    """llama.cpp's tools leave it out (ComfyUI-GGUF #379, #136); the package's own writer keeps it."""
+    whole = np.arange(12, dtype=np.float32).reshape((1, 12) if rank == 2 else (1, 3, 4))
+    for stored in (whole, whole[0]):
+        weights = open_weights([write(tmp_path / "m.gguf", {name: (stored, Kind.F32)})])
+        assert weights.shapes == {name: whole.shape}
+        np.testing.assert_array_equal(weights.tensor(name), whole)
+
+
 def test_infinite_blocks_are_found(tmp_path):
     stored = gguf.quants.quantize(weight(), Kind.Q8_0)
     stored[0, :2] = np.frombuffer(np.float16(np.inf).tobytes(), np.uint8)
