@@ -23,8 +23,8 @@ class Weights(ABC):
     Attributes:
         shapes: {name: shape} of all tensors.
         bytes_of: {name: size in bytes}, as stored.
-        dtypes: {name: type as stored}, named as in safetensors ("F32", "BF16", "I64") or GGUF ("Q8_0"); "F32"
-            for a tensor that its files hold as quantised values with scales.
+        dtypes: {name: type as stored}, named as in safetensors: "F32", "BF16", "I64"; "F32" for a tensor that
+            its files hold as quantised values with scales.
         read: names of the tensors that were read so far; all others were not needed.
     """
 
@@ -47,8 +47,11 @@ class Weights(ABC):
         """The tensor and where it is stored, for a message."""
         return f"tensor {name}"
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, whole_numbers: bool = False) -> torch.Tensor:
         """Read one tensor in float32.
+
+        Args:
+            whole_numbers: accept a tensor that is stored as whole numbers, such as a counter.
 
         Raises:
             InputError: the tensor does not exist, cannot be read, is stored as whole numbers, or holds NaN or
@@ -58,7 +61,7 @@ class Weights(ABC):
             raise InputError(
                 f"the checkpoint has no tensor {name}", "its config and its weights do not belong together"
             )
-        if self.dtypes[name] in WHOLE_NUMBERS:
+        if self.dtypes[name] in WHOLE_NUMBERS and not whole_numbers:
             raise InputError(
                 f"{self.source(name)} is stored as {self.dtypes[name]}, not as floating-point numbers",
                 "take the bf16 or float16 files of this model",

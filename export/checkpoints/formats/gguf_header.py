@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import struct
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -21,6 +21,15 @@ _VERSIONS = (2, 3)
 _LARGEST_HEADER = 64 << 20  # bytes: the vocabularies of language models have a few MB
 _LARGEST_ARRAY = 64  # elements of an array that is kept; longer ones are vocabularies
 _LARGEST_RANK = 8
+_RANKS = {
+    "pos_embed": 3,
+    "positional_encoding": 3,
+    "register_tokens": 3,
+    "x_pad_token": 2,
+    "cap_pad_token": 2,
+}
+"""Dimensions of the transformers' tensors whose first is 1: llama.cpp's tools leave it out."""
+
 _SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 _STRING, _ARRAY = 8, 9
 _AGAIN = "download the file again"
@@ -149,7 +158,7 @@ def _header(cursor: _Cursor, size: int) -> Header:
         tensor = _tensor(name, dimensions, kind, start + offset)
         if tensor.start + tensor.size > size:
             raise _Damaged(f"{name!a:.80} ends at byte {tensor.start + tensor.size:,} of {size:,}")
-        found[name] = _reshaped(tensor, metadata.get(f"comfy.gguf.orig_shape.{name}"))
+        found[name] = _reshaped(name, tensor, metadata.get(f"comfy.gguf.orig_shape.{name}"))
     return Header(metadata, found)
 
 
@@ -176,10 +185,15 @@ def _tensor(name: str, dimensions: tuple[int, ...], kind: int, start: int) -> St
     return StoredTensor(tuple(reversed(dimensions)), kind, start, size)
 
 
-def _reshaped(tensor: StoredTensor, shape: Any) -> StoredTensor:
-    """The tensor in the shape that ComfyUI-GGUF notes for one that it had to flatten to store it."""
-    if shape is None:
-        return tensor
-    if not isinstance(shape, list) or math.prod(shape) != math.prod(tensor.shape):
-        raise _Damaged(f"it notes the shape {shape!r:.60} for a tensor of {list(tensor.shape)}")
-    return StoredTensor(tuple(shape), tensor.kind, tensor.start, tensor.size)
+def _reshaped(name: str, tensor: StoredTensor, noted: Any) -> StoredTensor:
+    """The tensor in its own shape, where the format or a tool could not store it.
+
+    Args:
+        noted: the shape that ComfyUI-GGUF notes for a tensor that it had to flatten, or None.
+    """
+    if noted is None:
+        lost = _RANKS.get(name.rpartition(".")[2]) == len(tensor.shape) + 1
+        return replace(tensor, shape=(1, *tensor.shape)) if lost else tensor
+    if not isinstance(noted, list) or math.prod(noted) != math.prod(tensor.shape):
+        raise _Damaged(f"it notes the shape {noted!r:.60} for a tensor of {list(tensor.shape)}")
+    return replace(tensor, shape=tuple(noted))

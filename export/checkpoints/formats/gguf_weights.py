@@ -17,6 +17,9 @@ from ditf.runtime.files.reading import open_regular
 _PLAIN = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "I8": "<i1", "I16": "<i2", "I32": "<i4", "I64": "<i8"}
 """Types whose elements are stored one by one, as numpy names them; the others are stored in blocks."""
 
+_AT_ONCE = 4096
+"""Blocks that are decoded at once, which bounds the memory beside the result."""
+
 
 class GGUFWeights(Weights):
     """The tensors of a GGUF file, under the names that it stores.
@@ -49,7 +52,10 @@ class GGUFWeights(Weights):
         super().__init__(
             {name: tensor.shape for name, tensor in header.tensors.items()},
             {name: tensor.size for name, tensor in header.tensors.items()},
-            {name: kind.name for name, kind in self._kinds.items()},
+            {
+                name: kind.name if kind.name in (*_PLAIN, "BF16") else "F32"
+                for name, kind in self._kinds.items()
+            },
         )
 
     def source(self, name: str) -> str:
@@ -113,14 +119,13 @@ def _decoded(stored: bytes, kind: Any) -> np.ndarray:
         return np.frombuffer(stored, _PLAIN[kind.name]).astype(np.float32)
     if kind.name == "BF16":
         return (np.frombuffer(stored, "<u2").astype(np.uint32) << 16).view(np.float32)
-    # dequantize works through 16 rows at a time: rows of 256 blocks bound what it holds beside its result.
-    blocks = np.frombuffer(stored, np.uint8).reshape(-1, _block(kind)[1])
-    with np.errstate(over="ignore", invalid="ignore"):  # damaged blocks are found by the check for infinity
-        whole = len(blocks) // 256 * 256
-        parts = [
-            dequantize(part, kind).ravel()
-            for part in (blocks[:whole].reshape(-1, 256 * blocks.shape[1]), blocks[whole:])
-            if len(part)
-        ]
-    values = parts[0] if len(parts) == 1 else np.concatenate(parts) if parts else np.empty(0)
-    return np.ascontiguousarray(values, np.float32)
+    elements, size = _block(kind)
+    blocks = np.frombuffer(stored, np.uint8).reshape(-1, size)
+    values = np.empty(len(blocks) * elements, np.float32)
+    for first in range(0, len(blocks), _AT_ONCE):
+        part = blocks[first : first + _AT_ONCE]
+        if len(part) == _AT_ONCE:  # dequantize works through 16 rows at a time
+            part = part.reshape(16, -1)
+        with np.errstate(over="ignore", invalid="ignore"):  # `Weights.tensor` finds NaN and infinity
+            values[first * elements : (first + _AT_ONCE) * elements] = dequantize(part, kind).ravel()
+    return values

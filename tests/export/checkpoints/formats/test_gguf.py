@@ -63,7 +63,7 @@ def test_every_type(tmp_path, kind):
     path = write(tmp_path / "model.gguf", {"img_in.weight": (stored_as(kind), kind)})
     weights = dequantised(open_weights([path]))
     assert weights.shapes == {"img_in.weight": SHAPE}
-    assert weights.dtypes == {"img_in.weight": kind.name}
+    assert weights.dtypes == {"img_in.weight": kind.name if "F" in kind.name else "F32"}
     tensor = weights.tensor("img_in.weight")
     loaded = load_gguf_checkpoint(str(path))["img_in.weight"]
     if kind in dequantize_functions:  # diffusers calls them with the type that a pipeline computes in
@@ -117,6 +117,16 @@ def test_shapes_that_comfyui_notes(tmp_path):
     wrong = write(tmp_path / "w.gguf", {"conv.weight": (stored, Kind.Q8_0)}, metadata={key: [16, 81]})
     with pytest.raises(InputError, match=r"notes the shape \[16, 81\] for a tensor of \[160, 64\]"):
         open_weights([wrong])
+
+
+@pytest.mark.parametrize(("name", "rank"), [("x_pad_token", 2), ("pos_embed", 3), ("m.register_tokens", 3)])
+def test_a_first_dimension_of_one(tmp_path, name, rank):
+    """llama.cpp's tools leave it out (ComfyUI-GGUF #379, #136); the package's own writer keeps it."""
+    whole = np.arange(12, dtype=np.float32).reshape((1, 12) if rank == 2 else (1, 3, 4))
+    for stored in (whole, whole[0]):
+        weights = open_weights([write(tmp_path / "m.gguf", {name: (stored, Kind.F32)})])
+        assert weights.shapes == {name: whole.shape}
+        np.testing.assert_array_equal(weights.tensor(name), whole)
 
 
 def test_infinite_blocks_are_found(tmp_path):

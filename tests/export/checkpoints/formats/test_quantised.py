@@ -163,6 +163,7 @@ def test_names_of_models_are_no_companions(tmp_path):
             InputError, match=rf"tensor {name} .* is stored as (I64|U8), not as floating-point"
         ):
             weights.tensor(name)
+        assert torch.equal(weights.tensor(name, whole_numbers=True), stored[name].float())
 
 
 def test_nan_of_fp8_is_found(tmp_path):
