@@ -118,7 +118,7 @@ def measured_for(plan: Plan) -> dict[str, Any]:
     given = [entry.embeds for entry in plan.entries if entry.embeds is not None]
     vae = plan.latents.source
     return {
-        "weights": plan.checkpoint.weights("transformer").fingerprint(),
+        "weights": _fingerprint(plan),
         "vae": None if vae is None else vae.weights().fingerprint(),
         "guidance": plan.guidance,
         "layer": plan.layer,
@@ -129,6 +129,14 @@ def measured_for(plan: Plan) -> dict[str, Any]:
         "size": list(plan.size),
         **({"prompt_embeds": given} if given else {}),
     }
+
+
+def _fingerprint(plan: Plan) -> str:
+    """The fingerprint of the transformer, and those of the text encoders that a LoRA changes."""
+    checkpoint = plan.checkpoint
+    encoders = () if plan.options.prompt_embeds else checkpoint.text_encoders()
+    changed = [name for name in encoders if any(checkpoint.changed_by_loras(name))]
+    return "-".join(checkpoint.weights(name).fingerprint() for name in ("transformer", *changed))
 
 
 def feature_settings(plan: Plan, calibration: Calibration | None) -> FeatureSettings:
