@@ -100,6 +100,7 @@ def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
     return [
         ("model", f"{manifest.model['id']} ({manifest.model['family']})"),
         *([] if manifest.vae is None else [("encoder", vae_text(manifest.vae))]),
+        *(("LoRA", f"{lora['file']}, {lora['scale']:g} times") for lora in manifest.lora),
         ("layer", manifest.layer_name),
         ("input", f"image uint8 [{_batch(manifest)}, {height}, {width}, 3]"),
         ("output", f"features{dtype} [{_batch(manifest)}, {manifest.channels}, {h}, {w}]"),

@@ -143,6 +143,8 @@ class Checkpoint:
 
     def changed_by_loras(self, component: str) -> list[set[str]]:
         """For each LoRA, the names of the component's tensors that it changes."""
+        if not self.loras:
+            return []
         return self._with_loras(self._own_weights(component), component).changed
 
     def _own_weights(self, component: str) -> Weights:
@@ -180,7 +182,7 @@ class Checkpoint:
     def stored(self, component: str) -> tuple[int, int]:
         """Parameters of a component's weights, and their bytes as stored; (0, 0) if they are unreadable."""
         try:
-            weights = self.weights(component)
+            weights = self._own_weights(component)
         except InputError:
             return 0, 0
         parameters = sum(map(weights.numel, weights.shapes))

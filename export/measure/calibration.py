@@ -139,7 +139,7 @@ def measured_for(plan: Plan) -> dict[str, Any]:
     given = [entry.embeds for entry in plan.entries if entry.embeds is not None]
     vae = plan.latents.source
     return {
-        "weights": plan.checkpoint.weights("transformer").fingerprint(),
+        "weights": _fingerprint(plan),
         "vae": None if vae is None else vae.weights().fingerprint(),
         "guidance": plan.guidance,
         "layer": plan.layer,
@@ -151,6 +151,14 @@ def measured_for(plan: Plan) -> dict[str, Any]:
         **({"prompt_embeds": given} if given else {}),
         **({"text_padding": plan.family.text_padding} if plan.family.text_paddings else {}),
     }
+
+
+def _fingerprint(plan: Plan) -> str:
+    """The fingerprint of the transformer, and those of the text encoders that a LoRA changes."""
+    checkpoint = plan.checkpoint
+    encoders = () if plan.options.prompt_embeds else checkpoint.text_encoders()
+    changed = [name for name in encoders if any(checkpoint.changed_by_loras(name))]
+    return "-".join(checkpoint.weights(name).fingerprint() for name in ("transformer", *changed))
 
 
 def feature_settings(plan: Plan, calibration: Calibration | None) -> FeatureSettings:

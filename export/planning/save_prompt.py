@@ -35,16 +35,17 @@ def save_prompt(options: ExportOptions, path: Path, warn: Warn = lambda line: No
         raise InputError("--prompt-embeds and --save-prompt-embeds exclude each other", "leave one out")
     with open_checkpoint(**options.opened | {"unneeded": _UNNEEDED}) as checkpoint:
         plan = plan_from_configs(options, checkpoint)
+        checkpoint = plan.checkpoint  # with the LoRAs
         if not plan.family.takes_prompt:
             raise InputError(f"{plan.family.name} reads no text", "leave --save-prompt-embeds out")
-        plan.checkpoint.check_loras(_UNNEEDED)
+        checkpoint.check_loras(_UNNEEDED)
         if len({entry.prompt for entry in plan.entries}) > 1:
             raise InputError("--save-prompt-embeds writes one prompt to a file", "run it once for each")
-        entries = check_prompts(plan.entries[:1], plan.family, plan.checkpoint)
+        entries = check_prompts(plan.entries[:1], plan.family, checkpoint)
         for line in warnings_of(entries):
             warn(line)
         with torch.no_grad():
-            entry = encode(entries, plan.family, plan.checkpoint, plan.guidance)[0]
+            entry = encode(entries, plan.family, checkpoint, plan.guidance)[0]
     prompt = str(entry.prompt)
     write_embeddings(path, entry.condition, prompt, checkpoint.id)
     return prompt

@@ -80,7 +80,7 @@ class LoraWeights(Weights):
         return digest.hexdigest()[:16] if any(self._changes) else self._base.fingerprint()
 
     def _load(self, name: str) -> torch.Tensor:
-        tensor = base = self._base.tensor(name)
+        tensor = base = self._base._load(name)  # `tensor` checks the sum
         for file, changes in zip(self._files, self._changes, strict=True):
             for change in changes.get(name, ()):
                 tensor = _changed(tensor, base, file, change)

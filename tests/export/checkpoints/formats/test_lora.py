@@ -67,7 +67,17 @@ def test_the_bundle_is_named_after_the_loras_and_they_are_inputs(checkpoint, tmp
     assert measured_for(plan) != measured_for(make_plan(replace(options, lora=()), plan.checkpoint))
 
 
-def test_an_export_has_the_features_of_the_changed_model(checkpoint, tmp_path):
+def test_the_command_line_takes_several_files(ditf, tmp_path):
+    (tmp_path / "a.safetensors").touch()
+    done = ditf("export", "--lora", "a.safetensors=0.5", "--lora", "b.safetensors=2")
+    assert done.returncode == 2
+    assert "--lora b.safetensors: no such file" in done.stderr
+    done = ditf("export", "--lora", "a.safetensors=0.5")
+    assert done.returncode == 2
+    assert "a.safetensors is not a readable safetensors file" in done.stderr
+
+
+def test_an_export_has_the_features_of_the_changed_model(checkpoint, ditf, tmp_path):
     """The expected features are those of a checkpoint whose weights were changed here and saved."""
     modules = {
         f"transformer_blocks.{block}.attn1.{one}": (48, 48) for block in range(3) for one in ("to_q", "to_v")
@@ -104,6 +114,7 @@ def test_an_export_has_the_features_of_the_changed_model(checkpoint, tmp_path):
         {"file": str(file), "sha256": sha256(file), "scale": 1.5, "tensors": {"transformer": 5}},
         {"file": str(late), "sha256": sha256(late), "scale": 1.0, "tensors": {}},
     ]
+    assert f"{file}, 1.5 times" in ditf("inspect", str(bundle)).stdout
     image = golden_pair(size)[0]
     with Model(Bundle.open(bundle), "onnxruntime") as model:
         actual = np.asarray(model.run(image[None])[0])
@@ -123,7 +134,7 @@ def test_a_prompt_is_encoded_by_the_changed_text_encoder(checkpoint, tmp_path):
         down, up = (tensors[f"lora_te1_{module.replace('.', '_')}.{one}.weight"] for one in KOHYA)
         weights[f"{module}.weight"] += up @ down
     save_file(weights, path, {"format": "pt"})
-    pooled = {}
+    pooled, measured = {}, {}
     for name, folder, loras in (
         ("lora", checkpoint("flux"), (str(file),)),
         ("fused", fused, ()),
@@ -134,5 +145,7 @@ def test_a_prompt_is_encoded_by_the_changed_text_encoder(checkpoint, tmp_path):
         with torch.no_grad():
             encoded = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)
         pooled[name] = encoded[0].condition["pooled_prompt_embeds"]
+        measured[name] = measured_for(plan)["weights"]
     torch.testing.assert_close(pooled["lora"], pooled["fused"], atol=1e-6, rtol=1e-6)
     assert (pooled["lora"] - pooled["plain"]).abs().max() > 0.01
+    assert measured["fused"] == measured["plain"] != measured["lora"]
