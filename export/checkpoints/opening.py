@@ -71,7 +71,7 @@ def open_checkpoint(
     named = "--model"
     if base is not None:
         model, transformer, named = base, model, "--base"
-    given = None if transformer is None else _transformer(transformer, base)
+    given, given_class = (None, None) if transformer is None else _transformer(transformer, base)
     path = Path(model).expanduser()
     local = model == DEMO or path.exists()
     if revision is not None and local:
@@ -102,7 +102,7 @@ def open_checkpoint(
             "pass a checkpoint directory, a file of weights with --base, a hub id (name/model) or 'demo'",
         )
     if given is not None:
-        _check_class(checkpoint, given)
+        _check_class(checkpoint, given, given_class)
     check_channels(given or model, checkpoint.config("transformer"))
     checkpoint.check_complete(unneeded)
     yield checkpoint
@@ -119,8 +119,11 @@ def _no_file(given: str, flag: str) -> InputError:
     )
 
 
-def _transformer(given: str, base: str | None) -> Path:
+def _transformer(given: str, base: str | None) -> tuple[Path, str]:
     """Find a transformer that is given beside a pipeline: a file, or the folder of a component.
+
+    Returns:
+        Its path, and the name of its diffusers class.
 
     Raises:
         InputError: it does not exist, or is no transformer that ditf exports.
@@ -129,8 +132,7 @@ def _transformer(given: str, base: str | None) -> Path:
     path = Path(given).expanduser()
     if path.is_file():
         check_weights_file(path)
-        check_transformer_tensors(path, file_weights(path))
-        return path
+        return path, check_transformer_tensors(path, file_weights(path)).class_name
     if path.suffix.lower() in _WEIGHTS and not path.exists():
         raise _no_file(given, flag)
     if not given or not path.is_dir():
@@ -139,8 +141,10 @@ def _transformer(given: str, base: str | None) -> Path:
             "pass a file of weights or a transformer's folder; from the hub, run hf download first",
         )
     folder = path / "transformer" if (path / "transformer").is_dir() else path
-    if (folder / "config.json").is_file() and "Transformer" in _class_name(folder):
-        return folder
+    if (folder / "config.json").is_file():
+        class_name = _class_name(folder)
+        if "Transformer" in class_name:
+            return folder, class_name
     raise (None if folder != path else folder_error(path)) or InputError(
         f"{flag} {given} has no transformer's config.json",
         "pass a folder that save_pretrained wrote, or the file",
@@ -151,22 +155,17 @@ def _class_name(folder: Path) -> str:
     return current_class(Checkpoint(folder, str(folder)).config("."))
 
 
-def _check_class(checkpoint: Checkpoint, given: Path) -> None:
+def _check_class(checkpoint: Checkpoint, given: Path, found: str | None) -> None:
     """Check that a transformer is of the class of the pipeline that it is given for.
 
     Raises:
         InputError: it is not, or the pipeline has no transformer's config, which a file needs.
     """
-    own = checkpoint.path / "transformer"
-    if given.is_file():
-        layout = check_transformer_tensors(given, file_weights(given))
-        found = layout.class_name
-    elif (own / "config.json").is_file():
-        found = _class_name(given)
-    else:
+    own = checkpoint.path / "transformer" / "config.json"
+    if given.is_dir() and not own.is_file():
         return
     expected = current_class(replace(checkpoint, transformer=None).config("transformer"))
-    if found != expected:
+    if found is not None and found != expected:
         fix = "give the pipeline that it was made from"
         if expected in found:  # as trainers call classes of their own: FluxTransformer2DModelWithMasking
             fix = f"if its tensors are those of {expected}, pass its file of weights instead of the folder"
