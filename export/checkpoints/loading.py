@@ -15,7 +15,7 @@ import torch
 
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.offload import give_weights, without_values
-from ditf.export.checkpoints.structure import check_tensors
+from ditf.export.checkpoints.structure import BELONG, check_tensors
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError, MissingComponent
 
@@ -100,12 +100,13 @@ def _newer(one: str, other: str) -> bool:
 
 
 def check_structure(
-    name: str, config: Mapping[str, Any], weights: Weights, what: str | None = None
+    name: str, config: Mapping[str, Any], weights: Weights, fix: str = BELONG, what: str | None = None
 ) -> dict[str, str]:
     """Compare the tensors of a checkpoint with the diffusers model that the config describes.
 
     Args:
         name: the model's class.
+        fix: what to do where they differ.
         what: the model, for messages; its class by default.
 
     Returns:
@@ -113,8 +114,8 @@ def check_structure(
         call the projections of their attention `query`, `key`, `value` and `proj_attn`.
 
     Raises:
-        InputError: a tensor is missing, unknown, of another shape, or stored as something else than numbers
-            (the message names the first one), or no model can be made of the config.
+        InputError: a tensor is missing, unknown, of another shape, or stored as whole numbers (the message
+            names the first one), or no model can be made of the config.
     """
     model = shape_model(name, config)
     stored = {tensor: tensor for tensor in weights.shapes}
@@ -127,7 +128,7 @@ def check_structure(
         if re.search(pattern, tensor)
     ]
     stored = {tensor: source for tensor, source in stored.items() if tensor in expected}
-    check_tensors(what or name, expected, stored, weights, ignored)
+    check_tensors(what or name, expected, stored, weights, ignored, fix)
     return stored
 
 

@@ -38,6 +38,9 @@ def give_weights(
 ) -> nn.Module:
     """Give a model its weights, in float32 and eval mode; returns it.
 
+    Buffers of whole numbers, such as the count of a batch norm's training steps, keep the values that the
+    model made itself: no model reads them when it is not trained.
+
     Args:
         model: from `without_values`.
         stored: {name in the model: name in `weights`}, for every name of the model's state dict.
@@ -47,15 +50,16 @@ def give_weights(
         InputError: a tensor cannot be read, or holds NaN or infinity.
     """
     model.eval().requires_grad_(False)
+    counts = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    stored = {name: source for name, source in stored.items() if name not in counts}
     if not resident and is_offloaded(sum(parameter.numel() for parameter in model.parameters())):
         return _offloaded(model, weights, stored)
-    types = {name: tensor.dtype for name, tensor in model.state_dict().items()}
     read: dict[str, torch.Tensor] = {}  # tied parameters read one tensor
     for source in stored.values():
         if source not in read:
             read[source] = weights.tensor(source)
-    state = {name: read[source].to(types[name]) for name, source in stored.items()}
-    model.load_state_dict(state, assign=True)
+    state = {name: read[source] for name, source in stored.items()}
+    model.load_state_dict(state, assign=True, strict=False)  # without the counts
     return model
 
 

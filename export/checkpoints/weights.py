@@ -11,6 +11,9 @@ import torch
 
 from ditf.runtime.errors import InputError
 
+WHOLE_NUMBERS = ("I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL")
+"""Types that hold no floating-point numbers: indices, counters, masks, and values of quantised weights."""
+
 
 class Weights(ABC):
     """Tensors by name.

@@ -52,7 +52,7 @@ def as_int8(name):
     ("component", "change", "message"),
     [
         ("transformer", as_int8("proj_out.weight"), r"proj_out\.weight of PixArt.* is stored as I8"),
-        ("transformer", lambda t: t.update({"proj_out.SCB": torch.ones(32)}), "quantised in a way"),
+        ("transformer", lambda t: t.update({"proj_out.scale": torch.ones(32)}), r"have proj_out\.scale"),
         (
             "transformer",
             lambda t: t.update({"proj_out.base_layer.weight": t.pop("proj_out.weight")}),
