@@ -166,7 +166,7 @@ class LatentSpace:
         """
         if self.source is not None:
             what = f"the VAE of {self.source.checkpoint.id} ({self.name})"
-            check_structure(self.name, self.config(), self.source.weights(), what)
+            check_structure(self.name, self.config(), self.source.weights(), what=what)
 
     def shift_and_scale(self, vae: Any) -> tuple[torch.Tensor | float, torch.Tensor | float]:
         """Shift and scale of x_0: numbers, or float32 [c, 1, 1] from the batch norm of a packed VAE."""

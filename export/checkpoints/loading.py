@@ -100,22 +100,22 @@ def _newer(one: str, other: str) -> bool:
 
 
 def check_structure(
-    name: str, config: Mapping[str, Any], weights: Weights, what: str | None = None, fix: str = BELONG
+    name: str, config: Mapping[str, Any], weights: Weights, fix: str = BELONG, what: str | None = None
 ) -> dict[str, str]:
     """Compare the tensors of a checkpoint with the diffusers model that the config describes.
 
     Args:
         name: the model's class.
-        what: the model, for messages; its class by default.
         fix: what to do where they differ.
+        what: the model, for messages; its class by default.
 
     Returns:
         {name in the model: name in `weights`}. They differ where diffusers itself renames tensors: early VAEs
         call the projections of their attention `query`, `key`, `value` and `proj_attn`.
 
     Raises:
-        InputError: a tensor is missing, unknown, of another shape, or stored as something else than numbers
-            (the message names the first one), or no model can be made of the config.
+        InputError: a tensor is missing, unknown, of another shape, or stored as whole numbers (the message
+            names the first one), or no model can be made of the config.
     """
     model = shape_model(name, config)
     stored = {tensor: tensor for tensor in weights.shapes}

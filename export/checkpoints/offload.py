@@ -38,6 +38,9 @@ def give_weights(
 ) -> nn.Module:
     """Give a model its weights, in float32 and eval mode; returns it.
 
+    Buffers of whole numbers, such as the count of a batch norm's training steps, keep the values that the
+    model made itself: no model reads them when it is not trained.
+
     Args:
         model: from `without_values`.
         stored: {name in the model: name in `weights`}, for every name of the model's state dict.
@@ -47,20 +50,17 @@ def give_weights(
         InputError: a tensor cannot be read, or holds NaN or infinity.
     """
     model.eval().requires_grad_(False)
+    counts = {name for name, tensor in model.state_dict().items() if not tensor.is_floating_point()}
+    stored = {name: source for name, source in stored.items() if name not in counts}
     if not resident and is_offloaded(sum(parameter.numel() for parameter in model.parameters())):
         return _offloaded(model, weights, stored)
-    own = model.state_dict()
     read: dict[str, torch.Tensor] = {}  # tied parameters read one tensor
-    for name, source in stored.items():
+    for source in stored.values():
         if source not in read:
-            read[source] = _read(weights, source, own[name])
-    state = {name: read[source].to(own[name].dtype) for name, source in stored.items()}
-    model.load_state_dict(state, assign=True)
+            read[source] = weights.tensor(source)
+    state = {name: read[source] for name, source in stored.items()}
+    model.load_state_dict(state, assign=True, strict=False)  # without the counts
     return model
-
-
-def _read(weights: Weights, name: str, like: torch.Tensor) -> torch.Tensor:
-    return weights.tensor(name) if like.is_floating_point() else weights.counts(name)
 
 
 def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) -> nn.Module:
@@ -68,7 +68,7 @@ def _offloaded(model: nn.Module, weights: Weights, stored: Mapping[str, str]) ->
 
     for name, buffer in model.named_buffers():
         if name in stored:
-            buffer.copy_(_read(weights, stored[name], buffer))
+            buffer.copy_(weights.tensor(stored[name]))
     attach_align_device_hook(
         model, execution_device=torch.device("cpu"), offload=True, weights_map=_Tensors(weights, stored)
     )

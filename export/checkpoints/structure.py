@@ -14,11 +14,7 @@ _ADAPTER = re.compile(
     r"(^|[._])(lora|lora_[A-Za-z]+|lokr_\w+|hada_\w+|base_layer|base_model|modules_to_save|adapter|dora_scale)"
     r"([._]|$)"
 )
-_QUANTISER = re.compile(
-    r"(^|[._])(SCB|weight_format|absmax|quant_map|nested_absmax|quant_state|weight_scale(_inv|_2)?|scale_weight"
-    r"|scale_input|input_scale|scaled_fp8|qweight|qzeros|g_idx|_data|_scale|zero_point)([._]|$)"
-)
-"""Parts of names that only an adapter (LoRA) or a quantiser gives to a tensor."""
+"""Parts of names that only an adapter (LoRA) gives to a tensor."""
 
 _WRAPPERS = {
     "_orig_mod.": "torch.compile",
@@ -39,7 +35,7 @@ def check_tensors(
     ignored: Collection[str] = (),
     fix: str = BELONG,
 ) -> None:
-    """Check that a checkpoint stores exactly the tensors of a model, in their shapes and as numbers.
+    """Check that a checkpoint stores exactly the tensors of a model, in their shapes and types.
 
     Args:
         what: the component, for messages.
@@ -49,8 +45,8 @@ def check_tensors(
         fix: what to do about tensors that are missing, unknown or of another shape.
 
     Raises:
-        InputError: a tensor is missing, unknown, of another shape, or stored in a type that does not say its
-            values. The message names the first one.
+        InputError: a tensor is missing, unknown, of another shape, or stored as whole numbers where the model
+            has none. The message names the first one.
     """
     unknown = sorted(weights.shapes.keys() - set(stored.values()))
     for tensor in unknown:
@@ -58,11 +54,6 @@ def check_tensors(
             raise InputError(
                 f"the weights of {what} are those of an adapter, or have one that is not merged: {tensor}",
                 "merge it (PEFT: merge_and_unload) and save the model again; a LoRA is given with --lora",
-            )
-        if _QUANTISER.search(tensor):
-            raise InputError(
-                f"the weights of {what} are quantised in a way that ditf does not read: they have {tensor}",
-                "take the checkpoint that is not quantised",
             )
         for prefix, wrapper in _WRAPPERS.items():
             if prefix in tensor and tensor.replace(prefix, "") in expected:
@@ -86,7 +77,6 @@ def check_tensors(
             )
         if value.is_floating_point() and weights.dtypes[source] in WHOLE_NUMBERS:
             raise InputError(
-                f"{source} of {what} is stored as {weights.dtypes[source]}, and nothing says which values"
-                " that stands for",
-                "take the checkpoint that is not quantised",
+                f"{source} of {what} is stored as {weights.dtypes[source]}, not as floating-point numbers",
+                "take the bf16 or float16 files of this model",
             )

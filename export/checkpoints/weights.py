@@ -77,11 +77,6 @@ class Weights(ABC):
             )
         return tensor
 
-    def counts(self, name: str) -> torch.Tensor:
-        """Read one tensor of whole numbers, such as the number of batches of a batch norm, in int64."""
-        self.read.add(name)
-        return self._load(name).to(torch.int64)
-
     @abstractmethod
     def _load(self, name: str) -> torch.Tensor:
         """One tensor in float32."""

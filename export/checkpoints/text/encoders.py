@@ -84,8 +84,8 @@ def check_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Text
         encoder_class: the class of transformers.
 
     Raises:
-        InputError: a tensor is missing, unknown, of another shape, or stored as something else than numbers
-            (the message names the first one), or no model can be made of the config.
+        InputError: a tensor is missing, unknown, of another shape, or stored as whole numbers (the message
+            names the first one), or no model can be made of the config.
     """
     folder = checkpoint.path / name
     check_files(folder)

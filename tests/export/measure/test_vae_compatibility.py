@@ -132,13 +132,13 @@ def test_configs_that_do_not_fit(vaes, tmp_path, changes, message):
 def test_damaged_weights(vaes, tmp_path):
     broken = shutil.copytree(vaes.tiny, tmp_path / "broken")
     (broken / "diffusion_pytorch_model.safetensors").write_bytes(b"garbage")
-    with pytest.raises(InputError, match="cannot load"):
+    with pytest.raises(InputError, match="not a readable safetensors file"):
         compared(plan_of(vaes.checkpoint, broken))
     (broken / "diffusion_pytorch_model.safetensors").unlink()
     with pytest.raises(InputError, match="no safetensors weights"):
         compared(plan_of(vaes.checkpoint, broken))
     blocks = copy_with_config(vaes.tiny, tmp_path / "blocks", num_encoder_blocks=[1, 2, 1])
-    with pytest.raises(InputError, match="missing"):
+    with pytest.raises(InputError, match=r"the VAE of .* lack encoder"):
         compared(plan_of(vaes.checkpoint, blocks))
 
 
