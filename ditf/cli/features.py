@@ -29,6 +29,7 @@ from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.images import FITS, find_images, image_suffixes, skipped_files
+from ditf.runtime.printable import valid_unicode
 from ditf.runtime.store.extraction import Extraction, extract, image_name
 from ditf.runtime.store.extraction_ray import ExtractionJob
 from ditf.runtime.store.feature_store import STORE_DTYPES, StoreIdentity, narrowed
@@ -237,7 +238,7 @@ def _write_npz(
 ) -> None:
     with open_model(open_bundle(bundle), backend, fit) as model:
         maps = model.features_of(images, prompt=prompt)
-    arrays: dict[str, np.ndarray] = {"names": np.array([str(path) for path in images])}
+    arrays: dict[str, np.ndarray] = {"names": np.array([valid_unicode(str(path)) for path in images])}
     rows: list[tuple[str, ...]] = [("image", "pixels", "features", "type")]
     listed = []
     for index, (path, feature_map) in enumerate(zip(images, maps, strict=True)):
