@@ -12,7 +12,6 @@ names the bundle that it belongs to.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -44,7 +43,7 @@ from ditf.runtime.bundles.manifest import MANIFEST
 from ditf.runtime.bundles.staging import check_space
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.hashed import HashedFile
-from ditf.runtime.files.json_file import read_json
+from ditf.runtime.files.json_file import json_text, read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
 from ditf.runtime.serving.protocol import contract
@@ -191,7 +190,7 @@ def _write(folder: Path, bundle: Bundle, name: str, model: RepositoryModel) -> N
         (folder / place).write_bytes(content)
     (folder / CONFIG).write_text(pbtxt(model.config), "utf-8")
     marker = {"schema": SCHEMA, "bundle": name, "features": features_hash(bundle)}
-    (folder / MARKER).write_text(json.dumps(marker, indent=2) + "\n", "utf-8")
+    (folder / MARKER).write_text(json_text(marker), "utf-8")
 
 
 def _swap(stage: Path, repository: Path, names: Sequence[str], gone: Sequence[Path]) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 from contextlib import ExitStack
 from dataclasses import replace
 from functools import cached_property
@@ -43,6 +42,7 @@ from ditf.export.planning.stages import Report, Stage, Warn, run_stages
 from ditf.runtime.bundles import bundle as files
 from ditf.runtime.bundles.manifest import MANIFEST, read_manifest
 from ditf.runtime.bundles.staging import check_output, check_space, staged
+from ditf.runtime.files.json_file import json_text
 
 
 def stage_count(options: ExportOptions) -> int:
@@ -259,8 +259,8 @@ class _Export:
     def write_manifest(self) -> None:
         folder = self.folder
         if self.calibration is not None:
-            document = json.dumps(self.calibration.to_json(), indent=1)
-            (folder / files.CALIBRATION).write_text(document + "\n", "utf-8")
+            document = json_text(self.calibration.to_json(), indent=1)
+            (folder / files.CALIBRATION).write_text(document, "utf-8")
         if self.options.noise == "input":
             np.save(folder / files.NOISE, self.noise.numpy())
         if self.statistics.projection is not None:

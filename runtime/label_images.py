@@ -6,15 +6,17 @@ import colorsys
 from pathlib import Path
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.reading import open_regular
-from ditf.runtime.images import LARGEST_FILE, decoding
+from ditf.runtime.images import LARGEST_FILE, check_single, decoding
 
 
 def read_label_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, bytes]:
     """Read the labels of an image and the colours that they are shown in.
+
+    Like any image file, it is turned as its EXIF data says.
 
     Args:
         path: an indexed or 8-bit grey picture whose pixel values are the labels, or a black and white one
@@ -26,20 +28,26 @@ def read_label_image(path: Path, size: tuple[int, int]) -> tuple[np.ndarray, byt
         each other differ clearly.
 
     Raises:
-        InputError: the file is missing, is of another kind, or has another size than the image.
+        InputError: the file is missing, is of another kind, has another size than the image, holds several
+            pictures, or is of a kind that changes the values: JPEG, or grey that is not stored as 8 bits.
     """
     try:
         with open_regular(path, LARGEST_FILE) as file, decoding(file) as image:
-            image.load()
-            mode, palette = image.mode, image.getpalette()
-            labels = np.array(image, np.uint8) if mode in ("P", "L", "1") else None
+            check_single(image, str(path))
+            changed = _changed_values(image)
+            turned = ImageOps.exif_transpose(image)
+            mode, palette = turned.mode, turned.getpalette()
+            labels = np.array(turned, np.uint8) if mode in ("P", "L", "1") else None
+    except InputError:
+        raise
     except FileNotFoundError:
         raise InputError(f"{path}: no such picture of labels") from None
-    except (OSError, SyntaxError, ValueError) as error:
+    except Exception as error:  # Pillow's decoders raise a dozen kinds
         raise InputError(f"{path} is not a readable picture of labels", "write it as PNG") from error
-    if labels is None:
+    if labels is None or changed:
         raise InputError(
-            f"{path} is a picture of mode {mode}, not of labels", "write it as an indexed or 8-bit grey PNG"
+            f"{path} is {changed or f'a picture of mode {mode}'}, not of labels",
+            "write it as an indexed or 8-bit grey PNG",
         )
     if labels.shape != size:
         raise InputError(
@@ -54,6 +62,17 @@ def write_label_image(path: Path, labels: np.ndarray, palette: bytes) -> None:
     image = Image.fromarray(labels)
     image.putpalette(palette)
     image.save(path, "PNG")
+
+
+def _changed_values(image: Image.Image) -> str:
+    """What changes the values of a picture that is not loaded yet, in words; empty if nothing does."""
+    if image.format in ("JPEG", "MPO"):
+        return "a JPEG, which does not keep values"
+    arguments = getattr(image, "tile", None) and image.tile[0].args  # type: ignore[attr-defined]
+    raw_mode = arguments if isinstance(arguments, str) else str(arguments[0] if arguments else "")
+    if image.mode == "L" and raw_mode.startswith("L;"):  # "L;4" is scaled to 0..255, "L;I" is inverted
+        return "grey whose values Pillow scales or inverts"
+    return ""
 
 
 def _palette() -> bytes:

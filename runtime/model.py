@@ -107,7 +107,8 @@ class Model:
         """Compute the features of one image.
 
         Args:
-            image: a path, a PIL image, or an RGB uint8 array [H, W, 3] of any size.
+            image: a path, a PIL image, or an RGB uint8 array [H, W, 3] of any size. The docstring of
+                `ditf.runtime.images` has the rules for orientation, animations and bit depth.
             noise: float32 [ensemble, c, h, w], for a bundle exported with --noise input. The default is the
                 bundle's own noise.
             prompt: one of `conditions`, for a bundle exported with several.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any, Optional
@@ -17,6 +16,7 @@ from ditf.cli.support.paths import check_picture, check_writable
 from ditf.cli.support.progress import stages
 from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.json_file import json_text
 from ditf.runtime.files.writing import replacing, write_whole
 
 
@@ -53,7 +53,7 @@ def calibrate(
         from ditf.export.measure.calibrate import calibration_stage_count
     with stages(calibration_stage_count(options)) as report:
         document = run(options, report, output.absolute().parent).to_json()
-    write_whole(output, json.dumps(document, indent=1) + "\n")
+    write_whole(output, json_text(document, indent=1))
     if plot is not None:
         from ditf.calib.plots.activations import plot_calibration
 

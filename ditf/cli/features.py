@@ -28,7 +28,8 @@ from ditf.cli.support.state import state
 from ditf.runtime import FeatureMap
 from ditf.runtime.errors import GateFailed, InputError
 from ditf.runtime.files.writing import replacing
-from ditf.runtime.images import FITS, SUFFIXES, find_images
+from ditf.runtime.images import FITS, find_images, image_suffixes, skipped_files
+from ditf.runtime.printable import valid_unicode
 from ditf.runtime.store.extraction import Extraction, extract, image_name
 from ditf.runtime.store.extraction_ray import ExtractionJob
 from ditf.runtime.store.feature_store import STORE_DTYPES, StoreIdentity, narrowed
@@ -185,13 +186,21 @@ def _listed(images: Sequence[Path], inputs: Sequence[Path]) -> list[Path]:
     """
     paths: list[Path] = []
     for path in images:
-        paths += find_images(path) if path.is_dir() else [path]
+        paths += _found(path) if path.is_dir() else [path]
     for path in inputs:
-        paths += find_images(path) if path.is_dir() else _read_list(path)
+        paths += _found(path) if path.is_dir() else _read_list(path)
     if not paths:
         raise InputError("no images are given", "name some, or a folder, or --input")
     if not any(path.exists() for path in paths):
         raise InputError(f"{paths[0]}: no such image")
+    return paths
+
+
+def _found(folder: Path) -> list[Path]:
+    """The images of a folder and of those below; what else is there is named on stderr."""
+    paths = find_images(folder)
+    if skipped := skipped_files(folder, paths, below=True):
+        say(skipped)
     return paths
 
 
@@ -201,7 +210,7 @@ def _read_list(path: Path) -> list[Path]:
     Raises:
         InputError: the file cannot be read, is itself an image, or lists nothing.
     """
-    if path.suffix.lower() in SUFFIXES:
+    if path.suffix.lower() in image_suffixes():
         raise InputError(f"--input {path} is an image", "leave --input out")
     try:
         with path.open("rb") as file:  # a pipe of the shell's, too: --input <(find ...)
@@ -229,7 +238,7 @@ def _write_npz(
 ) -> None:
     with open_model(open_bundle(bundle), backend, fit) as model:
         maps = model.features_of(images, prompt=prompt)
-    arrays: dict[str, np.ndarray] = {"names": np.array([str(path) for path in images])}
+    arrays: dict[str, np.ndarray] = {"names": np.array([valid_unicode(str(path)) for path in images])}
     rows: list[tuple[str, ...]] = [("image", "pixels", "features", "type")]
     listed = []
     for index, (path, feature_map) in enumerate(zip(images, maps, strict=True)):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import logging
+import os
 import re
 import shlex
 import signal
@@ -32,12 +34,11 @@ from ditf.cli import (
 )
 from ditf.cli.support.output import tell
 from ditf.cli.support.state import state
-from ditf.cli.support.termination import EXIT_CODE, MESSAGE, Terminated, exit_now, terminable
+from ditf.cli.support.termination import Terminated, exit_code, exit_now, message, terminable
 from ditf.runtime.errors import DitfError
 from ditf.runtime.printable import PrintableFormatter
 
-_SIGINT = 128 + signal.SIGINT
-
+_SIGINT = exit_code(signal.SIGINT)
 
 app = typer.Typer(
     name="ditf",
@@ -82,11 +83,13 @@ def _root(
 
 def main() -> NoReturn:
     """The `ditf` command."""
+    _use_utf8()
     _leave(run(sys.argv[1:]))
 
 
 def export_main() -> NoReturn:
     """The `ditf-export` command: `ditf export`."""
+    _use_utf8()
     arguments = sys.argv[1:]
     verb = [] if arguments == ["--version"] else ["export"]
     _leave(run([*verb, *arguments], shlex.join(["ditf-export", *arguments])))
@@ -102,7 +105,7 @@ def run(arguments: list[str], command: str | None = None) -> int:
 
     Returns:
         The exit code: 0 for success, 1 for a failed gate, 2 for wrong usage or bad input, 3 for a missing
-        component, 70 for a defect of ditf, 130 and 143 for SIGINT and SIGTERM.
+        component, 70 for a defect of ditf, 129, 130 and 143 for SIGHUP, SIGINT and SIGTERM.
     """
     if logging.lastResort is not None:
         logging.lastResort.setFormatter(PrintableFormatter())  # warnings, where nothing else is set up
@@ -118,8 +121,8 @@ def run(arguments: list[str], command: str | None = None) -> int:
         return _fail(error.format_message(), 2)
     except (KeyboardInterrupt, typer.Abort):
         return _interrupted()
-    except Terminated:
-        return _fail(MESSAGE, EXIT_CODE)
+    except Terminated as ended:
+        return _fail(message(ended.number), exit_code(ended.number))
     except OSError as error:
         where = f"{error.filename}: " if error.filename else ""
         return _fail(f"{where}{error.strerror or error}; check the path and the disk", 2)
@@ -133,14 +136,27 @@ def run(arguments: list[str], command: str | None = None) -> int:
         return _fail("this is a defect of ditf; please report it with the lines above", 70)
 
 
+def _use_utf8() -> None:
+    """Read arguments and file names as UTF-8 where the locale is ASCII, and print what the locale can show.
+
+    Python would read each byte that is not ASCII as a surrogate, which the libraries that are written in C++
+    and Rust refuse. Its UTF-8 mode can only be chosen at the start, so the process starts itself again.
+    """
+    if sys.getfilesystemencoding() == "ascii" and not sys.flags.utf8_mode and sys.executable:
+        os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
 def _leave(code: int) -> NoReturn:
-    if code == EXIT_CODE:
-        exit_now()  # an interpreter that has imported torch takes seconds to leave
+    if code > 128:  # a signal
+        exit_now(code)  # an interpreter that has imported torch takes seconds to leave
     sys.exit(code)
 
 
 def _interrupted() -> int:
-    return _fail("interrupted; nothing was left half-written", _SIGINT)
+    return _fail(message(signal.SIGINT), _SIGINT)
 
 
 def _fail(message: str, code: int) -> int:

@@ -28,11 +28,13 @@ from ditf.cli.support.paths import check_writable
 from ditf.runtime import FeatureMap, Matches, Model
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
-from ditf.runtime.images import SUFFIXES, open_image
+from ditf.runtime.images import open_image
 from ditf.runtime.matching.homography import HOMOGRAPHY_METHODS, cell_threshold, find_homography, opencv
 from ditf.runtime.matching.mutual import check_options, mutual_points
 from ditf.runtime.matching.points import check_points, parse_points
 from ditf.runtime.matching.soft_argmax import check_method
+
+_DRAWINGS = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"})
 
 
 @dataclass(frozen=True)
@@ -236,7 +238,7 @@ def _check_needs(options: dict[str, tuple[bool, bool, str]]) -> None:
 
 def _check_picture(path: Path | None) -> None:
     """Reject a file name without a picture format's suffix."""
-    if path is not None and path.suffix.lower() not in SUFFIXES:
+    if path is not None and path.suffix.lower() not in _DRAWINGS:
         raise InputError(f"{path} does not name a picture format", "for example match.png")
 
 

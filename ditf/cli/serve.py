@@ -22,6 +22,7 @@ from ditf.cli.support.state import state
 from ditf.runtime import Model
 from ditf.runtime.errors import InputError, missing_extra
 from ditf.runtime.files.reading import open_regular
+from ditf.runtime.printable import valid_unicode
 from ditf.runtime.serving.limits import CACHE_BYTES, MIB, Batching, Limits
 
 KEY_VARIABLE = "DITF_API_KEY"
@@ -144,7 +145,7 @@ def _names(bundles: list[Path]) -> dict[str, Path]:
     """
     names: dict[str, Path] = {}
     for path in bundles:
-        name = path.resolve().name
+        name = valid_unicode(path.resolve().name)
         if name in names:
             raise InputError(f"{names[name]} and {path} are both called {name}", "rename one")
         names[name] = path

@@ -28,7 +28,7 @@ from ditf.cli.support.progress import stages
 from ditf.runtime import Matches, Model, Propagator
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.writing import replacing
-from ditf.runtime.images import list_images, open_image, picture_count
+from ditf.runtime.images import list_images, open_image, picture_count, skipped_files
 from ditf.runtime.label_images import read_label_image, write_label_image
 from ditf.runtime.matching.points import check_points, parse_points
 
@@ -108,7 +108,10 @@ def _frames(given: list[Path]) -> list[Path]:
     frames: list[Path] = []
     for path in given:
         if path.is_dir():
-            frames += list_images(path)
+            listed = list_images(path)
+            if skipped := skipped_files(path, listed):
+                say(skipped)
+            frames += listed
         elif path.is_file():
             frames.append(path)
         else:

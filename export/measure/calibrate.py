@@ -91,12 +91,12 @@ class _CalibrationRun:
 
     def _load(self) -> None:
         plan = self.plan
+        self.images = CalibrationImages(plan.options.calibration_images, plan.size)
         with torch.no_grad():
             encoded = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)
         live = plan.options.conditioning == "live"
         self.entries = trim(encoded, plan.family, live, plan.options.text_tokens)
         self.noise = plan.noise()
-        self.images = CalibrationImages(plan.options.calibration_images, plan.size)
         reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, self.noise, plan.latents)
         self.observer = BlockObserver(
             plan, reference.under(self.entries[0].condition, self.entries[0].timestep)

@@ -15,6 +15,7 @@ from typing import Annotated, Any, Literal, Optional, Union, get_type_hints
 from ditf.export.checkpoints import DEMO
 from ditf.export.checkpoints.formats.lora import Lora, parse_lora
 from ditf.runtime.errors import InputError
+from ditf.runtime.printable import valid_unicode
 
 DEFAULT_OPSET = 20
 OPSETS = range(18, 26)  # torch's exporter writes an invalid Split at 17 and silently stamps 18 at 26
@@ -270,6 +271,10 @@ class ExportOptions:
             given[name] = tuple(value) if isinstance(value, (tuple, list)) else (value,)
         given["class_label"] = tuple(map(str, given["class_label"]))
         given["lora"] = tuple(map(str, given["lora"]))
+        _check_utf8("--prompt", given["prompt"], "type it in a terminal that uses UTF-8")
+        for name in ("model", "base", "transformer", "vae", "lora", "prompt_embeds"):
+            paths = given[name] if isinstance(given[name], tuple) else (given[name],)
+            _check_utf8("--" + name.replace("_", "-"), paths, "rename it")  # safetensors opens no other names
         try:
             checked = _checks().model_validate(given)
         except ValidationError as error:
@@ -339,6 +344,13 @@ class ExportOptions:
     def unneeded(self) -> tuple[str, ...]:
         """Starts of the names of components that the checkpoint may lack."""
         return ("text_encoder", "tokenizer") if self.prompt_embeds else ()
+
+
+def _check_utf8(flag: str, values: tuple[Any, ...], fix: str) -> None:
+    """Reject bytes of a command line that are not UTF-8: libraries refuse them late, without saying so."""
+    for text in map(str, values):
+        if valid_unicode(text) != text:
+            raise InputError(f"{flag} {text!r} is not UTF-8", fix)
 
 
 def flags_of(options: type) -> dict[str, Flag]:

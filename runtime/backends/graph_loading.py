@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,6 +11,7 @@ import numpy as np
 
 from ditf.runtime.backends.flavour import has
 from ditf.runtime.bundles.onnx_graph import Graph
+from ditf.runtime.files.unfinished import scratch_folder
 
 _MODEL = "graph.onnx"
 
@@ -49,8 +49,8 @@ def _from_file(graph: Graph, use: Callable[[str], bool]) -> bool:
 
 @contextmanager
 def _private_copy(graph: Graph) -> Iterator[Path]:
-    with tempfile.TemporaryDirectory(prefix="ditf-graph-") as folder:
-        path = Path(folder) / _MODEL
+    with scratch_folder("ditf-graph-") as folder:
+        path = folder / _MODEL
         path.write_bytes(graph.model)
         for location, content in graph.weights.items():
             path.with_name(location).write_bytes(content)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any, Literal, Optional, Union, get_args, get_origin, get_type_hints
 
 from ditf.runtime.errors import BundleError
+from ditf.runtime.files.json_file import json_text
 from ditf.runtime.files.reading import read_regular
 
 SCHEMA = 1
@@ -116,7 +117,7 @@ class Manifest:
     text_padding: Optional[Literal["pipeline", "masked"]] = None
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return json_text(asdict(self))
 
 
 def read_manifest(bundle: Path) -> Manifest:

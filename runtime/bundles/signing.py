@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import re
 import subprocess
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Optional
 
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 from ditf.runtime.files.reading import read_regular
+from ditf.runtime.files.unfinished import scratch_folder
 
 SIGNATURE_SUFFIX = ".sig"
 NAMESPACE = "ditf-bundle"
@@ -63,8 +63,8 @@ class Trust:
                 f"{path} has no signature ({signature.name}: {error.strerror})",
                 "get a signed bundle, or sign it: ditf sign BUNDLE --key KEY",
             ) from error
-        with tempfile.TemporaryDirectory(prefix="ditf-signature-") as folder:
-            allowed, copy = Path(folder) / "allowed_signers", Path(folder) / "signature"
+        with scratch_folder("ditf-signature-") as folder:
+            allowed, copy = folder / "allowed_signers", folder / "signature"
             allowed.write_text("".join(f'{_PRINCIPAL} namespaces="{NAMESPACE}" {key}\n' for key in keys))
             copy.write_bytes(signed)
             done = _ssh_keygen(

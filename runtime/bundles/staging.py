@@ -13,6 +13,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
+from ditf.runtime.printable import valid_unicode
 
 ENGINE, PICTURES = "engine.json", "index.json"
 _MARKS = {
@@ -70,11 +71,9 @@ def check_output(target: Path, inputs: Sequence[Path] = (), marker: str = MANIFE
     Raises:
         InputError: the target is or holds the current directory or an input, or it exists without the marker.
     """
-    try:
-        str(target).encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"the name {target} is not UTF-8", "choose another --output") from None
     place = link_end(target).resolve()
+    if valid_unicode(str(place)) != str(place):  # the libraries that write ONNX files would fail at the end
+        raise InputError(f"the name {place} is not UTF-8", "choose another --output")
     held = {"the current directory": Path.cwd(), **{str(one): one.resolve() for one in inputs}}
     for what, path in held.items():
         if place in (path, *path.parents):

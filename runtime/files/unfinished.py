@@ -11,6 +11,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from uuid import uuid4
 
 _undo: dict[int, Callable[[], object]] = {}
 
@@ -43,9 +44,15 @@ def undo_all() -> None:
 
 @contextmanager
 def scratch_folder(prefix: str) -> Iterator[Path]:
-    """A temporary folder that is removed at the end of the block."""
-    with (
-        tempfile.TemporaryDirectory(prefix=prefix) as name,
-        undoing(lambda: shutil.rmtree(name, ignore_errors=True)),
-    ):
-        yield Path(name)
+    """A temporary folder that is removed at the end of the block. Only this user can read it."""
+    path = Path(tempfile.gettempdir()) / f"{prefix}{uuid4().hex}"
+
+    def remove() -> None:
+        shutil.rmtree(path, ignore_errors=True)
+
+    with undoing(remove):  # before the folder is there: a signal may raise an exception at any point
+        try:
+            path.mkdir(mode=0o700)
+            yield path
+        finally:
+            remove()

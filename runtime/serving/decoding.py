@@ -8,7 +8,7 @@ import re
 from PIL import Image, UnidentifiedImageError
 
 from ditf.runtime.errors import InputError
-from ditf.runtime.images import open_image
+from ditf.runtime.images import check_single, open_image
 from ditf.runtime.serving.errors import TooLarge
 from ditf.runtime.serving.limits import Limits
 
@@ -34,12 +34,13 @@ def decode_upload(data: bytes, limits: Limits) -> Image.Image:
 
     Raises:
         TooLarge: the image has too many pixels or scans, or is a large file of a kind that is slow to decode.
-        InputError: the file has none of these formats, or is damaged.
+        InputError: the file has none of these formats, is damaged, or cannot be taken (see `open_image`).
     """
     try:
         with Image.open(io.BytesIO(data), formats=_FORMATS) as image:
             check_size((image.height, image.width), limits)
             _check_cost(data, image)
+            check_single(image, "the image")
             return open_image(image)
     except _BOMBS:
         raise TooLarge(f"the image has more than {limits.pixels:,} pixels", "scale it down first") from None

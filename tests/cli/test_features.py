@@ -45,6 +45,7 @@ def test_what_fails_is_listed_and_mended_by_a_rerun(ditf, demo_bundle, folders, 
     whole = (tmp_path / "one" / "a.png").read_bytes()
     (tmp_path / "one" / "broken.png").write_bytes(whole[:200])
     (tmp_path / "one" / "empty.png").write_bytes(b"")
+    (tmp_path / "one" / "c.heic").write_bytes(b"")
     done = ditf("features", demo_bundle, *folders, "-o", "store", "--json", "f.json", "-q")
     assert done.returncode == 1
     assert "3 computed, 0 kept, 2 failed" in done.stdout
@@ -59,6 +60,7 @@ def test_what_fails_is_listed_and_mended_by_a_rerun(ditf, demo_bundle, folders, 
     done = ditf("features", demo_bundle, *folders, "-o", "store")
     assert done.returncode == 0
     assert "2 computed, 3 kept, 0 failed" in done.stdout
+    assert "one: skipped, because they are no image files: c.heic\n" in done.stderr
 
 
 def test_a_list_and_a_name_that_is_not_there(ditf, demo_bundle, folders, tmp_path):

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 import ditf as package
 
@@ -47,6 +48,21 @@ def test_a_reader_that_leaves(demo_bundle, verb):
     assert process.stderr.read() == b""
     process.stderr.close()
     assert process.wait(60) == 0
+
+
+def test_a_reader_of_messages_that_leaves(demo_bundle, tmp_path):
+    Image.new("RGB", (20, 20), "teal").save(tmp_path / "a.png")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ditf", "match", demo_bundle, "a.png", "a.png", "9,9", "--json", "m.json"],
+        cwd=tmp_path,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    process.stderr.close()
+    assert process.stdout.read().startswith(b"source")
+    process.stdout.close()
+    assert process.wait(60) == 0
+    assert json.loads((tmp_path / "m.json").read_text())["ok"]
 
 
 ESCAPES = "\x1b[2J\x1b]0;owned\x07"

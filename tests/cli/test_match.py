@@ -93,8 +93,11 @@ def test_outputs_do_not_go_into_the_bundle(ditf, demo_bundle, pair):
 
 def test_images_that_are_not(ditf, demo_bundle, pair, tmp_path):
     (tmp_path / "broken.png").write_bytes((tmp_path / "left.png").read_bytes()[:200])
-    for name in ("absent.png", "broken.png"):
-        done = ditf("match", demo_bundle, pair[0], name, "--grid", "1")
+    with Image.open(tmp_path / "left.png") as left:
+        left.convert("P").save(tmp_path / "moving.gif", save_all=True, append_images=[left.rotate(90)])
+        Image.fromarray(np.asarray(left.convert("L")).astype(np.uint16) << 4).save(tmp_path / "camera12.png")
+    for name in ("absent.png", "broken.png", "moving.gif holds 2 pictures", "camera12.png has values from"):
+        done = ditf("match", demo_bundle, pair[0], name.split()[0], "--grid", "1")
         assert done.returncode == 2
         assert name in done.stderr
         assert done.stderr.count("\n") == 1

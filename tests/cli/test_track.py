@@ -69,10 +69,12 @@ def test_a_folder_of_frames(ditf, pixart_bundle, video, tmp_path):
     for path in video:
         path.rename(tmp_path / "frames" / path.name)
     first = tmp_path / "frames" / video[0].name
+    (tmp_path / "frames" / "sound.wav").touch()
     done = ditf("track", pixart_bundle, first, "frames", "--points", "24,24", "--json", tmp_path / "t.json")
     assert done.returncode == 0, done.stderr
     frames = json.loads((tmp_path / "t.json").read_text())["frames"]
     assert [one["frame"] for one in frames] == [f"frames/{path.name}" for path in video]
+    assert "frames: skipped, because they are no image files: sound.wav\n" in done.stderr
 
 
 @pytest.fixture

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ditf.runtime.printable import PrintableFormatter, printable
+from ditf.runtime.printable import PrintableFormatter, printable, valid_unicode
 
 
 @given(st.text())
@@ -23,6 +24,20 @@ def test_escapes_are_readable() -> None:
     assert printable("a\x1b[2Jb\x9b1mc\u202ed\r\udcffé 猫\n\t") == (
         "a\\x1b[2Jb\\x9b1mc\\u202ed\\r\\udcffé 猫\n\t"
     )
+
+
+@given(st.text(st.characters(codec=None)))
+def test_valid_text_is_kept_and_the_rest_becomes_valid(text: str) -> None:
+    assert valid_unicode(text).encode("utf-8")[:0] == b""
+    if not any("\ud800" <= one <= "\udfff" for one in text):
+        assert valid_unicode(text) == text
+
+
+def test_bytes_that_the_locale_could_not_decode() -> None:
+    name = "ü日".encode().decode("ascii", "surrogateescape")
+    assert valid_unicode(f"{name}/a") == printable(f"{name}/a") == "ü日/a"
+    assert valid_unicode(os.fsdecode(b"\xc3\xbc\xff\xfe.png")) == "ü\\udcff\\udcfe.png"
+    assert valid_unicode("\ud800") == "\\ud800"
 
 
 def test_log_lines() -> None:

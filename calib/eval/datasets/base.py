@@ -214,6 +214,8 @@ def read_image(source: ImageSource) -> np.ndarray:
         return source
     try:
         with picture(source) as image:
+            if image.mode[0] in "IF":  # convert() would cut every value above 255 to white
+                raise BadItem(f"{source} has more than 8 bits a pixel")
             return np.asarray(image.convert("RGB"))
     except BadItem as error:
         raise InputError(str(error)) from None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,6 +13,7 @@ from ditf.cli.support.eval_report import BenchmarkRun
 from ditf.runtime.bundles.staging import PICTURES as INDEX
 from ditf.runtime.bundles.staging import check_output, staged
 from ditf.runtime.errors import InputError
+from ditf.runtime.files.json_file import json_text
 
 _WORST, _BEST = 8, 4  # pictures of each bundle
 
@@ -60,5 +60,5 @@ def write_pictures(path: Path, benchmark: Benchmark, reading: Reading, runs: Seq
                 file = folder / f"{rank + 1:02d}-{round(100 * value):03d}-{name}.png"
                 draw_outcome(benchmark, item, outcome).save(file)
                 listed.append({"file": str(file.relative_to(temporary)), "name": item.name, "value": value})
-        (temporary / INDEX).write_text(json.dumps({"pictures": listed}, indent=1) + "\n", "utf-8")
+        (temporary / INDEX).write_text(json_text({"pictures": listed}, indent=1), "utf-8")
     return len(listed)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 from typing import Any, Optional
 
 from ditf.cli.support.state import state
+from ditf.runtime.files.json_file import json_text
 from ditf.runtime.files.writing import write_whole
 from ditf.runtime.printable import printable
 
@@ -17,8 +17,11 @@ SCHEMA = 1  # of every --json document
 
 
 def tell(line: str) -> None:
-    """Print a line on stderr, also with --quiet."""
-    print(printable(line), file=sys.stderr, flush=True)
+    """Print a line on stderr, also with --quiet. A closed pipe or terminal does not end the command."""
+    try:
+        print(printable(line), file=sys.stderr, flush=True)
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def say(line: str) -> None:
@@ -38,9 +41,7 @@ def show(text: str) -> None:
 def write_json(path: Optional[Path], document: dict[str, Any], ok: bool = True) -> None:
     """Write `document` with "schema" and "ok" as JSON, if there is a path."""
     if path is not None:
-        whole = _finite({"schema": SCHEMA, "ok": ok, **document})
-        text = json.dumps(whole, indent=2, allow_nan=False) + "\n"
-        write_whole(path, text)
+        write_whole(path, json_text(_finite({"schema": SCHEMA, "ok": ok, **document})))
 
 
 def _finite(value: Any) -> Any:
@@ -54,6 +55,7 @@ def _finite(value: Any) -> Any:
 
 def table(rows: list[tuple[str, ...]]) -> str:
     """Format rows as left-aligned columns of text."""
+    rows = [tuple(map(printable, row)) for row in rows]  # escapes take more room
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = (zip(row, widths, strict=True) for row in rows)
     return "\n".join("  ".join(cell.ljust(width) for cell, width in line).rstrip() for line in lines)

@@ -313,3 +313,15 @@ def test_an_image_of_too_many_pixels_costs_its_item(tmp_path, monkeypatch, name,
     Image.new("L", (400, 400)).save(first(folder, pattern))
     problems = read(name, folder).problems
     assert any("exceeds limit" in problem for problem in problems), problems
+
+
+def test_an_image_of_16_bits_costs_its_item(tmp_path):
+    """Pillow's convert("RGB") would show it as white."""
+    folder = MAKE["pf-willow"](tmp_path)
+    path = first(folder, "**/*.png")
+    with Image.open(path) as image:
+        deep = np.full((image.height, image.width), 1000, np.uint16)
+    Image.fromarray(deep).save(path)
+    reading = read("pf-willow", folder)
+    assert any(f"{path.name} has more than 8 bits" in problem for problem in reading.problems)
+    assert reading.items

@@ -297,6 +297,11 @@ def test_places_that_hold_what_is_in_use(tmp_path, monkeypatch):
     check_output(bundle, [tmp_path])
     with pytest.raises(InputError, match="is not UTF-8; choose another --output"):
         check_output(Path(os.fsdecode(b"o\xff")))
+    (tmp_path / os.fsdecode(b"here\xff")).mkdir()
+    monkeypatch.chdir(tmp_path / os.fsdecode(b"here\xff"))
+    with pytest.raises(InputError, match="is not UTF-8; choose another --output"):
+        check_output(Path("o"))
+    monkeypatch.chdir(tmp_path)
     with pytest.raises(InputError, match="exists and is not a bundle"):
         check_output(bundle / "engines")
 

@@ -1,11 +1,12 @@
 """JSON files from elsewhere must be regular and bounded; anything that is not JSON raises one error."""
 
+import json
 import os
 from pathlib import Path
 
 import pytest
 
-from ditf.runtime.files.json_file import read_json
+from ditf.runtime.files.json_file import json_text, read_json
 
 
 def test_reads_a_value(tmp_path: Path) -> None:
@@ -27,3 +28,12 @@ def test_large_files_and_fifos_are_refused(tmp_path: Path) -> None:
         read_json(tmp_path / "a.json", 8)
     with pytest.raises(OSError, match="FIFO"):
         read_json(tmp_path / "fifo.json", 8)
+
+
+def test_what_is_written_is_json_for_every_reader() -> None:
+    """A lone surrogate, as Python keeps for a byte of a file name, is no character that UTF-8 can hold."""
+    name = os.fsdecode(b"bad\xff")
+    text = json_text({name: [name, "é", 1.5, None, True]})
+    assert text.isascii()
+    assert text.endswith("}\n")
+    assert json.loads(text) == {"bad\\udcff": ["bad\\udcff", "é", 1.5, None, True]}

@@ -6,11 +6,13 @@ import os
 import stat
 import subprocess
 import sys
+import tempfile
 import threading
+from pathlib import Path
 
 import pytest
 
-from ditf.runtime.files.unfinished import undo_all
+from ditf.runtime.files.unfinished import scratch_folder, undo_all
 from ditf.runtime.files.writing import replacing, sync_tree, write_whole
 
 
@@ -154,3 +156,24 @@ def test_all_is_flushed_before_the_rename(tmp_path, monkeypatch):
     (tmp_path / "deep" / "file").write_text("x")
     sync_tree(tmp_path)
     assert order == [*(str(tmp_path / part) for part in ("deep/file", "deep", "out")), str(tmp_path)]
+
+
+def test_a_scratch_folder_is_removed_whenever_a_signal_comes(monkeypatch, tmp_path):
+    """A handler may raise as soon as the folder is made; undo_all may come from another thread."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    make = Path.mkdir
+
+    def interrupted(path, *arguments, **options):
+        make(path, *arguments, **options)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "mkdir", interrupted)
+    with pytest.raises(KeyboardInterrupt), scratch_folder("ditf-"):
+        pass
+    assert not list(tmp_path.iterdir())
+    monkeypatch.setattr(Path, "mkdir", make)
+    with scratch_folder("ditf-") as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        (folder / "a").touch()
+        undo_all()
+        assert not list(tmp_path.iterdir())

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ditf.runtime.errors import InputError
 from ditf.runtime.serving.decoding import JPEG_SCANS, SLOW_BYTES, decode_upload
 from ditf.runtime.serving.errors import TooLarge
 from ditf.runtime.serving.limits import Limits
@@ -62,6 +63,28 @@ def test_a_run_length_encoded_bmp():
     assert len(data) > SLOW_BYTES
     with pytest.raises(TooLarge, match="run-length encoded BMP"):
         decode_upload(data, LIMITS)
+
+
+@pytest.mark.parametrize("kind", ["PNG", "WEBP", "TIFF"])
+def test_an_animation_is_refused(kind):
+    file = io.BytesIO()
+    frames = [Image.fromarray(noise(seed)) for seed in range(2)]
+    frames[0].save(file, kind, save_all=True, append_images=frames[1:])
+    with pytest.raises(InputError, match="the image holds 2 pictures"):
+        decode_upload(file.getvalue(), LIMITS)
+
+
+def test_the_rules_for_files_hold_for_uploads():
+    """A file is turned as its EXIF data says, and values of 12 bits in 16 are refused."""
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    file = io.BytesIO()
+    Image.fromarray(noise(1)).save(file, "PNG", exif=exif)
+    assert decode_upload(file.getvalue(), LIMITS).size == (50, 70)
+    file = io.BytesIO()
+    Image.fromarray(noise(1)[..., 0].astype(np.uint16) * 16).save(file, "PNG")
+    with pytest.raises(InputError, match="so it would come out dark"):
+        decode_upload(file.getvalue(), LIMITS)
 
 
 def test_a_long_side():
