@@ -53,6 +53,7 @@ def make_manifest(
             "revision": plan.checkpoint.revision,
             "family": plan.family.name,
             "transformer": plan.family.transformer_class,
+            "variant": options.variant,
         },
         "layer": plan.layer,
         "timestep": first.timestep,

@@ -1,0 +1,43 @@
+"""Whether the oracle can judge an export, or the streamed reference has to."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from ditf.export.planning.plan import Plan
+from ditf.runtime.errors import DitfError
+
+_WHERE_UNKNOWN = 8 << 30
+"""Memory that the oracle may need where the machine does not say how much there is, in bytes."""
+
+
+class PipelineFails(DitfError):
+    """The checkpoint's own pipeline cannot be run on it."""
+
+
+def why_not(plan: Plan, needed: int, available: int | None) -> str | None:
+    """The reason why the checkpoint's own pipeline cannot be the oracle; None where it can.
+
+    Args:
+        needed: bytes of memory that the pipeline needs.
+        available: bytes of memory that there are, or None where that is unknown.
+    """
+    if available is None and needed > _WHERE_UNKNOWN:
+        return f"the whole pipeline needs {needed / 1e9:.1f} GB in float32, and available memory is unknown"
+    if available is not None and needed > available:
+        return (
+            f"the whole pipeline needs {needed / 1e9:.1f} GB in float32, and {available / 1e9:.1f} GB are"
+            " available"
+        )
+    for name in _quantised(plan):
+        return f"its {name} is quantised, and plain from_pretrained does not dequantise it"
+    return None
+
+
+def _quantised(plan: Plan) -> Iterator[str]:
+    checkpoint = plan.checkpoint
+    for name in ("transformer", "vae", *checkpoint.index()):
+        needed = name in ("transformer", "vae") or name.startswith("text_encoder")
+        needed = needed and checkpoint.has(name) and not name.startswith(plan.options.unneeded)
+        if needed and "quantization_config" in checkpoint.config(name):
+            yield name
