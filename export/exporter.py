@@ -227,7 +227,6 @@ class _Export:
 
     def free_reference(self) -> None:
         self.__dict__.pop("reference", None)
-        gc.collect()
 
     def measure_ranges(self) -> None:
         with spilling(self.folder):

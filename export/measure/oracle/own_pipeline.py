@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -64,7 +63,6 @@ class OwnPipeline:
             self._encode_prompt(prompt, plan.noise_shape)
         self._pipe.register_modules(**dict.fromkeys(text))
         del text
-        gc.collect()
         self._pipe.transformer = self.transformer = parts.transformer()
         given = entries[0].embeds is not None
         self.record = {
