@@ -8,9 +8,11 @@ import numpy as np
 import torch
 
 from ditf.calib.images import golden_pair
+from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.estimate.estimate import Estimate
 from ditf.export.estimate.memory import available_bytes
+from ditf.export.families import family_of
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.golden import GoldenCase, GoldenOutputs, golden_cases, golden_outputs
 from ditf.export.measure.images import CalibrationImages
@@ -50,8 +52,9 @@ def independent_golden(
     try:
         opened = open_checkpoint(options.model, options.revision, options.variant, options.unneeded)
         with opened as checkpoint, torch.no_grad():
+            _check_same(checkpoint, manifest.model["family"] == family_of(checkpoint).name)
             plan = make_plan(options, checkpoint)
-            _check_same(plan, manifest)
+            _check_same(checkpoint, manifest.grid == plan.grid)
             reason = why_not(plan, Estimate(plan).oracle_bytes, available_bytes())
             if reason is not None:
                 raise InputError(
@@ -104,11 +107,9 @@ def _entries(plan: Plan, manifest: Manifest) -> list[Entry]:
     return entries
 
 
-def _check_same(plan: Plan, manifest: Manifest) -> None:
-    found = (plan.family.name, plan.grid)
-    wanted = (manifest.model["family"], tuple(manifest.grid))
-    if found != wanted:
-        raise InputError(f"{plan.checkpoint.id} is not the model of this bundle", _NAME_IT)
+def _check_same(checkpoint: Checkpoint, same: bool) -> None:
+    if not same:
+        raise InputError(f"{checkpoint.id} is not the model of this bundle", _NAME_IT)
 
 
 def _pictures(manifest: Manifest, folder: Path | None) -> np.ndarray:

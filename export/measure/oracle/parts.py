@@ -47,7 +47,7 @@ class Parts:
             InputError: it cannot be loaded, or not every tensor of it is read.
         """
         named = getattr(diffusers, str(self._checkpoint.config("transformer").get("_class_name")), None)
-        loaded = self._model(named, self._checkpoint.path / "transformer", "torch_dtype", "transformer")
+        loaded = _model(named, Part(self._checkpoint, "transformer"), "torch_dtype")
         if not isinstance(loaded, self._transformer_class):
             raise InputError(
                 f"diffusers loads the transformer of {self._checkpoint.id} as {type(loaded).__name__},"
@@ -76,10 +76,8 @@ class Parts:
         Raises:
             InputError: as for `transformer`.
         """
-        checkpoint, name = part.checkpoint, part.name
         vae_class = getattr(diffusers, str(part.config().get("_class_name")), None)
-        variant = checkpoint.loading_variant(name)
-        return self._model(vae_class, checkpoint.path / name, "torch_dtype", name, variant)
+        return _model(vae_class, part, "torch_dtype")
 
     def text(self) -> dict[str, Any]:
         """Tokenizers and text encoders by their names in model_index.json.
@@ -99,7 +97,7 @@ class Parts:
                 with _loading(found.__name__, folder):
                     parts[name] = found.from_pretrained(folder, **_LOCAL)
             else:
-                parts[name] = self._model(found, folder, "dtype", name, **_LOCAL)
+                parts[name] = _model(found, Part(self._checkpoint, name), "dtype", **_LOCAL)
         return parts
 
     def scheduler(self, changes: Mapping[str, Any]) -> Any:
@@ -117,28 +115,29 @@ class Parts:
         with _loading(name, folder):
             return found.from_pretrained(folder, **{k: v for k, v in changes.items() if k in known})
 
-    def _model(
-        self,
-        model_class: Any,
-        folder: Path,
-        dtype: str,
-        name: str,
-        variant: str | None = None,
-        **options: Any,
-    ) -> Any:
-        check_files(folder)
-        variant = variant or self._checkpoint.loading_variant(name)
-        with _loading(getattr(model_class, "__name__", str(model_class)), folder):
-            model, report = model_class.from_pretrained(
-                folder,
-                variant=variant,
-                use_safetensors=True,
-                output_loading_info=True,
-                **{dtype: torch.float32},
-                **options,
-            )
-        _check_report(model, report, folder)
-        return model.eval().requires_grad_(False)
+
+def _model(model_class: Any, part: Part, dtype: str, **options: Any) -> Any:
+    """A model in float32 and eval mode, by plain `from_pretrained`.
+
+    Args:
+        dtype: the name of the argument that sets the type of the weights.
+
+    Raises:
+        InputError: the model cannot be loaded, or not every tensor of it is read.
+    """
+    folder = part.checkpoint.path / part.name
+    check_files(folder)
+    with _loading(getattr(model_class, "__name__", str(model_class)), folder):
+        model, report = model_class.from_pretrained(
+            folder,
+            variant=part.checkpoint.loading_variant(part.name),
+            use_safetensors=True,
+            output_loading_info=True,
+            **{dtype: torch.float32},
+            **options,
+        )
+    _check_report(model, report, folder)
+    return model.eval().requires_grad_(False)
 
 
 def _check_report(model: nn.Module, report: Mapping[str, Any], folder: Path) -> None:
