@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from ditf.export import exporter
-from ditf.export.checkpoints.weights import SafetensorsWeights
+from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.exporter import export_bundle
 from ditf.export.families.flux import Flux
 from ditf.export.families.pooled_conditioner import PooledConditioner

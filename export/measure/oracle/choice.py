@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import DitfError
 
@@ -29,15 +30,19 @@ def why_not(plan: Plan, needed: int, available: int | None) -> str | None:
             f"the whole pipeline needs {needed / 1e9:.1f} GB in float32, and {available / 1e9:.1f} GB are"
             " available"
         )
-    for name in _quantised(plan):
-        return f"its {name} is quantised, and plain from_pretrained does not dequantise it"
+    for name in _components(plan):
+        kind = type(plan.checkpoint.weights(name))
+        if kind is not SafetensorsWeights:
+            return f"plain from_pretrained does not read its {name} as ditf does ({kind.__name__})"
+        if "quantization_config" in plan.checkpoint.config(name):
+            return f"its {name} is quantised, and plain from_pretrained does not dequantise it"
     return None
 
 
-def _quantised(plan: Plan) -> Iterator[str]:
+def _components(plan: Plan) -> Iterator[str]:
+    """The models that the pipeline loads: what changes their tensors, such as a LoRA, shows in their type."""
     checkpoint = plan.checkpoint
-    for name in ("transformer", "vae", *checkpoint.index()):
-        needed = name in ("transformer", "vae") or name.startswith("text_encoder")
-        needed = needed and checkpoint.has(name) and not name.startswith(plan.options.unneeded)
-        if needed and "quantization_config" in checkpoint.config(name):
+    encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
+    for name in ("transformer", "vae", *encoders):
+        if checkpoint.has(name) and not name.startswith(plan.options.unneeded):
             yield name

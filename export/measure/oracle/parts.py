@@ -91,8 +91,9 @@ class Parts:
         for name, entry in self._checkpoint.index().items():
             if not name.startswith(("tokenizer", "text_encoder")) or entry == [None, None]:
                 continue
-            found, folder = getattr(transformers, entry[1]), self._checkpoint.path / name
+            found = getattr(transformers, entry[1])
             if name.startswith("tokenizer"):
+                folder = _folder(self._checkpoint, name)
                 check_files(folder)
                 with _loading(found.__name__, folder):
                     parts[name] = found.from_pretrained(folder, **_LOCAL)
@@ -111,9 +112,13 @@ class Parts:
         if not issubclass(found if isinstance(found, type) else object, diffusers.SchedulerMixin):
             raise InputError(f"{name} of {self._checkpoint.id} is no scheduler of diffusers", "use another")
         known = inspect.signature(found.__init__).parameters
-        folder = self._checkpoint.path / "scheduler"
+        folder = _folder(self._checkpoint, "scheduler")
         with _loading(name, folder):
             return found.from_pretrained(folder, **{k: v for k, v in changes.items() if k in known})
+
+
+def _folder(checkpoint: Checkpoint, component: str) -> Path:
+    return checkpoint.path / component
 
 
 def _model(model_class: Any, part: Part, dtype: str, **options: Any) -> Any:
@@ -125,7 +130,7 @@ def _model(model_class: Any, part: Part, dtype: str, **options: Any) -> Any:
     Raises:
         InputError: the model cannot be loaded, or not every tensor of it is read.
     """
-    folder = part.checkpoint.path / part.name
+    folder = _folder(part.checkpoint, part.name)
     check_files(folder)
     with _loading(getattr(model_class, "__name__", str(model_class)), folder):
         model, report = model_class.from_pretrained(

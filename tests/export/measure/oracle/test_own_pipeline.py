@@ -14,6 +14,8 @@ from safetensors.torch import load_file, save_file
 
 from ditf.calib.parity import feature_parity
 from ditf.export import exporter
+from ditf.export.checkpoints import layout
+from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.measure.golden import GoldenCase, golden_outputs
 from ditf.export.measure.oracle import choice
@@ -136,6 +138,18 @@ def test_what_cannot_be_its_own_judge(tiny_pixart, tmp_path):
     path.write_text(json.dumps({**config, "quantization_config": {"quant_method": "bitsandbytes"}}))
     moved = replace(plan, checkpoint=Checkpoint(folder, "pixart"))
     assert "its text_encoder is quantised" in str(why_not(moved, 1, 2))
+
+
+def test_tensors_that_are_not_read_as_they_are_stored(tiny_pixart, monkeypatch):
+    """What else ditf reads tensors by, such as adapters: the pipeline's would be other values."""
+
+    class Doubled(SafetensorsWeights):
+        def _load(self, name):
+            return 2 * super()._load(name)
+
+    plan = plan_of(tiny_pixart, "1", SIZE, 1, 1, "bake", False)
+    monkeypatch.setattr(layout, "SafetensorsWeights", Doubled)
+    assert why_not(plan, 1, 2) == "plain from_pretrained does not read its transformer as ditf does (Doubled)"
 
 
 def test_a_pipeline_that_cannot_run(checkpoint, tmp_path):
