@@ -52,6 +52,7 @@ def make_manifest(
             **plan.checkpoint.identity(),
             "family": plan.family.name,
             "transformer": plan.family.transformer_class,
+            "variant": options.variant,
         },
         "layer": plan.layer,
         "timestep": first.timestep,

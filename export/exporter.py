@@ -20,6 +20,7 @@ from ditf.export.bundle_manifest import make_manifest
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
 from ditf.export.estimate.estimate import Estimate
+from ditf.export.estimate.memory import available_bytes
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.calibrate import ObservedBlocks, measure_calibration, observe_blocks
 from ditf.export.measure.calibration import (
@@ -29,8 +30,18 @@ from ditf.export.measure.calibration import (
     read_calibration,
 )
 from ditf.export.measure.feature_statistics import FeatureStatistics, measure_features
-from ditf.export.measure.golden import ExactCase, GoldenCase, GoldenOutputs, golden_cases, golden_outputs
+from ditf.export.measure.golden import (
+    GoldenCase,
+    GoldenOutputs,
+    Judge,
+    Streamed,
+    golden_cases,
+    golden_outputs,
+)
 from ditf.export.measure.images import CalibrationImages
+from ditf.export.measure.oracle.choice import PipelineFails, why_not
+from ditf.export.measure.oracle.oracle import Oracle
+from ditf.export.measure.oracle.own_pipeline import OwnPipeline
 from ditf.export.measure.reference_model import Reference
 from ditf.export.measure.vae_compatibility import VaeComparison, compare_vaes
 from ditf.export.onnx_writing.emulation import check_against_golden, check_finite
@@ -82,13 +93,13 @@ class _Export:
 
     plan: Plan
     bundle_bytes: int
+    oracle_bytes: int
     images: CalibrationImages
     golden_images: np.ndarray
     folder: Path
     noise: torch.Tensor
     all_text: tuple[Entry, ...]
     entries: tuple[Entry, ...]
-    reference: Reference
     observed: ObservedBlocks
     made: AssembledGraph
     features: FeaturesRecord
@@ -133,7 +144,6 @@ class _Export:
             ),
             Stage(
                 lambda: f"taking the calibration of {options.calibration}",
-                self.load_reference,
                 runs=reference and not calibrates,
             ),
             Stage(
@@ -141,7 +151,11 @@ class _Export:
                 self.measure_features,
                 runs=reference and options.measures_features,
             ),
-            Stage(lambda: f"{self.discarding}; recording golden outputs", self.record_golden, runs=reference),
+            Stage(
+                lambda: f"{self.discarding}; recording golden outputs {self.judged}",
+                self.record_golden,
+                runs=reference,
+            ),
             Stage(lambda: f"{self.discarding}; no golden outputs", runs=not reference),
             Stage(
                 lambda: "measuring every value that a 16-bit graph would hold",
@@ -168,7 +182,7 @@ class _Export:
         estimate = Estimate(plan)
         check_space(plan.output, estimate.written_bytes)
         estimate.check_memory()
-        self.bundle_bytes = estimate.bundle_bytes
+        self.bundle_bytes, self.oracle_bytes = estimate.bundle_bytes, estimate.oracle_bytes
         if options.calibration is not None:
             self.calibration = read_calibration(options.calibration, plan)
         self.images = CalibrationImages(options.calibration_images, plan.size)
@@ -186,16 +200,10 @@ class _Export:
         self.entries = trim(encoded, plan.family, live, self.options.text_tokens)
         self.noise = plan.noise()
 
-    def load_reference(self) -> None:
-        plan, first = self.plan, self.entries[0]
-        self.reference = Reference(
-            plan.checkpoint, plan.family, plan.layer, plan.size, self.noise, plan.latents
-        )
-        self.reference.under(first.condition, first.timestep)
-
     def calibrate(self) -> None:
-        self.load_reference()
-        self.observed = observe_blocks(self.plan, self.reference, self.images)
+        first = self.entries[0]
+        reference = self.reference.under(first.condition, first.timestep)
+        self.observed = observe_blocks(self.plan, reference, self.images)
         self.calibration = self.observed.calibration
 
     def measure_features(self) -> None:
@@ -204,20 +212,34 @@ class _Export:
         self.statistics = measure_features(self.plan, self.reference, self.settings, self.cases, self.images)
 
     def record_golden(self) -> None:
-        exact = None
-        if self.text_is_cut or self.vaes is not None:
-            exact = ExactCase(self.all_text[0], None if self.vaes is None else self.vaes.x_0)
-        self.golden = golden_outputs(
-            self.reference,
+        reason = self.not_independent
+        if reason is None:
+            self.free_reference()
+            try:
+                self.golden = self.golden_by(Oracle(self.plan, OwnPipeline(self.plan, self.entries)))
+            except PipelineFails as error:
+                reason = str(error)
+        if reason is not None:
+            own_x_0 = None if self.vaes is None else self.vaes.x_0
+            self.golden = self.golden_by(Streamed(self.reference, reason, own_x_0))
+        assert self.golden is not None
+        np.savez_compressed(self.folder / files.GOLDEN, allow_pickle=False, **self.golden.arrays)
+        self.free_reference()
+
+    def golden_by(self, judge: Judge) -> GoldenOutputs:
+        whole = self.all_text[0] if self.text_is_cut or self.vaes is not None else None
+        return golden_outputs(
+            judge,
             self.golden_images,
             self.settings,
             self.options.seed,
             self.cases,
-            exact,
+            whole,
             self.statistics.projection,
         )
-        np.savez_compressed(self.folder / files.GOLDEN, allow_pickle=False, **self.golden.arrays)
-        del self.reference
+
+    def free_reference(self) -> None:
+        self.__dict__.pop("reference", None)
 
     def measure_ranges(self) -> None:
         with spilling(self.folder):
@@ -278,6 +300,23 @@ class _Export:
         )
         (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
         read_manifest(folder)
+
+    @cached_property
+    def reference(self) -> Reference:
+        """The unmodified transformer, loaded when a stage first asks for it."""
+        plan = self.plan
+        return Reference(plan.checkpoint, plan.family, plan.layer, plan.size, self.noise, plan.latents)
+
+    @cached_property
+    def not_independent(self) -> str | None:
+        """Why the checkpoint's own pipeline makes no golden outputs; None where it does."""
+        return why_not(self.plan, self.oracle_bytes, available_bytes())
+
+    @property
+    def judged(self) -> str:
+        if self.not_independent is None:
+            return "with the checkpoint's own pipeline"
+        return f"with the streamed model ({self.not_independent})"
 
     @property
     def settings(self) -> FeatureSettings:

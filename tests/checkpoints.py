@@ -102,7 +102,7 @@ def save_tiny_sigma(folder: Path) -> None:
 
 def save_tiny_pixart_1024(folder: Path) -> None:
     """PixArt-alpha with the micro-conditions of its 1024 px models."""
-    _save_pixart(folder, PixArtAlphaPipeline, {"use_additional_conditions": True})
+    _save_pixart(folder, PixArtAlphaPipeline, {"sample_size": 128})
 
 
 def _save_pixart(folder, pipeline_class, transformer):

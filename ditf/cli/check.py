@@ -12,6 +12,14 @@ import typer
 from ditf.calib.golden_parity import GoldenResult, golden_result, image_size
 from ditf.calib.parity import METRICS, TOLERANCES, WHOLE, Gate, gates, match_parity
 from ditf.cli.support.bundles import open_bundle, open_model, vae_text
+from ditf.cli.support.check_independent import (
+    EmbedsOption,
+    ImagesOption,
+    IndependentOption,
+    ModelOption,
+    check_options,
+    independent_golden,
+)
 from ditf.cli.support.check_where import Findings, check_bisect, check_ladder, check_ranges
 from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import say, show, table, write_json
@@ -54,24 +62,36 @@ def check(
             "--export-polygraphy", metavar="DIR", help="Write the golden data in Polygraphy's format."
         ),
     ] = None,
+    independent: IndependentOption = False,
+    model: ModelOption = None,
+    images: ImagesOption = None,
+    prompt_embeds: EmbedsOption = None,
     json_file: JsonOption = None,
 ) -> None:
     """Compare a bundle's outputs on the golden images with the unmodified model's; exit 1 if they deviate."""
     check_writable(json_file, plot, inputs=(bundle,))
     if plot is not None:
         check_picture(plot, "check")
+    check_options(
+        independent,
+        {"--model": model, "--images": images, "--prompt-embeds": prompt_embeds},
+        {"--ranges": ranges, "--ladder": ladder, "--bisect": bisect, "--export-polygraphy": polygraphy},
+    )
     opened = open_bundle(bundle)
-    if not opened.manifest.golden:
+    if not opened.manifest.golden and not independent:
         raise InputError(
             f"{bundle} was exported with --golden none: there is nothing to compare it with",
-            "export it again without --golden none",
+            "add --independent, where its model is, or export it again without --golden none",
         )
     opened.verify(opened.manifest.files)
     limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
-    golden = read_golden(opened)
+    findings = Findings()
+    if independent:
+        golden = independent_golden(opened, model, images, prompt_embeds, findings)
+    else:
+        golden = read_golden(opened)
     asked = dict(_parse_limit(text, golden) for text in limit or ())
     limits |= asked
-    findings = Findings()
     if ranges:
         check_ranges(opened, golden, findings)
     if ladder:

@@ -161,9 +161,12 @@ class Estimate:
     @cached_property
     def stage_bytes(self) -> dict[str, int]:
         """Memory that each stage of the export needs beside the libraries: {stage: bytes}."""
-        image = torch.empty((1, *self.plan.size, 3), dtype=torch.uint8, device="meta")
-        counted = count_operations(self._float32, image, *self.feeds)
-        return memory.stage_bytes(self.plan, self._float32, counted.peak_bytes())
+        return memory.stage_bytes(self.plan, self._float32, self._activations)
+
+    @cached_property
+    def oracle_bytes(self) -> int:
+        """Memory that the checkpoint's own pipeline needs, to make golden outputs with it."""
+        return memory.oracle_bytes(self.plan, self._activations)
 
     def check_memory(self) -> None:
         """Reject an export that this machine has no memory for, before the work starts.
@@ -188,6 +191,12 @@ class Estimate:
         if self.plan.precision == FLOAT32:
             return self.graph
         return assemble_shapes(replace(self.plan, precision=FLOAT32), self._condition).graph
+
+    @cached_property
+    def _activations(self) -> int:
+        """The most bytes of activations that live at once for one image in float32."""
+        image = torch.empty((1, *self.plan.size, 3), dtype=torch.uint8, device="meta")
+        return count_operations(self._float32, image, *self.feeds).peak_bytes()
 
     @cached_property
     def _counted(self) -> OpCount:

@@ -43,6 +43,24 @@ def stage_bytes(plan: Plan, graph: FeaturesGraph, activations: int) -> dict[str,
     return needs
 
 
+def oracle_bytes(plan: Plan, activations: int) -> int:
+    """Memory that the checkpoint's own pipeline needs in float32 (`ditf.export.measure.oracle`).
+
+    The text encoders run before the transformer is loaded. The VAEs stay.
+
+    Args:
+        activations: as for `stage_bytes`.
+    """
+    checkpoint = plan.checkpoint
+    encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
+    if plan.options.prompt_embeds:
+        encoders = []
+    text = sum(checkpoint.stored(name)[0] for name in encoders if checkpoint.has(name))
+    vaes = {latents.source for latents in (plan.latents, plan.own_latents) if latents.source is not None}
+    stored = sum(part.checkpoint.stored(part.name)[0] for part in vaes)
+    return 4 * (stored + max(text, checkpoint.stored("transformer")[0])) + activations
+
+
 def _encoder_bytes(checkpoint: Checkpoint) -> int:
     """Small encoders are in memory together; of large ones, one tensor at a time is."""
     held, largest = 0, 0

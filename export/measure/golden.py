@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -33,18 +34,58 @@ class GoldenCase:
     entry: Entry
 
 
-@dataclass(frozen=True)
-class ExactCase:
-    """The first condition without the bundle's approximations (--text-tokens, --vae).
+class Judge(Protocol):
+    """The unmodified model that golden outputs come from.
 
     Attributes:
-        entry: the condition with all its text tokens.
-        x_0: the golden pair encoded by the checkpoint's own VAE, float32 [2, c, h', w'], where the bundle has
-            another encoder; else None.
+        record: what its parts were made by; "oracle" is "independent" (`ditf.export.measure.oracle`) or
+            "streamed" (`Streamed`).
     """
 
-    entry: Entry
-    x_0: torch.Tensor | None
+    record: dict[str, str]
+
+    def maps(
+        self, entry: Entry, images: np.ndarray, settings: FeatureSettings, whole: bool = False
+    ) -> list[np.ndarray]:
+        """The features of images uint8 [n, H, W, 3] under a condition, each float32 [C, h, w].
+
+        Args:
+            whole: without the bundle's approximations (--text-tokens, --vae).
+        """
+
+    def entering(self, entry: Entry, image: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """What enters blocks 0..k at image tokens `rows` [R]: float32 [k + 1, R, C]."""
+
+
+class Streamed:
+    """The reference as a judge, whose weights are read when they are used.
+
+    It shares the checkpoint's reading, the text embeddings, the noise levels and x_0 with the graph.
+
+    Args:
+        reference: with the bundle's encoder.
+        reason: why the oracle does not judge.
+        own_x_0: the images of `maps` encoded by the checkpoint's own VAE, float32 [n, c, h', w'], where the
+            bundle has another encoder.
+    """
+
+    def __init__(self, reference: Reference, reason: str, own_x_0: torch.Tensor | None = None) -> None:
+        self._reference = reference
+        self._own_x_0 = own_x_0
+        self.record = {"oracle": "streamed", "reason": reason}
+
+    def maps(
+        self, entry: Entry, images: np.ndarray, settings: FeatureSettings, whole: bool = False
+    ) -> list[np.ndarray]:
+        reference = self._reference.under(entry.condition, entry.timestep)
+        if whole and self._own_x_0 is not None:
+            hidden = (reference.hidden_states_of(one) for one in self._own_x_0.split(1))
+        else:
+            hidden = (reference.hidden_states(image) for image in images)
+        return [reference.features(one, settings) for one in hidden]
+
+    def entering(self, entry: Entry, image: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        return self._reference.under(entry.condition, entry.timestep).entering(image, rows)
 
 
 @dataclass(frozen=True)
@@ -69,37 +110,36 @@ def golden_cases(conditions: int) -> list[int]:
 
 
 def golden_outputs(
-    reference: Reference,
+    judge: Judge,
     images: np.ndarray,
     settings: FeatureSettings,
     seed: int,
     cases: Sequence[GoldenCase],
-    exact: ExactCase | None = None,
+    whole: Entry | None = None,
     projection: np.ndarray | None = None,
 ) -> GoldenOutputs:
-    """Run the reference on a pair of images and keep what a device compares its own outputs with.
+    """Run the unmodified model on images and keep what a device compares its own outputs with.
 
-    The arrays are `images` uint8 [2, H, W, 3]; `rows` int64 [2, R], sampled token indices, and `features`
-    float32 [2, R, C] at them, under the first condition; `points` float32 [P, 2] in the first image, and
-    `match_points` [P, 2] and `match_scores` [P] in the second. Each further condition, with index i > 0, has
-    `rows_i` [S] and `features_i` [S, C] of the first image. `hidden_rows` [H] and `hidden_states`
-    [k + 1, H, C] are what enters blocks 0..k on the first image under the first condition. A bundle that
-    approximates has `whole_features` [2, R, C] and `whole_match_points` [P, 2], which the model gives without
-    any approximation.
+    The arrays are `images` uint8 [n, H, W, 3], n = 2 in golden.npz; `rows` int64 [n, R], sampled token
+    indices, and `features` float32 [n, R, C] at them, under the first condition; `points` float32 [P, 2] in
+    the first image, and `match_points` [P, 2] and `match_scores` [P] in the second. Each further condition,
+    with index i > 0, has `rows_i` [S] and `features_i` [S, C] of the first image. `hidden_rows` [H] and
+    `hidden_states` [k + 1, H, C] are what enters blocks 0..k on the first image under the first condition. A
+    bundle that approximates has `whole_features` [n, R, C] and `whole_match_points` [P, 2], which the model
+    gives without any approximation. `oracle` is the judge's record as JSON.
 
     Args:
-        reference: the unmodified model.
-        images: uint8 [2, H, W, 3].
+        judge: the unmodified model.
+        images: uint8 [n, H, W, 3], at least two.
         settings: the feature's definition.
         seed: picks rows and points.
         cases: the conditions, the bundle's first one first.
-        exact: what the bundle approximates, or None.
+        whole: the first condition without --text-tokens, where the bundle approximates; else None.
         projection: P of --pca, float32 [N, C]: features are then P times what the model gives, in float32.
     """
-    full = _maps(reference, cases[0].entry, images, settings)
+    first = cases[0].entry
+    full = judge.maps(first, images, settings)
     maps = _projected(full, projection)
-    entering: list[np.ndarray] = []
-    reference.trace(images[0], lambda layer, found: entering.append(found.image))
     channels, h, w = maps[0].shape
     rng = np.random.default_rng(seed)
     count = max(1, min(h * w, MAX_ROWS, _ROW_BYTES // (4 * channels * len(maps))))
@@ -117,41 +157,31 @@ def golden_outputs(
         "points": points.astype(np.float32),
         "match_points": match_points,
         "match_scores": match_scores,
+        "oracle": np.array(json.dumps(judge.record)),
     }
-    few = max(1, min(h * w, _HIDDEN_BYTES // entering[0][0].nbytes // len(entering)))
-    arrays["hidden_rows"] = np.sort(np.random.default_rng(seed).choice(h * w, few, replace=False))
-    arrays["hidden_states"] = np.stack([tokens[arrays["hidden_rows"]] for tokens in entering])
-    if exact is not None:
-        whole = _projected(_maps(reference, exact.entry, images, settings, exact.x_0), projection)
-        arrays["whole_features"] = _take(whole, rows)
-        arrays["whole_match_points"] = reference_match(whole[0], whole[1], points, (height, width))[0]
+    some = np.random.default_rng(seed).permutation(h * w)[:MAX_ROWS]
+    entering = judge.entering(first, images[0], some)
+    order = np.argsort(some[: max(1, _HIDDEN_BYTES * len(some) // entering.nbytes)])
+    arrays["hidden_rows"], arrays["hidden_states"] = some[order], entering[:, order]
+    if whole is not None:
+        exact = _projected(judge.maps(whole, images, settings, whole=True), projection)
+        arrays["whole_features"] = _take(exact, rows)
+        arrays["whole_match_points"] = reference_match(exact[0], exact[1], points, (height, width))[0]
     others = cases[1:]
     for case in others:
         few = max(1, min(count, _OTHER_BYTES // (4 * channels * len(others))))
         chosen = np.sort(rng.choice(h * w, few, replace=False))
         arrays[f"rows_{case.index}"] = chosen
-        one = _projected(_maps(reference, case.entry, images[:1], settings), projection)
+        one = _projected(judge.maps(case.entry, images[:1], settings), projection)
         arrays[f"features_{case.index}"] = _take(one, chosen[None])[0]
     manifest = {
         "images": "procedural pair",
         "rows_per_image": count,
         "points": POINTS,
         "conditions": [case.index for case in cases],
+        **judge.record,
     }
     return GoldenOutputs(arrays, manifest, cost)
-
-
-def _maps(
-    reference: Reference,
-    entry: Entry,
-    images: np.ndarray,
-    settings: FeatureSettings,
-    x_0: torch.Tensor | None = None,
-) -> list[np.ndarray]:
-    reference.under(entry.condition, entry.timestep)
-    if x_0 is None:
-        return [reference.features(reference.hidden_states(image), settings) for image in images]
-    return [reference.features(reference.hidden_states_of(one), settings) for one in x_0.split(1)]
 
 
 def _projected(maps: list[np.ndarray], projection: np.ndarray | None) -> list[np.ndarray]:

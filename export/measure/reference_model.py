@@ -1,11 +1,8 @@
-"""The reference: the unmodified diffusers transformer in float32, observed through hooks.
+"""The reference: the unmodified diffusers transformer in float32, called by ditf and observed through hooks.
 
-This file does not know how a block computes its modulation. It runs block k of the unmodified model on the
-averaged hidden states with the massive channels discarded, and takes the input of the block's attention as
-the feature: (1 + scale_k) * Norm_k(z) + shift_k, computed by diffusers.
-
-The reference shares no arithmetic with the graph that it checks. A mistake in shared code would be in both
-and would not be found.
+Its weights are read when they are used, so it runs where the whole model does not fit into memory. It shares
+no arithmetic with the graph that it checks, but it shares what goes in: text embeddings, latents and tensors
+are read by the same code. The oracle (`ditf.export.measure.oracle`) shares none of them.
 """
 
 from __future__ import annotations
@@ -16,7 +13,6 @@ from typing import Any
 import diffusers
 import numpy as np
 import torch
-from torch import nn
 
 from ditf.calib.blocks import Entering
 from ditf.export.checkpoints.latent_space import LatentSpace
@@ -24,12 +20,8 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.loading import load_model
 from ditf.export.families.base import Condition, Family
 from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.observation import Observation, submodule
 from ditf.export.measure.reference_noise import ReferenceNoise
-from ditf.runtime.errors import MissingComponent
-
-
-class _Stop(Exception):
-    """Raised by a hook to end a forward pass once it has seen its tensors."""
 
 
 class Reference:
@@ -67,17 +59,15 @@ class Reference:
         self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels, family.shifts_latents)
         self._vae = self._latents.load_vae() if self._latents.vae else None
         self._schedule = ReferenceNoise(checkpoint.config("scheduler"), flow_matching=not family.ddpm)
-        self._block = _submodule(self._transformer, family.block_name(layer))
-        self._attention = _submodule(self._block, family.attention_name)
         self._noise = noise
         self._size = size
         stride = self._latents.stride * family.patch_size
         self._grid = (size[0] // stride, size[1] // stride)
+        self._observation = Observation(self._transformer, family, layer, self._grid)
         self._device = torch.device("cpu")
         self._dtype = torch.float32
         self._timestep = 0
         self._inputs: dict[str, Any] = {}
-        self._block_call: tuple[tuple[Any, ...], dict[str, Any]] = ((), {})
 
     def under(self, condition: Condition, timestep: int) -> Reference:
         """Set the condition and the timestep of the passes that follow; returns this object."""
@@ -114,7 +104,7 @@ class Reference:
         self._noise = self._noise.to(self._device)
         if compiled:
             for index in range(self._layer):
-                _submodule(self._transformer, self._family.block_name(index)).compile()
+                submodule(self._transformer, self._family.block_name(index)).compile()
         return self
 
     @torch.no_grad()
@@ -129,11 +119,7 @@ class Reference:
     @torch.no_grad()
     def hidden_states_of(self, x_0: torch.Tensor) -> np.ndarray:
         """The same as `hidden_states` for an encoded image, x_0 float32 [1, c, h', w']."""
-        x_t = self._placed(self._family.reference_latents(self._add_noise(x_0)))
-        args, kwargs = _observe(self._block, self._transformer, (x_t,), self._inputs)
-        self._block_call = (args, kwargs)
-        z: np.ndarray = self._image_tokens(_first(args, kwargs)).mean(dim=0).float().numpy(force=True)
-        return z
+        return self._observation.hidden_states([lambda: self._pass(x_0)])
 
     @torch.no_grad()
     def trace(self, image: np.ndarray, visit: Callable[[int, Entering], None]) -> None:
@@ -143,45 +129,19 @@ class Reference:
             image: uint8 [H, W, 3] at the export's size.
             visit: called with the index of each of blocks 0..k and the tokens that enter it, in order.
         """
-        seen: list[tuple[np.ndarray, np.ndarray | None]] = []
+        x_0 = self._encode(image)
+        self._observation.trace(lambda: self._pass(x_0), visit)
 
-        def entering(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            tokens = _first(args, kwargs).mean(dim=0)
-            text = kwargs.get("encoder_hidden_states") if self._family.text_stream else None
-            image_tokens, others = self._family.reference_tokens(tokens, self._grid[0] * self._grid[1])
-            own = others if text is None else text.mean(dim=0)
-            seen.append((image_tokens.numpy(), own.numpy() if len(own) else None))
+    def entering(self, image: np.ndarray, rows: np.ndarray) -> np.ndarray:
+        """What enters blocks 0..k at some image tokens, averaged over the ensemble: float32 [k + 1, R, C].
 
-        def attending(layer: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            modulated = self._image_tokens(_first(args, kwargs)).mean(dim=0).numpy()
-            visit(layer, Entering(*seen.pop(), modulated))
-            if layer == self._layer:
-                raise _Stop
+        Args:
+            image: uint8 [H, W, 3] at the export's size.
+            rows: indices [R] of image tokens.
+        """
+        x_0 = self._encode(image)
+        return self._observation.entering([lambda: self._pass(x_0)], rows)
 
-        handles = []
-        for index in range(self._layer + 1):
-            block = _submodule(self._transformer, self._family.block_name(index))
-            attention = _submodule(block, self._family.attention_name)
-            handles.append(block.register_forward_pre_hook(entering, with_kwargs=True))
-            handles.append(
-                attention.register_forward_pre_hook(
-                    lambda module, args, kwargs, layer=index: attending(layer, args, kwargs), with_kwargs=True
-                )
-            )
-        try:
-            x_t = self._family.reference_latents(self._add_noise(self._encode(image)))
-            self._transformer(x_t, **self._inputs)
-        except _Stop:
-            pass
-        finally:
-            for handle in handles:
-                handle.remove()
-
-    def _image_tokens(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The image tokens of a sequence that may also hold text, as in FLUX's single-stream blocks."""
-        return self._family.reference_tokens(tokens, self._grid[0] * self._grid[1])[0]
-
-    @torch.no_grad()
     def features(self, hidden_states: np.ndarray, settings: FeatureSettings) -> np.ndarray:
         """Compute the DiTF feature, float32 [C, h, w], from the last result of `hidden_states`.
 
@@ -189,19 +149,14 @@ class Reference:
             hidden_states: float32 [N, C].
             settings: the feature's definition.
         """
-        channels = list(settings.channels)
-        z = torch.from_numpy(hidden_states)[None].to(self._device, self._dtype, copy=True)
-        if settings.stage == "before":
-            z[:, :, channels] = 0.0
-        if settings.adaln:
-            args, kwargs = _replace_first(*_cut_batch(self._block_call, len(self._noise)), z)
-            z = self._image_tokens(_first(*_observe(self._attention, self._block, args, kwargs)))
-        if settings.stage == "after":
-            z = z.clone()
-            z[:, :, channels] = 0.0
-        feature: np.ndarray = z[0].T.reshape(-1, *self._grid).float().numpy(force=True)
-        return feature
+        return self._observation.features(hidden_states, settings)
 
+    def _pass(self, x_0: torch.Tensor) -> None:
+        """Run the transformer on all noises of the ensemble at once."""
+        x_t = self._placed(self._family.reference_latents(self._add_noise(x_0)))
+        self._transformer(x_t, **self._inputs)
+
+    @torch.no_grad()
     def _encode(self, image: np.ndarray) -> torch.Tensor:
         """x_0 [1, c, h', w']."""
         pixels = torch.from_numpy(image.copy()).to(self._device).permute(2, 0, 1)[None].float() / 127.5 - 1
@@ -210,61 +165,3 @@ class Reference:
     def _add_noise(self, x_0: torch.Tensor) -> torch.Tensor:
         """x_t [E, c, h', w']."""
         return self._schedule.add(x_0.expand(len(self._noise), -1, -1, -1), self._noise, self._timestep)
-
-
-def _submodule(module: nn.Module, name: str) -> nn.Module:
-    try:
-        return module.get_submodule(name)
-    except AttributeError as error:
-        raise MissingComponent(
-            f"diffusers {diffusers.__version__} names the modules of {type(module).__name__} differently than"
-            f" this ditf expects ({error})",
-            "install a version that ditf was tested with: see constraints.txt",
-        ) from error
-
-
-def _observe(
-    target: nn.Module, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Run `model` until it calls `target`; returns the arguments of that call."""
-    seen: list[tuple[tuple[Any, ...], dict[str, Any]]] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        seen.append((args, kwargs))
-        raise _Stop
-
-    handle = target.register_forward_pre_hook(hook, with_kwargs=True)
-    try:
-        model(*args, **kwargs)
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
-    if not seen:
-        raise RuntimeError(f"{type(target).__name__} was not called by {type(model).__name__}")
-    return seen[0]
-
-
-def _first(args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
-    tensor: torch.Tensor = args[0] if args else kwargs["hidden_states"]
-    return tensor
-
-
-def _replace_first(
-    args: tuple[Any, ...], kwargs: dict[str, Any], tensor: torch.Tensor
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    if args:
-        return (tensor, *args[1:]), kwargs
-    return args, {**kwargs, "hidden_states": tensor}
-
-
-def _cut_batch(
-    call: tuple[tuple[Any, ...], dict[str, Any]], batch: int
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """The same call with a batch of one; the condition is the same for every noise of the ensemble."""
-
-    def cut(value: Any) -> Any:
-        return value[:1] if isinstance(value, torch.Tensor) and len(value) == batch else value
-
-    args, kwargs = call
-    return tuple(map(cut, args)), {key: cut(value) for key, value in kwargs.items()}

@@ -12,8 +12,8 @@ from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.reference_model import Reference
 from ditf.export.planning.conditions import encode
-from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
+from ditf.export.planning.recorded_options import recorded_options
 from ditf.runtime.bundles.manifest import Manifest
 from ditf.runtime.errors import InputError
 
@@ -49,22 +49,7 @@ def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> I
     Raises:
         DitfError: the model cannot be found or opened, or it is of another family.
     """
-    options = ExportOptions(
-        model=model or str(manifest.model["id"]),
-        base=None if model else manifest.model.get("base"),
-        revision=None if model else manifest.model["revision"],
-        vae=None if manifest.vae is None else manifest.vae["id"],
-        vae_revision=None if manifest.vae is None else manifest.vae["revision"],
-        layer=str(manifest.layer),
-        timestep=(manifest.timestep,),
-        prompt=() if manifest.prompt is None else (manifest.prompt,),
-        class_label=() if manifest.class_label is None else (str(manifest.class_label),),
-        guidance=manifest.guidance,
-        text_tokens=None,
-        size=manifest.size,
-        seed=manifest.seed,
-        ensemble=manifest.ensemble,
-    )
+    options = recorded_options(manifest, model)
     gpu = torch.cuda.is_available()
     half = gpu and manifest.precision != "float32"
     device, dtype = ("cuda" if gpu else "cpu"), (torch.float16 if half else torch.float32)
@@ -73,9 +58,15 @@ def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> I
         if plan.family.name != manifest.model["family"]:
             raise InputError(f"{options.model} is not the {manifest.model['family']} of this bundle")
         with torch.no_grad():
-            entry = encode(plan.entries, plan.family, checkpoint, plan.guidance)[0]
+            entry = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)[0]
             reference = Reference(
-                checkpoint, plan.family, plan.layer, plan.size, plan.noise(), plan.latents, resident=True
+                plan.checkpoint,
+                plan.family,
+                plan.layer,
+                plan.size,
+                plan.noise(),
+                plan.latents,
+                resident=True,
             )
             reference.moved(device, dtype, compiled=name == "compile")
             reference.under(entry.condition, entry.timestep)

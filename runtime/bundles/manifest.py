@@ -37,9 +37,10 @@ class Manifest:
 
     Attributes:
         schema: the version of this layout.
-        model: the id, revision and family of the checkpoint, and `transformer`, its diffusers class. If the
-            transformer was given apart, `id` is its file or folder, `weights` a fingerprint of its tensors,
-            and `base` the id of the pipeline that the rest is from, whose revision it is.
+        model: the id, revision and family of the checkpoint, the variant of its weights, and `transformer`,
+            its diffusers class. If the transformer was given apart, `id` is its file or folder, `weights` a
+            fingerprint of its tensors, and `base` the id of the pipeline that the rest is from, whose
+            revision it is.
         layer: the global index k of the block whose input is the feature.
         layer_name: the same for people, such as "layer 9 = block.9 of 12".
         timestep: the diffusion timestep, 0..999.
@@ -60,7 +61,8 @@ class Manifest:
             from them are its inputs. With "live", embeddings and timestep are its inputs.
         tolerances: the gates of `ditf check`, {metric: limit}.
         rehearsal: the feature parity at export of the graph in PyTorch, in its own precision.
-        golden: the numbers of points and rows in golden.npz, and the images that they come from.
+        golden: the numbers of points and rows in golden.npz, the images that they come from, and what made
+            them: "oracle" is "independent" (then what each part was made by) or "streamed" (then a "reason").
         versions: the versions of the tools that made the bundle.
         command: the command line that made it.
         files: {name: {"bytes": n, "sha256": hex}} of every other file outside engines/.

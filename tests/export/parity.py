@@ -1,4 +1,7 @@
-"""A graph as a module against hooks on the unmodified model: whole maps, in the graph's own precision.
+"""A graph as a module against the checkpoint's own pipeline: whole maps, in the graph's own precision.
+
+The pipeline (`ditf.export.measure.oracle`) is loaded and run by public calls of diffusers. It shares neither
+weights, text, noise nor latents with the graph. The images are photographs.
 
 Products of float16 are summed in float32 and rounded once, as on a GPU: PyTorch's own on a CPU are several
 times slower. What does not fit float16 overflows in both.
@@ -11,14 +14,16 @@ from functools import lru_cache
 from pathlib import Path
 
 import numpy as np
+import skimage.data
 import torch
+from PIL import Image
 
-from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, worst
 from ditf.export.assemble.features_graph import assemble
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.graph.features import FeatureSettings
-from ditf.export.measure.reference_model import Reference
+from ditf.export.measure.oracle.oracle import Oracle
+from ditf.export.measure.oracle.own_pipeline import OwnPipeline
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import encode, trim
 from ditf.export.planning.export_options import ExportOptions
@@ -36,19 +41,35 @@ def subjects(family, count):
 
 @lru_cache(maxsize=4)
 def expected(folder: Path, layer: str, size, ensemble, count, text_padding=None):
-    """What the unmodified model gives, for each of `count` conditions."""
-    plan, entries = planned(folder, layer, size, ensemble, count, "bank", False, text_padding=text_padding)
-    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
-    image = golden_pair(plan.size)[0]
-    maps = []
-    for entry in entries:
-        reference.under(entry.condition, entry.timestep)
-        maps.append(reference.features(reference.hidden_states(image), SETTINGS))
-    return maps
+    """What the checkpoint's own pipeline gives on the photograph, for each of `count` conditions."""
+    plan = plan_of(folder, layer, size, ensemble, count, "bank", False, text_padding=text_padding)
+    oracle = Oracle(plan, own_pipeline(folder, text_padding))
+    photo = photographs(plan.size)[:1]
+    return [oracle.maps(entry, photo, SETTINGS)[0] for entry in plan.entries]
+
+
+@lru_cache(maxsize=1)
+def own_pipeline(folder: Path, text_padding=None) -> OwnPipeline:
+    """A checkpoint's pipeline with all prompts of these tests encoded; it serves every layer and size."""
+    plan = plan_of(folder, "0", (64, 64), 1, 2, "bank", False, text_padding=text_padding)
+    return OwnPipeline(plan, plan.entries)
+
+
+@lru_cache
+def photographs(size: tuple[int, int]) -> np.ndarray:
+    """A cat and an astronaut, uint8 [2, H, W, 3]."""
+    photos = (skimage.data.chelsea(), skimage.data.astronaut())
+    return np.stack([np.asarray(Image.fromarray(photo).resize(size[::-1])) for photo in photos])
 
 
 def planned(folder, layer, size, ensemble, count, mode, fp16, **changes):
     """The plan of an export, and its encoded entries."""
+    plan = plan_of(folder, layer, size, ensemble, count, mode, fp16, **changes)
+    return plan, encoded(plan)
+
+
+def plan_of(folder, layer, size, ensemble, count, mode, fp16, **changes):
+    """The plan of an export."""
     checkpoint = Checkpoint(folder, str(folder))
     options = ExportOptions(
         model=str(folder),
@@ -61,8 +82,7 @@ def planned(folder, layer, size, ensemble, count, mode, fp16, **changes):
         **subjects(family_named(folder), count),
         **changes,
     )
-    plan = make_plan(options, checkpoint)
-    return plan, encoded(plan)
+    return make_plan(options, checkpoint)
 
 
 _conditions = {}
@@ -94,7 +114,7 @@ def module_parity(
     count = 1 if mode == "bake" else 2
     plan, entries = planned(folder, layer, size, ensemble, count, mode, fp16, text_padding=text_padding)
     made = assemble(plan, trim(entries, plan.family, mode == "live"), plan.noise(), SETTINGS)
-    image = torch.from_numpy(golden_pair(size)[:1])
+    image = torch.from_numpy(photographs(size)[:1])
     metrics = []
     references = expected(folder, layer, size, ensemble, 2, text_padding)
     for feeds, reference in zip(made.feeds, references, strict=False):

@@ -1,4 +1,4 @@
-"""Bundles of every family on ONNX Runtime against hooks on the unmodified model, and through TensorRT-RTX."""
+"""Bundles of every family on ONNX Runtime against the checkpoint's own pipeline, and through TensorRT-RTX."""
 
 from __future__ import annotations
 
@@ -14,13 +14,12 @@ from ditf.calib.parity import feature_parity, worst
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.graph.features import FeatureSettings
-from ditf.export.measure.reference_model import Reference
-from ditf.export.planning.conditions import encode
+from ditf.export.measure.oracle.oracle import Oracle
 from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.bundles.bundle import Bundle
 from tests.engines.rtx import build_engine
-from tests.export.parity import family_named, subjects
+from tests.export.parity import family_named, own_pipeline, photographs, subjects
 
 BUNDLES = [
     # checkpoint, layer, conditioning, fp16, and what else is unusual; test_parity.py has every combination as
@@ -107,18 +106,17 @@ def parity(folder, tmp_path, layer, mode, fp16, **changes):
         **settings,
     )
     bundle = export_bundle(options)
-    images = golden_pair(settings["size"])
+    images = photographs(settings["size"])
     plan = make_plan(options, Checkpoint(folder, str(folder)))
-    entries = encode(plan.entries, plan.family, plan.checkpoint, plan.guidance)
-    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
+    oracle = Oracle(plan, own_pipeline(folder))
     chosen = FeatureSettings(options.discard, options.discard_stage, options.adaln)
     metrics = []
     with ditf.load(bundle) as model:
-        assert model.conditions == tuple(entry.name for entry in entries)
-        for entry in entries:
-            reference.under(entry.condition, entry.timestep)
+        assert model.manifest.golden["oracle"] == "independent"
+        assert model.conditions == tuple(entry.name for entry in plan.entries)
+        for entry in plan.entries:
             actual = model.run(images, prompt=entry.name)
-            expected = np.stack([reference.features(reference.hidden_states(i), chosen) for i in images])
+            expected = np.stack(oracle.maps(entry, images, chosen))
             assert actual.shape == expected.shape
             metrics.append(feature_parity(actual.transpose(0, 2, 3, 1), expected.transpose(0, 2, 3, 1)))
     return worst(metrics), bundle

@@ -1,4 +1,4 @@
-"""Every family, layer, conditioning and precision against hooks on the unmodified diffusers model.
+"""Every family, layer, conditioning and precision against the checkpoint's own diffusers pipeline.
 
 Here the graph runs as a PyTorch module in its own precision, which is fast and hides no overflow;
 test_end_to_end.py runs a selection as bundles.
@@ -15,10 +15,10 @@ from ditf.calib.parity import feature_parity
 from ditf.export.assemble.features_graph import assemble
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.graph.precision import holds_gate
-from ditf.export.measure.reference_model import Reference
+from ditf.export.measure.oracle.oracle import Oracle
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import trim
-from tests.export.parity import SETTINGS, module_parity, planned
+from tests.export.parity import SETTINGS, module_parity, own_pipeline, planned
 
 LAYERS = {
     "dit": (0, 1, 3),
@@ -97,9 +97,7 @@ def test_ablations(checkpoint, settings):
     image = golden_pair((64, 64))[:1]
     with torch.no_grad(), Float32Accumulation():
         actual = made.graph(torch.from_numpy(image), *made.feeds[0].values())[0].numpy()
-    reference = Reference(plan.checkpoint, plan.family, plan.layer, plan.size, plan.noise())
-    reference.under(entries[0].condition, entries[0].timestep)
-    expected = reference.features(reference.hidden_states(image[0]), settings)
+    expected = Oracle(plan, own_pipeline(plan.checkpoint.path)).maps(entries[0], image, settings)[0]
     assert actual.dtype == (np.float16 if settings.adaln else np.float32)  # z may not fit float16
     assert feature_parity(actual.transpose(1, 2, 0), expected.transpose(1, 2, 0))["cosine_p01"] > 0.995
 
