@@ -8,7 +8,8 @@ from typing import Any
 
 from ditf.export.checkpoints.formats.file_kinds import check_no_pointer
 from ditf.export.checkpoints.formats.original.layout import in_diffusers_names
-from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
+from ditf.export.checkpoints.formats.quantised import dequantised
+from ditf.export.checkpoints.formats.stored_weights import open_weights
 from ditf.export.checkpoints.weight_files import variant_of, weight_files
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
@@ -139,18 +140,22 @@ class Checkpoint:
         }
 
     def weights(self, component: str) -> Weights:
-        """A component's weights; a tensor is read when it is asked for.
+        """A component's weights; a tensor is read, and dequantised where it must be, when it is asked for.
 
         Raises:
-            InputError: a file is missing, truncated or not safetensors; or the transformer is given as a file
-                that `in_diffusers_names` cannot read.
+            InputError: a file is missing, truncated or not safetensors, or quantised in a way that is not
+                supported; or the transformer is given as a file that `in_diffusers_names` cannot read.
         """
         if component == "transformer" and self.transformer is not None and self.transformer.is_file():
             return in_diffusers_names(stored_tensors(self.transformer), self.config(component))
-        return SafetensorsWeights(weight_files(self.folder(component), self.variant))
+        folder = self.folder(component)
+        config = (_read_json(folder / "config.json") or {}).get("quantization_config")
+        if config is not None and not isinstance(config, dict):
+            raise InputError(f"quantization_config of {folder}/config.json is no table", _AGAIN)
+        return dequantised(open_weights(weight_files(folder, self.variant)), config)
 
     def stored(self, component: str) -> tuple[int, int]:
-        """Number of parameters and of bytes of a component's weights; (0, 0) if they are not safetensors."""
+        """Parameters of a component's weights, and their bytes as stored; (0, 0) if they are unreadable."""
         try:
             weights = self.weights(component)
         except InputError:
@@ -189,16 +194,12 @@ class Part:
 
 
 def stored_tensors(path: Path) -> Weights:
-    """The tensors of one file, under the names that they have in it.
+    """The tensors of one file, dequantised, under the names that they have in it.
 
     Raises:
-        InputError: the file cannot be read.
+        InputError: the file cannot be read, or is quantised in a way that is not supported.
     """
-    if path.suffix.lower() == ".gguf":
-        raise InputError(
-            f"{path} is a GGUF file, which is not supported", "use a .safetensors file of the model"
-        )
-    return SafetensorsWeights([path])
+    return dequantised(open_weights([path]), None)
 
 
 def _read_json(path: Path) -> dict[str, Any] | None:

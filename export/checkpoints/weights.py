@@ -11,6 +11,9 @@ import torch
 
 from ditf.runtime.errors import InputError
 
+WHOLE_NUMBERS = ("I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL")
+"""Types that hold no floating-point numbers: indices, counters, masks, and values of quantised weights."""
+
 
 class Weights(ABC):
     """Tensors by name.
@@ -20,7 +23,8 @@ class Weights(ABC):
     Attributes:
         shapes: {name: shape} of all tensors.
         bytes_of: {name: size in bytes}, as stored.
-        dtypes: {name: type as stored}, named as in safetensors: "F32", "BF16", "I8".
+        dtypes: {name: type as stored}, named as in safetensors: "F32", "BF16", "I64"; "F32" for a tensor that
+            its files hold as quantised values with scales.
         read: names of the tensors that were read so far; all others were not needed.
     """
 
@@ -43,20 +47,30 @@ class Weights(ABC):
         """The tensor and where it is stored, for a message."""
         return f"tensor {name}"
 
-    def tensor(self, name: str) -> torch.Tensor:
+    def tensor(self, name: str, whole_numbers: bool = False) -> torch.Tensor:
         """Read one tensor in float32.
 
+        Args:
+            whole_numbers: accept a tensor that is stored as whole numbers, such as a counter.
+
         Raises:
-            InputError: the tensor does not exist, cannot be read, or holds NaN or infinity.
+            InputError: the tensor does not exist, cannot be read, is stored as whole numbers, or holds NaN or
+                infinity.
         """
         if name not in self.shapes:
             raise InputError(
                 f"the checkpoint has no tensor {name}", "its config and its weights do not belong together"
             )
+        if self.dtypes[name] in WHOLE_NUMBERS and not whole_numbers:
+            raise InputError(
+                f"{self.source(name)} is stored as {self.dtypes[name]}, not as floating-point numbers",
+                "take the bf16 or float16 files of this model",
+            )
         self.read.add(name)
         tensor = self._load(name)
         # isfinite of the whole tensor would take as much memory as the tensor.
-        if not tensor.is_meta and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        valued = tensor.numel() and not tensor.is_meta
+        if valued and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
             raise InputError(
                 f"{self.source(name)} holds NaN or infinity",
                 "the checkpoint is damaged: download or save it again",
