@@ -15,6 +15,9 @@ from ditf.export.checkpoints.text.encoders import TextEncoder, check_encoder
 from ditf.export.checkpoints.text.tokenizers import check_added_tokens, check_tokenizer, load_tokenizer
 from ditf.runtime.errors import InputError, MissingComponent
 
+_OPTIONAL = "tokenizer_3"
+"""With its text encoder it may be missing: Stable Diffusion 3 without T5 takes zeros for its output."""
+
 
 @dataclass(frozen=True)
 class TextPipeline:
@@ -96,15 +99,15 @@ def check_text(
     pipeline_class = getattr(diffusers, own if own in pipelines else pipelines[0])
     names = _components(pipeline_class)
     present = {name for name in names if index.get(name) not in (None, [None, None])}
-    for name in ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2"):
-        if name in names and name not in present:
-            raise InputError(f"{checkpoint.id} has no {name}", "save or download the whole pipeline")
     encoders: dict[str, TextEncoder] = {}
     tokenizers: dict[str, Any] = {}
     for name in names:
         encoder = name.replace("tokenizer", "text_encoder")
-        if not name.startswith("tokenizer") or {name, encoder} - present:
+        lacking = [one for one in (encoder, name) if one not in present]
+        if not name.startswith("tokenizer") or (len(lacking) == 2 and name == _OPTIONAL):
             continue
+        if lacking:
+            raise InputError(f"{checkpoint.id} has no {lacking[0]}", "save or download the whole pipeline")
         tokenizer = load_tokenizer(checkpoint, name, _class_in_transformers(checkpoint, index[name]))
         found = check_encoder(checkpoint, encoder, _class_in_transformers(checkpoint, index[encoder]))
         check_tokenizer(tokenizer, name, found)

@@ -182,3 +182,14 @@ def test_no_quantiser_runs(checkpoint, tmp_path):
     quantised = {"quant_method": "bitsandbytes", "load_in_8bit": True}
     path.write_text(json.dumps({**json.loads(path.read_text()), "quantization_config": quantised}))
     assert_plain(found(copy, T5), checkpoint("pixart"))
+
+
+@pytest.mark.parametrize("resident", [1 << 30, 0])
+@pytest.mark.parametrize("change", [without("lm_head"), lambda t: t["lm_head.weight"].add_(1)])
+def test_a_head_that_is_tied(checkpoint, tmp_path, monkeypatch, change, resident):
+    """Qwen3-4B is saved without its head. One of other values is not read by any pipeline."""
+    monkeypatch.setattr(offload, "RESIDENT", resident)
+    copy = changed(checkpoint("zimage"), tmp_path / "copy", change)
+    path = copy / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
+    assert_plain(found(copy, "Qwen3ForCausalLM"), checkpoint("zimage"))

@@ -105,6 +105,15 @@ def test_what_is_refused(checkpoint, tmp_path, name, change, message):
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("missing", ["tokenizer_3", "text_encoder_3", "tokenizer", "text_encoder_2"])
+def test_half_of_a_pair(checkpoint, tmp_path, missing):
+    """Without T5's tokenizer alone, Stable Diffusion 3 would not be the model without T5."""
+    copy = shutil.copytree(checkpoint("sd3"), tmp_path / "copy")
+    reconfigure(copy / "model_index.json", **{missing: [None, None]})
+    with pytest.raises(InputError, match=f"has no {missing}; save or download the whole pipeline"):
+        check(copy)
+
+
 def test_a_vocabulary_in_two_files(checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint("flux"), tmp_path / "copy")
     vocabulary = json.loads((copy / "tokenizer" / "tokenizer.json").read_text())["model"]["vocab"]
