@@ -49,6 +49,7 @@ BUNDLES = [
 @pytest.mark.parametrize(("name", "layer", "mode", "fp16", "changes"), BUNDLES)
 def test_bundle(checkpoint, tmp_path, name, layer, mode, fp16, changes):
     metrics, bundle = parity(checkpoint(name), tmp_path, layer, mode, fp16, **changes)
+    assert Bundle.open(bundle).manifest.text_padding == ("pipeline" if name == "chroma" else None)
     if fp16:
         assert metrics["cosine_mean"] > 0.999
         assert metrics["cosine_p01"] > 0.995
