@@ -9,8 +9,8 @@ import torch
 
 from ditf.export.checkpoints.formats.quantised_bitsandbytes import bitsandbytes_tensors
 from ditf.export.checkpoints.formats.quantised_refused import refuse_known, refuse_rest
-from ditf.export.checkpoints.formats.quantised_scales import comfy_layers, scaled_tensors
-from ditf.export.checkpoints.formats.quantised_tensor import QuantisedTensor
+from ditf.export.checkpoints.formats.quantised_scales import MARKER, comfy_layers, scaled_tensors
+from ditf.export.checkpoints.formats.quantised_tensor import QuantisedTensor, damaged
 from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.checkpoints.weights import Weights
 
@@ -40,6 +40,9 @@ def dequantised(stored: Weights, quantization_config: Mapping[str, Any] | None =
     layers, notes = comfy_layers(stored)
     marked = bool(layers or notes)
     found = {**scaled_tensors(stored, config, layers, marked), **bitsandbytes_tensors(stored)}
+    scaled = next((name for name in notes if name.rpartition(".")[2] == MARKER), None)
+    if scaled is not None and not any(tensor.factors for tensor in found.values()):
+        raise damaged(stored.source(scaled), "it says that FP8 weights have scales, and none has one")
     claimed = {part for tensor in found.values() for part in tensor.parts}
     plain_fp8 = marked or not (found or config.get("quant_method"))
     refuse_rest(stored, [name for name in stored.shapes if name not in claimed | notes], config, plain_fp8)

@@ -37,6 +37,9 @@ _BLOCK = (128, 128)
 _METHODS = ("fp8", "fbgemm_fp8", "compressed-tensors", "bfl", "quanto", "bitsandbytes")
 """quant_method of the configs whose scales are known to be factors."""
 
+MARKER = "scaled_fp8"
+"""Name of the tensor with which ComfyUI marks a file of scaled FP8 weights."""
+
 _COMFY_FORMATS = ("float8_e4m3fn", "float8_e5m2", "int8_tensorwise")
 _COMFY_HARMLESS = (
     "format",
@@ -55,7 +58,7 @@ def comfy_layers(stored: SafetensorsWeights) -> tuple[dict[str, str], set[str]]:
     Raises:
         InputError: a note cannot be read, or names a format whose numbers are not value times scale.
     """
-    markers = {name for name in stored.shapes if name.rpartition(".")[2] == "scaled_fp8"}
+    markers = {name for name in stored.shapes if name.rpartition(".")[2] == MARKER}
     notes = sorted(name for name in stored.shapes if name.endswith(".comfy_quant"))
     layers: dict[str, Any] = {}
     try:

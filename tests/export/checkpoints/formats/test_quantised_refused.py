@@ -125,6 +125,11 @@ REFUSED = {
         None,
         "ComfyUI's note of its format cannot be read",
     ),
+    "a mark without scales": (
+        {"a.weight": VALUES.bfloat16(), "scaled_fp8": VALUES[0, :2]},
+        None,
+        "tensor scaled_fp8 .* says that FP8 weights have scales, and none has one",
+    ),
     "quanto without a scale": (
         {"a.weight._data": BYTES.to(torch.int8)},
         None,
