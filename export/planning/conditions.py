@@ -186,8 +186,8 @@ def check_prompts(entries: Sequence[Entry], family: Family, checkpoint: Checkpoi
 
 def warnings_of(entries: Sequence[Entry]) -> list[str]:
     """A line for each prompt of which a text encoder reads only the start."""
-    lines = [f"{entry.prompt!r:.60}: {entry.cut_text}" for entry in entries if entry.cut_text is not None]
-    return list(dict.fromkeys(lines))
+    cut = {str(entry.prompt): entry.cut_text for entry in entries if entry.cut_text is not None}
+    return [f"warning: the prompt {prompt[:40]!r}...: {line}" for prompt, line in cut.items()]
 
 
 def encode(

@@ -44,7 +44,7 @@ def test_it_is_what_the_whole_pipeline_encodes(checkpoint, name, pipeline_class,
     for key, tensor in expected.items():
         torch.testing.assert_close(long.condition[key], tensor, rtol=1e-6, atol=1e-6)
     assert short.cut_text is None
-    assert warnings_of([long, short]) == [f"{LONG!r:.60}: {long.cut_text}"]
+    assert warnings_of([long, short]) == [f"warning: the prompt {LONG[:40]!r}...: {long.cut_text}"]
     assert long.to_json()["cut_text"] == long.cut_text
     assert long.cut_text.startswith("CLIP reads the first 77 of its ")
     assert "cut_text" not in short.to_json()
@@ -68,7 +68,9 @@ def test_it_is_said_before_the_work(checkpoint, tmp_path):
         raise _Said(line)
 
     options = ExportOptions(model=str(checkpoint("flux")), prompt=(LONG,), output=tmp_path / "bundle")
-    with pytest.raises(_Said, match=r"^'a photo of cats, .* CLIP reads the first 77 of its \d+ tokens"):
+    with pytest.raises(
+        _Said, match=r"^warning: the prompt 'a photo of cats, .* CLIP reads the first 77 of its \d+ tokens"
+    ):
         export_bundle(options, warn=warn)
     with pytest.raises(_Said, match="CLIP reads the first 77"):
         save_prompt(options, tmp_path / "prompt.safetensors", warn)

@@ -193,3 +193,14 @@ def test_a_head_that_is_tied(checkpoint, tmp_path, monkeypatch, change, resident
     path = copy / "text_encoder" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": True}))
     assert_plain(found(copy, "Qwen3ForCausalLM"), checkpoint("zimage"))
+
+
+@pytest.mark.parametrize("resident", [1 << 30, 0])
+@pytest.mark.parametrize(("name", "kind"), [("pixart", T5), ("auraflow", "UMT5EncoderModel")])
+def test_an_embedding_whose_config_ties_nothing(checkpoint, tmp_path, monkeypatch, name, kind, resident):
+    """As T5-XXL's of FLUX is saved; versions of transformers left it random (transformers 43880, 43992)."""
+    monkeypatch.setattr(offload, "RESIDENT", resident)
+    copy = shutil.copytree(checkpoint(name), tmp_path / "copy")
+    path = copy / "text_encoder" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "tie_word_embeddings": False}))
+    assert_plain(found(copy, kind), checkpoint(name))
