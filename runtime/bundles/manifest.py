@@ -61,6 +61,8 @@ class Manifest:
             from them are its inputs. With "live", embeddings and timestep are its inputs.
         tolerances: the gates of `ditf check`, {metric: limit}.
         rehearsal: the feature parity at export of the graph in PyTorch, in its own precision.
+        measured: the feature parity at export of the written files, by backend: {"onnxruntime-cpu": {metric:
+            value}} if ONNX Runtime was installed and had enough memory. None in bundles from before it.
         golden: the numbers of points and rows in golden.npz, the images that they come from, and what made
             them: "oracle" is "independent" (then what each part was made by) or "streamed" (then a "reason").
         versions: the versions of the tools that made the bundle.
@@ -117,6 +119,7 @@ class Manifest:
     vae: Optional[dict[str, Any]] = None
     lora: list[dict[str, Any]] = field(default_factory=list)
     text_padding: Optional[Literal["pipeline", "masked"]] = None
+    measured: Optional[dict[str, dict[str, float]]] = None
 
     def to_json(self) -> str:
         return json_text(asdict(self))

@@ -21,8 +21,8 @@ from ditf.calib.parity import (
 )
 
 LEAST = ("cosine_mean", "cosine_p01", "cosine_min", "matches_within_1px", "matches_within_patch")
-MOST = ("relative_error", "channel_error", "max_abs_error")
-FEATURES = ("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error")
+MOST = ("relative_error", "channel_error", "scale_error", "max_abs_error")
+FEATURES = ("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error", "scale_error")
 
 
 @pytest.fixture
@@ -71,7 +71,7 @@ def test_zero_features_fail(expected):
 def test_zero_reference_is_finite():
     metrics = feature_parity(np.ones((3, 4)), np.zeros((3, 4), np.float32))
     assert all(np.isfinite(value) for value in metrics.values())
-    assert failed(metrics, "float16") == set(FEATURES)
+    assert failed(metrics, "float16") == set(FEATURES) - {"scale_error"}
 
 
 def test_one_wrong_token_is_found(expected):
@@ -85,7 +85,7 @@ def test_one_wrong_token_is_found(expected):
 def test_scale_is_found_where_the_cosine_is_blind(expected):
     metrics = feature_parity(expected * np.float32(1.01), expected)
     assert metrics["cosine_min"] == pytest.approx(1.0, abs=1e-6)
-    assert failed(metrics, "float16") == {"relative_error", "channel_error"}
+    assert failed(metrics, "float16") == {"relative_error", "channel_error", "scale_error"}
 
 
 @pytest.mark.parametrize(("precision", "change"), [("float32", 5e-4), ("float16", 5e-3)])
@@ -155,7 +155,7 @@ def test_gates_are_the_limits_that_were_measured():
 
 
 def test_float16_features_of_a_float32_graph_may_match_as_float16():
-    measured = {"relative_error": 2e-4, "channel_error": 4e-4}
+    measured = {"relative_error": 2e-4, "channel_error": 4e-4, "scale_error": 1e-6}
     exact, short, half = (
         tolerances(precision, measured, 8.0, short)
         for precision, short in (("float32", False), ("float32", True), ("float16", True))
@@ -169,11 +169,11 @@ def test_float16_features_of_a_float32_graph_may_match_as_float16():
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_tolerances_widen_with_measurement(precision):
     before = copy.deepcopy(TOLERANCES)
-    exact = {"relative_error": 0.0, "channel_error": 0.0, "cosine_min": 1.0}
+    exact = {"relative_error": 0.0, "channel_error": 0.0, "scale_error": 0.0, "cosine_min": 1.0}
     base = {**TOLERANCES[precision], "match_displacement": 8 * DISPLACEMENT[precision]}
     assert tolerances(precision, exact, 8) == base
     least = TOLERANCES[precision]["relative_error"]
-    measured = {"relative_error": least / 4, "channel_error": 1e-6, "cosine_min": 0.5, "max_abs_error": 9.0}
+    measured = {**exact, "relative_error": least / 4, "cosine_min": 0.5, "max_abs_error": 9.0}
     limits = tolerances(precision, measured, 8)
     assert limits == {**base, "relative_error": MEASURED_MARGIN * least / 4}
     assert tolerances(precision, {**measured, "relative_error": 0.5}, 8) == {
@@ -185,7 +185,7 @@ def test_tolerances_widen_with_measurement(precision):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_measurement_does_not_open_the_gates(bad):
-    limits = tolerances("float16", {"relative_error": bad, "channel_error": bad}, 8)
+    limits = tolerances("float16", dict.fromkeys(("relative_error", "channel_error", "scale_error"), bad), 8)
     assert not any(gate.ok for gate in gates({"relative_error": 1e9, "channel_error": 1e9}, limits))
 
 
