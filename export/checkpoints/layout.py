@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 from ditf.export.checkpoints.formats.file_kinds import check_no_pointer
-from ditf.export.checkpoints.formats.lora import Lora
-from ditf.export.checkpoints.formats.lora_weights import LoraWeights, check_components
+from ditf.export.checkpoints.formats.lora.given import Lora
+from ditf.export.checkpoints.formats.lora.weights import LoraWeights, check_components
 from ditf.export.checkpoints.formats.original.layout import in_diffusers_names
-from ditf.export.checkpoints.formats.quantised import dequantised
+from ditf.export.checkpoints.formats.quantised.dequantised import dequantised
 from ditf.export.checkpoints.formats.stored_weights import open_weights
 from ditf.export.checkpoints.weight_files import variant_of, weight_files
 from ditf.export.checkpoints.weights import Weights

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Optional, Union, get_type_hints
 
 from ditf.export.checkpoints import DEMO
-from ditf.export.checkpoints.formats.lora import Lora, parse_lora
+from ditf.export.checkpoints.formats.lora.given import Lora, parse_lora
 from ditf.runtime.errors import InputError
 from ditf.runtime.printable import valid_unicode
 

@@ -15,7 +15,7 @@ from diffusers.quantizers.gguf.utils import dequantize_functions
 from gguf import GGMLQuantizationType as Kind
 
 from ditf.export.checkpoints.formats.gguf_weights import GGUFWeights
-from ditf.export.checkpoints.formats.quantised import dequantised
+from ditf.export.checkpoints.formats.quantised.dequantised import dequantised
 from ditf.export.checkpoints.formats.stored_weights import open_weights
 from ditf.runtime.errors import InputError
 

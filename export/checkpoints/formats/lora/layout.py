@@ -16,8 +16,8 @@ from typing import Any
 
 import torch
 
-from ditf.export.checkpoints.formats.lora_file import LoraFile, Part
-from ditf.export.checkpoints.formats.lora_original import original_modules
+from ditf.export.checkpoints.formats.lora.file import LoraFile, Part
+from ditf.export.checkpoints.formats.lora.original import original_modules
 from ditf.runtime.errors import InputError
 
 _LOADERS = {

@@ -24,7 +24,7 @@ from typing import Any
 
 import torch
 
-from ditf.export.checkpoints.formats.quantised_tensor import SAVE_DEQUANTISED, QuantisedTensor, damaged
+from ditf.export.checkpoints.formats.quantised.tensor import SAVE_DEQUANTISED, QuantisedTensor, damaged
 from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.runtime.errors import InputError
 

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 import torch
 
-from ditf.export.checkpoints.formats.lora import Lora
-from ditf.export.checkpoints.formats.lora_file import LoraFile, Part
-from ditf.export.checkpoints.formats.lora_layout import Placed, component_of, place
+from ditf.export.checkpoints.formats.lora.file import LoraFile, Part
+from ditf.export.checkpoints.formats.lora.given import Lora
+from ditf.export.checkpoints.formats.lora.layout import Placed, component_of, place
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
 

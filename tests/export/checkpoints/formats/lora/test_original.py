@@ -11,10 +11,10 @@ import pytest
 import torch
 from diffusers.loaders import single_file_utils
 
-from ditf.export.checkpoints.formats.lora import Lora
-from ditf.export.checkpoints.formats.lora_weights import LoraWeights
+from ditf.export.checkpoints.formats.lora.given import Lora
+from ditf.export.checkpoints.formats.lora.weights import LoraWeights
 from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
-from tests.export.checkpoints.formats.lora_files import KOHYA, PEFT, factors, saved
+from tests.export.checkpoints.formats.lora.lora_files import KOHYA, PEFT, factors, saved
 
 
 def named(prefix, modules):

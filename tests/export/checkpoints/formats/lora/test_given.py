@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
-from ditf.export.checkpoints.formats.lora import Lora, parse_lora
+from ditf.export.checkpoints.formats.lora.given import Lora, parse_lora
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.measure.calibration import measured_for
@@ -23,7 +23,7 @@ from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.model import Model
-from tests.export.checkpoints.formats.lora_files import KOHYA, PEFT, factors, saved
+from tests.export.checkpoints.formats.lora.lora_files import KOHYA, PEFT, factors, saved
 from tests.export.parity import SETTINGS, expected
 
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ditf.export.checkpoints.formats.quantised_tensor import PLAIN_FILES, SAVE_DEQUANTISED
+from ditf.export.checkpoints.formats.quantised.tensor import PLAIN_FILES, SAVE_DEQUANTISED
 from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.checkpoints.weights import WHOLE_NUMBERS
 from ditf.runtime.errors import InputError

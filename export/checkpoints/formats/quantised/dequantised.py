@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 
-from ditf.export.checkpoints.formats.quantised_bitsandbytes import bitsandbytes_tensors
-from ditf.export.checkpoints.formats.quantised_refused import refuse_known, refuse_rest
-from ditf.export.checkpoints.formats.quantised_scales import MARKER, comfy_layers, scaled_tensors
-from ditf.export.checkpoints.formats.quantised_tensor import QuantisedTensor, damaged
+from ditf.export.checkpoints.formats.quantised.bitsandbytes import bitsandbytes_tensors
+from ditf.export.checkpoints.formats.quantised.refused import refuse_known, refuse_rest
+from ditf.export.checkpoints.formats.quantised.scales import MARKER, comfy_layers, scaled_tensors
+from ditf.export.checkpoints.formats.quantised.tensor import QuantisedTensor, damaged
 from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
 from ditf.export.checkpoints.weights import Weights
 

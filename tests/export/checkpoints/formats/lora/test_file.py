@@ -11,7 +11,7 @@ from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
 from ditf.runtime.errors import InputError
-from tests.export.checkpoints.formats.lora_files import FLUX, KOHYA, PEFT, factors, saved
+from tests.export.checkpoints.formats.lora.lora_files import FLUX, KOHYA, PEFT, factors, saved
 
 BLOCK = "transformer.transformer_blocks.0."
 GOOD = factors({"transformer_blocks.0.attn.to_q": (48, 48)}, "transformer.", PEFT)

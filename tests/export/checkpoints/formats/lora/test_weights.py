@@ -13,9 +13,9 @@ from diffusers.training_utils import _collate_lora_metadata
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from torch import nn
 
-from ditf.export.checkpoints.formats.lora import Lora
+from ditf.export.checkpoints.formats.lora.given import Lora
 from ditf.export.checkpoints.layout import Checkpoint
-from tests.export.checkpoints.formats.lora_files import (
+from tests.export.checkpoints.formats.lora.lora_files import (
     CHROMA,
     DOTS,
     FLUX,

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from ditf.runtime.errors import InputError
-from tests.export.checkpoints.formats.quantised_files import CASES, FP8, LAYER, note, opened
+from tests.export.checkpoints.formats.quantised.quantised_files import CASES, FP8, LAYER, note, opened
 
 BYTES = torch.zeros(4, 8, dtype=torch.uint8)
 WORDS = torch.zeros(4, 8, dtype=torch.int32)

@@ -9,9 +9,9 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from ditf.export.checkpoints.formats.quantised import dequantised
+from ditf.export.checkpoints.formats.quantised.dequantised import dequantised
 from ditf.export.checkpoints.formats.stored_weights import open_weights
-from tests.export.checkpoints.formats.record_quantised import RECORDED
+from tests.export.checkpoints.formats.quantised.record_quantised import RECORDED
 
 LAYER = "blocks.0.to_q."
 FP8 = torch.float8_e4m3fn

@@ -3,7 +3,7 @@
 The tests read the recorded file, because bitsandbytes alone is 43 MB to install. To record again:
 
     pip install bitsandbytes==0.50.2 optimum-quanto==0.2.7 compressed-tensors==0.20.0
-    python -m tests.export.checkpoints.formats.record_quantised
+    python -m tests.export.checkpoints.formats.quantised.record_quantised
 
 Tensors are named CASE/NAME: a linear layer's state as its library saves it, and "expected", its weight as the
 library dequantises it. The file's metadata has {CASE: quantization_config}.

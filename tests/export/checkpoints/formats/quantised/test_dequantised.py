@@ -20,7 +20,7 @@ from ditf.export.estimate.memory import stage_bytes
 from ditf.export.planning.conditions import trim
 from ditf.runtime.errors import InputError
 from tests.export import parity
-from tests.export.checkpoints.formats.quantised_files import (
+from tests.export.checkpoints.formats.quantised.quantised_files import (
     CASES,
     FP8,
     LAYER,

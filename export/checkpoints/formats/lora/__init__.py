@@ -1,0 +1,1 @@
+"""LoRA files, folded into the weights of a model."""

@@ -1,0 +1,1 @@
+"""Quantised weights, read as the numbers that they stand for."""
