@@ -21,7 +21,7 @@ from ditf.export.checkpoints.loading import load_model
 from ditf.export.families.base import Condition, Family
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.observation import Observation, submodule
-from ditf.export.measure.reference_noise import ReferenceNoise
+from ditf.export.measure.scheduler_noise import SchedulerNoise
 
 
 class Reference:
@@ -58,7 +58,7 @@ class Reference:
         self._transformer = load_model(transformer_class, checkpoint, "transformer", resident)
         self._latents = latents or LatentSpace.of(checkpoint, family.latent_channels, family.shifts_latents)
         self._vae = self._latents.load_vae() if self._latents.vae else None
-        self._schedule = ReferenceNoise(checkpoint.config("scheduler"), flow_matching=not family.ddpm)
+        self._schedule = SchedulerNoise(checkpoint.config("scheduler"), flow_matching=not family.ddpm)
         self._noise = noise
         self._size = size
         stride = self._latents.stride * family.patch_size

@@ -14,9 +14,9 @@ from PIL import Image
 from ditf.export.checkpoints.loading import first_line
 from ditf.export.measure.observation import Stop
 from ditf.export.measure.oracle.choice import PipelineFails
-from ditf.export.measure.oracle.noise import Noise
 from ditf.export.measure.oracle.parts import Parts, check_chat, quiet_classes
 from ditf.export.measure.oracle.pipelines import pipeline_of, step_of
+from ditf.export.measure.scheduler_noise import SchedulerNoise
 from ditf.export.planning.conditions import Entry
 from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import DitfError
@@ -49,7 +49,7 @@ class OwnPipeline:
         self._class_conditional = not family.takes_prompt
         self._guidance = plan.guidance
         self._step = step_of(family.name, family.text_padding)
-        self._noise = Noise(parts, checkpoint, self._step.flow)
+        self._noise = SchedulerNoise(checkpoint.config("scheduler"), self._step.flow)
         self._own_vae = self._vae = parts.vae()
         if plan.latents is not plan.own_latents and plan.latents.source is not None:
             self._vae = parts.vae_of(plan.latents.source)

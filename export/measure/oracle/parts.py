@@ -5,7 +5,6 @@ The classes were checked before (`ditf.export.checkpoints.components`): a checkp
 
 from __future__ import annotations
 
-import inspect
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -100,21 +99,6 @@ class Parts:
             else:
                 parts[name] = _model(found, Part(self._checkpoint, name), "dtype", **_LOCAL)
         return parts
-
-    def scheduler(self, changes: Mapping[str, Any]) -> Any:
-        """The scheduler, with some settings changed where its class has them.
-
-        Raises:
-            InputError: diffusers has no such scheduler, or it cannot be made of its config.
-        """
-        name = str(self._checkpoint.config("scheduler").get("_class_name"))
-        found: Any = getattr(diffusers, name, None)
-        if not issubclass(found if isinstance(found, type) else object, diffusers.SchedulerMixin):
-            raise InputError(f"{name} of {self._checkpoint.id} is no scheduler of diffusers", "use another")
-        known = inspect.signature(found.__init__).parameters
-        folder = _folder(self._checkpoint, "scheduler")
-        with _loading(name, folder):
-            return found.from_pretrained(folder, **{k: v for k, v in changes.items() if k in known})
 
 
 def _folder(checkpoint: Checkpoint, component: str) -> Path:
