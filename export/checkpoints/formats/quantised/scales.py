@@ -111,6 +111,8 @@ def scaled_tensors(
             if scales:
                 whole_numbers = module.rstrip(".").endswith(of_int8)
                 found[name] = _scaled(stored, config, name, scales, module, whole_numbers)
+            elif stored.dtypes[name] in FP8 and module.rstrip(".").endswith(tuple(comfy)):
+                raise damaged(stored.source(name), f"{module}weight_scale is missing")
             elif marked and stored.shapes[name] and (ignored := _ignored(stored, module)):
                 found[name] = QuantisedTensor(stored.shapes[name], name, (), ignored, _plain)
     return found

@@ -125,6 +125,11 @@ REFUSED = {
         None,
         "ComfyUI's note of its format cannot be read",
     ),
+    "a note without a scale": (
+        {"a.weight": VALUES, "a.comfy_quant": note(format="float8_e4m3fn")},
+        None,
+        r"tensor a\.weight .* cannot be dequantised: a\.weight_scale is missing",
+    ),
     "a mark without scales": (
         {"a.weight": VALUES.bfloat16(), "scaled_fp8": VALUES[0, :2]},
         None,
