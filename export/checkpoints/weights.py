@@ -47,11 +47,8 @@ class Weights(ABC):
         """The tensor and where it is stored, for a message."""
         return f"tensor {name}"
 
-    def tensor(self, name: str, whole_numbers: bool = False) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
         """Read one tensor in float32.
-
-        Args:
-            whole_numbers: accept a tensor that is stored as whole numbers, such as a counter.
 
         Raises:
             InputError: the tensor does not exist, cannot be read, is stored as whole numbers, or holds NaN or
@@ -61,7 +58,7 @@ class Weights(ABC):
             raise InputError(
                 f"the checkpoint has no tensor {name}", "its config and its weights do not belong together"
             )
-        if self.dtypes[name] in WHOLE_NUMBERS and not whole_numbers:
+        if self.dtypes[name] in WHOLE_NUMBERS:
             raise InputError(
                 f"{self.source(name)} is stored as {self.dtypes[name]}, not as floating-point numbers",
                 "take the bf16 or float16 files of this model",

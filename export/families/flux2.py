@@ -184,9 +184,9 @@ class _Unfused(Weights):
         )
         self.read = weights.read
 
-    def tensor(self, name: str, whole_numbers: bool = False) -> torch.Tensor:
+    def tensor(self, name: str) -> torch.Tensor:
         part = self._parts.get(name)
-        return self._weights.tensor(name, whole_numbers) if part is None else self._fused[part]
+        return self._weights.tensor(name) if part is None else self._fused[part]
 
     def _load(self, name: str) -> torch.Tensor:
         return self._weights.tensor(name)

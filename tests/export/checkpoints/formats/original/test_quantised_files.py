@@ -1,74 +1,99 @@
-"""Quantised files in the layouts of their authors: dequantised, then given under the names of diffusers."""
+"""FP8 and GGUF files in the layouts of their authors: diffusers' own single-file loader is the judge."""
 
 from __future__ import annotations
 
+import diffusers
 import gguf
 import pytest
 import torch
-from diffusers import GGUFQuantizationConfig, SD3Transformer2DModel
-from diffusers.quantizers.gguf.utils import GGUFParameter
-from safetensors.torch import load_file, save_file
+from diffusers import GGUFQuantizationConfig
+from diffusers.quantizers.gguf.utils import GGUFParameter, dequantize_functions
+from gguf import GGMLQuantizationType as Kind
+from safetensors.torch import save_file
 
-from ditf.export.checkpoints.opening import open_checkpoint
-from ditf.runtime.errors import InputError
-from tests.original_layouts import original, original_of
+from tests.export.checkpoints.formats.original.test_layout import JUDGED, class_of, read
+from tests.export.checkpoints.formats.original.test_layout import tiny_widths as tiny_widths
+from tests.export.checkpoints.formats.quantised.quantised_files import quantise
+from tests.export.checkpoints.formats.test_gguf import write
+from tests.original_layouts import original_of
 
-CLASS = "SD3Transformer2DModel"
-WEIGHTS = "transformer/diffusion_pytorch_model.safetensors"
+pytestmark = [
+    pytest.mark.usefixtures("tiny_widths"),
+    pytest.mark.filterwarnings("ignore:.*FluxPosEmbed:FutureWarning"),  # of diffusers, about its own class
+]
 
 
-def test_gguf_as_diffusers_reads_it(checkpoint, tmp_path):
-    folder = checkpoint("sd35")
-    file = tmp_path / "sd3.5-Q8_0.gguf"
-    writer = gguf.GGUFWriter(file, "sd3")
-    for name, tensor in original_of(folder, CLASS).items():
-        kind = gguf.GGMLQuantizationType.F32
-        if tensor.ndim == 2 and tensor.shape[-1] % 32 == 0:
-            kind = gguf.GGMLQuantizationType.Q8_0
-        writer.add_tensor(name, gguf.quants.quantize(tensor.numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    judge = SD3Transformer2DModel.from_single_file(
+def judged(file, folder, **options):
+    """{name: tensor} of the model that diffusers makes of a file, in float32."""
+    model = getattr(diffusers, class_of(folder)).from_single_file(
         str(file),
         config=str(folder / "transformer"),
-        quantization_config=GGUFQuantizationConfig(compute_dtype=torch.float32),
+        local_files_only=True,
+        torch_dtype=torch.float32,
+        **options,
     )
-    expected = dict(judge.named_parameters()) | dict(judge.named_buffers())
-    expected = {name: expected[name] for name in judge.state_dict()}
-    with open_checkpoint(str(file), base=str(folder)) as opened:
-        weights = opened.weights("transformer")
-    assert weights.shapes.keys() == expected.keys()
-    quantised = 0
+    return {name: decoded(tensor) for name, tensor in model.state_dict().items()}
+
+
+def decoded(tensor):
+    """The numbers of a tensor of diffusers, which decodes blocks in the type that a pipeline computes in."""
+    if not isinstance(tensor, GGUFParameter):
+        return tensor
+    block, size = gguf.GGML_QUANT_SIZES[tensor.quant_type]
+    blocks = tensor.as_tensor().view(torch.uint8).reshape(-1, size)
+    values = dequantize_functions[tensor.quant_type](blocks, block, size, torch.float32)
+    return values.reshape(*tensor.shape[:-1], -1)
+
+
+def assert_same(weights, expected):
+    assert weights.shapes == {name: tuple(value.shape) for name, value in expected.items()}
     for name, value in expected.items():
-        if isinstance(value, GGUFParameter):
-            quantised += value.quant_type == gguf.GGMLQuantizationType.Q8_0
-            # diffusers' own function rounds to the type of the blocks' scales, float16
-            value = torch.from_numpy(gguf.quants.dequantize(value.as_tensor().numpy(), value.quant_type))
-        assert torch.equal(weights.tensor(name), value.float().reshape(weights.shapes[name])), name
-    assert quantised > 5
-    message = r"add --base stabilityai/stable-diffusion-3\.5-medium"
-    with pytest.raises(InputError, match=message), open_checkpoint(str(file)):
-        pass
+        torch.testing.assert_close(weights.tensor(name), value, rtol=1e-6, atol=1e-7, msg=name)
 
 
-def test_fp8_with_scales_as_comfyui_writes_it(checkpoint, tmp_path):
-    folder = checkpoint("sd35")
-    tensors = load_file(folder / WEIGHTS)
-    stored, expected = {"scaled_fp8": torch.zeros(2, dtype=torch.float8_e4m3fn)}, {}
-    for name, tensor in original(CLASS, tensors).items():
-        if tensor.ndim == 2 and name.startswith("joint_blocks"):
-            scale = tensor.abs().max() / 448
-            stored[name] = (tensor / scale).to(torch.float8_e4m3fn)
-            stored[name.replace(".weight", ".scale_weight")] = scale
-            expected[name] = stored[name].float() * scale
-        else:
-            stored[name] = expected[name] = tensor
-    file = tmp_path / "sd3.5_fp8_scaled.safetensors"
-    save_file({f"model.diffusion_model.{name}": tensor for name, tensor in stored.items()}, file)
-    with open_checkpoint(str(file), base=str(folder)) as opened:
-        weights = opened.weights("transformer")
-    assert weights.shapes == {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    found = original(CLASS, {name: weights.tensor(name) for name in weights.shapes})
-    assert all(torch.equal(found[name], value) for name, value in expected.items())
+def originals(folder):
+    return {name: tensor.contiguous() for name, tensor in original_of(folder, class_of(folder)).items()}
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_plain_fp8(checkpoint, tmp_path, name):
+    folder, file = checkpoint(name), tmp_path / "model_fp8_e4m3fn.safetensors"
+    save_file({key: value.to(torch.float8_e4m3fn) for key, value in originals(folder).items()}, file)
+    assert_same(read(file, folder), judged(file, folder))
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_scaled_fp8(checkpoint, tmp_path, name):
+    """diffusers knows no `scale_weight`: it loads the file with the products in its place."""
+    folder, file = checkpoint(name), tmp_path / "model_fp8_scaled.safetensors"
+    stored, products = {"scaled_fp8": torch.zeros(0).to(torch.float8_e4m3fn)}, {}
+    for key, value in originals(folder).items():
+        stored[key] = products[key] = value
+        if key.endswith(".weight") and value.ndim == 2 and value.isfinite().all():
+            stored[key], scale = quantise(value)
+            stored[f"{key.removesuffix('weight')}scale_weight"] = scale
+            products[key] = stored[key].float() * scale
+    save_file({f"model.diffusion_model.{key}": value for key, value in stored.items()}, file)
+    save_file(products, tmp_path / "products.safetensors")
+    assert_same(read(file, folder), judged(tmp_path / "products.safetensors", folder))
+
+
+@pytest.mark.parametrize("name", JUDGED)
+def test_gguf(checkpoint, tmp_path, name):
+    """Matrices of whole blocks as Q8_0 or Q4_0, the others as F16 or F32, as ComfyUI-GGUF has them."""
+    folder, stored = checkpoint(name), {}
+    for key, value in originals(folder).items():
+        whole = value.ndim == 2 and value.shape[1] % 32 == 0
+        blocks = Kind.Q4_0 if "attn" in key else Kind.Q8_0
+        kind = blocks if whole else Kind.F16 if value.ndim == 2 else Kind.F32
+        stored[key] = gguf.quants.quantize(value.float().numpy(), kind), kind
+    assert {Kind.Q8_0, Kind.F32} <= {kind for _, kind in stored.values()}
+    file = write(tmp_path / "model.gguf", stored)
+    quantization = GGUFQuantizationConfig(compute_dtype=torch.float32)
+    expected = judged(file, folder, quantization_config=quantization)
+    assert_same(read(file, folder), expected)
+    trimmed = {  # as llama.cpp's tools store it
+        key: (value[0] if value.ndim > 1 and value.shape[0] == 1 else value, kind)
+        for key, (value, kind) in stored.items()
+    }
+    assert_same(read(write(tmp_path / "trimmed.gguf", trimmed), folder), expected)

@@ -11,7 +11,6 @@ from diffusers.quantizers.bfl.utils import dequantize_fp8r, quantize_fp8r
 from safetensors.torch import load_file, save_file
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize, _dequantize_fp8_weight
 
-from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.export.assemble.features_graph import assemble
 from ditf.export.assemble.parameter_counts import removed_parts
@@ -163,7 +162,6 @@ def test_names_of_models_are_no_companions(tmp_path):
             InputError, match=rf"tensor {name} .* is stored as (I64|U8), not as floating-point"
         ):
             weights.tensor(name)
-        assert torch.equal(weights.tensor(name, whole_numbers=True), stored[name].float())
 
 
 def test_nan_of_fp8_is_found(tmp_path):
@@ -223,7 +221,7 @@ def test_a_quantised_transformer_is_exported(tiny_pixart, tmp_path, kind):
     plan, entries = parity.planned(tmp_path / "q", "2", (48, 80), 1, 1, "bake", False)
     made = assemble(plan, trim(entries, plan.family, False), plan.noise(), parity.SETTINGS)
     with torch.no_grad():
-        actual = made.graph(torch.from_numpy(golden_pair((48, 80))[:1]))[0].numpy()
+        actual = made.graph(torch.from_numpy(parity.photographs((48, 80))[:1]))[0].numpy()
     reference = parity.expected(twin, "2", (48, 80), 1, 1)[0]
     assert feature_parity(actual.transpose(1, 2, 0), reference.transpose(1, 2, 0))["cosine_p01"] > 0.99999
     # The weights are those of the quantised file, not the ones that it was made from.
