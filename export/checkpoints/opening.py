@@ -184,7 +184,7 @@ def _check_folder(checkpoint: Checkpoint) -> None:
         if error is not None:
             raise error
     if (folder / LORA_FILE).is_file():
-        logger.warning(f"{folder} has {LORA_FILE}, which is not applied: add --lora {folder / LORA_FILE}")
+        logger.warning(f"{folder} has {LORA_FILE}, which is applied only with --lora {folder / LORA_FILE}")
 
 
 def _file_error(path: Path, named: str) -> InputError:

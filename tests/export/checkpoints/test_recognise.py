@@ -233,7 +233,7 @@ def test_a_lora_that_lies_in_the_folder_is_mentioned(tiny_pixart, tmp_path, capl
     (folder / "pytorch_lora_weights.safetensors").write_bytes(b"")
     with caplog.at_level(logging.WARNING), open_checkpoint(str(folder)):
         pass
-    assert "is not applied: add --lora" in caplog.text
+    assert "is applied only with --lora" in caplog.text
     caplog.clear()
     with open_checkpoint(str(tiny_pixart)):
         pass
