@@ -118,7 +118,7 @@ def _check_parity(
         findings.document["backend"] = model.detail
         on_cpu = "CPUExecutionProvider" in model.detail
     measured = on_cpu and platform.machine().lower() in ("x86_64", "amd64")
-    limits = limits_on(ONNXRUNTIME_CPU if measured else model.backend, manifest) | asked
+    limits = {**limits_on(ONNXRUNTIME_CPU if measured else model.backend, manifest), **asked}
     results = gates(metrics, {"match_graph_agrees": _GRAPH_LIMIT, **limits})
     failed = [gate for gate in results if not gate.ok]
     show(_render(metrics, results))
