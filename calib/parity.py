@@ -145,11 +145,13 @@ def limits_on(backend: str, manifest: Manifest) -> dict[str, float]:
     rounded = precision == "float32" and manifest.features_dtype == "float16"
     floors = FLOORS["float16" if rounded else precision]
     for name, floor in floors.items():
-        limits[name] = min(limits[name], max(floor, MEASURED_BACKEND_MARGIN * measured[name]))
+        if name in measured:
+            limits[name] = min(limits[name], max(floor, MEASURED_BACKEND_MARGIN * measured[name]))
     least = (4 * floors["relative_error"]) ** 2
     for name in ("cosine_mean", "cosine_p01", "cosine_min"):
-        allowed = max(least, MEASURED_BACKEND_MARGIN**2 * (1 - measured[name]))
-        limits[name] = max(limits[name], 1 - allowed)
+        if name in measured:
+            allowed = max(least, MEASURED_BACKEND_MARGIN**2 * (1 - measured[name]))
+            limits[name] = max(limits[name], 1 - allowed)
     return limits
 
 

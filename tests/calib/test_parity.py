@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,14 +12,18 @@ from hypothesis import strategies as st
 from ditf.calib.parity import (
     CEILINGS,
     DISPLACEMENT,
+    FLOORS,
     MEASURED_MARGIN,
+    ONNXRUNTIME_CPU,
     TOLERANCES,
     Gate,
     feature_parity,
     gates,
+    limits_on,
     match_parity,
     tolerances,
 )
+from ditf.runtime.bundles.manifest import parse_manifest
 
 LEAST = ("cosine_mean", "cosine_p01", "cosine_min", "matches_within_1px", "matches_within_patch")
 MOST = ("relative_error", "channel_error", "scale_error", "max_abs_error")
@@ -195,6 +200,69 @@ def test_wrong_scale_does_not_excuse_itself(expected, precision):
     # cosines are blind to a scale, so an error that no rounding explains has to fail by itself.
     metrics = feature_parity(expected * np.float32(1.5), expected)
     assert not all(gate.ok for gate in gates(metrics, tolerances(precision, metrics, 8)))
+
+
+def manifest_of(precision, measured, **changes):
+    """A manifest with what `limits_on` reads."""
+    document = json.loads(MANIFEST.replace("PRECISION", precision))
+    return parse_manifest(Path("b"), json.dumps({**document, "measured": measured, **changes}).encode())
+
+
+MANIFEST = """{"schema": 1, "model": {"id": "m", "family": "dit"}, "layer": 1, "layer_name": "1",
+"timestep": 1, "prompt": null, "class_label": null, "seed": 0, "ensemble": 1, "noise": "baked",
+"size": [8, 8], "grid": [1, 1], "channels": 4, "batch": 1, "adaln": true,
+"discard": {"channels": [], "stage": "before", "source": "none"}, "precision": "PRECISION",
+"recipe": {"float32": {}}, "parts": {}, "opset": 20, "conditioning": "bake",
+"tolerances": {"relative_error": 5e-3, "channel_error": 2e-2, "scale_error": 1e-3},
+"rehearsal": {"relative_error": 8e-4, "channel_error": 3e-3, "scale_error": 1e-6,
+"cosine_mean": 0.9999997, "cosine_p01": 0.9999994, "cosine_min": 0.9999991},
+"golden": {}, "versions": {}, "command": "", "files": {}}"""
+SEEN = {"relative_error": 4e-4, "channel_error": 1.2e-3, "scale_error": 2e-4}
+SEEN |= {"cosine_mean": 1 - 1e-7, "cosine_p01": 1 - 2e-7, "cosine_min": 1 - 4e-7}
+
+
+def test_limits_on_the_backend_that_was_measured():
+    limits = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", {ONNXRUNTIME_CPU: SEEN}))
+    for name in ("relative_error", "channel_error", "scale_error"):
+        assert limits[name] == pytest.approx(2.5 * SEEN[name])
+    assert 1 - limits["cosine_min"] == pytest.approx(6.25 * 4e-7)
+    assert limits["matches_within_1px"] == TOLERANCES["float16"]["matches_within_1px"]
+    lucky = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", {ONNXRUNTIME_CPU: dict.fromkeys(SEEN, 0.0)}))
+    assert lucky["relative_error"] == FLOORS["float16"]["relative_error"]
+
+
+def test_limits_elsewhere_are_the_tolerances():
+    manifest = manifest_of("float16", {ONNXRUNTIME_CPU: SEEN})
+    for backend in ("tensorrt", "onnxruntime", ""):
+        assert limits_on(backend, manifest) == {**TOLERANCES["float16"], **manifest.tolerances}
+
+
+def test_the_emulation_stands_in_where_no_backend_was_measured():
+    limits = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", {}))
+    assert limits["relative_error"] == pytest.approx(2.5 * 8e-4)
+
+
+def test_a_bundle_from_before_keeps_its_limits():
+    """It has no limit of the scale either, which is never above the relative error."""
+    tolerances = {"relative_error": 5e-3, "channel_error": 2e-2}
+    limits = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", None, tolerances=tolerances))
+    assert limits == {**TOLERANCES["float16"], **tolerances, "scale_error": 5e-3}
+
+
+def test_float16_features_of_a_float32_graph_have_float16_floors():
+    measured = {ONNXRUNTIME_CPU: dict.fromkeys(SEEN, 0.0)}
+    found = [
+        limits_on(ONNXRUNTIME_CPU, manifest_of("float32", measured, features_dtype=dtype))["relative_error"]
+        for dtype in ("float16", "float32")
+    ]
+    assert found == [FLOORS["float16"]["relative_error"], FLOORS["float32"]["relative_error"]]
+
+
+@pytest.mark.parametrize("factor", [0.999, 1.001])
+def test_a_scale_is_told_from_rounding(expected, factor):
+    metrics = feature_parity((expected * np.float32(factor)).astype(np.float16), expected)
+    assert metrics["scale_error"] == pytest.approx(1e-3, rel=0.02)
+    assert feature_parity(expected.astype(np.float16), expected)["scale_error"] < 1e-5
 
 
 def test_match_parity():
