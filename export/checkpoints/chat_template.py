@@ -12,7 +12,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -46,18 +45,11 @@ def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list
         "enable_thinking": thinking,
         **tokenizer.special_tokens_map,
     }
-    return _rendered(json.dumps(request, default=str), what)
-
-
-@lru_cache(maxsize=16)
-def _rendered(request: str, what: str) -> list[str]:
-    """The chats of a request, as `render_chats`. The oracle asks again for what the export has rendered."""
-    fix = "download the checkpoint again"
     start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve()"
     try:
         ended = subprocess.run(
             [sys.executable, "-c", start],
-            input=request.encode(),
+            input=json.dumps(request, default=str).encode(),
             capture_output=True,
             timeout=_DEADLINE,
             check=False,
