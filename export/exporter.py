@@ -228,7 +228,8 @@ class _Export:
         if reason is None:
             self.free_reference()
             try:
-                self.golden = self.golden_by(Oracle(self.plan, OwnPipeline(self.plan, self.entries)))
+                own = OwnPipeline(self.plan, self.entries, chats_rendered=True)  # by `encode`
+                self.golden = self.golden_by(Oracle(self.plan, own))
             except PipelineFails as error:
                 reason = str(error)
         if reason is not None:

@@ -12,7 +12,7 @@ from ditf.export.checkpoints.formats.lora.weights import LoraWeights, check_comp
 from ditf.export.checkpoints.formats.original.layout import in_diffusers_names
 from ditf.export.checkpoints.formats.quantised.dequantised import dequantised
 from ditf.export.checkpoints.formats.stored_weights import open_weights
-from ditf.export.checkpoints.weight_files import variant_of, weight_files
+from ditf.export.checkpoints.weight_files import weight_files
 from ditf.export.checkpoints.weights import Weights
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
@@ -187,10 +187,6 @@ class Checkpoint:
             return 0, 0
         parameters = sum(map(weights.numel, weights.shapes))
         return parameters, sum(weights.bytes_of.values())
-
-    def loading_variant(self, component: str) -> str | None:
-        """The variant to pass to `from_pretrained`, which looks for plain files by default."""
-        return variant_of(weight_files(self.folder(component), self.variant)[0])
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 from collections.abc import Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ from ditf.runtime.errors import InputError
 _SECONDS, _BYTES, _CHARACTERS = 2, 512 << 20, 1 << 20  # a chat has about 100 characters
 _DEADLINE = 300  # seconds after which the process is stopped, whatever it does
 _PAGE = resource.getpagesize()
-_FIX = "take the tokenizer's folder of the published checkpoint"
 _MARK = re.compile(r"<\|[^<>|]+\|>")
 
 
@@ -37,11 +35,12 @@ def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list
         InputError: the template is missing, fails, or takes more than 2 s, 512 MiB or a million characters;
             or it writes a mark that is no token.
     """
+    fix = "download the checkpoint again"
     what = f"the chat template of {tokenizer.name_or_path}"
     try:
         template = tokenizer.get_chat_template()
     except ValueError as error:
-        raise InputError(f"{what} is missing", _FIX) from error
+        raise InputError(f"{what} is missing", fix) from error
     request = {
         "conversations": [[{"role": "user", "content": prompt}] for prompt in prompts],
         "chat_template": template,
@@ -49,35 +48,28 @@ def render_chats(tokenizer: Any, prompts: Sequence[str], thinking: bool) -> list
         "enable_thinking": thinking,
         **tokenizer.special_tokens_map,
     }
-    chats = _rendered(json.dumps(request, default=str), what)
-    for chat, prompt in zip(chats, prompts, strict=True):
-        check_marks(tokenizer, chat, prompt)
-    return chats
-
-
-@lru_cache(maxsize=16)
-def _rendered(request: str, what: str) -> list[str]:
-    """The chats of a request, as `render_chats`. The oracle asks again for what the export has rendered."""
     start = f"import sys; sys.path[:] = {sys.path!r}; from {__name__} import _serve; _serve()"
     try:
         ended = subprocess.run(
             [sys.executable, "-c", start],
-            input=request.encode(),
+            input=json.dumps(request, default=str).encode(),
             capture_output=True,
             timeout=_DEADLINE,
             check=False,
         )
     except subprocess.TimeoutExpired as error:
-        raise InputError(f"{what} takes longer than {_DEADLINE} s", _FIX) from error
+        raise InputError(f"{what} takes longer than {_DEADLINE} s", fix) from error
     if ended.returncode in (-signal.SIGXCPU, -signal.SIGKILL):
-        raise InputError(f"{what} takes more than {_SECONDS} s, or too much memory", _FIX)
+        raise InputError(f"{what} takes more than {_SECONDS} s, or too much memory", fix)
     if ended.returncode != 0:
         last = ended.stderr.decode("utf-8", "replace").strip().splitlines()[-1:]
-        raise InputError(f"{what} cannot be rendered ({ascii(last)[2:160]})", _FIX)
+        raise InputError(f"{what} cannot be rendered ({ascii(last)[2:160]})", fix)
     answer = json.loads(ended.stdout)
     if "problem" in answer:
-        raise InputError(f"{what} {answer['problem']}", _FIX)
+        raise InputError(f"{what} {answer['problem']}", fix)
     chats: list[str] = answer["chats"]
+    for chat, prompt in zip(chats, prompts, strict=True):
+        check_marks(tokenizer, chat, prompt)
     return chats
 
 

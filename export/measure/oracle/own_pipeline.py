@@ -32,6 +32,8 @@ class OwnPipeline:
             noise are not read: a pipeline serves plans that differ in them.
         entries: the conditions that will be asked for. The prompts among them are encoded here; where
             embeddings were given, `condition` has them.
+        chats_rendered: the checkpoint's chat template was rendered for these prompts before, with limits. By
+            default that is done here.
 
     Attributes:
         transformer: the unmodified transformer.
@@ -42,7 +44,7 @@ class OwnPipeline:
         PipelineFails: the pipeline cannot be run on this checkpoint. So may the methods.
     """
 
-    def __init__(self, plan: Plan, entries: Sequence[Entry]) -> None:
+    def __init__(self, plan: Plan, entries: Sequence[Entry], chats_rendered: bool = False) -> None:
         checkpoint, family = plan.checkpoint, plan.family
         parts = Parts(checkpoint, family.transformer_class)
         name = pipeline_of(family.name, str(checkpoint.index().get("_class_name")))
@@ -58,7 +60,7 @@ class OwnPipeline:
         text = parts.text() if prompts else {}
         self._pipe = self._assembled(name, {**text, "transformer": parts.transformer_shell()})
         for prompt in dict.fromkeys(prompts):
-            if self._step.thinking is not None:
+            if self._step.thinking is not None and not chats_rendered:
                 check_chat(text, prompt, self._step.thinking)
             self._encode_prompt(prompt, plan.noise_shape)
         self._pipe.register_modules(**dict.fromkeys(text))

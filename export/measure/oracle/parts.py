@@ -19,6 +19,7 @@ from ditf.export.checkpoints.components import check_files
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import first_line
 from ditf.export.checkpoints.text.chat_template import render_chats
+from ditf.export.checkpoints.weight_files import variant_of, weight_files
 from ditf.runtime.errors import DitfError, InputError
 
 _LOCAL: dict[str, Any] = {"local_files_only": True, "trust_remote_code": False}
@@ -119,7 +120,7 @@ def _model(model_class: Any, part: Part, dtype: str, **options: Any) -> Any:
     with _loading(getattr(model_class, "__name__", str(model_class)), folder):
         model, report = model_class.from_pretrained(
             folder,
-            variant=part.checkpoint.loading_variant(part.name),
+            variant=variant_of(weight_files(folder, part.checkpoint.variant)[0]),
             use_safetensors=True,
             output_loading_info=True,
             **{dtype: torch.float32},

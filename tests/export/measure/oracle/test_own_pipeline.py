@@ -109,8 +109,9 @@ QUERY = "encoder.block.0.layer.0.SelfAttention.q"
     ids=["missing", "scale", "adapter", "vae"],
 )
 def test_a_loading_report_with_a_complaint(tiny_pixart, tmp_path, part, change, message):
+    plan = plan_of(tiny_pixart, "1", SIZE, 1, 1, "bake", False)  # which may refuse the changed one
     folder = changed(tiny_pixart, tmp_path / "pixart", part, change)
-    plan = plan_of(folder, "1", SIZE, 1, 1, "bake", False)
+    plan = replace(plan, checkpoint=Checkpoint(folder, "pixart"))
     with pytest.raises(InputError, match=f"plain .*from_pretrained leaves .*{message}"):
         OwnPipeline(plan, plan.entries)
 
