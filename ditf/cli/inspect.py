@@ -118,10 +118,19 @@ def _summary(manifest: Manifest) -> list[tuple[str, ...]]:
         *([] if manifest.guidance is None else [("guidance", f"{manifest.guidance:g}")]),
         *([] if manifest.text_tokens is None else [("text", f"cut to {manifest.text_tokens} T5 tokens")]),
         *([] if manifest.text_padding is None else [("text padding", manifest.text_padding)]),
+        *([] if not manifest.golden else [("golden", _golden(manifest))]),
         ("opset", str(manifest.opset)),
         ("made by", manifest.command.replace("\n", "\\n")),
         ("with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
     ]
+
+
+def _golden(manifest: Manifest) -> str:
+    """What made the golden outputs."""
+    golden = manifest.golden
+    if golden.get("oracle") == "independent":
+        return f"by {golden['transformer']}, independent of the exporter"
+    return f"by the streamed transformer{': ' + golden['reason'] if 'reason' in golden else ''}"
 
 
 def _batch(manifest: Manifest) -> str:
