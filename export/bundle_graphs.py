@@ -15,6 +15,7 @@ from ditf.export.assemble.parameter_counts import Counts, parameter_parts, remov
 from ditf.export.graph.blocks.gated_linear import gate_counts, scales, subnormal_weights
 from ditf.export.graph.match import INPUTS, OUTPUTS, MatchGraph
 from ditf.export.measure.golden import GoldenOutputs
+from ditf.export.onnx_writing.emulation import ExactFeatures
 from ditf.export.onnx_writing.onnx_file import Progress, Traced, write_onnx
 from ditf.export.onnx_writing.value_sketches import write_trace
 from ditf.export.planning.plan import Plan
@@ -34,13 +35,19 @@ class FeaturesRecord:
 
 
 def write_features(
-    folder: Path, plan: Plan, made: AssembledGraph, golden: GoldenOutputs | None, progress: Progress
+    folder: Path,
+    plan: Plan,
+    made: AssembledGraph,
+    golden: GoldenOutputs | None,
+    exact: ExactFeatures | None,
+    progress: Progress,
 ) -> FeaturesRecord:
     """Trace the features graph and write features.onnx with its weights, trace.npz and conditions.npz.
 
     Args:
         folder: the bundle's.
         golden: trace.npz is written for its first image; None leaves trace.npz out.
+        exact: of a 16-bit graph, for trace.npz.
         progress: called with the bytes of weights that are written, and of all.
     """
     parts = parameter_parts(made.graph)
@@ -51,7 +58,7 @@ def write_features(
         recipe["gates"] = gate_counts(made.graph.trunk)
     if plan.precision.recipe.exceptions():
         recipe["subnormal_weights"] = subnormal_weights(made.graph.trunk)
-    traced = _trace(folder, plan, made, golden, progress)
+    traced = _trace(folder, plan, made, golden, exact, progress)
     if plan.precision.compute != torch.float32:
         recipe["float32_products"] = traced.float32_products
     _write_conditions(folder, made)
@@ -59,7 +66,12 @@ def write_features(
 
 
 def _trace(
-    folder: Path, plan: Plan, made: AssembledGraph, golden: GoldenOutputs | None, progress: Progress
+    folder: Path,
+    plan: Plan,
+    made: AssembledGraph,
+    golden: GoldenOutputs | None,
+    exact: ExactFeatures | None,
+    progress: Progress,
 ) -> Traced:
     """Write features.onnx, and trace.npz: what its program computes on the first golden image."""
     dynamic = plan.options.batch == "dynamic"
@@ -73,7 +85,8 @@ def _trace(
     traced = write_onnx(made.graph, inputs, ["features"], path, plan.opset, shapes, progress)
     if golden is not None:
         inputs["image"] = torch.from_numpy(golden.arrays["images"][:1].repeat(batch, axis=0))
-        write_trace(folder / files.TRACE, traced, inputs, golden.arrays, plan.grid, plan.options.ensemble)
+        path = folder / files.TRACE
+        write_trace(path, traced, inputs, golden.arrays, plan.grid, plan.options.ensemble, exact)
     return traced
 
 

@@ -89,7 +89,10 @@ def make_manifest(
         conditions=[entry.to_json() for entry in plan.entries],
         tolerances=limits,
         rehearsal=emulated,
-        versions=tool_versions("ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript"),
+        measured={},
+        versions=tool_versions(
+            "ditf", "torch", "diffusers", "transformers", "onnx", "onnxscript", "onnxruntime"
+        ),
         files={
             path.name: {"bytes": path.stat().st_size, "sha256": sha256(path)}
             for path in sorted(folder.iterdir())

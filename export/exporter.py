@@ -21,6 +21,7 @@ from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
 from ditf.export.estimate.estimate import Estimate
 from ditf.export.graph.features import FeatureSettings
+from ditf.export.measure.backend_parity import fits_on_cpu, measure_on_cpu, runs_on_cpu
 from ditf.export.measure.calibrate import ObservedBlocks, measure_calibration, observe_blocks
 from ditf.export.measure.calibration import (
     Calibration,
@@ -33,7 +34,12 @@ from ditf.export.measure.golden import ExactCase, GoldenCase, GoldenOutputs, gol
 from ditf.export.measure.images import CalibrationImages
 from ditf.export.measure.reference_model import Reference
 from ditf.export.measure.vae_compatibility import VaeComparison, compare_vaes
-from ditf.export.onnx_writing.emulation import check_against_golden, check_finite
+from ditf.export.onnx_writing.emulation import (
+    ExactFeatures,
+    check_against_golden,
+    check_finite,
+    exact_features,
+)
 from ditf.export.onnx_writing.onnx_file import Progress
 from ditf.export.planning.conditions import Entry, describe, encode, trim
 from ditf.export.planning.export_options import ExportOptions, check_opset
@@ -100,6 +106,7 @@ class _Export:
         self.statistics = FeatureStatistics()
         self.golden: GoldenOutputs | None = None
         self.emulated: dict[str, float] = {}
+        self.exact: ExactFeatures | None = None
 
     def stages(self) -> list[Stage]:
         """The stages that these options ask for, in order."""
@@ -145,6 +152,11 @@ class _Export:
             Stage(lambda: f"tracing {self.blocks} in {options.precision}", self.trace),
             Stage(lambda: "tracing the matcher", self.trace_matcher),
             Stage(lambda: "writing the manifest", self.write_manifest),
+            Stage(
+                lambda: self.running_the_file,
+                self.measure_on_cpu,
+                runs=reference and runs_on_cpu(options.precision),
+            ),
         ]
         return [stage for stage in stages if stage.runs]
 
@@ -232,9 +244,13 @@ class _Export:
             check_finite(made.graph, made.feeds[0], self.golden_images[0], precision)
         else:
             self.emulated = check_against_golden(made.graph, made.feeds, self.golden.arrays, precision)
+            if precision == "float16":
+                self.exact = exact_features(made.graph, made.feeds[0], self.golden.arrays)
 
     def trace(self) -> None:
-        self.features = write_features(self.folder, self.plan, self.made, self.golden, self.progress)
+        self.features = write_features(
+            self.folder, self.plan, self.made, self.golden, self.exact, self.progress
+        )
         del self.made
         self.spill.close()
         gc.collect()
@@ -266,6 +282,11 @@ class _Export:
         )
         (folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
         read_manifest(folder)
+
+    def measure_on_cpu(self) -> None:
+        if fits_on_cpu(self.folder):
+            manifest = replace(read_manifest(self.folder), measured=measure_on_cpu(self.folder))
+            (self.folder / MANIFEST).write_text(manifest.to_json(), "utf-8")
 
     @property
     def settings(self) -> FeatureSettings:
@@ -304,6 +325,12 @@ class _Export:
             return "the calibration has the range of the features"
         what = "measuring the range" if self.options.pca is None else f"learning {self.options.pca} channels"
         return f"{what} of the unmodified model's features"
+
+    @property
+    def running_the_file(self) -> str:
+        if fits_on_cpu(self.folder):
+            return "running features.onnx on ONNX Runtime"
+        return "features.onnx is too large for ONNX Runtime on this machine: its own parity is not measured"
 
     @property
     def layer_name(self) -> str:

@@ -6,7 +6,9 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from ditf.calib.debug.widened_graph import LARGEST_FINITE, WidenedGraph
+import numpy as np
+
+from ditf.calib.debug.widened_graph import LARGEST_FINITE, WidenedGraph, maxima
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.golden_file import Golden
 from ditf.runtime.features_runner import FeaturesRunner
@@ -39,22 +41,38 @@ class GraphRange:
         return {"name": self.name, "dtype": self.dtype, "max_abs": self.max_abs, "headroom": self.headroom}
 
 
-def graph_ranges(bundle: Bundle, widened: WidenedGraph, golden: Golden) -> list[GraphRange]:
-    """The range of every 16-bit value over all golden images and conditions, least headroom first.
+@dataclass(frozen=True)
+class WidenedRun:
+    """What a 16-bit graph gives in float32 arithmetic on the golden images.
+
+    Attributes:
+        ranges: of every 16-bit value over all images and conditions, least headroom first.
+        features: float32 [C, h, w] of the first image under the first condition.
+    """
+
+    ranges: list[GraphRange]
+    features: np.ndarray
+
+
+def run_widened(bundle: Bundle, widened: WidenedGraph, golden: Golden) -> WidenedRun:
+    """Run a graph in float32 arithmetic on all golden images under all golden conditions.
 
     Args:
         widened: features.onnx widened but not rounded, so that no value saturates.
     """
-    if not widened.short:
-        return []
     session = widened.with_maxima().open()
     runner = FeaturesRunner(bundle, session)
     checked = bundle.manifest.golden.get("conditions", [0])
     largest = dict.fromkeys(widened.short, 0.0)
+    first: np.ndarray | None = None
     for index in checked:
         feeds = runner.feeds(prompt=runner.conditions[index] if len(runner.conditions) > 1 else None)
         for chunk, _ in runner.batches(golden["images"]):
-            for name, value in session.maxima({"image": chunk, **feeds}).items():
+            outputs = session.run({"image": chunk, **feeds})
+            if first is None:
+                first = outputs["features"][0]
+            for name, value in maxima(outputs).items():
                 largest[name] = max(largest[name], value if math.isfinite(value) else math.inf)
     found = [GraphRange(name, widened.short[name], value) for name, value in largest.items()]
-    return sorted(found, key=lambda one: one.headroom)
+    assert first is not None
+    return WidenedRun(sorted(found, key=lambda one: one.headroom), first)

@@ -74,12 +74,11 @@ class WidenedGraph:
         return WidenedGraph(model, self.short)
 
     def with_maxima(self) -> WidenedGraph:
-        """The same graph, whose outputs are max |x| of every 16-bit value, as scalars."""
+        """The same graph, whose outputs are max |x| of every 16-bit value, as scalars, and the features."""
         import onnx
 
         model = onnx.ModelProto()
         model.CopyFrom(self.model)
-        del model.graph.output[:]
         for name in self.short:
             model.graph.node.append(onnx.helper.make_node("Abs", [name], [f"abs/{name}"]))
             node = onnx.helper.make_node("ReduceMax", [f"abs/{name}"], [_MAX + name], keepdims=0)
@@ -143,7 +142,12 @@ class WidenedSession:
 
     def maxima(self, feeds: Mapping[str, np.ndarray]) -> dict[str, float]:
         """Max |x| of every value, for a graph made by `with_maxima`."""
-        return {name.removeprefix(_MAX): float(value) for name, value in self.run(feeds).items()}
+        return maxima(self.run(feeds))
+
+
+def maxima(outputs: Mapping[str, np.ndarray]) -> dict[str, float]:
+    """Max |x| of every value, from the outputs of a graph made by `with_maxima`."""
+    return {name.removeprefix(_MAX): float(x) for name, x in outputs.items() if name.startswith(_MAX)}
 
 
 def widen(graph: Graph, rounded: bool = False) -> WidenedGraph:

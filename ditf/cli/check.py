@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection
+import platform
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Optional
 
 import typer
 
 from ditf.calib.golden_parity import GoldenResult, golden_result, image_size
-from ditf.calib.parity import METRICS, TOLERANCES, WHOLE, Gate, gates, match_parity
+from ditf.calib.parity import METRICS, ONNXRUNTIME_CPU, WHOLE, Gate, gates, limits_on, match_parity
 from ditf.cli.support.bundles import open_bundle, open_model, vae_text
-from ditf.cli.support.check_where import Findings, check_bisect, check_ladder, check_ranges
+from ditf.cli.support.check_where import Findings, check_bisect, check_ladder, check_overflow, check_ranges
 from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import say, show, table, write_json
 from ditf.cli.support.paths import check_picture, check_writable
@@ -67,10 +68,9 @@ def check(
             "export it again without --golden none",
         )
     opened.verify(opened.manifest.files)
-    limits = {**TOLERANCES[opened.manifest.precision], **opened.manifest.tolerances}
     golden = read_golden(opened)
     asked = dict(_parse_limit(text, golden) for text in limit or ())
-    limits |= asked
+    limits = limits_on("", opened.manifest) | asked
     findings = Findings()
     if ranges:
         check_ranges(opened, golden, findings)
@@ -84,7 +84,7 @@ def check(
         for path in export_polygraphy(opened, golden, polygraphy):
             show(f"wrote {path}")
     if not (ranges or ladder or bisect or polygraphy) or plot is not None:
-        _check_parity(opened, golden, backend, limits, asked.keys(), plot, findings)
+        _check_parity(opened, golden, backend, asked, plot, findings)
     write_json(
         json_file,
         {
@@ -104,31 +104,38 @@ def _check_parity(
     bundle: Bundle,
     golden: Golden,
     backend: str,
-    limits: dict[str, float],
-    asked: Collection[str],
+    asked: Mapping[str, float],
     plot: Optional[Path],
     findings: Findings,
 ) -> None:
-    """Measure the parity of the backend, and plot it; `asked` names the limits that the user gave."""
+    """Measure the parity of the backend, and plot it; `asked` has the limits that the user gave."""
+    manifest = bundle.manifest
     with open_model(bundle, backend) as model:
-        known, checked = len(model.conditions), len(bundle.manifest.golden.get("conditions", [0]))
+        known, checked = len(model.conditions), len(manifest.golden.get("conditions", [0]))
         if known > 1:
             say(f"features under {checked} of {known} conditions; the worst of each metric counts")
         metrics, result = golden_metrics(model, golden)
         findings.document["backend"] = model.detail
+        on_cpu = "CPUExecutionProvider" in model.detail
+    measured = on_cpu and platform.machine().lower() in ("x86_64", "amd64")
+    limits = {**limits_on(ONNXRUNTIME_CPU if measured else model.backend, manifest), **asked}
     results = gates(metrics, {"match_graph_agrees": _GRAPH_LIMIT, **limits})
     failed = [gate for gate in results if not gate.ok]
     show(_render(metrics, results))
     if "whole_features" in golden:
-        show(_whole_text(bundle.manifest))
-    if not failed:
-        show(f"passed: {len(results)} of {len(results)} gates")
+        show(_whole_text(manifest))
+    findings.gates += [gate.to_json() for gate in results]
+    if on_cpu and manifest.precision != "float32":
+        check_overflow(bundle, golden, findings)
+    else:
+        findings.document["overflow"] = {"tested": True, "how": "the backend computes in the graph's types"}
+    if not failed and not findings.failures:
+        show(f"passed: {len(findings.gates)} of {len(findings.gates)} gates")
     findings.document |= {
         "metrics": metrics,
-        "vae": bundle.manifest.vae,
-        "text_tokens": bundle.manifest.text_tokens,
+        "vae": manifest.vae,
+        "text_tokens": manifest.text_tokens,
     }
-    findings.gates += [gate.to_json() for gate in results]
     for mine, what, told in (
         (False, "does not match its model", findings.failures),
         (True, "misses --limit", findings.missed),
@@ -210,7 +217,12 @@ def _render(metrics: dict[str, float], results: list[Gate]) -> str:
     for name, value in metrics.items():
         gate = by_name.get(name)
         if gate is None:
-            rows.append((name, f"{value:.7g}", "", ""))
+            rows.append((name, _digits(value), "", ""))
         else:
-            rows.append((name, f"{value:.7g}", f"{gate.limit:g}", "ok" if gate.ok else "FAILED"))
+            rows.append((name, _digits(value), _digits(gate.limit), "ok" if gate.ok else "FAILED"))
     return table(rows)
+
+
+def _digits(value: float) -> str:
+    """A number for people; of one just below 1, the distance counts."""
+    return f"1 - {1 - value:.3g}" if 0 < 1 - value < 1e-4 else f"{value:.4g}"

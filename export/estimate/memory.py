@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
+from ditf.calib.memory import available_bytes as available_bytes
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.offload import is_offloaded
 from ditf.export.graph.features import FeaturesGraph
@@ -76,30 +76,3 @@ def check_stages(plan: Plan, needs: Mapping[str, int], available: int) -> None:
             " available",
             f"choose {' or '.join(smaller)}, or export on a larger machine",
         )
-
-
-def available_bytes() -> int | None:
-    """Memory that this process may still take, in its container or machine; None where it is unknown."""
-    found = [value for value in (_machine(), _container()) if value is not None]
-    return min(found, default=None)
-
-
-def _machine() -> int | None:
-    """Linux's MemAvailable: what is free, and what the page cache would give back."""
-    try:
-        lines = Path("/proc/meminfo").read_text().splitlines()
-    except OSError:
-        return None
-    sizes = [int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")]
-    return sizes[0] if sizes else None
-
-
-def _container(root: Path = Path("/sys/fs/cgroup")) -> int | None:
-    """What a control group (version 2) leaves, with the page cache that it would give back."""
-    try:
-        limit = (root / "memory.max").read_text().strip()
-        used = int((root / "memory.current").read_text())
-        stat = dict(line.split() for line in (root / "memory.stat").read_text().splitlines())
-    except (OSError, ValueError):
-        return None
-    return None if limit == "max" else max(0, int(limit) - used + int(stat.get("inactive_file", 0)))

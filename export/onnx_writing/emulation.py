@@ -11,18 +11,27 @@ CPUs have no float16 arithmetic, and PyTorch's emulation of it is 40 to 200 time
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
 
 from ditf.calib.parity import CEILINGS, TOLERANCES, feature_parity, gates, worst
+from ditf.export.assemble.sensitivity import float32_limit, rounding_limit
 from ditf.export.checkpoints.weight_spill import resting
 from ditf.export.graph.features import FeaturesGraph
 from ditf.runtime.errors import GateFailed
 
 _SHORT = {torch.float16, torch.bfloat16}
+
+_EXACT_BYTES = 1 << 20  # of the rows that `exact_features` keeps
+
+_CHANNEL = 8
+"""Limit of a channel's error over the relative error: some channels are a few times as large as others."""
 
 
 class Float32Accumulation(TorchDispatchMode):
@@ -53,6 +62,62 @@ class Float32Accumulation(TorchDispatchMode):
         return func(*wide, **kwargs).to(types_given.pop())
 
 
+class Float32Arithmetic(TorchFunctionMode):
+    """Computes everything that is 16-bit in float32, so that only the graph's weights are rounded."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Sequence[type],
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        def wide(value: Any) -> Any:
+            if isinstance(value, torch.Tensor):
+                return value.to(torch.float32) if value.dtype in _SHORT else value
+            return torch.float32 if isinstance(value, torch.dtype) and value in _SHORT else value
+
+        return func(*tree_map(wide, args), **tree_map(wide, dict(kwargs or {})))
+
+
+@dataclass(frozen=True)
+class ExactFeatures:
+    """Features of a 16-bit graph in float32 arithmetic: what the written file gives apart from rounding.
+
+    Attributes:
+        rows: float32 [R, C], at the first golden rows of the first image under the first condition.
+        limit: the largest relative error that float32 rounding explains.
+    """
+
+    rows: np.ndarray
+    limit: float
+
+
+@torch.no_grad()
+def exact_features(
+    graph: FeaturesGraph, feeds: Mapping[str, torch.Tensor], golden: Mapping[str, np.ndarray]
+) -> ExactFeatures:
+    """Run a 16-bit graph in float32 arithmetic on the first golden image.
+
+    Args:
+        graph: the module that will be traced.
+        feeds: what it takes beside the image, under the first condition.
+        golden: the arrays of golden.npz.
+    """
+    image = torch.from_numpy(golden["images"][:1])
+
+    def run() -> torch.Tensor:
+        with resting(), Float32Arithmetic():
+            features: torch.Tensor = graph(image, *feeds.values())[0]
+        return features
+
+    features = run()
+    tokens = features.flatten(1).T
+    count = max(1, _EXACT_BYTES // (4 * tokens.shape[1]))
+    rows = tokens[torch.from_numpy(golden["rows"][0][:count])].numpy()
+    return ExactFeatures(rows, rounding_limit(graph, run, features))
+
+
 @torch.no_grad()
 def check_against_golden(
     graph: FeaturesGraph,
@@ -79,13 +144,22 @@ def check_against_golden(
     for index in range(1, len(feeds)):
         if f"rows_{index}" in golden:
             cases[index] = (golden[f"rows_{index}"], golden[f"features_{index}"])
+
+    def run(index: int) -> torch.Tensor:
+        with resting(), Float32Accumulation():
+            features: torch.Tensor = graph(image, *feeds[index].values())
+        return features
+
     measured = []
     for index, (rows, expected) in cases.items():
-        with resting(), Float32Accumulation():
-            tokens = graph(image, *feeds[index].values())[0].flatten(1).T
+        tokens = run(index)[0].flatten(1).T
         measured.append(feature_parity(tokens[torch.from_numpy(rows)].numpy(), expected))
     metrics = worst(measured)
     limits = {**TOLERANCES[precision], **CEILINGS[precision]}
+    if precision == "float32" and graph.output == torch.float32:
+        limits["relative_error"] = float32_limit(graph, lambda: run(0), metrics["relative_error"])
+        limits["channel_error"] = _CHANNEL * limits["relative_error"]
+        limits["scale_error"] = limits["relative_error"]
     for gate in gates(metrics, limits):
         if not gate.ok:
             raise GateFailed(

@@ -16,7 +16,7 @@ from torch.fx import Interpreter, Node
 from ditf.calib.debug.bisect import boundary_error, image_tokens
 from ditf.calib.debug.sketch import sketch
 from ditf.export.checkpoints.weight_spill import resting
-from ditf.export.onnx_writing.emulation import Float32Accumulation
+from ditf.export.onnx_writing.emulation import ExactFeatures, Float32Accumulation
 from ditf.export.onnx_writing.onnx_file import Traced
 from ditf.runtime.bundles.manifest import HIDDEN_STATES, hidden_states_name
 
@@ -35,16 +35,19 @@ def write_trace(
     golden: Mapping[str, np.ndarray],
     grid: tuple[int, int],
     ensemble: int,
+    exact: ExactFeatures | None = None,
 ) -> None:
     """Run a traced program in its own precision and write a sketch of every value it computes.
 
     The file holds `names` [T] in the order of the graph, the `lengths` [T] of their sketches, the sketches
     one after another in `values`, and in `boundaries` [k + 1] the error of the hidden states that enter each
-    block. Values of the operators in `_LEFT_OUT` are not in it.
+    block. Values of the operators in `_LEFT_OUT` are not in it. `exact` [R, C] and `exact_limit` [] are
+    those of `exact`, if it is given.
 
     Args:
         inputs: the program's inputs by name, as `ditf check` will feed them.
         golden: the arrays of golden.npz; grid: (h, w) of the features.
+        exact: the graph's features in float32 arithmetic.
     """
     recorder = _Recorder(traced)
     with resting(), Float32Accumulation():
@@ -57,6 +60,7 @@ def write_trace(
         boundary_error(tokens[golden["hidden_rows"]], expected)
         for tokens, expected in zip(hidden_states, golden["hidden_states"], strict=True)
     ]
+    more = {} if exact is None else {"exact": exact.rows, "exact_limit": np.array(exact.limit)}
     np.savez_compressed(
         path,
         allow_pickle=False,
@@ -64,6 +68,7 @@ def write_trace(
         lengths=np.array([len(values) for values in recorder.sketches.values()]),
         values=np.concatenate(list(recorder.sketches.values())),
         boundaries=np.array(boundaries),
+        **more,
     )
 
 

@@ -57,6 +57,8 @@ class Manifest:
             from them are its inputs. With "live", embeddings and timestep are its inputs.
         tolerances: the gates of `ditf check`, {metric: limit}.
         rehearsal: the feature parity at export of the graph in PyTorch, in its own precision.
+        measured: the feature parity at export of the written files, by backend: {"onnxruntime-cpu": {metric:
+            value}} if ONNX Runtime was installed and had enough memory. None in bundles from before it.
         golden: the numbers of points and rows in golden.npz, and the images that they come from.
         versions: the versions of the tools that made the bundle.
         command: the command line that made it.
@@ -106,6 +108,7 @@ class Manifest:
     features_dtype: Optional[Literal["float16", "float32"]] = None
     pca: Optional[dict[str, Any]] = None
     vae: Optional[dict[str, Any]] = None
+    measured: Optional[dict[str, dict[str, float]]] = None
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,18 +12,22 @@ from hypothesis import strategies as st
 from ditf.calib.parity import (
     CEILINGS,
     DISPLACEMENT,
+    FLOORS,
     MEASURED_MARGIN,
+    ONNXRUNTIME_CPU,
     TOLERANCES,
     Gate,
     feature_parity,
     gates,
+    limits_on,
     match_parity,
     tolerances,
 )
+from ditf.runtime.bundles.manifest import parse_manifest
 
 LEAST = ("cosine_mean", "cosine_p01", "cosine_min", "matches_within_1px", "matches_within_patch")
-MOST = ("relative_error", "channel_error", "max_abs_error")
-FEATURES = ("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error")
+MOST = ("relative_error", "channel_error", "scale_error", "max_abs_error")
+FEATURES = ("cosine_mean", "cosine_p01", "cosine_min", "relative_error", "channel_error", "scale_error")
 
 
 @pytest.fixture
@@ -71,7 +76,7 @@ def test_zero_features_fail(expected):
 def test_zero_reference_is_finite():
     metrics = feature_parity(np.ones((3, 4)), np.zeros((3, 4), np.float32))
     assert all(np.isfinite(value) for value in metrics.values())
-    assert failed(metrics, "float16") == set(FEATURES)
+    assert failed(metrics, "float16") == set(FEATURES) - {"scale_error"}
 
 
 def test_one_wrong_token_is_found(expected):
@@ -85,7 +90,7 @@ def test_one_wrong_token_is_found(expected):
 def test_scale_is_found_where_the_cosine_is_blind(expected):
     metrics = feature_parity(expected * np.float32(1.01), expected)
     assert metrics["cosine_min"] == pytest.approx(1.0, abs=1e-6)
-    assert failed(metrics, "float16") == {"relative_error", "channel_error"}
+    assert failed(metrics, "float16") == {"relative_error", "channel_error", "scale_error"}
 
 
 @pytest.mark.parametrize(("precision", "change"), [("float32", 5e-4), ("float16", 5e-3)])
@@ -155,7 +160,7 @@ def test_gates_are_the_limits_that_were_measured():
 
 
 def test_float16_features_of_a_float32_graph_may_match_as_float16():
-    measured = {"relative_error": 2e-4, "channel_error": 4e-4}
+    measured = {"relative_error": 2e-4, "channel_error": 4e-4, "scale_error": 1e-6}
     exact, short, half = (
         tolerances(precision, measured, 8.0, short)
         for precision, short in (("float32", False), ("float32", True), ("float16", True))
@@ -169,11 +174,11 @@ def test_float16_features_of_a_float32_graph_may_match_as_float16():
 @pytest.mark.parametrize("precision", TOLERANCES)
 def test_tolerances_widen_with_measurement(precision):
     before = copy.deepcopy(TOLERANCES)
-    exact = {"relative_error": 0.0, "channel_error": 0.0, "cosine_min": 1.0}
+    exact = {"relative_error": 0.0, "channel_error": 0.0, "scale_error": 0.0, "cosine_min": 1.0}
     base = {**TOLERANCES[precision], "match_displacement": 8 * DISPLACEMENT[precision]}
     assert tolerances(precision, exact, 8) == base
     least = TOLERANCES[precision]["relative_error"]
-    measured = {"relative_error": least / 4, "channel_error": 1e-6, "cosine_min": 0.5, "max_abs_error": 9.0}
+    measured = {**exact, "relative_error": least / 4, "cosine_min": 0.5, "max_abs_error": 9.0}
     limits = tolerances(precision, measured, 8)
     assert limits == {**base, "relative_error": MEASURED_MARGIN * least / 4}
     assert tolerances(precision, {**measured, "relative_error": 0.5}, 8) == {
@@ -185,7 +190,7 @@ def test_tolerances_widen_with_measurement(precision):
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_bad_measurement_does_not_open_the_gates(bad):
-    limits = tolerances("float16", {"relative_error": bad, "channel_error": bad}, 8)
+    limits = tolerances("float16", dict.fromkeys(("relative_error", "channel_error", "scale_error"), bad), 8)
     assert not any(gate.ok for gate in gates({"relative_error": 1e9, "channel_error": 1e9}, limits))
 
 
@@ -195,6 +200,69 @@ def test_wrong_scale_does_not_excuse_itself(expected, precision):
     # cosines are blind to a scale, so an error that no rounding explains has to fail by itself.
     metrics = feature_parity(expected * np.float32(1.5), expected)
     assert not all(gate.ok for gate in gates(metrics, tolerances(precision, metrics, 8)))
+
+
+def manifest_of(precision, measured, **changes):
+    """A manifest with what `limits_on` reads."""
+    document = json.loads(MANIFEST.replace("PRECISION", precision))
+    return parse_manifest(Path("b"), json.dumps({**document, "measured": measured, **changes}).encode())
+
+
+MANIFEST = """{"schema": 1, "model": {"id": "m", "family": "dit"}, "layer": 1, "layer_name": "1",
+"timestep": 1, "prompt": null, "class_label": null, "seed": 0, "ensemble": 1, "noise": "baked",
+"size": [8, 8], "grid": [1, 1], "channels": 4, "batch": 1, "adaln": true,
+"discard": {"channels": [], "stage": "before", "source": "none"}, "precision": "PRECISION",
+"recipe": {"float32": {}}, "parts": {}, "opset": 20, "conditioning": "bake",
+"tolerances": {"relative_error": 5e-3, "channel_error": 2e-2, "scale_error": 1e-3},
+"rehearsal": {"relative_error": 8e-4, "channel_error": 3e-3, "scale_error": 1e-6,
+"cosine_mean": 0.9999997, "cosine_p01": 0.9999994, "cosine_min": 0.9999991},
+"golden": {}, "versions": {}, "command": "", "files": {}}"""
+SEEN = {"relative_error": 4e-4, "channel_error": 1.2e-3, "scale_error": 2e-4}
+SEEN |= {"cosine_mean": 1 - 1e-7, "cosine_p01": 1 - 2e-7, "cosine_min": 1 - 4e-7}
+
+
+def test_limits_on_the_backend_that_was_measured():
+    limits = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", {ONNXRUNTIME_CPU: SEEN}))
+    for name in ("relative_error", "channel_error", "scale_error"):
+        assert limits[name] == pytest.approx(2.5 * SEEN[name])
+    assert 1 - limits["cosine_min"] == pytest.approx(6.25 * 4e-7)
+    assert limits["matches_within_1px"] == TOLERANCES["float16"]["matches_within_1px"]
+    lucky = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", {ONNXRUNTIME_CPU: dict.fromkeys(SEEN, 0.0)}))
+    assert lucky["relative_error"] == FLOORS["float16"]["relative_error"]
+
+
+def test_limits_elsewhere_are_the_tolerances():
+    manifest = manifest_of("float16", {ONNXRUNTIME_CPU: SEEN})
+    for backend in ("tensorrt", "onnxruntime", ""):
+        assert limits_on(backend, manifest) == {**TOLERANCES["float16"], **manifest.tolerances}
+
+
+def test_the_emulation_stands_in_where_no_backend_was_measured():
+    limits = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", {}))
+    assert limits["relative_error"] == pytest.approx(2.5 * 8e-4)
+
+
+def test_a_bundle_from_before_keeps_its_limits():
+    """It has no limit of the scale either, which is never above the relative error."""
+    tolerances = {"relative_error": 5e-3, "channel_error": 2e-2}
+    limits = limits_on(ONNXRUNTIME_CPU, manifest_of("float16", None, tolerances=tolerances))
+    assert limits == {**TOLERANCES["float16"], **tolerances, "scale_error": 5e-3}
+
+
+def test_float16_features_of_a_float32_graph_have_float16_floors():
+    measured = {ONNXRUNTIME_CPU: dict.fromkeys(SEEN, 0.0)}
+    found = [
+        limits_on(ONNXRUNTIME_CPU, manifest_of("float32", measured, features_dtype=dtype))["relative_error"]
+        for dtype in ("float16", "float32")
+    ]
+    assert found == [FLOORS["float16"]["relative_error"], FLOORS["float32"]["relative_error"]]
+
+
+@pytest.mark.parametrize("factor", [0.999, 1.001])
+def test_a_scale_is_told_from_rounding(expected, factor):
+    metrics = feature_parity((expected * np.float32(factor)).astype(np.float16), expected)
+    assert metrics["scale_error"] == pytest.approx(1e-3, rel=0.02)
+    assert feature_parity(expected.astype(np.float16), expected)["scale_error"] < 1e-5
 
 
 def test_match_parity():

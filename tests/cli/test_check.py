@@ -92,7 +92,38 @@ def test_gates_that_the_manifest_lost(ditf, copy):
     (copy / "manifest.json").write_text(json.dumps({**manifest, "tolerances": {}}))
     done = ditf("check", copy)
     assert done.returncode == 0
-    assert "passed: 8 of 8 gates" in done.stdout
+    assert "passed: 11 of 11 gates" in done.stdout
+
+
+def test_a_bundle_from_before_limits_by_backend(ditf, copy, tmp_path):
+    """Neither `measured` nor a limit of the scale, and no exact features in trace.npz."""
+    manifest = json.loads((copy / "manifest.json").read_text())
+    del manifest["measured"], manifest["tolerances"]["scale_error"]
+    (copy / "manifest.json").write_text(json.dumps(manifest))
+    with np.load(copy / "trace.npz") as trace:
+        kept = {name: trace[name] for name in trace.files if not name.startswith("exact")}
+    np.savez(copy / "trace.npz", **kept)
+    sign(copy, "trace.npz")
+    done = ditf("check", copy, "--json", "check.json")
+    assert done.returncode == 0, done.stderr
+    gates = {gate["name"]: gate for gate in json.loads((tmp_path / "check.json").read_text())["gates"]}
+    assert gates["relative_error"]["limit"] == manifest["tolerances"]["relative_error"]
+    assert "headroom" in gates
+    assert "file_error" not in gates
+
+
+def test_an_output_that_is_a_thousandth_too_large(ditf, copy, tmp_path):
+    """Which float16's own rounding nearly hides from every other metric."""
+    from tests.cli.test_check_where import edit_weight
+
+    for part in ("weight", "bias"):
+        edit_weight(copy, f"trunk.output_norm.{part}", lambda values: np.multiply(values, 1.001, out=values))
+    done = ditf("check", copy, "--json", "check.json")
+    assert done.returncode == 1
+    report = json.loads((tmp_path / "check.json").read_text())
+    failed = {gate["name"] for gate in report["gates"] if not gate["ok"]}
+    assert {"scale_error", "file_error"} <= failed
+    assert "scale_error 0.001" in done.stderr
 
 
 def test_two_parities_where_the_encoder_is_another(ditf, swapped_bundle, tmp_path):

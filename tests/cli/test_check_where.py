@@ -105,17 +105,28 @@ def test_a_bfloat16_bundle_on_a_cpu(ditf, bfloat16_bundle):
 
 
 def test_overflow_that_onnx_runtime_hides_is_found(ditf, tmp_path, monkeypatch):
-    """Exported with neither recipe nor rehearsal: plain parity on a CPU cannot tell, the others can."""
+    """Exported with neither recipe nor emulation: parity on a CPU cannot tell, everything else can."""
     monkeypatch.setattr("ditf.export.exporter.choose_recipe", lambda extents: Recipe())
     monkeypatch.setattr(
         "ditf.export.exporter.check_against_golden",
-        lambda *args: {"relative_error": 1e-3, "channel_error": 3e-3},
+        lambda *args: {"relative_error": 1e-3, "channel_error": 3e-3, "scale_error": 1e-4},
     )
     save_untrained(tmp_path / "demo")
     overflowing_logits(tmp_path / "demo" / "transformer" / "diffusion_pytorch_model.safetensors")
     options = ("--layer", "2", "--fp16", "--size", "64x64", "-o", "b")
     assert ditf("export", "--model", "demo/", *options).returncode == 0
-    assert ditf("check", "b").returncode == 0
+    done = ditf("check", "b", "--json", "check.json")
+    assert done.returncode == 1
+    assert "FAILED" not in done.stdout
+    assert "trunk.blocks.0.attention/MatMul reaches" in done.stderr
+    report = json.loads((tmp_path / "check.json").read_text())
+    assert report["overflow"]["tested"]
+    assert [gate["name"] for gate in report["gates"] if not gate["ok"]] == ["headroom"]
+    monkeypatch.setattr("ditf.cli.support.check_where.available_bytes", lambda: 10**5)
+    done = ditf("check", "b", "--json", "check.json")
+    assert done.returncode == 0
+    assert "overflow was not tested, and ONNX Runtime on a CPU hides it: it takes" in done.stdout
+    assert not json.loads((tmp_path / "check.json").read_text())["overflow"]["tested"]
     done = ditf("check", "b", "--ranges")
     assert done.returncode == 1
     assert "trunk.blocks.0.attention/MatMul reaches" in done.stderr

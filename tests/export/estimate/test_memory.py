@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import pytest
 
+from ditf.calib import memory as machine_memory
+from ditf.calib.memory import available_bytes
 from ditf.export.estimate import estimate, memory
 from ditf.export.estimate.estimate import Estimate
-from ditf.export.estimate.memory import available_bytes
 from ditf.export.estimate.published_configs import open_configs
 from ditf.export.exporter import export_bundle
 from ditf.export.planning.export_options import ExportOptions
@@ -83,7 +84,7 @@ def test_this_machine_says():
 def test_a_container(tmp_path, files, expected):
     for name, text in files.items():
         (tmp_path / name).write_text(text)
-    assert memory._container(tmp_path) == expected
+    assert machine_memory._container(tmp_path) == expected
 
 
 @pytest.mark.parametrize(("precision", "graphs"), [("float32", 1), ("float16", 2)])

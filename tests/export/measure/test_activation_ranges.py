@@ -112,6 +112,55 @@ def test_a_graph_that_is_not_the_model_is_refused(checkpoint):
         one.ranges()
 
 
+def swap_query_heads(graph):
+    linear = graph.trunk.blocks[0].attention.project.linear
+    size = linear.bias.shape[0] // 9  # query, key and value of three heads
+    order = torch.arange(len(linear.bias))
+    order[: 2 * size] = order[: 2 * size].roll(size)
+    linear.weight.copy_(linear.weight[:, order])
+    linear.bias.copy_(linear.bias[order])
+
+
+def scale_latents(graph):
+    for parameter in graph.encoder.quant_conv.parameters():
+        parameter *= 1.01
+
+
+def scale_noise(graph):
+    graph.noise *= 1.001
+
+
+def scale_a_column(graph):
+    graph.trunk.blocks[1].feed_forward_out.linear.weight[:, 5] *= 1.02
+
+
+@pytest.mark.parametrize("fault", [swap_query_heads, scale_latents, scale_noise, scale_a_column])
+def test_a_fault_of_the_graph_is_found_in_float32(checkpoint, monkeypatch, fault):
+    """Whatever the precision of the export: float16's rounding would hide some of them."""
+
+    def assemble_wrongly(*args):
+        made = assemble(*args)
+        with torch.no_grad():
+            fault(made.graph)
+        return made
+
+    monkeypatch.setattr("ditf.export.measure.activation_ranges.assemble", assemble_wrongly)
+    with pytest.raises(GateFailed, match="hidden states differ from the unmodified model's"):
+        measured(checkpoint("pixart"), "2").ranges()
+
+
+def test_what_rounding_explains_is_no_fault(checkpoint, tmp_path):
+    """Logits of 1e5: float32 keeps two digits of them, and the error is far above `AGREEMENT`."""
+    folder = planted(
+        checkpoint("pixart"), tmp_path / "planted", "transformer", {"transformer_blocks.1.attn2.to_k": 1e5}
+    )
+    one = Measured(folder, "2", "bank")
+    one.ranges()
+    one.hidden_states = one.hidden_states * 1.05
+    with pytest.raises(GateFailed, match="hidden states differ from the unmodified model's"):
+        one.ranges()
+
+
 PLANTED = [
     # checkpoint, layer, conditioning, where, value, what the recipe should do
     ("dit", "3", "bake", "transformer_blocks.1.attn1.to_v", 1e5, "float32"),

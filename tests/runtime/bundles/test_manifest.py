@@ -14,7 +14,7 @@ from ditf.runtime.bundles.manifest import MANIFEST, SCHEMA, Manifest, read_manif
 from ditf.runtime.errors import BundleError
 
 # Bundles of earlier versions have none.
-OPTIONAL = ("conditions", "guidance", "text_tokens", "removed", "features_dtype", "pca", "vae")
+OPTIONAL = ("conditions", "guidance", "text_tokens", "removed", "features_dtype", "pca", "vae", "measured")
 VAE_X_0 = {"relative_error": 0.1, "correlation_min": 0.9}
 FIELDS = [field.name for field in fields(Manifest) if field.name not in OPTIONAL]
 
