@@ -82,7 +82,7 @@ def check(
     if not opened.manifest.golden and not independent:
         raise InputError(
             f"{bundle} was exported with --golden none: there is nothing to compare it with",
-            "add --independent, where its model is, or export it again without --golden none",
+            "export it again without --golden none, or add --independent where its model is",
         )
     opened.verify(opened.manifest.files)
     findings = Findings()

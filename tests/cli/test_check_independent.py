@@ -53,7 +53,7 @@ def test_a_bundle_without_golden_data(ditf, tmp_path):
     assert ditf("export", *options).returncode == 0
     done = ditf("check", bundle)
     assert done.returncode == 2
-    assert "add --independent, where its model is" in done.stderr
+    assert "or add --independent where its model is" in done.stderr
     done = ditf("check", bundle, "--independent")
     assert done.returncode == 0, done.stderr
     assert "passed: " in done.stdout
