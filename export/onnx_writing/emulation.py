@@ -165,7 +165,10 @@ def check_against_golden(
             raise GateFailed(
                 f"the {precision} graph does not match the model: {gate.name} {gate.value:.6g},"
                 f" limit {gate.limit:g}",
-                _fix(precision),
+                _fix(
+                    precision,
+                    "ditf reads it otherwise than diffusers: please report it with the model's name",
+                ),
             )
     return metrics
 
@@ -186,10 +189,12 @@ def check_finite(
     with resting(), Float32Accumulation():
         features = graph(torch.from_numpy(image)[None], *feeds.values())
     if not torch.isfinite(features).all():
-        raise GateFailed(f"the {precision} graph gives features that are not finite", _fix(precision))
+        raise GateFailed(
+            f"the {precision} graph gives features that are not finite",
+            _fix(precision, "look at the checkpoint's weights and the embeddings of --prompt-embeds"),
+        )
 
 
-def _fix(precision: str) -> str:
-    if precision != "float32":
-        return "export with --precision fp32"
-    return "look at the checkpoint's weights and the embeddings of --prompt-embeds"
+def _fix(precision: str, otherwise: str) -> str:
+    """What may help: float32, or `otherwise` where the graph is float32."""
+    return otherwise if precision == "float32" else "export with --precision fp32"
