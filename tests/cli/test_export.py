@@ -23,7 +23,7 @@ def test_the_first_command(ditf, tmp_path):
     done = ditf("export", "--layer", "9", "--fp16", "--size", "64x64", "--json", "export.json")
     assert done.returncode == 0, done.stderr
     assert "layer 9 = block.9 of 12" in done.stdout
-    assert "[11/11" in done.stderr  # plain lines in a log
+    assert "[12/12" in done.stderr  # plain lines in a log
     bundle = tmp_path / "bundles" / "demo-l9-fp16"
     manifest = json.loads((bundle / "manifest.json").read_text())
     assert manifest["command"] == "ditf export --layer 9 --fp16 --size 64x64 --json export.json"
@@ -80,7 +80,7 @@ def test_another_encoder_is_named(ditf, vaes):
     assert done.returncode == 0, done.stderr
     assert "bundles/checkpoint-l1-fp32-tiny: layer 1" in done.stdout
     assert "x_0 off by 0." in done.stdout
-    assert "[10/10" in done.stderr
+    assert "[11/11" in done.stderr
 
 
 def test_verbose_shows_the_traceback(ditf):

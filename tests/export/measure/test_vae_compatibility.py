@@ -89,7 +89,7 @@ def test_it_is_refused_before_the_work(vaes, tmp_path):
     assert len(stages) == 2
     assert stages[1].startswith("comparing the encoder of")
     assert not list(tmp_path.iterdir())
-    assert stage_count(options) == 10
+    assert stage_count(options) == 11
 
 
 @pytest.mark.parametrize(
