@@ -30,17 +30,20 @@ def why_not(plan: Plan, needed: int, available: int | None) -> str | None:
             f"the whole pipeline needs {needed / 1e9:.1f} GB in float32, and {available / 1e9:.1f} GB are"
             " available"
         )
+    checkpoint = plan.checkpoint
+    if checkpoint.loras:
+        return "plain from_pretrained reads no LoRA"
+    if checkpoint.transformer is not None and checkpoint.transformer.is_file():
+        return "plain from_pretrained reads no single file"
     for name in _components(plan):
-        kind = type(plan.checkpoint.weights(name))
-        if kind is not SafetensorsWeights:
-            return f"plain from_pretrained does not read its {name} as ditf does ({kind.__name__})"
-        if "quantization_config" in plan.checkpoint.config(name):
+        plain = isinstance(checkpoint.weights(name), SafetensorsWeights)
+        if not plain or "quantization_config" in checkpoint.config(name):
             return f"its {name} is quantised, and plain from_pretrained does not dequantise it"
     return None
 
 
 def _components(plan: Plan) -> Iterator[str]:
-    """The models that the pipeline loads: what changes their tensors, such as a LoRA, shows in their type."""
+    """The models that the pipeline loads."""
     checkpoint = plan.checkpoint
     encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
     for name in ("transformer", "vae", *encoders):

@@ -14,8 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from ditf.calib.parity import feature_parity
 from ditf.export import exporter
-from ditf.export.checkpoints import layout
-from ditf.export.checkpoints.formats.safetensors_weights import SafetensorsWeights
+from ditf.export.checkpoints.formats.lora.given import Lora
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.measure.golden import GoldenCase, golden_outputs
 from ditf.export.measure.oracle import choice
@@ -141,16 +140,25 @@ def test_what_cannot_be_its_own_judge(tiny_pixart, tmp_path):
     assert "its text_encoder is quantised" in str(why_not(moved, 1, 2))
 
 
-def test_tensors_that_are_not_read_as_they_are_stored(tiny_pixart, monkeypatch):
-    """What else ditf reads tensors by, such as adapters: the pipeline's would be other values."""
-
-    class Doubled(SafetensorsWeights):
-        def _load(self, name):
-            return 2 * super()._load(name)
-
+def test_what_plain_from_pretrained_does_not_read(tiny_pixart, tmp_path):
+    """Whatever makes the tensors others than those that are stored."""
     plan = plan_of(tiny_pixart, "1", SIZE, 1, 1, "bake", False)
-    monkeypatch.setattr(layout, "SafetensorsWeights", Doubled)
-    assert why_not(plan, 1, 2) == "plain from_pretrained does not read its transformer as ditf does (Doubled)"
+    file = tiny_pixart / "transformer" / "diffusion_pytorch_model.safetensors"
+
+    def reason(**changes):
+        return why_not(replace(plan, checkpoint=replace(plan.checkpoint, **changes)), 1, 2)
+
+    assert reason() is None
+    assert reason(transformer=tiny_pixart / "transformer") is None
+    assert reason(transformer=file) == "plain from_pretrained reads no single file"
+    assert reason(loras=(Lora(file),)) == "plain from_pretrained reads no LoRA"
+
+    def as_fp8(tensors):
+        name = "transformer_blocks.0.attn1.to_q.weight"
+        tensors.update({name: tensors[name].to(torch.float8_e4m3fn), f"{name}_scale": torch.ones(())})
+
+    folder = changed(tiny_pixart, tmp_path / "fp8", "transformer", as_fp8)
+    assert "its transformer is quantised" in str(reason(path=folder))
 
 
 def test_a_pipeline_that_cannot_run(checkpoint, tmp_path):
