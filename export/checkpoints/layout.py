@@ -232,7 +232,9 @@ def _read_json(path: Path) -> dict[str, Any] | None:
         if isinstance(error, ValueError):
             check_no_pointer(path)
         reason = error.strerror if isinstance(error, OSError) else error
-        raise InputError(f"{path} cannot be read ({reason})", "save the checkpoint again") from error
+        marked = "BOM" in str(reason)  # which some editors write
+        fix = "save it as UTF-8 without a byte-order mark" if marked else "save the checkpoint again"
+        raise InputError(f"{path} cannot be read ({reason})", fix) from error
     if not isinstance(document, dict):
         raise InputError(f"{path} is not a configuration", "save the checkpoint again")
     return document

@@ -44,7 +44,7 @@ def load_tokenizer(checkpoint: Checkpoint, name: str, tokenizer_class: Any) -> A
     except Exception as error:  # files can make a library raise anything
         raise InputError(
             f"{tokenizer_class.__name__} cannot load {folder} ({first_line(error)})",
-            "download the tokenizer again",
+            "take the tokenizer's folder of the published checkpoint",
         ) from error
     for file, tokens in stored:
         other = sum(vocabulary.get(token) != number for token, number in tokens.items())

@@ -165,3 +165,11 @@ def test_labels_that_are_no_table(copy, labels):
     (copy / "model_index.json").write_text(json.dumps({**index, "id2label": labels}))
     with open_checkpoint(str(copy)) as checkpoint, pytest.raises(InputError, match="no table of classes"):
         checkpoint.class_names()
+
+
+def test_a_config_with_a_byte_order_mark(tmp_path):
+    """Some editors write one, and diffusers does not read it either."""
+    (tmp_path / "transformer").mkdir()
+    (tmp_path / "transformer" / "config.json").write_bytes(b"\xef\xbb\xbf{}")
+    with pytest.raises(InputError, match="save it as UTF-8 without a byte-order mark"):
+        Checkpoint(tmp_path, "here").config("transformer")
