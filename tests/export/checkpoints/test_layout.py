@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.planning.export_options import ExportOptions
 from ditf.export.planning.plan import make_plan
