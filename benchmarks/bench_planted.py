@@ -53,7 +53,7 @@ from ditf.export.measure.reference_model import Reference
 from ditf.export.onnx_writing.emulation import Float32Accumulation
 from ditf.export.planning.conditions import Entry
 from ditf.export.planning.export_options import ExportOptions
-from ditf.export.planning.plan import Plan, make_plan
+from ditf.export.planning.plan import Plan, plan_from_configs
 from ditf.runtime.errors import DitfError
 
 VALUES = (1e2, 1e4, 6e4, 1e5, 1e6)
@@ -127,7 +127,7 @@ def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
     options = ExportOptions(
         model=str(folder), layer=str(LAYER), size=SIZE, prompt=("a cat",), precision="float16"
     )
-    plan = make_plan(options, Checkpoint(folder, str(folder)))
+    plan = plan_from_configs(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition=random_condition())
     known = calibrated(plan, entry)
     calibration, settings = known.calibration, known.settings

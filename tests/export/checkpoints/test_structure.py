@@ -52,7 +52,7 @@ def as_int8(name):
     ("component", "change", "message"),
     [
         ("transformer", as_int8("proj_out.weight"), r"proj_out\.weight of .* stored as I8 without"),
-        ("transformer", lambda t: t.update({"proj_out.scale": torch.ones(32)}), r"have proj_out\.scale"),
+        ("transformer", lambda t: t.update({"proj_out.scale": torch.ones(32)}), r"proj_out\.scale"),
         (
             "transformer",
             lambda t: [t.update({f"_orig_mod.{name}": t.pop(name)}) for name in list(t)],
