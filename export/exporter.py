@@ -17,6 +17,7 @@ from ditf.export.assemble.features_graph import AssembledGraph, assemble
 from ditf.export.assemble.lora_records import describe_loras
 from ditf.export.bundle_graphs import FeaturesRecord, match_onnx, write_features
 from ditf.export.bundle_manifest import make_manifest
+from ditf.export.checkpoints.formats.lora.weights import changes_text
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
 from ditf.export.estimate.estimate import Estimate
@@ -190,6 +191,12 @@ class _Export:
         self.plan = plan = make_plan(options, self.resources.enter_context(opened))
         for line in warnings_of(plan.entries):
             self.warn(line)
+        for lora in plan.checkpoint.loras if options.prompt_embeds else ():
+            if changes_text(lora, plan.checkpoint.text_encoders()):
+                self.warn(
+                    f"warning: {lora.path.name} changes text encoders, and --prompt-embeds is taken as it is:"
+                    " make it with the same --lora"
+                )
         check_output(plan.output, options.inputs)
         estimate = Estimate(plan)
         check_space(plan.output, estimate.written_bytes)

@@ -58,7 +58,8 @@ def independent_golden(
             if reason is not None:
                 raise InputError(
                     f"{options.model} cannot be its own judge: {reason}",
-                    "check on another machine, or leave --independent out",
+                    "save this model as a diffusers directory and name it with --model DIR, or leave"
+                    " --independent out",
                 )
             return _outputs(plan, _entries(plan, manifest), bundle, pictures)
     except (InputError, MissingComponent) as error:

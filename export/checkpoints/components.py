@@ -26,6 +26,8 @@ _READ = (
 )  # what diffusers and transformers read
 _LARGEST_CONFIG, _LARGEST_TABLE = 4 << 20, 64 << 20  # bytes: some tokenizers have 256,000 tokens
 _CODE = re.compile(r"auto_map|custom_pipelines|trust_remote_code|_?(attn|experts)_implementation(_internal)?")
+_DEPTH = re.compile(r"(num|n)(_\w+)?_layers|num_blocks|layers_per_block")
+_MOST_LAYERS = 1000  # no published model has a tenth of it
 _REMOVE = "a checkpoint's own code is never run: use one whose classes are in diffusers and transformers"
 
 
@@ -43,10 +45,11 @@ def check_components(checkpoint: Checkpoint, classes: Sequence[str], unneeded: t
     for name, entry in checkpoint.index().items():
         if name == "_class_name" and not isinstance(entry, str):
             raise InputError(f"model_index.json of {checkpoint.id} names a pipeline of its own", _REMOVE)
-        if not isinstance(entry, list) or entry == [None, None] or name.startswith(unneeded):
-            continue
-        library, found = entry if len(entry) == 2 else (None, entry)
         text = name.startswith(_TEXT)
+        plain = not isinstance(entry, list) and not text  # a setting of the pipeline
+        if plain or entry in (None, [None, None]) or name.startswith(unneeded):
+            continue
+        library, found = entry if isinstance(entry, list) and len(entry) == 2 else (None, entry)
         if library not in (_LIBRARIES[1:] if text else _LIBRARIES) or not isinstance(found, str):
             raise InputError(f"model_index.json of {checkpoint.id} names {name} as {entry!a:.80}", _REMOVE)
         if text and found not in classes:
@@ -87,6 +90,18 @@ def _check_config(path: Path, document: Any) -> None:
         if "implementation" in key and "/" not in str(value):  # a name such as "sdpa", no repository
             continue
         raise InputError(f"{path} names code to run: {key} is {value!a:.60}", _REMOVE)
+    check_depth(path, document)
+
+
+def check_depth(what: object, document: Any) -> None:
+    """Check that a configuration asks for no more layers than any model has, before a model is made of it.
+
+    Raises:
+        InputError: it does.
+    """
+    for key, value in _entries(document):
+        if _DEPTH.fullmatch(key) and isinstance(value, (int, float)) and value > _MOST_LAYERS:
+            raise InputError(f"{what} has {key}={value}", "take the published config.json")
 
 
 def _entries(value: Any) -> Iterator[tuple[str, Any]]:

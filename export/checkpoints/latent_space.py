@@ -9,6 +9,7 @@ import diffusers
 import torch
 from torch.nn import functional
 
+from ditf.export.checkpoints.components import check_depth
 from ditf.export.checkpoints.layout import Checkpoint, Part
 from ditf.export.checkpoints.loading import check_structure, full_config, load_model
 from ditf.runtime.errors import InputError
@@ -119,6 +120,7 @@ class LatentSpace:
             raise InputError(
                 f"{what} is of class {name}, which is not supported", f"supported: {PLAIN}, {PACKED}, {TINY}"
             )
+        check_depth(what, config)
         config = full_config(name, config)
         stages = config["encoder_block_out_channels" if name == TINY else "block_out_channels"]
         scale = config.get("scaling_factor", 1.0)

@@ -60,7 +60,7 @@ def full_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
         for key, parameter in parameters.items()
         if parameter.default is not inspect.Parameter.empty
     }
-    hints = get_type_hints(found.__init__)
+    hints = {**_hints_of(defaults), **get_type_hints(found.__init__)}
     for key, value in config.items():
         if key in hints and not _fits(value, hints[key], defaults.get(key)):
             raise InputError(
@@ -68,6 +68,17 @@ def full_config(name: str, config: Mapping[str, Any]) -> dict[str, Any]:
                 "correct its config.json, or take the published one",
             )
     return {**defaults, **config}
+
+
+def _hints_of(defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Types of the parameters that have no annotation, where their defaults are numbers or lists of them."""
+    hints: dict[str, Any] = {}
+    for key, value in defaults.items():
+        if type(value) is int:
+            hints[key] = int
+        elif isinstance(value, (list, tuple)) and value and all(type(item) is int for item in value):
+            hints[key] = list[int]
+    return hints
 
 
 def _fits(value: Any, hint: Any, default: Any) -> bool:

@@ -31,6 +31,7 @@ _HUB_FILE = re.compile(
 )
 _WEIGHTS = (*SAFETENSORS, ".gguf", *PICKLES)
 _TRANSFORMER = ("transformer",)
+_OTHER_PARTS = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
 
 logger = logging.getLogger(__name__)
 
@@ -132,7 +133,15 @@ def _transformer(given: str, base: str | None) -> tuple[Path, str]:
     path = Path(given).expanduser()
     if path.is_file():
         check_weights_file(path)
-        return path, check_transformer_tensors(path, file_weights(path)).class_name
+        stored = file_weights(path)
+        class_name = check_transformer_tensors(path, stored).class_name
+        unread = sorted({name.partition(".")[0] for name in stored.shapes if name.startswith(_OTHER_PARTS)})
+        if unread:
+            logger.warning(
+                f"{path} also holds {', '.join(unread)}, which are not read: VAE and text encoders are those"
+                " of the pipeline"
+            )
+        return path, class_name
     if path.suffix.lower() in _WEIGHTS and not path.exists():
         raise _no_file(given, flag)
     if not given or not path.is_dir():

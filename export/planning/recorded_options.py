@@ -16,7 +16,7 @@ def recorded_options(
     Precision, batch and how the graph takes its condition are left at their defaults.
 
     Args:
-        model: directory or hub id; the manifest's by default.
+        model: directory or hub id, taken as it is; by default the manifest's, with its LoRAs.
         prompt_embeds: files of embeddings in place of the prompt.
     """
     vae = manifest.vae or {}
@@ -35,7 +35,7 @@ def recorded_options(
         conditioning="bank" if len(prompt_embeds) > 1 else "bake",
         class_label=() if manifest.class_label is None else (str(manifest.class_label),),
         guidance=manifest.guidance,
-        lora=tuple(f"{lora['file']}={lora['scale']}" for lora in manifest.lora),
+        lora=() if model else tuple(f"{lora['file']}={lora['scale']}" for lora in manifest.lora),
         text_tokens=manifest.text_tokens,
         text_padding=manifest.text_padding,
         size=manifest.size,

@@ -50,14 +50,14 @@ def check_ranges(bundle: Bundle, golden: Golden, findings: Findings) -> None:
     _gate_headroom("ranges", found, findings)
 
 
-def check_overflow(bundle: Bundle, golden: Golden, golden_pair: bool, findings: Findings) -> None:
+def check_overflow(bundle: Bundle, golden: Golden, measured: bool, findings: Findings) -> None:
     """Run a 16-bit graph in float32 arithmetic, where ONNX Runtime on a CPU hides what 16 bits would give.
 
     It shows whether a value overflows, and whether the file gives what the exported graph gave apart from
     rounding. The --json document has `overflow`: whether it was `tested`, and `how` or why not.
 
     Args:
-        golden_pair: whether the images are those of the export, on which the exported graph was computed.
+        measured: whether the images are those of the export, on which the exported graph was computed.
     """
     needed = _COPIES * sum(
         entry["bytes"] for name, entry in bundle.manifest.files.items() if name.startswith(FEATURES)
@@ -72,7 +72,7 @@ def check_overflow(bundle: Bundle, golden: Golden, golden_pair: bool, findings: 
             run = run_widened(bundle, widen(bundle.read_graph(FEATURES)), golden)
             if run.ranges:
                 _gate_headroom("overflow", run.ranges, findings)
-            if golden_pair:
+            if measured:
                 _gate_file(bundle, run.features, golden, findings)
         except MissingComponent as error:
             why = f"{error.problem}; {error.fix}"

@@ -18,6 +18,7 @@ UNFINISHED = (".incomplete", ".part", ".aria2", ".crdownload")
 """Suffixes of files that a download program has not finished."""
 
 _LFS = b"version https://git-lfs.github.com/spec/"
+_PICKLE_STARTS = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 _HEADER = 8  # bytes of a safetensors file before its header: the header's length
 _LARGEST_HEADER = 100 << 20  # bytes, as in the format's own reader
 _PICKLED = "is a pickle, which can run code when it is loaded, so it is never opened"
@@ -88,21 +89,23 @@ def _misfit(path: Path) -> InputError | None:
         start = file.read(1024)
         size = file.seek(0, 2)
         length = int.from_bytes(start[:_HEADER], "little")
+        headed = 2 <= length <= _LARGEST_HEADER and start[_HEADER : _HEADER + 1] == b"{"
         if start.startswith(_LFS):
             return _pointer(path)
-        if start.lstrip()[:1] == b"<":
+        if not headed and start.lstrip()[:1] == b"<":
             return InputError(
                 f"{path} is a web page, not weights",
                 "download it again; where its page asks for a login, log in or pass a token",
             )
-        if start.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
+        if not headed and start.startswith(_PICKLE_STARTS):
             return InputError(f"{path} {_PICKLED}", "save it as safetensors")
         if start.startswith(b"GGUF"):
             return InputError(f"{path} is a GGUF file with another suffix", "rename it to .gguf")
         if path.suffix.lower() not in SAFETENSORS:
             return InputError(f"{path} is no file of weights", "pass a .safetensors or .gguf file")
-        if not 2 <= length <= _LARGEST_HEADER or start[_HEADER : _HEADER + 1] not in (b"{", b""):
-            return InputError(f"{path} is not a readable safetensors file (it has no header)", _AGAIN)
+        if not headed:
+            what = "it has no header" if size else "it is empty"
+            return InputError(f"{path} is not a readable safetensors file ({what})", _AGAIN)
         if size < _HEADER + length:
             return InputError(
                 f"{path} is not a readable safetensors file (it has {size:,} bytes, less than its header)",

@@ -33,6 +33,7 @@ _OTHER_PARTS = re.compile(
 _FORMER_BUFFERS = re.compile(r"(^|\.)(position_ids|rotary_emb\.inv_freq)$")
 """Constants that earlier versions of transformers saved."""
 
+_ADAPTER = "adapter_config.json"  # PEFT's; from_pretrained reads it
 _FIX = "take config and weights from the same checkpoint, or give the encoders' output with --prompt-embeds"
 
 
@@ -89,6 +90,11 @@ def check_encoder(checkpoint: Checkpoint, name: str, encoder_class: Any) -> Text
     """
     folder = checkpoint.path / name
     check_files(folder)
+    if (folder / _ADAPTER).exists():
+        raise InputError(
+            f"{folder} has {_ADAPTER}: transformers would load an adapter on top of the text encoder",
+            "merge it (PEFT: merge_and_unload) and save the text encoder again, or take the file away",
+        )
     weights = checkpoint.weights(name)
     what = f"{name} ({encoder_class.__name__})"
     try:

@@ -79,6 +79,8 @@ def test_code_of_a_tokenizer_never_runs(copy, monkeypatch, class_name):
         ("scheduler", ["subprocess", "Popen"]),
         ("scheduler", ["diffusers", {}]),
         ("vae", ["a", "b", "c"]),
+        ("text_encoder", "T5EncoderModel"),
+        ("tokenizer", {}),
         ("anything", ["evil", "Evil"]),
         ("_class_name", ["pipeline", "Evil"]),
     ],
@@ -194,3 +196,13 @@ def test_other_files_are_none_of_its_business(copy):
         with (copy / "vae" / name).open("wb") as file:
             file.truncate(8 << 30)
     check_files(copy / "vae")
+
+
+@pytest.mark.parametrize(
+    ("component", "key"), [("text_encoder", "num_layers"), ("vae", "layers_per_block")], ids=str
+)
+def test_more_layers_than_any_model_has(copy, component, key):
+    """Making such a model would not end."""
+    change(copy / component / "config.json", **{key: 10**8})
+    with pytest.raises(InputError, match=f"{key}=100000000; take the published config"):
+        make_plan(ExportOptions(model=str(copy)), Checkpoint(copy, "it"))

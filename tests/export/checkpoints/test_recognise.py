@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ditf.export.checkpoints.formats.file_kinds import check_weights_file
 from ditf.export.checkpoints.hub import wanted_files
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.recognise import listing_error
@@ -128,7 +129,7 @@ def test_a_transformers_file_alone_names_its_base(checkpoint, tmp_path, name, ba
         ("safetensors", b"PK\x03\x04data", "is a pickle.*; save it as safetensors"),
         ("safetensors", POINTER.encode(), "is a Git LFS pointer.*git lfs pull"),
         ("safetensors", b"<!doctype html><html>", "is a web page.*log in"),
-        ("safetensors", b"", "no header.*; download it again"),
+        ("safetensors", b"", "it is empty.*; download it again"),
         ("safetensors.incomplete", b"", "has not finished"),
     ],
 )
@@ -137,6 +138,34 @@ def test_a_file_that_is_not_safetensors(tiny_pixart, tmp_path, suffix, content, 
     file.write_bytes(content)
     for given in ({}, {"base": str(tiny_pixart)}):
         refused(message, str(file), **given)
+
+
+@pytest.mark.parametrize("length", [0x3C20, 0x0280], ids=["as a page starts", "as a pickle starts"])
+def test_a_header_whose_length_reads_as_something_else(tiny_pixart, tmp_path, length):
+    """The first bytes of a file are the length of its header."""
+    content = (tiny_pixart / "transformer" / WEIGHTS).read_bytes()
+    own = int.from_bytes(content[:8], "little")
+    tensors = load_file(tiny_pixart / "transformer" / WEIGHTS)
+    if length < own:  # fewer tensors have a shorter header
+        tensors = {name: tensors[name] for name in sorted(tensors)[:3]}
+    save_file(tensors, tmp_path / "short.safetensors")
+    content = (tmp_path / "short.safetensors").read_bytes()
+    own = int.from_bytes(content[:8], "little")
+    header = content[8 : 8 + own].ljust(length)
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(length.to_bytes(8, "little") + header + content[8 + own :])
+    assert load_file(file).keys() == tensors.keys()
+    check_weights_file(file)
+
+
+def test_what_a_whole_checkpoint_holds_beside_the_transformer_is_named(tiny_pixart, tmp_path, caplog):
+    tensors = load_file(tiny_pixart / "transformer" / WEIGHTS)
+    named = {f"model.diffusion_model.{name}": value for name, value in tensors.items()}
+    file = tmp_path / "model.safetensors"
+    save_file({**named, "first_stage_model.encoder.conv_in.weight": torch.ones(2)}, file)
+    with caplog.at_level(logging.WARNING), open_checkpoint(str(file), base=str(tiny_pixart)):
+        pass
+    assert "also holds first_stage_model, which are not read" in caplog.text
 
 
 def test_a_torn_file_says_how_much_is_missing(tiny_pixart, tmp_path):

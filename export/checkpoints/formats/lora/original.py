@@ -137,8 +137,7 @@ def _blocks(module: str, shapes: Mapping[str, tuple[int, ...]]) -> int:
     start, sign, _ = module.partition("#")
     if not sign:
         return 1
-    numbers = [name[len(start) :].partition(".")[0] for name in shapes if name.startswith(start)]
-    return 1 + max((int(number) for number in numbers if number.isdecimal()), default=-1)
+    return len({name[len(start) :].partition(".")[0] for name in shapes if name.startswith(start)})
 
 
 def _rows(

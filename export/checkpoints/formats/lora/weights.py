@@ -157,6 +157,20 @@ def check_components(lora: Lora, encoders: Sequence[str], unneeded: tuple[str, .
             )
 
 
+def changes_text(lora: Lora, encoders: Sequence[str]) -> bool:
+    """Whether a LoRA changes a text encoder.
+
+    Args:
+        encoders: the names of the model's text encoders.
+
+    Raises:
+        InputError: the file cannot be read or holds something else.
+    """
+    file = LoraFile(lora.path)
+    parts = [part for part in file.parts.values() if component_of(part.module, encoders)[0] != "transformer"]
+    return not all(map(file.is_zero, parts))
+
+
 def _changed(tensor: torch.Tensor, base: torch.Tensor, file: LoraFile, change: Change) -> torch.Tensor:
     """A tensor with one more change; `base` is the tensor without any."""
     added = file.read(change.key)

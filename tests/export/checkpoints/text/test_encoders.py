@@ -101,6 +101,14 @@ def test_what_is_refused(checkpoint, tmp_path, name, kind, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_an_adapter_beside_the_weights(checkpoint, tmp_path):
+    """As PEFT saves it: transformers loads it on top, without a word."""
+    copy = shutil.copytree(checkpoint("pixart"), tmp_path / "copy")
+    (copy / "text_encoder" / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    with pytest.raises(InputError, match=r"has adapter_config\.json.*merge_and_unload"):
+        found(copy, T5)
+
+
 def test_it_is_refused_when_an_export_is_planned(checkpoint, tmp_path):
     copy = changed(checkpoint("flux"), tmp_path / "copy", without("block.1."), "text_encoder_2")
     options = {"model": str(copy), "size": (32, 32)}

@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity
 from ditf.export.checkpoints.formats.lora.given import Lora, parse_lora
+from ditf.export.checkpoints.formats.lora.weights import changes_text
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.measure.calibration import measured_for
@@ -24,7 +24,7 @@ from ditf.runtime.errors import InputError
 from ditf.runtime.files.hashed import sha256
 from ditf.runtime.model import Model
 from tests.export.checkpoints.formats.lora.lora_files import KOHYA, PEFT, factors, saved
-from tests.export.parity import SETTINGS, expected
+from tests.export.parity import SETTINGS, expected, photographs
 
 
 def test_what_follows_the_last_equals_sign_is_a_scale_if_it_is_a_number(tmp_path, monkeypatch):
@@ -115,7 +115,7 @@ def test_an_export_has_the_features_of_the_changed_model(checkpoint, ditf, tmp_p
         {"file": str(late), "sha256": sha256(late), "scale": 1.0, "tensors": {}},
     ]
     assert f"{file}, 1.5 times" in ditf("inspect", str(bundle)).stdout
-    image = golden_pair(size)[0]
+    image = photographs(size)[0]
     with Model(Bundle.open(bundle), "onnxruntime") as model:
         actual = np.asarray(model.run(image[None])[0])
     of_fused, of_plain = (expected(one, "2", size, 1, 1)[0] for one in (fused, checkpoint("dit")))
@@ -127,6 +127,8 @@ def test_a_prompt_is_encoded_by_the_changed_text_encoder(checkpoint, tmp_path):
     modules = {f"encoder.layers.{layer}.mlp.fc1": (32, 16) for layer in range(2)}
     tensors = factors(modules, "lora_te1_", KOHYA, joint="_")
     file = saved(tmp_path / "lora.safetensors", tensors)
+    encoders = Checkpoint(checkpoint("flux"), "it").text_encoders()
+    assert changes_text(Lora(file), encoders)  # an export with --prompt-embeds warns
     fused = shutil.copytree(checkpoint("flux"), tmp_path / "fused")
     path = fused / "text_encoder" / "model.safetensors"
     weights = load_file(path)
