@@ -73,7 +73,7 @@ def test_the_model_is_not_here(ditf, demo_bundle, tiny_pixart, tmp_path):
     done = ditf("check", bundle, "--independent")
     assert done.returncode == 2
     assert "the model of" in done.stderr
-    assert "models/gone away: no such directory; name it with --model DIR|ID" in done.stderr
+    assert "models/gone away: no such directory or file; name it with --model DIR|ID" in done.stderr
     done = ditf("check", bundle, "--independent", "--model", tiny_pixart)
     assert done.returncode == 2
     assert "is not the model of this bundle" in done.stderr
