@@ -74,7 +74,7 @@ class Written:
             failed = [gate.name for gate in found if not gate.ok]
             findings = Findings()
             if not failed and model.manifest.precision == "float16":
-                check_overflow(model.bundle, golden, findings)
+                check_overflow(model.bundle, golden, True, findings)
         return failed + [gate["name"] for gate in findings.gates if not gate["ok"]], metrics
 
     @property

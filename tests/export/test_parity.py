@@ -36,12 +36,11 @@ LAYERS = {
     "chroma": (0, 2, 4),
     "zimage": (0, 2, 4),  # as lumina2; its 6x10 tokens are padded to 64
 }
-CASES = [(name, layer) for name, layers in LAYERS.items() for layer in layers]
-SHAPES = [((64, 64), 3), ((48, 80), 1)]
+CASES = [(name, layer, (48, 80), 1) for name, layers in LAYERS.items() for layer in layers]
+CASES += [(name, layers[-1], (64, 64), 3) for name, layers in LAYERS.items()]  # all of an ensemble, square
 
 
-@pytest.mark.parametrize(("name", "layer"), CASES)
-@pytest.mark.parametrize(("size", "ensemble"), SHAPES, ids=["square-ensemble", "not-square"])
+@pytest.mark.parametrize(("name", "layer", "size", "ensemble"), CASES)
 def test_every_mode_and_precision_is_the_unmodified_model(checkpoint, name, layer, size, ensemble):
     for mode in ("bake", "bank", "live"):
         exact = module_parity(checkpoint(name), str(layer), mode, False, size, ensemble)
