@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from ditf.calib.images import golden_pair
+from ditf.calib.memory import available_bytes
 from ditf.calib.recipe import FEATURES, Recipe, choose_recipe
 from ditf.export.assemble.features_graph import AssembledGraph, assemble
 from ditf.export.assemble.lora_records import describe_loras
@@ -21,7 +22,6 @@ from ditf.export.checkpoints.formats.lora.weights import changes_text
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
 from ditf.export.estimate.estimate import Estimate
-from ditf.export.estimate.memory import available_bytes
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.backend_parity import fits_on_cpu, measure_on_cpu, runs_on_cpu
 from ditf.export.measure.calibrate import ObservedBlocks, measure_calibration, observe_blocks

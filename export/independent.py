@@ -8,10 +8,10 @@ import numpy as np
 import torch
 
 from ditf.calib.images import golden_pair
+from ditf.calib.memory import available_bytes
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.estimate.estimate import Estimate
-from ditf.export.estimate.memory import available_bytes
 from ditf.export.families import family_of
 from ditf.export.graph.features import FeatureSettings
 from ditf.export.measure.golden import GoldenCase, GoldenOutputs, golden_cases, golden_outputs

@@ -48,8 +48,8 @@ def removed_parts(plan: Plan, made: AssembledGraph) -> Counts:
     if plan.options.conditioning != "live":
         steps["conditioning, now constants"] = made.read_by_conditioner - made.read_by_trunk
     removed = {step: _count(weights, names) for step, names in steps.items()}
-    encoders = [name for name in plan.checkpoint.index() if name.startswith("text_encoder")]
-    stored = [plan.checkpoint.stored(name) for name in encoders if plan.checkpoint.has(name)]
+    encoders = filter(plan.checkpoint.has, plan.checkpoint.text_encoders())
+    stored = [plan.checkpoint.stored(name) for name in encoders]
     removed["text encoders"] = {
         "parameters": sum(parameters for parameters, _ in stored),
         "bytes": sum(size for _, size in stored),

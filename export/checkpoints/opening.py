@@ -30,7 +30,6 @@ _HUB_FILE = re.compile(
     r"^(?:https://huggingface\.co/)?([A-Za-z0-9][\w.-]*/[\w.-]+)/(?:(?:resolve|blob)/[^/]+/)?(.+)$"
 )
 _WEIGHTS = (*SAFETENSORS, ".gguf", *PICKLES)
-_TRANSFORMER = ("transformer",)
 _OTHER_PARTS = ("first_stage_model.", "vae.", "text_encoders.", "cond_stage_model.", "conditioner.")
 
 logger = logging.getLogger(__name__)
@@ -82,7 +81,7 @@ def open_checkpoint(
     if not model:
         raise InputError(f"{named} is empty", "pass a checkpoint directory, a hub id or 'demo'")
     if given is not None:
-        unneeded = (*unneeded, *_TRANSFORMER)
+        unneeded = (*unneeded, "transformer")
     if model == DEMO:
         checkpoint = Checkpoint(DEMO_CHECKPOINT, DEMO, transformer=given)
     elif path.is_dir():

@@ -11,6 +11,7 @@ from functools import cached_property
 
 import torch
 
+from ditf.calib.memory import available_bytes
 from ditf.export.assemble.features_graph import assemble_shapes
 from ditf.export.assemble.parameter_counts import parameter_parts
 from ditf.export.checkpoints.loading import model_shapes, shape_model
@@ -174,7 +175,7 @@ class Estimate:
         Raises:
             InputError: names the stage, what it needs and what is available.
         """
-        available = memory.available_bytes()
+        available = available_bytes()
         if available is not None:
             memory.check_stages(self.plan, self.stage_bytes, available)
 

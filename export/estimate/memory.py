@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-from ditf.calib.memory import available_bytes as available_bytes
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.checkpoints.offload import is_offloaded
 from ditf.export.graph.features import FeaturesGraph
@@ -52,9 +51,7 @@ def oracle_bytes(plan: Plan, activations: int) -> int:
         activations: as for `stage_bytes`.
     """
     checkpoint = plan.checkpoint
-    encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
-    if plan.options.prompt_embeds:
-        encoders = []
+    encoders = () if plan.options.prompt_embeds else checkpoint.text_encoders()
     text = sum(checkpoint.stored(name)[0] for name in encoders if checkpoint.has(name))
     vaes = {latents.source for latents in (plan.latents, plan.own_latents) if latents.source is not None}
     stored = sum(part.checkpoint.stored(part.name)[0] for part in vaes)
@@ -64,14 +61,13 @@ def oracle_bytes(plan: Plan, activations: int) -> int:
 def _encoder_bytes(checkpoint: Checkpoint) -> int:
     """Small encoders are in memory together; of large ones, one tensor at a time is."""
     held, largest = 0, 0
-    for name in checkpoint.index():
-        if name.startswith("text_encoder") and checkpoint.has(name):
-            weights = checkpoint.weights(name)
-            sizes = [4 * weights.numel(tensor) for tensor in weights.shapes]
-            if is_offloaded(sum(sizes) // 4):
-                largest = max(largest, *sizes)
-            else:
-                held += sum(sizes)
+    for name in filter(checkpoint.has, checkpoint.text_encoders()):
+        weights = checkpoint.weights(name)
+        sizes = [4 * weights.numel(tensor) for tensor in weights.shapes]
+        if is_offloaded(sum(sizes) // 4):
+            largest = max(largest, *sizes)
+        else:
+            held += sum(sizes)
     return held + 2 * largest
 
 

@@ -45,7 +45,6 @@ def why_not(plan: Plan, needed: int, available: int | None) -> str | None:
 def _components(plan: Plan) -> Iterator[str]:
     """The models that the pipeline loads."""
     checkpoint = plan.checkpoint
-    encoders = [name for name in checkpoint.index() if name.startswith("text_encoder")]
-    for name in ("transformer", "vae", *encoders):
+    for name in ("transformer", "vae", *checkpoint.text_encoders()):
         if checkpoint.has(name) and not name.startswith(plan.options.unneeded):
             yield name

@@ -6,7 +6,7 @@ import pytest
 
 from ditf.calib import memory as machine_memory
 from ditf.calib.memory import available_bytes
-from ditf.export.estimate import estimate, memory
+from ditf.export.estimate import estimate
 from ditf.export.estimate.estimate import Estimate
 from ditf.export.estimate.published_configs import open_configs
 from ditf.export.exporter import export_bundle
@@ -43,7 +43,7 @@ def test_what_does_not_run_needs_nothing(checkpoint):
 
 
 def test_too_little_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: 10**6)
+    monkeypatch.setattr(estimate, "available_bytes", lambda: 10**6)
     options = ExportOptions(
         model=str(checkpoint("dit")), layer="1", size=(64, 64), ensemble=2, output=tmp_path / "b"
     )
@@ -54,7 +54,7 @@ def test_too_little_memory_is_one_line(checkpoint, tmp_path, monkeypatch):
 
 
 def test_where_nobody_says_nothing_is_checked(checkpoint, monkeypatch):
-    monkeypatch.setattr(memory, "available_bytes", lambda: None)
+    monkeypatch.setattr(estimate, "available_bytes", lambda: None)
     estimate_of(checkpoint("dit")).check_memory()
 
 
