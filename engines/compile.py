@@ -15,7 +15,7 @@ from ditf.runtime.backends.flavour import PORTABLE, TARGETS, has
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 
-Report = Callable[[str], None]
+Say = Callable[[str], None]
 Step = Callable[[str, int, int], None]
 """Called with the compiler's phase, the steps done, and the number of steps."""
 

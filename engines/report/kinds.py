@@ -14,6 +14,7 @@ POINTWISE = "norm or arithmetic"
 COPY = "copy"
 CAST = "cast"
 SYNC = "synchronisation"
+SHAPE = "shape"
 
 _OPERATIONS = re.compile(r"[A-Z][a-z]+")
 _PRODUCTS = {"Fc", "Matm", "Dot", "Gemm"}
@@ -26,6 +27,8 @@ def kind_of(layer: CompiledLayer) -> str:
     """The kind of a layer. A generated kernel is named after its operations, which decide."""
     if layer.type in ("signal", "wait", "signal_wait", "barrier"):
         return SYNC
+    if layer.type.lower().startswith("shape"):
+        return SHAPE
     if "mha" in layer.name or "fmha" in layer.name:
         return ATTENTION
     if layer.type in ("correlation", "convolution", "deconvolution"):

@@ -19,7 +19,7 @@ from ditf.runtime.errors import DitfError
 
 _LAYER = re.compile(
     r"^\s*Name: (?P<name>.*?), LayerType: (?P<type>\w+), Inputs: (?P<inputs>\[.*?\])"
-    r", Constants: (?P<constants>\[.*?\]), Outputs: (?P<outputs>\[.*?\]), TacticName:"
+    r"(?:, Constants: (?P<constants>\[.*?\]))?, Outputs: (?P<outputs>\[.*?\]), (?:Tactic|Parameter)\w+:"
 )
 _TENSOR = re.compile(r"\{ Name: (.*?), Dimensions: \[([\d,\- ]*)\],.*?Datatype: (\w+)")
 _SOURCE = re.compile(r"\[ONNX Layer: ([^\]]*)\]")
@@ -88,21 +88,26 @@ class EngineLayers:
     weight_bytes: int
 
 
-def read_layers(messages: Sequence[str]) -> EngineLayers:
+def read_layers(messages: Sequence[str], batch: int = 1) -> EngineLayers:
     """Read the compiled layers from the messages of a build with detailed profiling.
+
+    Args:
+        batch: what a dynamic dimension is counted as.
 
     Raises:
         DitfError: the log lists no layers, or in a form that is not known.
     """
     lines = [line for message in messages for line in message.split("\n")]
     totals = {match[1]: int(match[2]) for line in lines if (match := _TOTAL.match(line))}
-    layers = [_layer(line) for line in lines if "LayerType:" in line and line.lstrip().startswith("Name:")]
+    layers = [
+        _layer(line, batch) for line in lines if "LayerType:" in line and line.lstrip().startswith("Name:")
+    ]
     if not layers:
         raise DitfError("the builder's log lists no compiled layers", "leave --report out")
     return EngineLayers(tuple(layers), totals.get("Activation", 0), totals.get("Weights", 0))
 
 
-def _layer(line: str) -> CompiledLayer:
+def _layer(line: str, batch: int) -> CompiledLayer:
     match = _LAYER.match(line)
     if match is None:
         raise DitfError(
@@ -111,17 +116,18 @@ def _layer(line: str) -> CompiledLayer:
     return CompiledLayer(
         match["name"],
         match["type"],
-        _tensors(match["inputs"]),
-        _tensors(match["constants"]),
-        _tensors(match["outputs"]),
+        _tensors(match["inputs"], batch),
+        _tensors(match["constants"] or "", batch),
+        _tensors(match["outputs"], batch),
         tuple(_SOURCE.findall(line)),
     )
 
 
-def _tensors(text: str) -> tuple[Tensor, ...]:
+def _tensors(text: str, batch: int) -> tuple[Tensor, ...]:
     found = []
     for name, dimensions, dtype in _TENSOR.findall(text):
-        shape = tuple(int(size) for size in dimensions.split(",") if size.strip())
+        sizes = (int(size) for size in dimensions.split(",") if size.strip())
+        shape = tuple(batch if size < 0 else size for size in sizes)
         if dtype not in _BYTES:
             raise DitfError(f"the builder's log has the unknown type {dtype}", "leave --report out")
         found.append(Tensor(name, shape, dtype, math.ceil(math.prod(shape) * _BYTES[dtype])))
