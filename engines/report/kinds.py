@@ -72,11 +72,10 @@ def operations(layer: CompiledLayer) -> int:
     if kind == CONVOLUTION and layer.constants and layer.outputs:
         filters = max(layer.constants, key=lambda tensor: _elements(tensor.shape)).shape
         return 2 * _elements(layer.outputs[0].shape) * _elements(filters) // max(1, filters[0])
-    if kind == ATTENTION and len(layer.inputs) >= 2:
+    if kind == ATTENTION and len(layer.inputs) >= 2 and layer.outputs:
+        *heads, _, size = layer.outputs[0].shape  # of a head, as in the value
         query, key = (_elements(tensor.shape) for tensor in layer.inputs[:2])
-        heads = math.prod(layer.inputs[0].shape[:-2])
-        size = min(layer.inputs[0].shape[-2:])  # of a head; the other is the number of tokens
-        return 4 * query * key // max(1, heads * size)
+        return 4 * query * key // _elements((*heads, size))
     return 0
 
 

@@ -109,7 +109,7 @@ class Log:
 
     Attributes:
         logger: what TensorRT's classes are given.
-        last: the first line of the last error.
+        last: the last error, in one line.
         messages: all messages, if `details` was asked for.
     """
 
@@ -123,7 +123,7 @@ class Log:
     def hear(self, error: bool, message: str) -> None:
         """Take a message of the process's logger."""
         if error:
-            self.last = message.split("\n")[0][:300]
+            self.last = " ".join(message.split())[:300]
         if self._details:
             self.messages.append(message)
 
