@@ -271,17 +271,13 @@ class Pinned:
 
 
 @functools.cache
-def _opened(device: int) -> Cuda:
-    return Cuda(device)
-
-
-def open_cuda(device: int = 0) -> Cuda:
+def open_cuda(device: int) -> Cuda:
     """The one `Cuda` of a device in this process, so that all its sessions share the pool of device memory.
 
     Raises:
         MissingComponent, InputError: see `Cuda`.
     """
-    return _opened(device)
+    return Cuda(device)
 
 
 def no_driver(detail: str) -> MissingComponent:

@@ -34,7 +34,7 @@ class EngineBackend:
             if gpu is None:
                 raise no_driver("libcuda")
             trt = load_flavour(self._flavour)
-            open_cuda()
+            open_cuda(0)
         except MissingComponent as error:
             return Probe(False, error.problem, error.fix)
         return Probe(True, f"{self._flavour} {trt.__version__}, {gpu}")
@@ -51,7 +51,7 @@ class EngineBackend:
             BundleError: no engine of the bundle fits this machine.
         """
         self._select(bundle)
-        open_cuda()
+        open_cuda(0)
 
     def open_session(self, bundle: Bundle, graph: str) -> EngineSession:
         """Open the engine that was built from one of the bundle's graphs.
