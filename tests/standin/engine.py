@@ -124,6 +124,10 @@ class Engine:
     def _largest_scratch(self) -> int:
         return max(self._profile_scratch(i) for i in range(self.num_optimization_profiles))
 
+    @property
+    def device_memory_size(self) -> int:  # of 10.x
+        return self._largest_scratch()
+
     def get_device_memory_size_for_profile_v2(self, profile_index: int) -> int:
         return self._profile_scratch(profile_index)
 
@@ -283,7 +287,7 @@ class Context:
     @property
     def _own_graphs(self) -> bool:
         """Whether the library captures graphs by itself, so that nobody else may."""
-        strategy = getattr(self._config, "cuda_graph_strategy", None)
+        strategy = None if self._config is None else self._config.graphs
         return strategy is not None and strategy == self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
 
     def _missing(self, engine: Engine) -> str:
@@ -334,7 +338,7 @@ class Context:
         if not self._dynamic(engine):
             return [f"{engine.digest[:8]} static"]
         strategies = self.trt.DynamicShapesKernelSpecializationStrategy
-        strategy = getattr(self._config, "dynamic_shapes_kernel_specialization_strategy", strategies.LAZY)
+        strategy = strategies.LAZY if self._config is None else self._config.specialisation
         needed = [f"{engine.digest[:8]} fallback"]
         if strategy != strategies.NONE:
             needed.append(f"{engine.digest[:8]} {sorted(self._shapes.items())}")
@@ -345,7 +349,7 @@ class Context:
         if not self._dynamic(engine) or not hasattr(self.trt, "IRuntimeCache"):
             return True
         strategies = self.trt.DynamicShapesKernelSpecializationStrategy
-        strategy = getattr(self._config, "dynamic_shapes_kernel_specialization_strategy", strategies.LAZY)
+        strategy = strategies.LAZY if self._config is None else self._config.specialisation
         return bool(strategy == strategies.EAGER)
 
     def _dynamic(self, engine: Engine) -> bool:

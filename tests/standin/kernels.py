@@ -48,11 +48,25 @@ class RuntimeConfig:
         self._environment = environment
         self.strategy = trt.ExecutionContextAllocationStrategy.STATIC
         self.cache: RuntimeCache | None = None
-        if hasattr(trt, "CudaGraphStrategy"):
-            self.cuda_graph_strategy = trt.CudaGraphStrategy.DISABLED
-        if hasattr(trt, "DynamicShapesKernelSpecializationStrategy"):
-            strategies = trt.DynamicShapesKernelSpecializationStrategy
-            self.dynamic_shapes_kernel_specialization_strategy = strategies.LAZY
+        rtx = hasattr(trt, "CudaGraphStrategy")
+        self.graphs = trt.CudaGraphStrategy.DISABLED if rtx else None
+        self.specialisation = trt.DynamicShapesKernelSpecializationStrategy.LAZY if rtx else None
+
+    @property
+    def cuda_graph_strategy(self) -> Any:
+        return self.graphs
+
+    @cuda_graph_strategy.setter
+    def cuda_graph_strategy(self, strategy: Any) -> None:
+        self.graphs = strategy
+
+    @property
+    def dynamic_shapes_kernel_specialization_strategy(self) -> Any:
+        return self.specialisation
+
+    @dynamic_shapes_kernel_specialization_strategy.setter
+    def dynamic_shapes_kernel_specialization_strategy(self, strategy: Any) -> None:
+        self.specialisation = strategy
 
     def set_execution_context_allocation_strategy(self, strategy: Any) -> None:
         self.strategy = strategy

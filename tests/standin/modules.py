@@ -114,7 +114,7 @@ def _restricted(value: Any, names: set[str]) -> Any:
     """A class without the public names that this version lacks."""
     public = {name for name in dir(value) if not name.startswith("_")}
     own = {"world", "trt", "digest", "built", "model", "device", "refitted", "session", "children",
-           "kernels", "cache", "strategy",
+           "kernels", "cache", "strategy", "graphs", "specialisation",
            "engine", "logger", "get_flag", "network"}  # fmt: skip
     missing = {name: _Missing() for name in public - names - own}
     return type(value.__name__, (value,), missing)
