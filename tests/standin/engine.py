@@ -266,7 +266,7 @@ class Context:
         self._scratch = (int(memory), size)
 
     def is_stream_capturable(self, stream: int) -> bool:
-        return "REQUIRE_USER_ALLOCATION" in self.engine.built.flags and not self._own_graphs
+        return "REQUIRE_USER_ALLOCATION" in self.engine.built.flags
 
     def execute_async_v3(self, stream_handle: int) -> bool:
         if self.world.refused("execute_async_v3"):
