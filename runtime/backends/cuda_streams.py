@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from types import TracebackType
 from typing import Any
 
@@ -41,8 +41,10 @@ class Stopwatch:
         return float(self._cuda("cudaEventElapsedTime", *self._events)) / 1e3
 
     def close(self) -> None:
-        while self._events:
-            self._cuda("cudaEventDestroy", self._events.pop())
+        """Free both events. After an error the other one is still freed."""
+        with ExitStack() as stack:
+            while self._events:
+                stack.callback(self._cuda, "cudaEventDestroy", self._events.pop())
 
 
 def capture(cuda: Cuda, stream: Any, work: Callable[[], None]) -> Any:
