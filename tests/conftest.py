@@ -21,6 +21,14 @@ import pytest
 from filelock import FileLock
 from hypothesis import settings
 
+from tests.standin.fixtures import (  # noqa: F401
+    breakable_standin,
+    standin,
+    standin_bundle,
+    standin_environment,
+    standin_plans,
+)
+
 if TYPE_CHECKING:
     from tests.vaes import Vaes
 

@@ -1,4 +1,4 @@
-"""CUDA's runtime API through cuda-python: device memory, pinned host memory, streams and graphs."""
+"""CUDA's runtime API through cuda-python: calls and their errors, devices, device and pinned memory."""
 
 from __future__ import annotations
 
@@ -7,37 +7,67 @@ import functools
 import math
 import threading
 import weakref
-from collections.abc import Callable
-from types import TracebackType
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
 
 from ditf.runtime.backends.gpu import find_gpu, version_text
-from ditf.runtime.errors import DitfError, MissingComponent
+from ditf.runtime.errors import DitfError, InputError, MissingComponent
 
 _NO_DEVICE = (
     "cudaErrorInsufficientDriver", "cudaErrorNoDevice", "cudaErrorInitializationError",
-    "cudaErrorSystemDriverMismatch", "cudaErrorStubLibrary", "cudaErrorDevicesUnavailable",
+    "cudaErrorSystemDriverMismatch", "cudaErrorStubLibrary",
 )  # fmt: skip
+
+STICKY = (
+    "cudaErrorAssert", "cudaErrorContained", "cudaErrorECCUncorrectable", "cudaErrorExternalDevice",
+    "cudaErrorHardwareStackError", "cudaErrorIllegalAddress", "cudaErrorIllegalInstruction",
+    "cudaErrorInvalidAddressSpace", "cudaErrorInvalidPc", "cudaErrorLaunchFailure", "cudaErrorLaunchTimeout",
+    "cudaErrorMisalignedAddress", "cudaErrorMpsClientTerminated", "cudaErrorTensorMemoryLeak",
+)  # fmt: skip
+"""Errors after which every call fails until the process ends, by CUDA's documentation."""
 
 
 class OutOfDeviceMemory(DitfError):
     """The GPU has less free memory than was asked for."""
 
 
+class GpuFailed(DitfError):
+    """The GPU failed in a way that only a new process recovers from."""
+
+
 class Cuda:
-    """CUDA's runtime API, with error codes turned into exceptions.
+    """CUDA's runtime API on one device, with error codes turned into exceptions.
+
+    CUDA has a current device for each thread. A thread calls `use` before anything else of a `Cuda`.
+
+    Args:
+        device: the number of the GPU, as CUDA_VISIBLE_DEVICES leaves it.
+
+    Attributes:
+        device: as given.
+        failed: what ended the use of the GPU in this process; "" while it works.
+        sessions: how many are open. Without one, memory that arrays give back is freed.
 
     Raises:
         MissingComponent: cuda-python is not installed, or no driver answers.
+        InputError: there is no such device.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: int = 0) -> None:
         self._api = _binding()
-        count = self("cudaGetDeviceCount")
+        self.failed = ""
+        count = int(self("cudaGetDeviceCount"))
         if not count:
             raise MissingComponent("no NVIDIA GPU is visible", "look at CUDA_VISIBLE_DEVICES")
+        if not 0 <= device < count:
+            raise InputError(
+                f"there is no cuda:{device}, the last device is cuda:{count - 1}",
+                "ditf doctor lists the devices",
+            )
+        self.device = device
+        self.sessions = 0
         self._pool: dict[int, list[int]] = {}  # free device memory by size
         self._lock = threading.RLock()  # reentrant: the garbage collector may give memory back at any time
 
@@ -55,11 +85,15 @@ class Cuda:
             value = getattr(value, part)
         return value
 
+    def use(self) -> None:
+        """Make the device current in the calling thread, in which it stays current."""
+        self("cudaSetDevice", self.device)
+
     @property
-    def free_bytes(self) -> int:
-        """The GPU's free memory."""
-        free, _ = self("cudaMemGetInfo")
-        return int(free)
+    def memory(self) -> tuple[int, int]:
+        """The free and the total bytes of the GPU's memory."""
+        free, total = self("cudaMemGetInfo")
+        return int(free), int(total)
 
     def allocate(self, nbytes: int) -> int:
         """Allocate device memory and return its address.
@@ -75,7 +109,7 @@ class Cuda:
             return int(self("cudaMalloc", nbytes))
         except OutOfDeviceMemory as error:
             raise OutOfDeviceMemory(
-                f"{nbytes / 1e6:.1f} MB of GPU memory are needed, {self.free_bytes / 1e6:.1f} MB are free",
+                f"{nbytes / 1e6:.1f} MB of GPU memory are needed, {self.memory[0] / 1e6:.1f} MB are free",
                 error.fix,
             ) from error
 
@@ -100,24 +134,50 @@ class Cuda:
             free = self._pool.get(nbytes)
             address = free.pop() if free else None
         memory = _Leased(self.allocate(nbytes) if address is None else address)
-        weakref.finalize(memory, self._give_back, memory.address, nbytes)
+        weakref.finalize(memory, self._give_back, memory.address, nbytes).atexit = False
         return DeviceArray(self, memory, memory.address, shape, dtype)
 
     def _give_back(self, address: int, nbytes: int) -> None:
         with self._lock:
             self._pool.setdefault(nbytes, []).append(address)
+        if not self.sessions:
+            with suppress(DitfError):
+                self.use()
+                self.trim()
 
     def trim(self) -> None:
-        """Free the memory that arrays gave back."""
+        """Free the memory that arrays gave back. After an error the rest is still freed."""
         with self._lock:
             addresses = [address for free in self._pool.values() for address in free]
             self._pool.clear()
-        for address in addresses:
-            self.free(address)
+        with ExitStack() as stack:
+            for address in addresses:
+                stack.callback(self.free, address)
+
+    def gpu_failed(self) -> GpuFailed:
+        """The error for every use of the GPU after it `failed`."""
+        return GpuFailed(
+            f"the GPU failed ({self.failed}), and this process cannot use it any more",
+            "start the process again; ditf check -v says more",
+        )
 
     def _explained(self, function: str, error: str) -> DitfError:
+        self._api.cudaGetLastError()  # clears it: TensorRT asks for it, and would take it for its own
         if error in _NO_DEVICE:
             return no_driver(f"{error} of {function}")
+        if error == "cudaErrorDevicesUnavailable":
+            return MissingComponent(
+                f"another process has the GPU to itself ({error} of {function})",
+                "end that process, or choose another --device",
+            )
+        if error in STICKY or self.failed:
+            self.failed = self.failed or f"{error} of {function}"
+            return self.gpu_failed()
+        if error == "cudaErrorMemoryAllocation" and function == "cudaHostAlloc":
+            return OutOfDeviceMemory(
+                "the GPU's driver can lock no more host memory (cudaHostAlloc)",
+                "free some, or use a smaller --size or --batch",
+            )
         if error == "cudaErrorMemoryAllocation":
             return OutOfDeviceMemory(
                 f"the GPU is out of memory ({function})",
@@ -175,6 +235,7 @@ class DeviceArray:
     def numpy(self) -> np.ndarray:
         """A copy in host memory."""
         array = np.empty(self.shape, self.dtype)
+        self._cuda.use()
         self._cuda(
             "cudaMemcpy",
             array.ctypes.data,
@@ -209,65 +270,14 @@ class Pinned:
             self._cuda("cudaFreeHost", address)
 
 
-class Stopwatch:
-    """Measures, by the GPU's clock, the time of what is queued on a stream inside a `with` block."""
-
-    def __init__(self, cuda: Cuda, stream: Any) -> None:
-        self._cuda = cuda
-        self._stream = stream
-        self._events = [cuda("cudaEventCreate") for _ in range(2)]
-
-    def __enter__(self) -> Stopwatch:
-        self._cuda("cudaEventRecord", self._events[0], self._stream)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        if error is None:
-            self._cuda("cudaEventRecord", self._events[1], self._stream)
-
-    @property
-    def seconds(self) -> float:
-        """The seconds of the last `with` block; wait for the stream before reading this."""
-        return float(self._cuda("cudaEventElapsedTime", *self._events)) / 1e3
-
-    def close(self) -> None:
-        for event in self._events:
-            self._cuda("cudaEventDestroy", event)
-
-
-def capture(cuda: Cuda, stream: Any, work: Callable[[], None]) -> Any:
-    """Capture what `work` queues on a stream as a CUDA graph that can be launched.
-
-    Raises:
-        DitfError: a part of the work cannot be captured. The stream stays usable.
-    """
-    mode = cuda.constant("cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal")
-    cuda("cudaStreamBeginCapture", stream, mode)
-    try:
-        work()
-    except BaseException:
-        try:
-            cuda("cudaStreamEndCapture", stream)  # leaves capture mode; its own error adds nothing
-        except DitfError:
-            cuda("cudaGetLastError")
-        raise
-    graph = cuda("cudaStreamEndCapture", stream)
-    try:
-        return cuda("cudaGraphInstantiate", graph, 0)
-    finally:
-        cuda("cudaGraphDestroy", graph)
-
-
 @functools.cache
-def open_cuda() -> Cuda:
-    """The one `Cuda` of this process, so that all sessions share the pool of device memory.
+def open_cuda(device: int) -> Cuda:
+    """The one `Cuda` of a device in this process, so that all its sessions share the pool of device memory.
 
     Raises:
-        MissingComponent: see `Cuda`.
+        MissingComponent, InputError: see `Cuda`.
     """
-    return Cuda()
+    return Cuda(device)
 
 
 def no_driver(detail: str) -> MissingComponent:

@@ -11,6 +11,7 @@ from ditf.runtime.backends.engine_records import PLANS, EngineRecord, choose_eng
 from ditf.runtime.backends.engine_session import EngineSession
 from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
+from ditf.runtime.backends.plan_loading import plan_content
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, MissingComponent, NoPlan
 from ditf.runtime.files.user_cache import cache_file
@@ -33,7 +34,7 @@ class EngineBackend:
             if gpu is None:
                 raise no_driver("libcuda")
             trt = load_flavour(self._flavour)
-            open_cuda()
+            open_cuda(0)
         except MissingComponent as error:
             return Probe(False, error.problem, error.fix)
         return Probe(True, f"{self._flavour} {trt.__version__}, {gpu}")
@@ -50,7 +51,7 @@ class EngineBackend:
             BundleError: no engine of the bundle fits this machine.
         """
         self._select(bundle)
-        open_cuda()
+        open_cuda(0)
 
     def open_session(self, bundle: Bundle, graph: str) -> EngineSession:
         """Open the engine that was built from one of the bundle's graphs.
@@ -64,19 +65,12 @@ class EngineBackend:
         plan = PLANS[graph]
         if plan in record.left_out:
             raise NoPlan(f"{folder.name} has no {plan}: {record.left_out[plan]}", "match with numpy")
-        content = bytes(record.plan(folder, plan).read())
         refitted_from = bundle.read_graph(graph) if record.options.get("strip_weights") else None
         detail = f"{self._flavour} {trt.__version__}, {gpu}, {folder.name}"
         kernels = cache_file("kernels", folder.name, str(gpu), plan)
-        return EngineSession(
-            trt,
-            folder / plan,
-            content,
-            detail,
-            refitted_from,
-            kernels,
-            bundle.trust.host_code and record.host_code,
-        )
+        host_code = bundle.trust.host_code and record.host_code
+        with plan_content(record.plan(folder, plan), bundle.trust) as content:
+            return EngineSession(trt, folder / plan, content, detail, refitted_from, kernels, host_code)
 
     def _select(self, bundle: Bundle) -> tuple[Any, Gpu, Path, EngineRecord]:
         gpu = find_gpu()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,10 +16,14 @@ from ditf.runtime.files.reading import open_regular
 
 _BLOCK = 1 << 20
 
+Content = Union[bytes, bytearray, memoryview, mmap.mmap]
+
 
 @dataclass(frozen=True)
 class HashedFile:
-    """A file and its expected size and hash. It is opened and read once, so what was hashed is what is used.
+    """A file and its expected size and hash.
+
+    `read` and `copy` open and read the file once, so what was hashed is what is used.
 
     Attributes:
         size: the expected size in bytes.
@@ -58,6 +63,28 @@ class HashedFile:
         with self._opened() as file:
             self._pass_on(file, keep)
         return content
+
+    @contextmanager
+    def mapped(self) -> Iterator[Content]:
+        """Map the content into memory, read-only, and check it. It takes no memory that cannot be reclaimed.
+
+        The check finds damage. It does not protect from someone who can write the file: what they write after
+        the check shows in the mapping.
+
+        Raises:
+            BundleError: as `check`, or the file is empty.
+        """
+        with self._opened() as file:
+            if not self.size:
+                raise BundleError(f"{self.path} is empty", self.fix)
+            try:
+                content = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            except OSError:  # some file systems map nothing
+                yield self.read()
+                return
+            with content:
+                self._pass_on(file, lambda block: None)
+                yield content
 
     def copy(self, place: Path) -> None:
         """Copy the file and check the content.

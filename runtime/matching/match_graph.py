@@ -48,13 +48,20 @@ def run_match_graph(
     step = MATCH_PLAN_POINTS[-1]
     for start in range(0, len(checked), step):
         chunk = slice(start, start + step)
+        count = len(checked[chunk])
+        # An engine compiles kernels and keeps a context for each shape, so it always gets a whole chunk.
+        size = step if session.batches else count
         output = session.run(
-            {**fixed, "point_rows": point_rows[chunk], "point_columns": point_columns[chunk]}
+            {
+                **fixed,
+                "point_rows": _repeat(point_rows[chunk], size),
+                "point_columns": _repeat(point_columns[chunk], size),
+            }
         )
         if not np.isfinite(output["scores"]).all():  # the first look at maps in device memory
             raise not_finite()
-        found.append(output["points"])
-        scores.append(output["scores"])
+        found.append(output["points"][:count])
+        scores.append(output["scores"][:count])
     return Matches(np.concatenate(found), np.concatenate(scores))
 
 
@@ -75,6 +82,11 @@ def _fill(array: np.ndarray, grid: tuple[int, int]) -> np.ndarray:
             "compute it with this bundle",
         )
     return np.pad(array, ((0, 0), (0, missing[0]), (0, missing[1])), mode="edge")
+
+
+def _repeat(rows: np.ndarray, size: int) -> np.ndarray:
+    """Fill up to `size` rows by repeating the last one."""
+    return np.pad(rows, ((0, size - len(rows)), (0, 0)), mode="edge")
 
 
 def _widen(matrix: np.ndarray, cells: int) -> np.ndarray:

@@ -123,7 +123,7 @@ def test_too_little_memory_says_how_much(model):
     from ditf.runtime.backends.cuda import OutOfDeviceMemory, open_cuda
 
     with pytest.raises(OutOfDeviceMemory, match=r"MB of GPU memory are needed, [\d.]+ MB are free"):
-        open_cuda().allocate(1 << 50)
+        open_cuda(0).allocate(1 << 50)
     model.features(procedural_images((120, 160), 1)[0])
 
 
