@@ -99,11 +99,12 @@ def build(
     bundle.verify(bundle.manifest.files)
     cache = None
     if not flavour.ahead and gpu is not None:
-        cache = TimingCache(cache_file("timing", flavour.name, trt.__version__, str(gpu)))
+        path = cache_file("timing", flavour.name, trt.__version__, str(gpu))
+        cache = None if path is None else TimingCache(path)
     with staged(folder, RECORD) as temporary:
         plans, left_out, seconds = {}, {}, {}
         for plan, onnx, profiles, given in (
-            (FEATURES_PLAN, FEATURES, _features_profiles(bundle, sizes), options),
+            (FEATURES_PLAN, FEATURES, _features_profiles(bundle, sizes), _features_options(bundle, options)),
             (MATCH_PLAN, MATCH, [_match_profile(bundle)], replace(options, workspace=None)),
         ):
             if plan == MATCH_PLAN and target == _NO_FLOAT32_PRODUCTS:
@@ -171,7 +172,8 @@ def report_features(
     check_reportable(flavour)
     batch = tuple((low, usual, high) for low, usual, high in record.batch)
     graph, profiles = bundle.read_graph(FEATURES), _features_profiles(bundle, batch)
-    compiled = compile_plan(trt, graph, options, profiles, step=step, details=True)
+    given = _features_options(bundle, options)
+    compiled = compile_plan(trt, graph, given, profiles, step=step, details=True)
     return Report(FEATURES_PLAN, record.target, read_layers(compiled.log, batch[0][1]))
 
 
@@ -287,6 +289,10 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
             "build on the device, or ahead of time with --backend tensorrt-rtx --target",
         )
     return ""
+
+
+def _features_options(bundle: Bundle, options: BuildOptions) -> BuildOptions:
+    return replace(options, tf32=bundle.may_round(FEATURES))
 
 
 def _features_profiles(bundle: Bundle, batch: Profiles) -> list[Profile]:

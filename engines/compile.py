@@ -31,6 +31,8 @@ class BuildOptions:
         hardware_compatible: the plan runs on Ampere and newer GPUs.
         version_compatible: the plan runs on newer versions of TensorRT.
         strip_weights: the plan holds no weights and is refitted from the bundle when it is opened.
+        tf32: float32 products may round their factors to 10 mantissa bits, as the products of a 16-bit bundle
+            do anyway. TensorRT does so unless told otherwise.
     """
 
     target: str | None = None
@@ -39,11 +41,12 @@ class BuildOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     strip_weights: bool = False
+    tf32: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The options that were given, without the target."""
+        """The options that were given, without the target and what follows from the bundle."""
         given = asdict(self)
-        del given["target"]
+        del given["target"], given["tf32"]
         return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
@@ -148,6 +151,10 @@ def _set_target(trt: Any, config: Any, target: str | None) -> None:
 
 
 def _set_options(trt: Any, config: Any, options: BuildOptions) -> None:
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if has(trt, "BuilderFlag.REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX, which else may refuse stream capture
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.level is not None:
         config.builder_optimization_level = options.level
     if options.workspace is not None:

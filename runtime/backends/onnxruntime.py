@@ -45,16 +45,20 @@ class OnnxRuntimeBackend:
 
     def open_session(self, bundle: Bundle, graph: str) -> OnnxRuntimeSession:
         """Open a graph and its weights from the bytes that were verified."""
-        return OnnxRuntimeSession(bundle.read_graph(graph))
+        return OnnxRuntimeSession(bundle.read_graph(graph), bundle.may_round(graph))
 
 
 class OnnxRuntimeSession:
-    """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`."""
+    """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`.
+
+    Args:
+        tf32: float32 products may round their factors to TF32 on a GPU.
+    """
 
     batches = ()
     device_seconds = device_bytes = None
 
-    def __init__(self, graph: Graph) -> None:
+    def __init__(self, graph: Graph, tf32: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -73,11 +77,17 @@ class OnnxRuntimeSession:
         options.add_external_initializers(list(weights), list(weights.values()))
         available = onnxruntime.get_available_providers()
         wanted = [provider for provider in _WANTED if provider in available]
+        # By default the CUDA provider rounds the factors of float32 products to 10 mantissa bits.
+        settings = [{"use_tf32": str(int(tf32))} if name == _WANTED[0] else {} for name in wanted]
         # It would make a quantised graph's products float ones.
         disabled = ["MatMulAddFusion"] if quantised else []
         try:
             session = onnxruntime.InferenceSession(
-                graph.model, options, providers=wanted, disabled_optimizers=disabled
+                graph.model,
+                options,
+                providers=wanted,
+                provider_options=settings,
+                disabled_optimizers=disabled,
             )
         except Exception as error:  # its exceptions share no base class
             if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
