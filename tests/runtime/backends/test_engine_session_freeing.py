@@ -123,8 +123,12 @@ def test_the_device_is_that_of_the_session_in_every_thread_standin():
         for seed in range(3):
             world.device = 1
             double(session, seed)
+        dropped = open_plan(features_plan())
+        double(dropped)
         world.device = 1
         session.close()
+        world.device = 1
+        del dropped
         assert not world.faults
         assert not world.alive()
 
