@@ -63,6 +63,7 @@ def build(
     force: bool = False,
     report: Report = lambda line: None,
     step: Step = lambda phase, done, total: None,
+    device: int = 0,
 ) -> Built:
     """Build features.plan and match.plan of a bundle, or reuse an engine that fits.
 
@@ -74,6 +75,8 @@ def build(
         force: build even if the engine is there.
         report: called with a line when a new piece of work starts.
         step: called with the progress of the compiler.
+        device: the number of the GPU that a flavour without ahead-of-time targets builds for. It must be the
+            thread's current device.
 
     Raises:
         DitfError: the options do not fit the bundle, the flavour needs a GPU and there is none, TensorRT
@@ -82,7 +85,7 @@ def build(
     _check_own(bundle)
     sizes = _batch(bundle, batch)
     target = _target(flavour, options)
-    gpu = find_gpu() if target == "" else None
+    gpu = find_gpu(device) if target == "" else None
     key = engine_key(bundle, flavour, trt.__version__, target, str(gpu or ""), sizes, options)
     folder = bundle.path / ENGINES_FOLDER / key
     if not force and folder.is_dir():
@@ -101,8 +104,8 @@ def build(
     with staged(folder, RECORD) as temporary:
         plans, left_out, seconds = {}, {}, {}
         for plan, onnx, profiles, given in (
-            (FEATURES_PLAN, FEATURES, _features_profiles(bundle, sizes), options),
-            (MATCH_PLAN, MATCH, [_match_profile(bundle)], replace(options, workspace=None)),
+            (FEATURES_PLAN, FEATURES, features_profiles(bundle, sizes), options),
+            (MATCH_PLAN, MATCH, [match_profile(bundle)], replace(options, workspace=None)),
         ):
             if plan == MATCH_PLAN and target == _NO_FLOAT32_PRODUCTS:
                 left_out[plan] = f"{flavour.name} has no float32 products for {target}: numpy matches"
@@ -250,7 +253,8 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
     return ""
 
 
-def _features_profiles(bundle: Bundle, batch: Profiles) -> list[Profile]:
+def features_profiles(bundle: Bundle, batch: Profiles) -> list[Profile]:
+    """The optimisation profiles of features.plan; [] if the batch is static."""
     if bundle.manifest.batch != "dynamic":
         return []
     height, width = bundle.manifest.size
@@ -260,7 +264,8 @@ def _features_profiles(bundle: Bundle, batch: Profiles) -> list[Profile]:
     ]
 
 
-def _match_profile(bundle: Bundle) -> Profile:
+def match_profile(bundle: Bundle) -> Profile:
+    """The optimisation profile of match.plan."""
     h, w = bundle.manifest.grid
 
     def over(sizes: tuple[int, int, int], cells: int) -> tuple[tuple[int, int], ...]:
