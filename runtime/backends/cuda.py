@@ -48,7 +48,7 @@ class Cuda:
     Attributes:
         device: as given.
         failed: what ended the use of the GPU in this process; "" while it works.
-        sessions: how many are open. Without one, memory that arrays give back is freed.
+        sessions: identifies those that are open. Without one, memory that arrays give back is freed.
 
     Raises:
         MissingComponent: cuda-python is not installed, or no driver answers.
@@ -67,7 +67,7 @@ class Cuda:
                 "ditf doctor lists the devices",
             )
         self.device = device
-        self.sessions = 0
+        self.sessions: set[int] = set()
         self._pool: dict[int, list[int]] = {}  # free device memory by size
         self._lock = threading.RLock()  # reentrant: the garbage collector may give memory back at any time
 
