@@ -22,7 +22,7 @@ from ditf.cli.support.check_independent import (
     independent_golden,
 )
 from ditf.cli.support.check_where import Findings, check_bisect, check_ladder, check_overflow, check_ranges
-from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.options import RUNNING, BackendOption, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import say, show, table, write_json
 from ditf.cli.support.paths import check_picture, check_writable
 from ditf.runtime import FeatureMap, Model
@@ -35,7 +35,7 @@ from ditf.runtime.files.writing import replacing
 _GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def check(
     bundle: BundleArgument,
     backend: BackendOption = "auto",

@@ -289,9 +289,11 @@ def no_driver(detail: str) -> MissingComponent:
             "run it where there is an NVIDIA GPU, or use --backend onnxruntime",
         )
     driver = version_text(gpu.driver)
+    # cuda-python, because there is no cuda-bindings before 12.8. A bound, because not every version exists.
+    # The minor version counts: a Jetson's driver takes no newer one. Both packages write the same files.
     return MissingComponent(
         f"the driver runs CUDA up to {driver}, cuda-python is for a newer one ({detail})",
-        f"run: pip install 'cuda-bindings=={driver.split('.')[0]}.*'",
+        f"run: pip uninstall -y cuda-bindings cuda-python && pip install 'cuda-python<={driver}.99'",
     )
 
 

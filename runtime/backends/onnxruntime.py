@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditf.runtime.backends import Probe
+from ditf.runtime.backends.device import Device
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.onnx_graph import ITEM_BYTES, Graph
 from ditf.runtime.errors import BundleError, MissingComponent
@@ -17,12 +18,19 @@ from ditf.runtime.errors import BundleError, MissingComponent
 logger = logging.getLogger(__name__)
 
 _INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for CUDA, never both)"
-_WANTED = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_WANTED = _CUDA_PROVIDER, _CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 _CPU = Path("/proc/cpuinfo")
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime; see `ditf.runtime.backends.Backend`."""
+    """ONNX Runtime; see `ditf.runtime.backends.Backend`.
+
+    Args:
+        device: None for CUDA's first GPU if that provider loads, and the CPU otherwise.
+    """
+
+    def __init__(self, device: Device | None = None) -> None:
+        self._device = device
 
     def probe(self) -> Probe:
         """Find out whether ONNX Runtime imports, and which providers it was built with."""
@@ -37,28 +45,28 @@ class OnnxRuntimeBackend:
         """Every bundle is prepared: ONNX Runtime runs the bundle's own graphs."""
         return True
 
-    def ready(self, bundle: Bundle) -> None:
-        """Raise MissingComponent if ONNX Runtime does not import."""
-        found = self.probe()
-        if not found.available:
-            raise MissingComponent(f"backend onnxruntime does not open here: {found.detail}", found.fix)
-
     def open_session(self, bundle: Bundle, graph: str) -> OnnxRuntimeSession:
-        """Open a graph and its weights from the bytes that were verified."""
-        return OnnxRuntimeSession(bundle.read_graph(graph), bundle.may_round(graph))
+        """Open a graph and its weights from the bytes that were verified.
+
+        Raises:
+            MissingComponent: ONNX Runtime does not import, or has no CUDA for the device.
+            BundleError: ONNX Runtime refuses the graph.
+        """
+        return OnnxRuntimeSession(bundle.read_graph(graph), self._device, bundle.may_round(graph))
 
 
 class OnnxRuntimeSession:
     """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`.
 
     Args:
-        tf32: float32 products may round their factors to TF32 on a GPU.
+        device: where it runs; None for the first GPU if there is one, else the CPU.
+        tf32: float32 products may round their factors to TF32, which has 10 mantissa bits, on a GPU.
     """
 
     batches = ()
     device_seconds = device_bytes = None
 
-    def __init__(self, graph: Graph, tf32: bool = False) -> None:
+    def __init__(self, graph: Graph, device: Device | None = None, tf32: bool = False) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -77,17 +85,16 @@ class OnnxRuntimeSession:
         options.add_external_initializers(list(weights), list(weights.values()))
         available = onnxruntime.get_available_providers()
         wanted = [provider for provider in _WANTED if provider in available]
-        # By default the CUDA provider rounds the factors of float32 products to 10 mantissa bits.
-        settings = [{"use_tf32": str(int(tf32))} if name == _WANTED[0] else {} for name in wanted]
+        gpu = None if device is None else device.index
+        if device is not None and gpu is None:
+            wanted = [_CPU_PROVIDER]
+        elif gpu is not None and _CUDA_PROVIDER not in wanted:
+            raise _no_cuda(onnxruntime, "it was built without CUDA")
         # It would make a quantised graph's products float ones.
         disabled = ["MatMulAddFusion"] if quantised else []
         try:
             session = onnxruntime.InferenceSession(
-                graph.model,
-                options,
-                providers=wanted,
-                provider_options=settings,
-                disabled_optimizers=disabled,
+                graph.model, options, providers=_on(gpu, wanted, tf32), disabled_optimizers=disabled
             )
         except Exception as error:  # its exceptions share no base class
             if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
@@ -103,9 +110,13 @@ class OnnxRuntimeSession:
         used = session.get_providers()
         # ONNX Runtime only logs when a provider fails to load.
         lost = "".join(f" ({p} did not load)" for p in wanted if p not in used)
+        if gpu is not None and lost:
+            raise _no_cuda(onnxruntime, "its libraries did not load")
         if lost:
             logger.warning("onnxruntime runs on %s%s", used[0], lost)
-        self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}"
+        self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}" + (
+            f", device {gpu}" if gpu else ""
+        )
         if dequantised:
             self.detail += ", int8 products in float32 because the CPU has no VNNI"
         self.inputs = {item.name: _known(item.shape) for item in session.get_inputs()}
@@ -149,6 +160,19 @@ def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
         array = np.frombuffer(content, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype)
     return values
+
+
+def _on(gpu: int | None, wanted: list[str], tf32: bool) -> list[str | tuple[str, dict[str, Any]]]:
+    """The providers with their options. By default CUDA's rounds the factors of float32 products to TF32."""
+    options = {"device_id": gpu or 0, "use_tf32": int(tf32)}
+    return [(name, options) if name == _CUDA_PROVIDER else name for name in wanted]
+
+
+def _no_cuda(onnxruntime: Any, why: str) -> MissingComponent:
+    return MissingComponent(
+        f"onnxruntime {onnxruntime.__version__} does not run on CUDA: {why}",
+        "use --device cpu, or run: pip uninstall onnxruntime, then pip install 'ditf[onnxruntime-gpu]'",
+    )
 
 
 def _known(shape: list[int | str | None]) -> tuple[int | None, ...]:
