@@ -167,8 +167,8 @@ def test_onnx_runtime_is_told_the_device(monkeypatch, standin, demo_bundle):
     given = []
     real = onnxruntime.InferenceSession
 
-    def session(model, options, providers, **others):
-        given.append(providers)
+    def session(model, options, providers, provider_options, **others):
+        given.append(dict(zip(providers, provider_options, strict=True)))
         return real(model, options, providers=["CPUExecutionProvider"], **others)
 
     monkeypatch.setattr(
@@ -178,9 +178,8 @@ def test_onnx_runtime_is_told_the_device(monkeypatch, standin, demo_bundle):
     with pytest.raises(MissingComponent, match="its libraries did not load"):
         load_backend("onnxruntime", Device(1)).open_session(Bundle.open(demo_bundle), "match.onnx")
     load_backend("onnxruntime", Device(None)).open_session(Bundle.open(demo_bundle), "match.onnx")
-    (cuda, options), cpu = given[0]
-    assert (cuda, options["device_id"], cpu) == ("CUDAExecutionProvider", 1, "CPUExecutionProvider")
-    assert given[1] == ["CPUExecutionProvider"]
+    assert given[0]["CUDAExecutionProvider"]["device_id"] == "1"
+    assert given[1] == {"CPUExecutionProvider": {}}
 
 
 def test_engine_json_is_read_once_a_session_standin(standin, standin_bundle, monkeypatch):
