@@ -7,7 +7,6 @@ two TensorRT backends share a file and differ in an argument.
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -187,7 +186,6 @@ def open_features(bundle: Bundle, name: str | Backend = "auto", device: str | No
     raise MissingComponent(f"no backend opens here ({'; '.join(passed_over)})", last.fix)
 
 
-@functools.cache
 def load_backend(name: str, device: Device | None = None) -> Backend:
     """The backend of a registry entry on a device; None is its own choice, see `open_features`.
 

@@ -52,7 +52,7 @@ class OnnxRuntimeBackend:
             MissingComponent: ONNX Runtime does not import, or has no CUDA for the device.
             BundleError: ONNX Runtime refuses the graph.
         """
-        return OnnxRuntimeSession(bundle.read_graph(graph), self._device, bundle.may_round(graph))
+        return OnnxRuntimeSession(bundle.read_graph(graph), bundle.may_round(graph), self._device)
 
 
 class OnnxRuntimeSession:
@@ -66,7 +66,7 @@ class OnnxRuntimeSession:
     batches = ()
     device_seconds = device_bytes = None
 
-    def __init__(self, graph: Graph, device: Device | None = None, tf32: bool = False) -> None:
+    def __init__(self, graph: Graph, tf32: bool = False, device: Device | None = None) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -90,11 +90,18 @@ class OnnxRuntimeSession:
             wanted = [_CPU_PROVIDER]
         elif gpu is not None and _CUDA_PROVIDER not in wanted:
             raise _no_cuda(onnxruntime, "it was built without CUDA")
+        # By default the CUDA provider rounds the factors of float32 products to 10 mantissa bits.
+        cuda = {"use_tf32": str(int(tf32)), "device_id": str(gpu or 0)}
+        settings = [cuda if name == _CUDA_PROVIDER else {} for name in wanted]
         # It would make a quantised graph's products float ones.
         disabled = ["MatMulAddFusion"] if quantised else []
         try:
             session = onnxruntime.InferenceSession(
-                graph.model, options, providers=_on(gpu, wanted, tf32), disabled_optimizers=disabled
+                graph.model,
+                options,
+                providers=wanted,
+                provider_options=settings,
+                disabled_optimizers=disabled,
             )
         except Exception as error:  # its exceptions share no base class
             if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
@@ -160,12 +167,6 @@ def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
         array = np.frombuffer(content, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype)
     return values
-
-
-def _on(gpu: int | None, wanted: list[str], tf32: bool) -> list[str | tuple[str, dict[str, Any]]]:
-    """The providers with their options. By default CUDA's rounds the factors of float32 products to TF32."""
-    options = {"device_id": gpu or 0, "use_tf32": int(tf32)}
-    return [(name, options) if name == _CUDA_PROVIDER else name for name in wanted]
 
 
 def _no_cuda(onnxruntime: Any, why: str) -> MissingComponent:

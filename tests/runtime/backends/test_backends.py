@@ -11,7 +11,7 @@ from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
 from ditf.runtime.backends.flavour import Log, load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
-from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession, saturates
+from ditf.runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeSession, saturates
 from ditf.runtime.backends.plan_loading import invalidity
 from ditf.runtime.bundles.bundle import MATCH, Bundle
 from ditf.runtime.bundles.onnx_graph import Graph
@@ -38,7 +38,7 @@ def test_every_entry_of_the_registry_can_be_probed():
 def test_auto_says_why(demo_bundle):
     opened = backends.open_features(Bundle.open(demo_bundle))
     assert opened.name == "onnxruntime"
-    assert opened.backend is backends.load_backend("onnxruntime")
+    assert isinstance(opened.backend, OnnxRuntimeBackend)
     assert opened.reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
 
 

@@ -13,6 +13,7 @@ from ditf.cli.support import bundles
 from ditf.runtime.backends import flavour
 from ditf.runtime.backends.engine_records import (
     PLANS,
+    SCHEMA,
     EngineRecord,
     build_command,
     choose_engine,
@@ -41,7 +42,7 @@ def bundle(demo_bundle) -> Bundle:
 def record(bundle) -> EngineRecord:
     """The record of an engine that was built on an Orin."""
     return EngineRecord(
-        schema=1, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
+        schema=SCHEMA, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
         onnx=sources(bundle), batch=[[1, 1, 1]], options={}, plans={}, left_out={}, seconds={}, peak_bytes=0,
     )  # fmt: skip
 
