@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
+from ditf.engines.compile import BuildOptions, Say, Step, compile_plan
 from ditf.engines.network import LayerType, Profile, audit
+from ditf.engines.report.layer_log import read_layers
+from ditf.engines.report.summary import Report
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.backends.engine_records import (
     ENGINES_FOLDER,
@@ -61,7 +63,7 @@ def build(
     options: BuildOptions,
     batch: Sequence[Sequence[int]] = (),
     force: bool = False,
-    report: Report = lambda line: None,
+    report: Say = lambda line: None,
     step: Step = lambda phase, done, total: None,
 ) -> Built:
     """Build features.plan and match.plan of a bundle, or reuse an engine that fits.
@@ -143,6 +145,43 @@ def build(
     if cache is not None and cache.warning:
         report(f"warning: {cache.warning}")
     return Built(folder, record, reused=False)
+
+
+def report_features(
+    bundle: Bundle,
+    flavour: Flavour,
+    trt: Any,
+    record: EngineRecord,
+    options: BuildOptions,
+    step: Step = lambda phase, done, total: None,
+) -> Report:
+    """Compile features.plan once more, with a detailed log, and report what became of the graph.
+
+    A dynamic batch is counted as the first profile's usual one.
+
+    Args:
+        record: of the engine.
+        options: with which it was built.
+        step: called with the progress of the compiler.
+
+    Raises:
+        InputError: the flavour's log is not one that can be read.
+        DitfError: see `build` and `read_layers`.
+    """
+    check_reportable(flavour)
+    batch = tuple((low, usual, high) for low, usual, high in record.batch)
+    graph, profiles = bundle.read_graph(FEATURES), _features_profiles(bundle, batch)
+    compiled = compile_plan(trt, graph, options, profiles, step=step, details=True)
+    return Report(FEATURES_PLAN, record.target, read_layers(compiled.log, batch[0][1]))
+
+
+def check_reportable(flavour: Flavour) -> None:
+    """Raise an InputError for a flavour whose builder does not log the compiled layers in a known form."""
+    if not flavour.ahead:
+        raise InputError(
+            f"--report reads the log of tensorrt-rtx, not of {flavour.name}",
+            "use --backend tensorrt-rtx, which needs no GPU",
+        )
 
 
 def engine_key(

@@ -15,7 +15,7 @@ from ditf.runtime.backends.flavour import PORTABLE, TARGETS, has
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 
-Report = Callable[[str], None]
+Say = Callable[[str], None]
 Step = Callable[[str, int, int], None]
 """Called with the compiler's phase, the steps done, and the number of steps."""
 
@@ -49,10 +49,11 @@ class BuildOptions:
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan's bytes, and the network it was compiled from."""
+    """A plan's bytes, the network it was compiled from, and, of a detailed build, the builder's log."""
 
     plan: bytes
     layers: tuple[LayerType, ...]
+    log: Sequence[str] = ()
 
 
 def compile_plan(
@@ -63,6 +64,7 @@ def compile_plan(
     check: Callable[[tuple[LayerType, ...]], None] = lambda layers: None,
     cache: TimingCache | None = None,
     step: Step = lambda phase, done, total: None,
+    details: bool = False,
 ) -> Compiled:
     """Parse a graph as a strongly typed network and compile it.
 
@@ -70,6 +72,7 @@ def compile_plan(
         profiles: ranges of dynamic inputs.
         check: called with the parsed network's layers before the long work starts.
         step: called with the progress of the compiler's outermost phase.
+        details: let the builder log what it compiled (`ditf.engines.report`).
 
     Raises:
         InputError: unknown target.
@@ -77,7 +80,7 @@ def compile_plan(
         BundleError: the parser or the compiler refuses the graph; the error holds their first message.
     """
     with _signals_kept() as arrived:
-        return _compile(trt, graph, options, profiles, check, cache, step, lambda: arrived)
+        return _compile(trt, graph, options, profiles, check, cache, step, lambda: arrived, details)
 
 
 def _compile(
@@ -89,18 +92,21 @@ def _compile(
     cache: TimingCache | None,
     step: Step,
     stop: Callable[[], object],
+    details: bool,
 ) -> Compiled:
     """See `compile_plan`.
 
     Args:
         stop: polled during the build; a true value cancels it.
     """
-    network = Network(trt, graph)
+    network = Network(trt, graph, details)
     layers = network.layers
     check(layers)
     config = network.builder.create_builder_config()
     _set_target(trt, config, options.target)
     _set_options(trt, config, options)
+    if details:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in profiles:
         optimization_profile = network.builder.create_optimization_profile()
         for name, (smallest, usual, largest) in profile.items():
@@ -121,7 +127,7 @@ def _compile(
         )
     if cache is not None:
         cache.keep(config)
-    return Compiled(bytes(plan), layers)
+    return Compiled(bytes(plan), layers, network.log.messages)
 
 
 def _set_target(trt: Any, config: Any, target: str | None) -> None:
