@@ -22,8 +22,8 @@ _QUERIES = 1024
 """Queries in a chunk of attention: enough to fill a matrix product, few enough to need little memory."""
 
 _LOGITS = 1 << 25
-"""Bytes of logits up to which attention is computed at once: 4,096 tokens (512 px) in 16 bits. There the logits are
-smaller than the encoder's feature maps, so that chunks would add kernels and save nothing."""
+"""Bytes of logits up to which attention is computed at once: those of 4,096 tokens (512 px) in 16 bits. They
+are smaller than the encoder's feature maps, so that chunks would add kernels and save no memory."""
 
 
 class PixelEncoder(nn.Module):
@@ -34,7 +34,9 @@ class PixelEncoder(nn.Module):
 
 
 class KLEncoder(nn.Module):
-    """The encoder half of an AutoencoderKL. Group norms are float32, the rest has the graph's precision.
+    """The encoder half of an AutoencoderKL, in the graph's precision.
+
+    Group norms and the activations behind them are float32.
 
     Args:
         vae: in float32; its encoder is changed in place and becomes a part of this module.
@@ -265,7 +267,7 @@ def _keep_norms_float32(encoder: Encoder, dtype: torch.dtype) -> None:
     """Compute group norms and the activations behind them in float32, between tensors of another type.
 
     The rounding comes behind the activation, because TensorRT then has one kernel for norm, scale, shift,
-    activation and both casts, and what it writes is 16-bit. A cast between norm and activation splits it in two,
+    activation and casts, and what it writes is 16-bit. A cast between norm and activation splits it in two,
     with the whole feature map in float32 between them (docs/vae.md).
     """
     for module in list(encoder.modules()):
