@@ -21,7 +21,7 @@ KEPT_FLOAT32 = {
     EMBEDDERS: "patch, position, text and noise write the residual",
     CROSS_ATTENTION_QUERY: "its GEMM reads the residual un-normalised",
     "tail": "ensemble mean, discard and the last norm read the residual",
-    "VAE group norms": "their squares overflow float16",
+    "VAE group norms": "their squares overflow float16; with the activation behind each",
 }
 """What is float32 in every precision, and why. A calibration may add to it (`ditf.calib.recipe.Recipe`)."""
 

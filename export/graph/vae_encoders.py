@@ -21,6 +21,10 @@ from ditf.export.graph.precision import Precision
 _QUERIES = 1024
 """Queries in a chunk of attention: enough to fill a matrix product, few enough to need little memory."""
 
+_LOGITS = 1 << 25
+"""Bytes of logits up to which attention is computed at once: those of 4,096 tokens (512 px) in 16 bits. They
+are smaller than the encoder's feature maps, so that chunks would add kernels and save no memory."""
+
 
 class PixelEncoder(nn.Module):
     """The encoder of a model that works in pixels: x_0 is the normalised image."""
@@ -30,7 +34,9 @@ class PixelEncoder(nn.Module):
 
 
 class KLEncoder(nn.Module):
-    """The encoder half of an AutoencoderKL. Group norms are float32, the rest has the graph's precision.
+    """The encoder half of an AutoencoderKL, in the graph's precision.
+
+    Group norms and the activations behind them are float32.
 
     Args:
         vae: in float32; its encoder is changed in place and becomes a part of this module.
@@ -58,7 +64,7 @@ class KLEncoder(nn.Module):
         for _, attention in attentions(self.encoder):
             attention.set_processor(QueryChunks())
         if precision.compute != torch.float32:
-            _keep_group_norms_float32(self.encoder)
+            _keep_norms_float32(self.encoder, precision.compute)
             if precision.recipe.vae_attention_float32:
                 for name, attention in list(attentions(self.encoder)):
                     parent, _, child = name.rpartition(".")
@@ -134,10 +140,12 @@ class QueryChunks:
 
     Args:
         queries: number of queries in a chunk; the last chunk may have fewer.
+        logits: bytes of an image's logits up to which there are no chunks.
     """
 
-    def __init__(self, queries: int = _QUERIES) -> None:
+    def __init__(self, queries: int = _QUERIES, logits: int = _LOGITS) -> None:
         self._queries = queries
+        self._logits = logits
 
     def __call__(
         self,
@@ -148,17 +156,16 @@ class QueryChunks:
         temb: None = None,
     ) -> torch.Tensor:
         """[B, C, h, w] -> [B, C, h, w]. diffusers passes the last three arguments; they are not used."""
-        tokens = attention.group_norm(x.flatten(2)).transpose(1, 2)
+        tokens = attention.group_norm(x).to(x.dtype).flatten(2).transpose(1, 2)
         query, key, value = (
             part(tokens).unflatten(-1, (attention.heads, -1)).transpose(1, 2)
             for part in (attention.to_q, attention.to_k, attention.to_v)
         )
+        count = query.shape[2]
+        at_once = attention.heads * count**2 * query.element_size() <= self._logits
+        chunks = query.split(count if at_once else self._queries, dim=2)
         attended = torch.cat(
-            [
-                functional.scaled_dot_product_attention(chunk, key, value)
-                for chunk in query.split(self._queries, dim=2)
-            ],
-            dim=2,
+            [functional.scaled_dot_product_attention(chunk, key, value) for chunk in chunks], dim=2
         )
         y = attention.to_out[0](attended.transpose(1, 2).flatten(2))
         y = y.transpose(1, 2).unflatten(2, x.shape[2:])
@@ -218,7 +225,7 @@ def scale_down(encoder: Encoder, recipe: Recipe) -> None:
 
 
 class _Float32GroupNorm(nn.Module):
-    """A GroupNorm that computes in float32 between tensors of another type."""
+    """A GroupNorm that computes in float32 and returns float32."""
 
     def __init__(self, norm: nn.GroupNorm) -> None:
         super().__init__()
@@ -228,8 +235,20 @@ class _Float32GroupNorm(nn.Module):
         self.bias = constant(norm.bias.to(torch.float32))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        y = functional.group_norm(x.to(torch.float32), self.groups, self.weight, self.bias, self.eps)
-        return y.to(x.dtype)
+        return functional.group_norm(x.to(torch.float32), self.groups, self.weight, self.bias, self.eps)
+
+
+class _Rounded(nn.Module):
+    """A module whose result is rounded to another type."""
+
+    def __init__(self, inner: nn.Module, dtype: torch.dtype) -> None:
+        super().__init__()
+        self.inner = inner
+        self.dtype = dtype
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y: torch.Tensor = self.inner(x)
+        return y.to(self.dtype)
 
 
 class _Float32Island(nn.Module):
@@ -244,9 +263,18 @@ class _Float32Island(nn.Module):
         return y.to(x.dtype)
 
 
-def _keep_group_norms_float32(module: nn.Module) -> None:
-    for name, child in module.named_children():
-        if isinstance(child, nn.GroupNorm):
-            setattr(module, name, _Float32GroupNorm(child))
-        else:
-            _keep_group_norms_float32(child)
+def _keep_norms_float32(encoder: Encoder, dtype: torch.dtype) -> None:
+    """Compute group norms and the activations behind them in float32, between tensors of another type.
+
+    The rounding comes behind the activation, because TensorRT then has one kernel for norm, scale, shift,
+    activation and casts, and what it writes is 16-bit. A cast between norm and activation splits it in two,
+    with the whole feature map in float32 between them (docs/vae.md).
+    """
+    for module in list(encoder.modules()):
+        if isinstance(module, ResnetBlock2D):
+            module.norm1, module.norm2 = _Float32GroupNorm(module.norm1), _Float32GroupNorm(module.norm2)
+            module.nonlinearity = _Rounded(module.nonlinearity, dtype)
+        elif isinstance(module, Attention):
+            module.group_norm = _Float32GroupNorm(module.group_norm)  # `QueryChunks` rounds
+    encoder.conv_norm_out = _Float32GroupNorm(encoder.conv_norm_out)
+    encoder.conv_act = _Rounded(encoder.conv_act, dtype)
