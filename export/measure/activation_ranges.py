@@ -101,11 +101,13 @@ class _Largest:
     def __init__(self, tokens: int) -> None:
         self._tokens = tokens
         self._found: dict[tuple[str, str, str], float] = {}
+        self._weights: dict[int, torch.Tensor] = {}  # held, so that none takes the id of another
 
     def record(self, where: Where, kind: str, tensor: torch.Tensor) -> None:
         """Note the value of a range probe."""
         if kind.endswith("weight"):
-            if (where.name, kind, where.stream) not in self._found:
+            if id(tensor) not in self._weights:
+                self._weights[id(tensor)] = tensor
                 self.add(where.name, kind, where.stream, tensor)
             return
         text = tensor.shape[-2] - self._tokens if tensor.ndim > 2 and where.stream == "image" else 0

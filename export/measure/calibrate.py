@@ -16,7 +16,6 @@ from ditf.export.checkpoints.opening import open_checkpoint
 from ditf.export.checkpoints.weight_spill import spilling
 from ditf.export.measure.activation_ranges import measure_ranges
 from ditf.export.measure.calibration import (
-    CALIBRATION_SCHEMA,
     Calibration,
     feature_settings,
     measured_for,
@@ -184,7 +183,6 @@ class BlockObserver:
         plan = self._plan
         published = plan.family.defaults.channels
         document = {
-            "schema": CALIBRATION_SCHEMA,
             "model": str(plan.checkpoint.transformer or plan.checkpoint.id),
             "base": None if plan.checkpoint.transformer is None else plan.checkpoint.id,
             "revision": plan.checkpoint.revision,

@@ -16,7 +16,8 @@ from ditf.export.planning.plan import Plan
 from ditf.runtime.errors import InputError
 from ditf.runtime.files.json_file import read_json
 
-CALIBRATION_SCHEMA = 1
+CALIBRATION_SCHEMA = 2
+"""Of what is measured in a graph. In 1, the values between the heads had their biases."""
 
 _LARGEST = 128 << 20  # bytes of a calibration.json that is read
 
@@ -139,6 +140,7 @@ def measured_for(plan: Plan) -> dict[str, Any]:
     given = [entry.embeds for entry in plan.entries if entry.embeds is not None]
     vae = plan.latents.source
     return {
+        "schema": CALIBRATION_SCHEMA,
         "weights": _fingerprint(plan),
         "vae": None if vae is None else vae.weights().fingerprint(),
         "guidance": plan.guidance,

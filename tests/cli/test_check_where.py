@@ -142,11 +142,16 @@ def overflowing_logits(path):
     """Parameters, queries and keys that float16 holds, and products that it does not.
 
     One channel of the keys is the same for all of them: it moves a query's logits together, which the softmax
-    does not see.
+    does not see. It reads a channel of the norm that is shifted and scaled to be 1.
     """
     tensors = load_file(path)
+    modulation = "transformer_blocks.0.norm1.linear"
+    channels = tensors[f"{modulation}.weight"].shape[1]
+    for row, value in ((7, 1.0), (channels + 7, -1.0)):  # shift; 1 + scale = 0
+        tensors[f"{modulation}.weight"][row] = 0
+        tensors[f"{modulation}.bias"][row] = value
     tensors["transformer_blocks.0.attn1.to_k.weight"][3] = 0
-    tensors["transformer_blocks.0.attn1.to_k.bias"][3] = 6e4
+    tensors["transformer_blocks.0.attn1.to_k.weight"][3, 7] = 6e4
     tensors["transformer_blocks.0.attn1.to_q.weight"][3] *= 20
     save_file(tensors, path, {"format": "pt"})
 

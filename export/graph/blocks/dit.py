@@ -24,6 +24,7 @@ from ditf.export.graph.blocks.layers import (
     attention,
     constant,
     read_linear,
+    shared_value_bias,
     split_heads,
 )
 from ditf.export.graph.blocks.smoothing import Channels, Smoothing
@@ -56,9 +57,10 @@ class SelfAttention(nn.Module):
     ) -> None:
         super().__init__()
         names = AttentionNames((f"{name}.to_q", f"{name}.to_k", f"{name}.to_v"), norms)
-        self.project = HeadProjection(weights, names, heads, precision)
+        self.project = HeadProjection(weights, names, heads, precision, shared=names)
         self.where = Where(name)
-        self.out = read_gated(weights, f"{name}.to_out.0", gate, precision)
+        value_bias = shared_value_bias(weights, names)
+        self.out = read_gated(weights, f"{name}.to_out.0", gate, precision, value_bias=value_bias)
 
     def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
         """Normed tokens [B, N, C] -> what is added to the residual [B, N, C]."""
@@ -93,10 +95,11 @@ class CrossAttention(nn.Module):
         query = f"{name}.to_q"
         weight, bias = read_linear(weights, query)
         scale = (len(weight) // heads) ** -0.5
-        self.query = Linear(
-            weight * scale,
-            None if bias is None else bias * scale,
-            precision.of(query, kept=CROSS_ATTENTION_QUERY),
+        dtype = precision.of(query, kept=CROSS_ATTENTION_QUERY)
+        self.query = Linear(weight * scale, None, dtype)
+        # Added after the split into heads, as in `HeadProjection`.
+        self.query_bias = (
+            None if bias is None else constant((bias * scale).reshape(1, heads, 1, -1).to(dtype))
         )
         self.where = Where(name)
         self.dtype = precision.of(name)
@@ -109,7 +112,10 @@ class CrossAttention(nn.Module):
     def forward(self, x: torch.Tensor, given: ConditionTensors) -> torch.Tensor:
         """The residual [B, N, C] -> what is added to it."""
         key, value, bias = self._text(given)
-        query = split_heads(probe(self.where, "query", self.query(x).to(self.dtype)), self.heads)
+        query = split_heads(self.query(x), self.heads)
+        if self.query_bias is not None:
+            query = query + self.query_bias
+        query = probe(self.where, "query", query.to(self.dtype))
         key, value = (
             split_heads(probe(self.where, "key", t.to(self.dtype)[None]), self.heads) for t in (key, value)
         )

@@ -102,9 +102,18 @@ def read_gated(
     precision: Precision,
     stream: Stream = "image",
     norm: tuple[torch.Tensor, float] | None = None,
+    value_bias: torch.Tensor | None = None,
 ) -> GatedLinear:
-    """The gated linear of this name in the checkpoint; arguments as for `GatedLinear`."""
-    return GatedLinear(*read_linear(weights, name), name, gate, precision, stream, norm)
+    """The gated linear of this name in the checkpoint; other arguments as for `GatedLinear`.
+
+    Args:
+        value_bias: what its first inputs lack, float32 [at most in]; the product joins the bias.
+    """
+    weight, bias = read_linear(weights, name)
+    if value_bias is not None:
+        folded = weight[:, : len(value_bias)] @ value_bias
+        bias = folded if bias is None else bias + folded
+    return GatedLinear(weight, bias, name, gate, precision, stream, norm)
 
 
 def gate_counts(module: nn.Module) -> dict[str, int]:

@@ -79,6 +79,21 @@ def read_linear(weights: Weights, *names: str) -> tuple[torch.Tensor, torch.Tens
     return weight, torch.cat([weights.tensor(f"{name}.bias") for name in names])
 
 
+def read_bias(weights: Weights, name: str) -> torch.Tensor | None:
+    """Bias [out] of one linear layer, if it has one."""
+    return weights.tensor(f"{name}.bias") if f"{name}.bias" in weights else None
+
+
+def _difference(weights: Weights, name: str, other: str) -> torch.Tensor | None:
+    """The bias [out] of one linear layer less that of another; None where it is the same layer's."""
+    if name == other:
+        return None
+    bias, subtracted = read_bias(weights, name), read_bias(weights, other)
+    if bias is None or subtracted is None:
+        return bias if subtracted is None else -subtracted
+    return bias - subtracted
+
+
 def split_heads(x: torch.Tensor, heads: int) -> torch.Tensor:
     """[B, N, C] -> [B, H, N, D]."""
     return x.unflatten(-1, (heads, -1)).transpose(1, 2)
@@ -146,21 +161,37 @@ class AttentionNames:
 
 
 class HeadProjection(nn.Module):
-    """Query, key and value of one stream, as heads: linears, norm, rotary embedding.
+    """Query, key and value of one stream, as heads: linears, biases, norm, rotary embedding.
 
     Interleaved pairs are rotated as two halves: the rows of the query's and of the key's weights are permuted
     alike, which changes no inner product. Keys and values may have fewer heads than queries.
+
+    Biases are added after the split into heads, because TensorRT copies query, key and value once more where
+    a bias comes before it. Those that all keys of a softmax share are not added at all. A softmax does not
+    change when q . b is added to the logits of all keys, and its weights sum to 1, so that a bias of all
+    values can join the output's (`shared_value_bias`).
 
     Args:
         names: where the stream has its tensors.
         heads: of the queries.
         query: False where the stream is only attended to.
+        shared: the stream whose biases are left out of all keys and values of the attention: this one, or
+            one that it is attended together with, whose biases are then subtracted from its own. Every
+            projection of the attention must name the same one, and every output that reads it must have that
+            stream's `shared_value_bias`. The biases of keys with a norm or a rotation are not left out. None
+            leaves nothing out.
     """
 
     roles: ClassVar[Roles] = dict.fromkeys(("norm_query", "norm_key"), Role.SELF_ATTENTION)
 
     def __init__(
-        self, weights: Weights, names: AttentionNames, heads: int, precision: Precision, query: bool = True
+        self,
+        weights: Weights,
+        names: AttentionNames,
+        heads: int,
+        precision: Precision,
+        query: bool = True,
+        shared: AttentionNames | None = None,
     ) -> None:
         super().__init__()
         self.heads = heads
@@ -174,25 +205,27 @@ class HeadProjection(nn.Module):
         self.norm_query: nn.Parameter | None = None
         self.norm_key: nn.Parameter | None = None
         head_dim = weights.shapes[f"{names.projections[0]}.weight"][0] // heads
-        parts = []
-        for role, name in zip("qkv", names.projections, strict=True):
+        # Norm and rotation are float32, and so is what is added before them.
+        self.finished = names.norms is not None or names.rotary
+        parts, biases = [], {}
+        for index, (role, name) in enumerate(zip("qkv", names.projections, strict=True)):
             if role == "q" and not query:
                 continue
             weight, bias = read_linear(weights, name)
+            if shared is not None and (role == "v" or (role == "k" and not self.finished)):
+                bias = _difference(weights, name, shared.projections[index])
             scale = head_dim**-0.5 if role == "q" and names.norms is None else 1.0
             order = torch.arange(len(weight))
             if names.rotary and role != "v":
                 order = order.reshape(-1, head_dim // 2, 2).transpose(1, 2).flatten()
-            parts.append((weight[order] * scale, None if bias is None else bias[order] * scale))
-        self.sizes = [len(weight) for weight, _ in parts]
+            parts.append(weight[order] * scale)
+            if bias is not None:
+                dtype = torch.float32 if self.finished and role != "v" else self.dtype
+                biases[role] = constant((bias[order] * scale).reshape(1, -1, 1, head_dim).to(dtype))
+        self.sizes = [len(weight) for weight in parts]
         self.kv_heads = self.sizes[-1] // head_dim
-        bias_parts = [bias for _, bias in parts if bias is not None]
-        self.linear = Linear(
-            torch.cat([weight for weight, _ in parts]),
-            torch.cat(bias_parts) if bias_parts else None,
-            self.dtype,
-            self.where,
-        )
+        self.linear = Linear(torch.cat(parts), None, self.dtype, self.where)
+        self.query_bias, self.key_bias, self.value_bias = (biases.get(role) for role in "qkv")
         if names.norms is not None:
             if query:
                 self.norm_query = self._norm_weight(weights, names.norms[0], head_dim, head_dim**-0.5)
@@ -210,6 +243,14 @@ class HeadProjection(nn.Module):
             path: of this module in the block.
         """
         return Channels(f"{path}.linear", sum(self.sizes[:-1]))
+
+    def value_biases(self, path: str) -> tuple[str, ...]:
+        """The path of the value's bias, if there is one.
+
+        Args:
+            path: of this module in the block.
+        """
+        return () if self.value_bias is None else (f"{path}.value_bias",)
 
     def _norm_weight(self, weights: Weights, name: str, head_dim: int, scale: float) -> nn.Parameter:
         if f"{name}.weight" in weights:
@@ -229,19 +270,31 @@ class HeadProjection(nn.Module):
         *first, key, value = self.linear(x).split(self.sizes, dim=-1)
         head_query = None
         if first:
-            query = self._finish(first[0], self.heads, self.norm_query, rotary)
+            query = self._finish(first[0], self.heads, self.query_bias, self.norm_query, rotary)
             head_query = probe(self.where, "query", query)
-        head_key = probe(self.where, "key", self._finish(key, self.kv_heads, self.norm_key, rotary))
-        return head_query, head_key, split_heads(value, self.kv_heads)
+        head_key = self._finish(key, self.kv_heads, self.key_bias, self.norm_key, rotary)
+        head_value = self._add(split_heads(value, self.kv_heads), self.value_bias)
+        return head_query, probe(self.where, "key", head_key), probe(self.where, "output", head_value)
+
+    def _add(self, x: torch.Tensor, bias: nn.Parameter | None) -> torch.Tensor:
+        """Add a bias in the graph's precision."""
+        return x if bias is None else x + probe(self.where, "weight", bias)
 
     def _finish(
-        self, x: torch.Tensor, heads: int, norm: nn.Parameter | None, rotary: Rotary | None
+        self,
+        x: torch.Tensor,
+        heads: int,
+        bias: nn.Parameter | None,
+        norm: nn.Parameter | None,
+        rotary: Rotary | None,
     ) -> torch.Tensor:
         """Norm and rotate in float32, since the squares of a query without a norm pass float16's range."""
         x = split_heads(x, heads)
-        if norm is None and rotary is None:
-            return x
+        if not self.finished:
+            return self._add(x, bias)
         x = x.to(torch.float32)
+        if bias is not None:
+            x = x + bias
         if self.centred:
             x = x - x.mean(dim=-1, keepdim=True)
         if norm is not None:
@@ -249,6 +302,14 @@ class HeadProjection(nn.Module):
         if rotary is not None:
             x = rotate(x, rotary)
         return x.to(self.dtype)
+
+
+def shared_value_bias(weights: Weights, names: AttentionNames) -> torch.Tensor | None:
+    """The bias [C] of a stream's values, for an output whose attention leaves it out (`HeadProjection`).
+
+    None where they have none. Keys have as many heads as queries.
+    """
+    return read_bias(weights, names.projections[2])
 
 
 def rotate(x: torch.Tensor, rotary: Rotary) -> torch.Tensor:

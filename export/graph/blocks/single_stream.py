@@ -20,6 +20,7 @@ from ditf.export.graph.blocks.layers import (
     HeadProjection,
     Rotary,
     attention,
+    shared_value_bias,
 )
 from ditf.export.graph.blocks.smoothing import Channels, Smoothing
 from ditf.export.graph.blocks.trunk import ResidualOutput
@@ -65,14 +66,15 @@ class SingleStreamBlock(nn.Module):
         self.last = last
         self.attended = Where(attn)
         self.norm = modulation.norm(0, spec.eps, self.attended)
-        self.project = HeadProjection(weights, names, spec.heads, precision)
+        self.project = HeadProjection(weights, names, spec.heads, precision, shared=names)
         up = f"{name}.{spec.feed_forward}"
         self.feed_forward: FeedForward | GatedFeedForward
         if spec.gated:
             self.feed_forward = GatedFeedForward(weights, (up,), precision)
         else:
             self.feed_forward = FeedForward(weights, up, precision)
-        self.out = read_gated(weights, f"{name}.{spec.out}", modulation.row(2), precision)
+        value_bias, out = shared_value_bias(weights, names), f"{name}.{spec.out}"
+        self.out = read_gated(weights, out, modulation.row(2), precision, value_bias=value_bias)
         self.residual_output = ResidualOutput()
 
     def forward(

@@ -31,7 +31,8 @@ class Smoothing:
         readers: linears whose input channels they are.
         norm: path of the norm that makes them, or "".
         makers: linears whose output channels they are.
-        constants: paths of constant tensors [1, H, L, D] that take the place of such outputs.
+        constants: paths of constant tensors [1, H, L, D] that take the place of such outputs, or [1, H, 1, D]
+            that are added to them.
     """
 
     channels: int

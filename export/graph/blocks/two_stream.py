@@ -28,6 +28,7 @@ from ditf.export.graph.blocks.layers import (
     Rotary,
     attention,
     constant,
+    shared_value_bias,
 )
 from ditf.export.graph.blocks.smoothing import Channels, Smoothing
 from ditf.export.graph.blocks.trunk import ResidualOutput
@@ -76,6 +77,7 @@ class TextStream(nn.Module):
     """The text's side of a two-stream block.
 
     Args:
+        image: names of the stream that it is attended together with.
         modulation: `TEXT_ROWS` rows, or those of the norm alone in the last block.
         last: no block reads the text after this one.
     """
@@ -85,6 +87,7 @@ class TextStream(nn.Module):
         weights: Weights,
         name: str,
         spec: TwoStreamSpec,
+        image: AttentionNames,
         modulation: Modulation,
         precision: Precision,
         last: bool,
@@ -100,7 +103,7 @@ class TextStream(nn.Module):
             rotary=spec.rotary,
         )
         norm = modulation.norm(0, spec.eps, Where(attn, "text"))
-        project = HeadProjection(weights, names, spec.heads, precision, query=not last)
+        project = HeadProjection(weights, names, spec.heads, precision, query=not last, shared=image)
         self.constant: ConstantProjection | None = None
         if constant_text is None:
             self.norm, self.project = norm, project
@@ -109,7 +112,9 @@ class TextStream(nn.Module):
             self.constant = ConstantProjection(project, normed, constant_text.rotary)
         if last:
             return
-        self.out = read_gated(weights, f"{attn}.to_add_out", modulation.row(2), precision, "text")
+        value_bias = shared_value_bias(weights, image)
+        out = f"{attn}.to_add_out"
+        self.out = read_gated(weights, out, modulation.row(2), precision, "text", value_bias=value_bias)
         self.norm_feed_forward = modulation.norm(3, spec.eps, Where(feed_forward, "text"))
         self.feed_forward, down = _feed_forward(weights, feed_forward, spec.gated, precision, "text")
         self.feed_forward_out = read_gated(weights, down, modulation.row(5), precision, "text")
@@ -176,8 +181,9 @@ class TwoStreamBlock(nn.Module):
         self.last = last
         self.attended = Where(attn, "both")
         self.norm_attention = image.norm(0, spec.eps, Where(attn))
-        self.project = HeadProjection(weights, names, spec.heads, precision)
-        self.out = read_gated(weights, f"{attn}.to_out.0", image.row(2), precision)
+        self.project = HeadProjection(weights, names, spec.heads, precision, shared=names)
+        value_bias = shared_value_bias(weights, names)
+        self.out = read_gated(weights, f"{attn}.to_out.0", image.row(2), precision, value_bias=value_bias)
         self.has_dual = spec.dual
         if spec.dual:
             second = f"{name}.attn2"
@@ -187,7 +193,7 @@ class TwoStreamBlock(nn.Module):
         self.norm_feed_forward = image.norm(3, spec.eps, Where(feed_forward))
         self.feed_forward, down = _feed_forward(weights, feed_forward, spec.gated, precision)
         self.feed_forward_out = read_gated(weights, down, image.row(5), precision)
-        self.text = TextStream(weights, name, spec, text, precision, last, constant_text)
+        self.text = TextStream(weights, name, spec, names, text, precision, last, constant_text)
         self.residual_output = ResidualOutput()
 
     @property
@@ -240,9 +246,10 @@ class TwoStreamBlock(nn.Module):
         readers, makers = [Channels("out.linear")], [self.project.values("project")]
         if not self.last:
             readers.append(Channels("text.out.linear"))
+        constants: tuple[str, ...] = ("text.constant.value",)
         if self.text.constant is None:
             makers.append(self.text.project.values("text.project"))
-        constants = () if self.text.constant is None else ("text.constant.value",)
+            constants = self.text.project.value_biases("text.project")
         yield Smoothing(channels, readers, makers=makers, constants=constants)
 
 

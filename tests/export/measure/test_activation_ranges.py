@@ -113,12 +113,13 @@ def test_a_graph_that_is_not_the_model_is_refused(checkpoint):
 
 
 def swap_query_heads(graph):
-    linear = graph.trunk.blocks[0].attention.project.linear
-    size = linear.bias.shape[0] // 9  # query, key and value of three heads
-    order = torch.arange(len(linear.bias))
+    project = graph.trunk.blocks[0].attention.project
+    outputs = project.linear.weight.shape[1]
+    size = outputs // 9  # query, key and value of three heads
+    order = torch.arange(outputs)
     order[: 2 * size] = order[: 2 * size].roll(size)
-    linear.weight.copy_(linear.weight[:, order])
-    linear.bias.copy_(linear.bias[order])
+    project.linear.weight.copy_(project.linear.weight[:, order])
+    project.query_bias.copy_(project.query_bias[:, [1, 0, 2]])
 
 
 def scale_latents(graph):
@@ -163,14 +164,14 @@ def test_what_rounding_explains_is_no_fault(checkpoint, tmp_path):
 
 PLANTED = [
     # checkpoint, layer, conditioning, where, value, what the recipe should do
-    ("dit", "3", "bake", "transformer_blocks.1.attn1.to_v", 1e5, "float32"),
+    ("dit", "3", "bake", "transformer_blocks.1.attn1.to_q", 1e5, "float32"),
     ("dit", "3", "bake", "transformer_blocks.1.ff.net.0.proj", 1e6, "float32"),
     ("dit", "3", "bake", "transformer_blocks.1.ff.net.2", 1e6, "scaled"),
     ("dit", "3", "bank", "transformer_blocks.1.attn1.to_out.0", 1e5, "scaled"),
     ("pixart", "2", "live", "transformer_blocks.1.attn2.to_q", 1e5, "float32"),
     ("pixart", "2", "bank", "transformer_blocks.1.attn2.to_k", 1e5, "float32"),
     ("pixart", "2", "bake", "transformer_blocks.1.attn2.to_out.0", 1e6, "scaled"),
-    ("sd35", "3", "bake", "transformer_blocks.1.attn.to_q", 1e5, "float32"),
+    ("sd3", "3", "bake", "transformer_blocks.1.attn.add_k_proj", 1e6, "float32"),
     ("sd35", "3", "live", "transformer_blocks.1.ff_context.net.2", 1e6, "scaled"),
     ("flux", "4", "bake", "single_transformer_blocks.0.proj_out", 1e6, "scaled"),
     ("flux", "4", "bake", "single_transformer_blocks.0.proj_mlp", 1e5, "float32"),
