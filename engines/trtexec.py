@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 from collections.abc import Sequence
 
-from ditf.engines.build import features_profiles, match_profile
 from ditf.engines.network import Profile
+from ditf.engines.profiles import features_profiles, match_profile
 from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
 
 _OPSET_OF_10 = 20

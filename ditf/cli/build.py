@@ -14,9 +14,11 @@ from ditf.cli.support.options import SIGNATURE, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import bytes_text, say, show, table, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import steps
-from ditf.engines.build import Built, check_reportable, prune, report_features
+from ditf.engines.build import Built
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
+from ditf.engines.pruning import prune
+from ditf.engines.report.features import check_reportable, report_features
 from ditf.engines.trtexec import unread_opset
 from ditf.export.estimate.devices import DEVICES
 from ditf.runtime.backends.cuda import open_cuda

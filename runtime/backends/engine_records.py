@@ -23,7 +23,7 @@ from ditf.runtime.errors import BundleError, NewerSchema
 from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.reading import read_regular
 
-SCHEMA = 1
+SCHEMA = 2
 ENGINES_FOLDER = "engines"
 PLANS = {FEATURES: FEATURES_PLAN, MATCH: MATCH_PLAN}
 
@@ -47,7 +47,7 @@ class EngineRecord:
         flavour: "tensorrt" or "tensorrt-rtx".
         version: the version of the library that built it.
         target: the compute capability it was built for, "portable", or "" for the GPU that built it.
-        gpu: the GPU that built it, such as "NVIDIA Orin sm_87 8 SMs"; ditf 0.1.0 left out the SMs.
+        gpu: the GPU that built it, such as "NVIDIA Orin sm_87 8 SMs".
         driver: the newest CUDA version of that GPU's driver; 12060 is 12.6.
         onnx: {file of the bundle: sha256} of the files it was built from.
         batch: the smallest, usual and largest batch of each profile of features.plan.
@@ -115,11 +115,6 @@ class EngineRecord:
             return "" if self.target == gpu.target else f"built for {self.target}, this GPU is {gpu}"
         if self.gpu == str(gpu) or (newer and self.options.get("hardware_compatible")):
             return ""
-        if self.gpu == f"{gpu.name} {gpu.target}":
-            return (
-                f"built on {self.gpu} by ditf 0.1.0, which did not record the number of multiprocessors"
-                f" (here {gpu.multiprocessors})"
-            )
         return f"built on {self.gpu}, this GPU is {gpu}"
 
     @property
@@ -193,6 +188,11 @@ def parse_record(folder: Path, content: bytes) -> EngineRecord:
         raise NewerSchema(
             f"{folder} has schema {document['schema']}, this ditf reads up to {SCHEMA}",
             "run: pip install --upgrade ditf",
+        )
+    if document["schema"] < SCHEMA:
+        raise BundleError(
+            f"{folder.name} was built by ditf 0.1.0, whose plans round float32 products to TF32",
+            _BUILD,
         )
     hints = get_type_hints(EngineRecord)
     for item in fields(EngineRecord):

@@ -59,7 +59,8 @@ class OnnxRuntimeSession:
     """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`.
 
     Args:
-        tf32: float32 products may round their factors to TF32 on a GPU.
+        device: where it runs; None for the first GPU if there is one, else the CPU.
+        tf32: float32 products may round their factors to TF32, which has 10 mantissa bits, on a GPU.
     """
 
     batches = ()

@@ -13,10 +13,10 @@ from ditf.cli.support import bundles
 from ditf.runtime.backends import flavour
 from ditf.runtime.backends.engine_records import (
     PLANS,
+    SCHEMA,
     EngineRecord,
     build_command,
     choose_engine,
-    read_record,
     sources,
 )
 from ditf.runtime.backends.flavour import RTX
@@ -42,7 +42,7 @@ def bundle(demo_bundle) -> Bundle:
 def record(bundle) -> EngineRecord:
     """The record of an engine that was built on an Orin."""
     return EngineRecord(
-        schema=1, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
+        schema=SCHEMA, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
         onnx=sources(bundle), batch=[[1, 1, 1]], options={}, plans={}, left_out={}, seconds={}, peak_bytes=0,
     )  # fmt: skip
 
@@ -141,8 +141,8 @@ def test_the_flag_reaches_the_bundle(demo_bundle, flag, monkeypatch, capsys, tmp
     assert opened == [bool(flag)]
 
 
-def test_an_engine_of_0_1_0_has_no_multiprocessors(demo_bundle, tmp_path):
-    """engine.json as ditf 0.1.0 wrote it on an Orin. It may be of another Orin, so it is built again."""
+def test_an_engine_of_0_1_0_is_built_again(demo_bundle, tmp_path):
+    """engine.json as ditf 0.1.0 wrote it on an Orin: TF32 is in its plans, and it may be of another Orin."""
     bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
     key = "tensorrt-10.3.0-nvidia-orin-sm-87-b1-0f3a9c1e"
     plans = {plan: {"bytes": 1, "sha256": "0" * 64} for plan in ("features.plan", "match.plan")}
@@ -162,11 +162,9 @@ def test_an_engine_of_0_1_0_has_no_multiprocessors(demo_bundle, tmp_path):
     with pytest.raises(BundleError) as caught:
         choose_engine(bundle, "tensorrt", ORIN, "10.3.0")
     assert caught.value.problem.endswith(
-        f"{key} was built on NVIDIA Orin sm_87 by ditf 0.1.0, which did not record the number of"
-        " multiprocessors (here 8)"
+        f"{key} was built by ditf 0.1.0, whose plans round float32 products to TF32"
     )
     assert caught.value.fix == f"run: ditf build {bundle.path} --backend tensorrt"
-    assert read_record(folder).capability == "sm_87"  # enough for Triton, which picks by capability
 
 
 @pytest.mark.parametrize(
