@@ -256,7 +256,10 @@ def parse_targets(text: Optional[str]) -> list[Optional[str]]:
     targets = list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
     for target in targets:
         if target not in (*TARGETS, PORTABLE):
-            raise InputError(f"unknown target {target!r}", f"choose {', '.join((*TARGETS, PORTABLE))}")
+            raise InputError(
+                f"unknown target {target!r}",
+                f"choose {', '.join((*TARGETS, PORTABLE))}, or build on another GPU with --backend tensorrt",
+            )
     return list(targets)
 
 

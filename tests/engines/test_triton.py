@@ -308,8 +308,7 @@ def with_engine(tmp_path, demo_bundle):
         record = EngineRecord(
             schema=SCHEMA, key=key, flavour=flavour, version=version, target="",
             gpu=f"NVIDIA GPU {capability}", driver=12060, onnx=sources(Bundle.open(copy)),
-            batch=[[1, 1, 1]], options={},
-            plans=dict.fromkeys(names, empty), seconds={}, peak_bytes=0,
+            batch=[[1, 1, 1]], options={}, plans=dict.fromkeys(names, empty), seconds={}, peak_bytes=0,
             left_out={name: "why" for name in (FEATURES_PLAN, MATCH_PLAN) if name not in names},
         )  # fmt: skip
         (folder / RECORD).write_text(replace(record, **changes).to_json())
