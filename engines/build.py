@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
-import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -13,16 +11,22 @@ from pathlib import Path
 from typing import Any
 
 from ditf.engines.compile import BuildOptions, Say, Step, compile_plan
-from ditf.engines.network import LayerType, Profile, audit
-from ditf.engines.report.layer_log import read_layers
-from ditf.engines.report.summary import Report
+from ditf.engines.network import LayerType, audit
+from ditf.engines.profiles import (
+    Profiles,
+    advice,
+    batch_profiles,
+    features_options,
+    features_profiles,
+    limit_workspace,
+    match_profile,
+)
+from ditf.engines.pruning import check_own
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.backends.engine_records import (
     ENGINES_FOLDER,
     FEATURES_PLAN,
-    IMAGE_SIDES,
     MATCH_PLAN,
-    MATCH_PLAN_POINTS,
     RECORD,
     SCHEMA,
     EngineRecord,
@@ -33,17 +37,12 @@ from ditf.runtime.backends.engine_records import (
 from ditf.runtime.backends.flavour import PORTABLE, TARGETS, Flavour
 from ditf.runtime.backends.gpu import find_gpu
 from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
-from ditf.runtime.bundles.staging import ENGINE_FILES, staged
+from ditf.runtime.bundles.staging import staged
 from ditf.runtime.errors import BundleError, InputError, MissingComponent, NewerSchema
 from ditf.runtime.files.hashed import sha256
-from ditf.runtime.files.stage_folder import clear
 from ditf.runtime.files.user_cache import cache_file
 
-Profiles = tuple[tuple[int, int, int], ...]
-"""(smallest, usual, largest) batch of each optimisation profile."""
-
 _NO_FLOAT32_PRODUCTS = "sm_75"  # TensorRT-RTX has no float32 GEMM for it
-_KEY = re.compile(r"tensorrt(-rtx)?-\d[\w.]*-.+-b[\d-]+-[0-9a-f]{8}")  # as `engine_key` names engines
 _NOT_AHEAD = ("hardware_compatible", "version_compatible", "strip_weights")  # not for builds without a GPU
 
 
@@ -65,6 +64,7 @@ def build(
     force: bool = False,
     report: Say = lambda line: None,
     step: Step = lambda phase, done, total: None,
+    device: int = 0,
 ) -> Built:
     """Build features.plan and match.plan of a bundle, or reuse an engine that fits.
 
@@ -76,15 +76,17 @@ def build(
         force: build even if the engine is there.
         report: called with a line when a new piece of work starts.
         step: called with the progress of the compiler.
+        device: the number of the GPU that a flavour without ahead-of-time targets builds for. It must be the
+            thread's current device.
 
     Raises:
         DitfError: the options do not fit the bundle, the flavour needs a GPU and there is none, TensorRT
             refuses the graph, the network's types differ from the bundle's recipe, or the disk is full.
     """
-    _check_own(bundle)
-    sizes = _batch(bundle, batch)
+    check_own(bundle)
+    sizes = batch_profiles(bundle, batch)
     target = _target(flavour, options)
-    gpu = find_gpu() if target == "" else None
+    gpu = find_gpu(device) if target == "" else None
     key = engine_key(bundle, flavour, trt.__version__, target, str(gpu or ""), sizes, options)
     folder = bundle.path / ENGINES_FOLDER / key
     if not force and folder.is_dir():
@@ -97,6 +99,9 @@ def build(
         except BundleError as error:
             report(f"{error.problem}: building it again")
     bundle.verify(bundle.manifest.files)
+    for line in advice(bundle, sizes, trt):
+        report(line)
+    options = limit_workspace(options, gpu, report)
     cache = None
     if not flavour.ahead and gpu is not None:
         path = cache_file("timing", flavour.name, trt.__version__, str(gpu))
@@ -104,8 +109,8 @@ def build(
     with staged(folder, RECORD) as temporary:
         plans, left_out, seconds = {}, {}, {}
         for plan, onnx, profiles, given in (
-            (FEATURES_PLAN, FEATURES, _features_profiles(bundle, sizes), _features_options(bundle, options)),
-            (MATCH_PLAN, MATCH, [_match_profile(bundle)], replace(options, workspace=None)),
+            (FEATURES_PLAN, FEATURES, features_profiles(bundle, sizes), features_options(bundle, options)),
+            (MATCH_PLAN, MATCH, [match_profile(bundle)], replace(options, workspace=None)),
         ):
             if plan == MATCH_PLAN and target == _NO_FLOAT32_PRODUCTS:
                 left_out[plan] = f"{flavour.name} has no float32 products for {target}: numpy matches"
@@ -148,44 +153,6 @@ def build(
     return Built(folder, record, reused=False)
 
 
-def report_features(
-    bundle: Bundle,
-    flavour: Flavour,
-    trt: Any,
-    record: EngineRecord,
-    options: BuildOptions,
-    step: Step = lambda phase, done, total: None,
-) -> Report:
-    """Compile features.plan once more, with a detailed log, and report what became of the graph.
-
-    A dynamic batch is counted as the first profile's usual one.
-
-    Args:
-        record: of the engine.
-        options: with which it was built.
-        step: called with the progress of the compiler.
-
-    Raises:
-        InputError: the flavour's log is not one that can be read.
-        DitfError: see `build` and `read_layers`.
-    """
-    check_reportable(flavour)
-    batch = tuple((low, usual, high) for low, usual, high in record.batch)
-    graph, profiles = bundle.read_graph(FEATURES), _features_profiles(bundle, batch)
-    given = _features_options(bundle, options)
-    compiled = compile_plan(trt, graph, given, profiles, step=step, details=True)
-    return Report(FEATURES_PLAN, record.target, read_layers(compiled.log, batch[0][1]))
-
-
-def check_reportable(flavour: Flavour) -> None:
-    """Raise an InputError for a flavour whose builder does not log the compiled layers in a known form."""
-    if not flavour.ahead:
-        raise InputError(
-            f"--report reads the log of tensorrt-rtx, not of {flavour.name}",
-            "use --backend tensorrt-rtx, which needs no GPU",
-        )
-
-
 def engine_key(
     bundle: Bundle,
     flavour: Flavour,
@@ -201,67 +168,6 @@ def engine_key(
     where = target or "".join(c if c.isalnum() else "-" for c in gpu.lower())
     sizes = "-".join(str(size) for profile in batch for size in dict.fromkeys(profile))
     return f"{flavour.name}-{version}-{where}-b{sizes}-{digest}"
-
-
-def prune(bundle: Bundle, folders: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Remove stale engines, damaged engines, and the remains of builds that were killed.
-
-    Returns:
-        The removed folders, each with the reason. Links, folders that hold anything but an engine's files,
-        and engines that a newer ditf made are left alone.
-    """
-    _check_own(bundle)
-    left = [(path, "left by a build that was killed") for path in clear(bundle.path / ENGINES_FOLDER)]
-    removed = []
-    for folder in folders:
-        if not _engine_alone(folder):
-            continue
-        try:
-            record = read_record(folder, bundle.trust)
-            verify_plans(folder, record)
-            why = record.stale(bundle)
-        except NewerSchema:
-            continue
-        except BundleError as error:
-            why = error.problem
-        if why:
-            removed.append((folder, why))
-    for folder, _ in removed:
-        shutil.rmtree(folder)
-    return [*left, *removed]
-
-
-def _check_own(bundle: Bundle) -> None:
-    """Refuse an engines/ that is a link: a received bundle could point it outside of itself."""
-    if (bundle.path / ENGINES_FOLDER).is_symlink():
-        raise InputError(f"{bundle.path / ENGINES_FOLDER} is a link", "put a folder in its place")
-
-
-def _engine_alone(folder: Path) -> bool:
-    """Whether a folder has an engine's name and holds only files that `build` writes."""
-    if folder.is_symlink() or not _KEY.fullmatch(folder.name):
-        return False
-    inside = list(folder.iterdir())
-    return all(path.name in ENGINE_FILES and path.is_file() and not path.is_symlink() for path in inside)
-
-
-def _batch(bundle: Bundle, batch: Sequence[Sequence[int]]) -> Profiles:
-    own = bundle.manifest.batch
-    if own != "dynamic":
-        if any(set(sizes) != {own} for sizes in batch):
-            raise InputError(
-                f"--batch does not fit: this bundle's batch is {own}", "export it with --batch dynamic"
-            )
-        return ((own, own, own),)
-    profiles = []
-    for sizes in batch or ((1,),):
-        if list(sizes) != sorted(sizes) or len(sizes) not in (1, 3) or sizes[0] < 1:
-            raise InputError(
-                f"--batch {','.join(map(str, sizes))} is neither one size nor smallest, usual and largest",
-                "for example --batch 1,4,8, or --batch 1 --batch 8 for two profiles",
-            )
-        profiles.append((sizes[0], sizes[len(sizes) // 2], sizes[-1]))
-    return tuple(profiles)
 
 
 def _target(flavour: Flavour, options: BuildOptions) -> str:
@@ -289,34 +195,6 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
             "build on the device, or ahead of time with --backend tensorrt-rtx --target",
         )
     return ""
-
-
-def _features_options(bundle: Bundle, options: BuildOptions) -> BuildOptions:
-    return replace(options, tf32=bundle.may_round(FEATURES))
-
-
-def _features_profiles(bundle: Bundle, batch: Profiles) -> list[Profile]:
-    if bundle.manifest.batch != "dynamic":
-        return []
-    height, width = bundle.manifest.size
-    return [
-        {"image": ((low, height, width, 3), (usual, height, width, 3), (high, height, width, 3))}
-        for low, usual, high in batch
-    ]
-
-
-def _match_profile(bundle: Bundle) -> Profile:
-    h, w = bundle.manifest.grid
-
-    def over(sizes: tuple[int, int, int], cells: int) -> tuple[tuple[int, int], ...]:
-        return tuple((size, cells) for size in sizes)
-
-    return {
-        "point_rows": over(MATCH_PLAN_POINTS, h),  # type: ignore[dict-item]
-        "point_columns": over(MATCH_PLAN_POINTS, w),  # type: ignore[dict-item]
-        "rows": over(IMAGE_SIDES, h),  # type: ignore[dict-item]
-        "columns": over(IMAGE_SIDES, w),  # type: ignore[dict-item]
-    }
 
 
 def _explained(error: BundleError, bundle: Bundle, target: str) -> BundleError:

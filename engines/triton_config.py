@@ -52,6 +52,7 @@ class Placement:
         largest_batch: largest batch of a bundle with a dynamic batch.
         usual_batch: batch at which the plan is fastest.
         delay_us: how long an image waits for others, microseconds.
+        index: the number of the one GPU that they run on; None for all.
     """
 
     gpu: bool
@@ -59,6 +60,7 @@ class Placement:
     largest_batch: int
     usual_batch: int
     delay_us: int
+    index: int | None = None
 
 
 @dataclass(frozen=True)
@@ -203,6 +205,8 @@ def _instances(placement: Placement, profile: int | None) -> Config:
         "count": placement.instances,
         "kind": Enum("KIND_GPU" if placement.gpu else "KIND_CPU"),
     }
+    if placement.index is not None:
+        group["gpus"] = [placement.index]
     return group if profile is None else {**group, "profile": [str(profile)]}
 
 

@@ -59,7 +59,7 @@ def choose_plans(bundle: Bundle, targets: Sequence[str]) -> Plans:
     compatible = [one for one in usable if one[1].options.get("hardware_compatible")]
     by_target: dict[str, tuple[Path, EngineRecord]] = {}
     for folder, record in usable:
-        by_target.setdefault(_built_for(record), (folder, record))
+        by_target.setdefault(record.capability, (folder, record))
     if targets:
         chosen = {}
         for target in targets:
@@ -116,10 +116,6 @@ def _usable(bundle: Bundle) -> tuple[list[tuple[Path, EngineRecord]], list[str]]
         else:
             usable.append((folder, record))
     return sorted(usable, key=lambda one: _numbers(one[1].version), reverse=True), passed_over
-
-
-def _built_for(record: EngineRecord) -> str:
-    return record.target or (record.gpu or "").rpartition(" ")[2]
 
 
 def _profile(folder: Path, record: EngineRecord) -> tuple[int, tuple[int, int]]:

@@ -36,6 +36,7 @@ def load(
     backend: str = "auto",
     fit: str = "stretch",
     *,
+    device: str | None = None,
     require_signature: Union[str, Path, None] = None,
     allow_host_code: bool = False,
 ) -> Model:
@@ -45,16 +46,18 @@ def load(
         bundle: a directory written by ditf-export.
         backend: "auto", or the name of a backend, which must then be available.
         fit: how images are fitted to the engine's size: "stretch", or "pad", which keeps the aspect ratio.
+        device: "cuda" or "cuda:N" for a GPU, numbered as CUDA_VISIBLE_DEVICES leaves them, or "cpu". By
+            default it is the first GPU, and the CPU where ONNX Runtime cannot use that.
         require_signature: a file of OpenSSH public keys. One of them must have signed the bundle and the
             engine that is opened; see `ditf sign`.
         allow_host_code: accept a version-compatible TensorRT engine, which runs code of its own on the CPU.
 
     Raises:
-        DitfError: the bundle is missing, altered or not signed as required, no backend runs it, or `fit` is
-            unknown.
+        DitfError: the bundle is missing, altered or not signed as required, no backend runs it, there is no
+            such device, or `fit` is unknown.
     """
     trust = Trust(None if require_signature is None else Path(require_signature), allow_host_code)
-    return Model(Bundle.open(bundle, trust), backend, fit)
+    return Model(Bundle.open(bundle, trust), backend, fit, device)
 
 
 class Model:
@@ -67,14 +70,19 @@ class Model:
     """
 
     def __init__(
-        self, bundle: Bundle, backend: str | backends.Backend = "auto", fit: str = "stretch"
+        self,
+        bundle: Bundle,
+        backend: str | backends.Backend = "auto",
+        fit: str = "stretch",
+        device: str | None = None,
     ) -> None:
         if fit not in FITS:
             raise InputError(f"unknown fit {fit!r}", f"choose one of {', '.join(FITS)}")
         self.bundle = bundle
         self.fit = fit
-        self.backend, self._opened_by, self.reason = backends.choose_backend(bundle, backend)
-        self._features = self._opened_by.open_session(bundle, FEATURES)
+        opened = backends.open_features(bundle, backend, device)
+        self.backend, self._opened_by, self.reason = opened.name, opened.backend, opened.reason
+        self._features = opened.features
         self._runner = FeaturesRunner(bundle, self._features)
         if "features" not in self._features.outputs:
             raise BundleError(f"{bundle.path}: {FEATURES} gives no features", "export the bundle again")

@@ -42,11 +42,11 @@ class Rung:
         }
 
 
-def ladder(bundle: Bundle, golden: Golden, backend: str) -> list[Rung]:
+def ladder(bundle: Bundle, golden: Golden, backend: str, device: str | None = None) -> list[Rung]:
     """Compute a bundle's rungs and compare each with golden.npz.
 
     Args:
-        backend: name of the backend that is the last rung.
+        backend, device: what runs the last rung, see `ditf.load`.
     """
     precision = bundle.manifest.precision
     rungs = [
@@ -57,7 +57,7 @@ def ladder(bundle: Bundle, golden: Golden, backend: str) -> list[Rung]:
         name = f"features.onnx, {precision} arithmetic"
         rungs.append(Rung(name, _twin_metrics(bundle, golden, rounded=True), "every value rounded"))
     try:
-        with Model(bundle, backend) as model:
+        with Model(bundle, backend, device=device) as model:
             metrics = golden_result(golden, model.run, model.conditions).metrics
             rungs.append(Rung(f"{model.backend}", metrics, model.detail))
     except MissingComponent as error:

@@ -19,9 +19,10 @@ from ditf.calib.machine import machine, peak_bytes, resident_bytes
 from ditf.cli.support.baseline import Baseline
 from ditf.cli.support.bundles import open_bundle, open_model
 from ditf.cli.support.exporter import needs_exporter
-from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.options import RUNNING, BackendOption, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import bytes_text, say, show, table, write_json
 from ditf.cli.support.paths import check_picture, check_writable
+from ditf.cli.support.state import state
 from ditf.export.planning.export_options import parse_size
 from ditf.runtime import Model
 from ditf.runtime.bundles.bundle import Bundle
@@ -37,7 +38,7 @@ _IMAGES = 8  # inputs that rotate
 _MOST_PIXELS = 50_000_000
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def bench(
     bundle: BundleArgument,
     backend: BackendOption = "auto",
@@ -220,7 +221,7 @@ def _open_peer(
 ) -> tuple[Callable[[int], object], str]:
     """Open a peer that computes the same features; returns its function and a description."""
     if peer == "onnxruntime":
-        other = stack.enter_context(Model(bundle, "onnxruntime"))
+        other = stack.enter_context(Model(bundle, "onnxruntime", device=state.device))
         feeds = other.feeds()
         return lambda index: next(other.maps(work.fitted[index % _IMAGES][None], feeds)), other.detail
     with needs_exporter():

@@ -14,10 +14,15 @@ from ditf.cli.support.options import SIGNATURE, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import bytes_text, say, show, table, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import steps
-from ditf.engines.build import Built, check_reportable, prune, report_features
+from ditf.engines.build import Built
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
+from ditf.engines.pruning import prune
+from ditf.engines.report.features import check_reportable, report_features
+from ditf.engines.trtexec import unread_opset
 from ditf.export.estimate.devices import DEVICES
+from ditf.runtime.backends.cuda import open_cuda
+from ditf.runtime.backends.device import find_device
 from ditf.runtime.backends.engine_records import engine_folders, read_record, verify_plans
 from ditf.runtime.backends.flavour import PORTABLE, TARGETS, choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
@@ -75,6 +80,12 @@ def build(
     strip_weights: Annotated[
         bool, typer.Option("--strip-weights", help="Build plans without weights.")
     ] = False,
+    device: Annotated[
+        Optional[str],
+        typer.Option(
+            metavar="cuda|cuda:N", help="GPU that tensorrt builds on and for; the first by default."
+        ),
+    ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what exists.")] = False,
     report: Annotated[
         Optional[Path],
@@ -98,7 +109,7 @@ def build(
         "version_compatible": version_compatible,
         "strip_weights": strip_weights,
     }
-    built = build_targets(opened, backend, target, sizes, options, force)
+    built = build_targets(opened, backend, target, sizes, options, force, device)
     if report is not None:
         _report(report, opened, backend, built, options)
     write_json(json_file, {"bundle": str(bundle), "engines": [_document(one) for one in built]})
@@ -133,16 +144,29 @@ def build_targets(
     batch: Sequence[Sequence[int]] = (),
     options: Optional[dict[str, Any]] = None,
     force: bool = False,
+    device: Optional[str] = None,
 ) -> list[Built]:
     """Build for every target of a comma-separated list, and print what was built."""
     targets = parse_targets(target)
+    index = None if device is None else find_device(device).index
+    if device is not None and index is None:
+        raise InputError("engines are not for the CPU", "leave --device out; ONNX Runtime runs there")
     flavour, trt = choose_flavour(backend)
+    if index is not None:
+        if flavour.ahead:
+            raise InputError(
+                f"{flavour.name} builds without a GPU, so --device means nothing", "give --target"
+            )
+        open_cuda(index).use()  # TensorRT builds on the thread's current device
     say(f"{flavour.name} {trt.__version__}" + (" (auto)" if backend == "auto" else ""))
+    newer = unread_opset(bundle.manifest.opset, trt.__version__) if not flavour.ahead else ""
+    if newer:
+        say(f"warning: {newer}")
     built = []
     for one in targets:
         with steps() as step:
             settings = BuildOptions(target=one, **(options or {}))
-            made = build_bundle(bundle, flavour, trt, settings, batch, force, say, step)
+            made = build_bundle(bundle, flavour, trt, settings, batch, force, say, step, index or 0)
         record = made.record
         plans = ", ".join(f"{name} {bytes_text(plan['bytes'])}" for name, plan in record.plans.items())
         took = "was there" if made.reused else f"built in {sum(record.seconds.values()):.1f} s"

@@ -22,7 +22,7 @@ from ditf.cli.support.check_independent import (
     independent_golden,
 )
 from ditf.cli.support.check_where import Findings, check_bisect, check_ladder, check_overflow, check_ranges
-from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BundleArgument, JsonOption, verb
+from ditf.cli.support.options import RUNNING, BackendOption, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import say, show, table, write_json
 from ditf.cli.support.paths import check_picture, check_writable
 from ditf.runtime import FeatureMap, Model
@@ -39,7 +39,7 @@ _GRAPH_SIDE = 1024
 products with 10 mantissa bits (TF32) still find the right one. Here they miss it for most points."""
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def check(
     bundle: BundleArgument,
     backend: BackendOption = "auto",

@@ -29,7 +29,7 @@ from ditf.cli.support.eval_report import (
     headline_table,
 )
 from ditf.cli.support.eval_wiring import Wiring
-from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, FitOption, JsonOption, verb
+from ditf.cli.support.options import RUNNING, BackendOption, FitOption, JsonOption, verb
 from ditf.cli.support.output import say, show, tell, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import stages, steps
@@ -40,7 +40,7 @@ _LISTED = 20  # problems of the data that are printed at most
 _CREATURES = "creatures"
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def evaluate_bundle(
     name: Annotated[str, typer.Argument(metavar="BENCHMARK", help=", ".join(BENCHMARKS))],
     bundles: Annotated[

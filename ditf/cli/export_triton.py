@@ -16,6 +16,7 @@ from ditf.cli.support.paths import check_outside, check_writable
 from ditf.engines.triton import RepositoryModel, bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import FLAVOUR, NoEngine, Plans, choose_plans
+from ditf.runtime.backends.device import parse_device
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import InputError
 
@@ -45,7 +46,13 @@ def export_triton(
         Optional[str],
         typer.Option(metavar="sm_87,...", help="GPUs of the servers; by default all that have engines."),
     ] = None,
-    device: Annotated[str, typer.Option(metavar="gpu|cpu", help="Where the graphs run.")] = "gpu",
+    device: Annotated[
+        str,
+        typer.Option(
+            metavar="gpu|cuda:N|cpu",
+            help="Where the graphs run: on every GPU of the server, on one of them, or on the CPU.",
+        ),
+    ] = "gpu",
     instances: Annotated[
         int, typer.Option(metavar="N", min=1, max=64, help="Instances of each graph on each GPU.")
     ] = 1,
@@ -67,13 +74,14 @@ def export_triton(
     """
     check_outside(repository, inputs=(bundle,))
     check_writable(json_file, inputs=(bundle, repository))
-    if device not in ("gpu", "cpu"):
-        raise InputError(f"--device {device!r} is not gpu or cpu")
+    place = None if device == "gpu" else parse_device(device)
+    on_cpu = place is not None and place.index is None
     opened = open_bundle(bundle)
     called = check_name(name or bundle.resolve().name)
-    plans, reason = _plans(opened, backend, target, device)
+    plans, reason = _plans(opened, backend, target, on_cpu)
     usual, largest = _batch(opened, plans, max_batch)
-    placement = Placement(device == "gpu", instances, largest, usual, round(batch_delay * 1000))
+    index = None if place is None else place.index
+    placement = Placement(not on_cpu, instances, largest, usual, round(batch_delay * 1000), index)
     models = bundle_models(opened, called, placement, plans)
     what = f"TensorRT {plans.version} plans" if plans else "ONNX Runtime"
     say(f"{bundle} for {what} ({reason})")
@@ -81,7 +89,7 @@ def export_triton(
     _report(bundle, repository, models, [path.name for path in gone], plans, json_file)
 
 
-def _plans(opened: Bundle, backend: str, target: Optional[str], device: str) -> tuple[Optional[Plans], str]:
+def _plans(opened: Bundle, backend: str, target: Optional[str], on_cpu: bool) -> tuple[Optional[Plans], str]:
     """The engines to serve, or None for ONNX Runtime, and the reason."""
     if backend not in ("auto", FLAVOUR, "onnxruntime"):
         raise InputError(
@@ -89,7 +97,7 @@ def _plans(opened: Bundle, backend: str, target: Optional[str], device: str) -> 
             f"choose auto, {FLAVOUR} or onnxruntime",
         )
     targets = _parse_gpus(target)
-    if backend == "onnxruntime" or device == "cpu":
+    if backend == "onnxruntime" or on_cpu:
         if targets or backend == FLAVOUR:
             raise InputError(
                 "engines need TensorRT and a GPU", "leave out --target, or --backend and --device"

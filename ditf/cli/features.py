@@ -12,8 +12,7 @@ import typer
 
 from ditf.cli.support.bundles import open_bundle, open_model
 from ditf.cli.support.options import (
-    HOST_CODE,
-    SIGNATURE,
+    RUNNING,
     BackendOption,
     BundleArgument,
     FitOption,
@@ -40,7 +39,7 @@ _ENGINES = ("local", "ray")
 _LARGEST_LIST = 256 << 20  # bytes of a list of images
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def features(
     bundle: BundleArgument,
     output: Annotated[
@@ -105,6 +104,8 @@ def features(
         )
     if engine not in _ENGINES:
         raise InputError(f"unknown engine {engine!r}", f"choose one of {', '.join(_ENGINES)}")
+    if engine == "ray" and state.device is not None:
+        raise InputError("--device does not go with --engine ray", "Ray gives each actor its GPU")
     if engine != "ray" and (ray_address is not None or workers is not None):
         raise InputError("--ray-address and --workers require --engine ray", "add --engine ray")
     read = (bundle, *(images or ()), *(inputs or ()))

@@ -13,8 +13,7 @@ import typer
 from ditf.cli.support.bundles import open_bundle, open_model
 from ditf.cli.support.match_report import Answer, draw_pictures, optional_document, show_answer
 from ditf.cli.support.options import (
-    HOST_CODE,
-    SIGNATURE,
+    RUNNING,
     BackendOption,
     BundleArgument,
     FitOption,
@@ -52,7 +51,7 @@ class _Request:
     flow_back: bool
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def match(
     bundle: BundleArgument,
     source: Annotated[Path, typer.Argument(metavar="SOURCE", help="Image that the points are in.")],

@@ -16,7 +16,7 @@ import typer
 from PIL import Image
 
 from ditf.cli.support.bundles import open_bundle
-from ditf.cli.support.options import HOST_CODE, SIGNATURE, BackendOption, BatchDelayOption, FitOption, verb
+from ditf.cli.support.options import RUNNING, BackendOption, BatchDelayOption, FitOption, verb
 from ditf.cli.support.output import show
 from ditf.cli.support.state import state
 from ditf.runtime import Model
@@ -33,7 +33,7 @@ _CLOSING_S = 5.0  # for an engine's call that still runs when all requests have 
 _log = logging.getLogger("ditf.serve")
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def serve(
     bundles: Annotated[
         list[Path], typer.Argument(metavar="BUNDLE...", help="Directories made by ditf-export.")
@@ -119,7 +119,7 @@ def serve(
             _log.warning(f"anyone who reaches {host} can use this server; set {KEY_VARIABLE}")
         models: dict[str, Model] = {}
         for name, path in names.items():
-            models[name] = model = Model(open_bundle(path), backend, fit)
+            models[name] = model = Model(open_bundle(path), backend, fit, state.device)
             _tell("opened", bundle=str(path), backend=model.detail, reason=model.reason)
         metrics = ServerMetrics()
         service = Service(models, limits, Batching(batch_delay / 1e3, max_batch), int(cache * MIB), metrics)

@@ -12,8 +12,7 @@ from PIL import Image
 
 from ditf.cli.support.bundles import open_bundle, open_model
 from ditf.cli.support.options import (
-    HOST_CODE,
-    SIGNATURE,
+    RUNNING,
     BackendOption,
     BundleArgument,
     FitOption,
@@ -33,7 +32,7 @@ from ditf.runtime.label_images import read_label_image, write_label_image
 from ditf.runtime.matching.points import check_points, parse_points
 
 
-@verb(SIGNATURE, HOST_CODE)
+@verb(*RUNNING)
 def track(
     bundle: BundleArgument,
     source: Annotated[

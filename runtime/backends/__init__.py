@@ -1,20 +1,20 @@
 """The registry of backends: what can run a bundle's graphs, and how each one is opened.
 
-A backend is one file and one entry of `BACKENDS`. The file holds a class with the four methods of `Backend`.
+A backend is one file and one entry of `BACKENDS`. The file holds a class with the three methods of `Backend`.
 The file is imported when the backend is asked for, and the library that it drives when a session opens. The
 two TensorRT backends share a file and differ in an argument.
 """
 
 from __future__ import annotations
 
-import functools
 import importlib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ditf.runtime.bundles.bundle import Bundle
-from ditf.runtime.errors import DitfError, InputError, MissingComponent
+from ditf.runtime.backends.device import Device, find_device
+from ditf.runtime.bundles.bundle import FEATURES, Bundle
+from ditf.runtime.errors import BundleError, InputError, MissingComponent
 
 
 @dataclass(frozen=True)
@@ -25,8 +25,9 @@ class BackendEntry:
         name: the value of --backend that selects it.
         module: the module that holds its class.
         class_name: the class, which has the methods of `Backend`.
-        arguments: what the class is made with.
+        arguments: what the class is made with, beside the device.
         platform: what the Open Inference Protocol's model metadata call the format that it runs.
+        needs_gpu: whether it does not run on a CPU.
     """
 
     name: str
@@ -34,16 +35,16 @@ class BackendEntry:
     class_name: str
     arguments: tuple[str, ...]
     platform: str
+    needs_gpu: bool
 
 
+_HERE = "ditf.runtime.backends"
 _ENTRIES = (
-    BackendEntry("tensorrt", "ditf.runtime.backends.engine", "EngineBackend", ("tensorrt",), "tensorrt_plan"),
-    BackendEntry(
-        "tensorrt-rtx", "ditf.runtime.backends.engine", "EngineBackend", ("tensorrt-rtx",), "tensorrt_plan"
+    *(
+        BackendEntry(name, f"{_HERE}.engine", "EngineBackend", (name,), "tensorrt_plan", True)
+        for name in ("tensorrt", "tensorrt-rtx")
     ),
-    BackendEntry(
-        "onnxruntime", "ditf.runtime.backends.onnxruntime", "OnnxRuntimeBackend", (), "onnxruntime_onnx"
-    ),
+    BackendEntry("onnxruntime", f"{_HERE}.onnxruntime", "OnnxRuntimeBackend", (), "onnxruntime_onnx", False),
 )
 BACKENDS = {entry.name: entry for entry in _ENTRIES}
 """The backends by name, in the order in which `auto` prefers them."""
@@ -110,54 +111,88 @@ class Backend(Protocol):
     def prepared(self, bundle: Bundle) -> bool:
         """Whether the bundle holds what this backend runs. Nothing is imported to answer this."""
 
-    def ready(self, bundle: Bundle) -> None:
-        """Raise a DitfError if this backend cannot run the bundle on this machine."""
-
     def open_session(self, bundle: Bundle, graph: str) -> Session:
-        """Open features.onnx or match.onnx, or the engine that was built from it."""
+        """Open features.onnx or match.onnx, or the engine that was built from it.
+
+        Raises:
+            MissingComponent, BundleError: this backend cannot run the bundle on this machine.
+            DitfError: it could, but the GPU has too little free memory or has failed.
+        """
 
 
-def choose_backend(bundle: Bundle, name: str | Backend = "auto") -> tuple[str, Backend, str]:
-    """Pick the backend that runs a bundle.
+@dataclass(frozen=True)
+class Opened:
+    """A backend that opened a bundle.
+
+    Attributes:
+        name: the backend's name.
+        backend: what opens the bundle's other graphs.
+        features: the session of features.onnx.
+        reason: why this backend was chosen.
+    """
+
+    name: str
+    backend: Backend
+    features: Session
+    reason: str
+
+
+def open_features(bundle: Bundle, name: str | Backend = "auto", device: str | None = None) -> Opened:
+    """Open features.onnx with the backend that runs a bundle.
+
+    "auto" takes the first backend that opens the bundle. It goes on when the bundle has no engine that fits,
+    and when TensorRT refuses the plan. It does not go on when the GPU's memory is too small or the GPU has
+    failed: the next backend would need as much memory, or be a CPU that is many times slower.
 
     Args:
         name: "auto", a name of `BACKENDS`, or a backend object outside the registry, which is used as it is.
-
-    Returns:
-        The backend's name, the backend, and the reason for the choice.
+        device: "cpu", "cuda" or "cuda:N". By default an engine runs on the first GPU, and ONNX Runtime too if
+            it can use it.
 
     Raises:
-        InputError: the name is unknown.
-        MissingComponent: the named backend is not available here, or, with "auto", none is.
+        InputError: the name or the device is unknown, or the named backend does not run on the CPU.
+        MissingComponent: there is no such device, or the named backend is not available here, or, with
+            "auto", none is.
         BundleError: the bundle has no engine that the named backend can run.
+        DitfError: the GPU's memory is too small, or the GPU has failed.
     """
     if not isinstance(name, str):
-        return type(name).__name__, name, "given"
+        return Opened(type(name).__name__, name, name.open_session(bundle, FEATURES), "given")
+    if name not in ("auto", *BACKENDS):
+        raise InputError(f"unknown backend {name!r}", f"choose auto or {', '.join(BACKENDS)}")
+    place = None if device is None else find_device(device)
+    on_cpu = place is not None and place.index is None
     if name != "auto":
-        if name not in BACKENDS:
-            raise InputError(f"unknown backend {name!r}", f"choose auto or {', '.join(BACKENDS)}")
-        backend = load_backend(name)
-        backend.ready(bundle)
-        return name, backend, "named"
+        if on_cpu and BACKENDS[name].needs_gpu:
+            raise InputError(f"{name} does not run on the CPU", "use --backend onnxruntime, or --device cuda")
+        backend = load_backend(name, place)
+        return Opened(name, backend, backend.open_session(bundle, FEATURES), "named")
     passed_over = []
-    for candidate in BACKENDS:
-        backend = load_backend(candidate)
+    for candidate, entry in BACKENDS.items():
+        if on_cpu and entry.needs_gpu:
+            passed_over.append(f"{candidate} needs a GPU")
+            continue
+        backend = load_backend(candidate, place)
         if not backend.prepared(bundle):
             passed_over.append(f"no {candidate} engine in the bundle")
             continue
         try:
-            backend.ready(bundle)
-        except DitfError as error:
+            session = backend.open_session(bundle, FEATURES)
+        except (BundleError, MissingComponent) as error:  # too little memory ends the search
             passed_over.append(f"not {candidate}: {error.problem}")
             last = error
             continue
-        return candidate, backend, "; ".join(["auto", *passed_over])
+        return Opened(candidate, backend, session, "; ".join(["auto", *passed_over]))
     raise MissingComponent(f"no backend opens here ({'; '.join(passed_over)})", last.fix)
 
 
-@functools.cache
-def load_backend(name: str) -> Backend:
-    """The backend of a registry entry. Its module is imported now, the library it drives when it opens."""
+def load_backend(name: str, device: Device | None = None) -> Backend:
+    """The backend of a registry entry on a device; None is its own choice, see `open_features`.
+
+    Its module is imported now, and the library that it drives when a session opens.
+    """
     entry = BACKENDS[name]
-    backend: Backend = getattr(importlib.import_module(entry.module), entry.class_name)(*entry.arguments)
+    backend: Backend = getattr(importlib.import_module(entry.module), entry.class_name)(
+        *entry.arguments, device=device
+    )
     return backend

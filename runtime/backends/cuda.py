@@ -48,7 +48,7 @@ class Cuda:
     Attributes:
         device: as given.
         failed: what ended the use of the GPU in this process; "" while it works.
-        sessions: how many are open. Without one, memory that arrays give back is freed.
+        sessions: identifies those that are open. Without one, memory that arrays give back is freed.
 
     Raises:
         MissingComponent: cuda-python is not installed, or no driver answers.
@@ -67,7 +67,7 @@ class Cuda:
                 "ditf doctor lists the devices",
             )
         self.device = device
-        self.sessions = 0
+        self.sessions: set[int] = set()
         self._pool: dict[int, list[int]] = {}  # free device memory by size
         self._lock = threading.RLock()  # reentrant: the garbage collector may give memory back at any time
 
@@ -289,9 +289,11 @@ def no_driver(detail: str) -> MissingComponent:
             "run it where there is an NVIDIA GPU, or use --backend onnxruntime",
         )
     driver = version_text(gpu.driver)
+    # cuda-python, because there is no cuda-bindings before 12.8. A bound, because not every version exists.
+    # The minor version counts: a Jetson's driver takes no newer one. Both packages write the same files.
     return MissingComponent(
         f"the driver runs CUDA up to {driver}, cuda-python is for a newer one ({detail})",
-        f"run: pip install 'cuda-bindings=={driver.split('.')[0]}.*'",
+        f"run: pip uninstall -y cuda-bindings cuda-python && pip install 'cuda-python<={driver}.99'",
     )
 
 

@@ -54,11 +54,11 @@ def capture(cuda: Cuda, stream: Any, work: Callable[[], None]) -> Any:
         DitfError: a part of the work cannot be captured. The stream stays usable.
     """
     mode = cuda.constant("cudaStreamCaptureMode.cudaStreamCaptureModeThreadLocal")
-    cuda("cudaStreamBeginCapture", stream, mode)
     try:
+        cuda("cudaStreamBeginCapture", stream, mode)
         work()
     except BaseException:
-        # The capture must end. Work that failed leaves no graph, or half of one.
+        # The capture must end, or the stream cannot be used again. What it holds, if anything, is incomplete.
         with suppress(DitfError):
             cuda("cudaGraphDestroy", cuda("cudaStreamEndCapture", stream))
         raise

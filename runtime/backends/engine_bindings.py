@@ -131,6 +131,7 @@ class Bindings:
             raise InputError(f"{plan.path} was not built for {given}", "build it with another --batch")
         while len(self._kept) >= _MOST or (len(self._kept) >= _FEWEST and self._is_tight()):
             self.drop(next(iter(self._kept.values())))
+        plan.log.last = "no message"  # what was said before is about something else
         context = self._factory.context()
         if context is None:
             raise self._refused("gives no execution context")
@@ -196,7 +197,7 @@ class Bindings:
 
     def _refused(self, problem: str) -> DitfError:
         reason = self._plan.log.last
-        if "memory" in reason.lower():
+        if "outofmemory" in reason.lower().replace(" ", ""):  # TensorRT spells it both ways
             return OutOfDeviceMemory(
                 f"{self._plan.path} {problem} ({reason}), {self._cuda.memory[0] / 1e6:.0f} MB are free",
                 "free some, or use a smaller --size or --batch, an earlier --layer, or --ensemble 1",

@@ -6,23 +6,25 @@ Nothing here deserialises an engine.
 from __future__ import annotations
 
 import json
+import re
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Optional, get_type_hints
 
-from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, TARGETS
+from ditf.runtime.backends.flavour import FLAVOURS, PORTABLE, RTX, TARGETS, has_rtx
 from ditf.runtime.backends.gpu import Gpu, version_text
 from ditf.runtime.bundles.bundle import FEATURES, FEATURES_DATA, MATCH, Bundle
 from ditf.runtime.bundles.manifest import conforms
 from ditf.runtime.bundles.signing import ANYONE, Trust
+from ditf.runtime.bundles.staging import FEATURES_PLAN as FEATURES_PLAN
+from ditf.runtime.bundles.staging import MATCH_PLAN as MATCH_PLAN
+from ditf.runtime.bundles.staging import RECORD as RECORD
 from ditf.runtime.errors import BundleError, NewerSchema
 from ditf.runtime.files.hashed import HashedFile
 from ditf.runtime.files.reading import read_regular
 
-SCHEMA = 1
+SCHEMA = 2
 ENGINES_FOLDER = "engines"
-RECORD = "engine.json"
-FEATURES_PLAN, MATCH_PLAN = "features.plan", "match.plan"
 PLANS = {FEATURES: FEATURES_PLAN, MATCH: MATCH_PLAN}
 
 MATCH_PLAN_POINTS = (1, 16, 16)
@@ -33,7 +35,7 @@ image. TensorRT may reserve memory for the largest, which is 1 GB here."""
 _BUILD = "build it again: ditf build"
 _RECORD_BYTES = 1 << 20  # an engine.json with more bytes is not read
 _LONGEST_FIRST = sorted(FLAVOURS, key=len, reverse=True)  # one name begins with the other
-_OLDEST_COMPATIBLE = "sm_80"  # the oldest GPU that hardware compatibility covers
+_OLDEST_COMPATIBLE = 80  # the oldest GPU that hardware compatibility and portable engines cover
 
 
 @dataclass(frozen=True)
@@ -45,7 +47,7 @@ class EngineRecord:
         flavour: "tensorrt" or "tensorrt-rtx".
         version: the version of the library that built it.
         target: the compute capability it was built for, "portable", or "" for the GPU that built it.
-        gpu: the GPU that built it, such as "NVIDIA Orin sm_87".
+        gpu: the GPU that built it, such as "NVIDIA Orin sm_87 8 SMs".
         driver: the newest CUDA version of that GPU's driver; 12060 is 12.6.
         onnx: {file of the bundle: sha256} of the files it was built from.
         batch: the smallest, usual and largest batch of each profile of features.plan.
@@ -90,12 +92,9 @@ class EngineRecord:
         stale = self.stale(bundle)
         if stale:
             return stale
-        if self.target not in ("", PORTABLE, gpu.target):
-            return f"built for {self.target}, this GPU is {gpu}"
-        if self.target == "" and self.gpu != str(gpu):
-            newer = _capability(gpu.target) >= _capability(_OLDEST_COMPATIBLE)
-            if not (self.options.get("hardware_compatible") and newer):
-                return f"built on {self.gpu}, this GPU is {gpu}"
+        why = self._other_gpu(gpu)
+        if why:
+            return why
         if self.driver is not None and self.driver > gpu.driver:
             return (
                 f"built under a driver of CUDA {version_text(self.driver)}, here it is"
@@ -106,6 +105,23 @@ class EngineRecord:
             if not kept:
                 return f"built with {self.flavour} {self.version}, installed is {version}"
         return ""
+
+    def _other_gpu(self, gpu: Gpu) -> str:
+        newer = gpu.capability >= _OLDEST_COMPATIBLE
+        if self.target == PORTABLE:
+            covered = newer and has_rtx(gpu)
+            return "" if covered else f"built for {PORTABLE}, which leaves out {gpu.target}"
+        if self.target:
+            return "" if self.target == gpu.target else f"built for {self.target}, this GPU is {gpu}"
+        if self.gpu == str(gpu) or (newer and self.options.get("hardware_compatible")):
+            return ""
+        return f"built on {self.gpu}, this GPU is {gpu}"
+
+    @property
+    def capability(self) -> str:
+        """The compute capability that it was built for, such as "sm_87"; or "portable"."""
+        words = reversed((self.gpu or "").split())
+        return self.target or next((word for word in words if re.fullmatch(r"sm_[0-9]{2,3}", word)), "")
 
     def plan(self, folder: Path, name: str) -> HashedFile:
         """One of the plans, with the size and hash that this record gives for it."""
@@ -173,6 +189,11 @@ def parse_record(folder: Path, content: bytes) -> EngineRecord:
             f"{folder} has schema {document['schema']}, this ditf reads up to {SCHEMA}",
             "run: pip install --upgrade ditf",
         )
+    if document["schema"] < SCHEMA:
+        raise BundleError(
+            f"{folder.name} was built by ditf 0.1.0, whose plans round float32 products to TF32",
+            _BUILD,
+        )
     hints = get_type_hints(EngineRecord)
     for item in fields(EngineRecord):
         if item.name not in document or not conforms(document[item.name], hints[item.name]):
@@ -193,6 +214,7 @@ def _contradiction(folder: Path, record: EngineRecord) -> str:
         "version": record.key.startswith(f"{record.flavour}-{record.version}-"),
         "text": all(text.isprintable() for text in texts),
         "target": record.target in ("", PORTABLE, *TARGETS),
+        "gpu": bool(record.capability),
         "batch": bool(record.batch)
         and all(len(one) == 3 and 1 <= one[0] <= one[1] <= one[2] for one in record.batch),
         "plans": FEATURES_PLAN in record.plans
@@ -218,6 +240,15 @@ def verify_plans(folder: Path, record: EngineRecord, contents: bool = True) -> N
         record.plan(folder, name).check(contents)
 
 
+def build_command(bundle: Bundle, flavour: str, gpu: Gpu) -> str:
+    """The command that builds an engine for a GPU; with TensorRT where TensorRT-RTX has no target."""
+    command = f"run: ditf build {bundle.path} --backend"
+    if flavour == RTX and has_rtx(gpu):
+        older = gpu.capability < _OLDEST_COMPATIBLE
+        return f"{command} {RTX}" + (f" --target {gpu.target}" if older else "")
+    return f"{command} tensorrt"
+
+
 def has_engine(bundle: Bundle, flavour: str) -> bool:
     """Whether a bundle has an engine of a flavour, whether it fits this machine or not."""
     return any(_flavour_of(folder) == flavour for folder in engine_folders(bundle.path))
@@ -231,7 +262,6 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
     Raises:
         BundleError: no engine fits; the message says what differs, and which command builds one.
     """
-    fix = f"run: ditf build {bundle.path} --backend {flavour}"
     misfits, fitting = [], []
     for folder in engine_folders(bundle.path):
         if _flavour_of(folder) != flavour:
@@ -250,7 +280,10 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
             fitting.append((record.host_code, record.target == PORTABLE, folder, record))
     if not fitting:
         what = "; ".join(misfits) or "it has none"
-        raise BundleError(f"{bundle.path} has no {flavour} engine that runs here: {what}", fix)
+        raise BundleError(
+            f"{bundle.path} has no {flavour} engine that runs here: {what}",
+            build_command(bundle, flavour, gpu),
+        )
     *_, folder, record = min(fitting, key=lambda one: one[:3])
     return folder, record
 
@@ -258,10 +291,6 @@ def choose_engine(bundle: Bundle, flavour: str, gpu: Gpu, version: str) -> tuple
 def _flavour_of(folder: Path) -> str | None:
     """The flavour that a directory's name begins with, or None."""
     return next((one for one in _LONGEST_FIRST if folder.name.startswith(f"{one}-")), None)
-
-
-def _capability(target: str) -> int:
-    return int(target.removeprefix("sm_"))
 
 
 def _same_major_and_newer(version: str, built: str) -> bool:

@@ -206,9 +206,9 @@ class _Parts:
         """Make everything, and note how it is freed: in reverse, as TensorRT requires."""
         cuda = self.cuda
         cuda.use()
-        cuda.sessions += 1
+        cuda.sessions.add(id(self))
         self._on_free(cuda.trim)
-        self._on_free(self._leave)
+        self._on_free(lambda: cuda.sessions.discard(id(self)))
         self.stream = cuda("cudaStreamCreateWithFlags", 1)  # cudaStreamNonBlocking
         self._on_free(lambda: cuda("cudaStreamDestroy", self.stream))
         self.watch = Stopwatch(cuda, self.stream)
@@ -232,9 +232,6 @@ class _Parts:
         self._held.close()
         if self._problems:
             logger.warning("%s: the GPU's memory is not all freed: %s", self._path, self._problems[0])
-
-    def _leave(self) -> None:
-        self.cuda.sessions -= 1
 
     def _on_free(self, step: Callable[[], object]) -> None:
         self._held.callback(self._attempt, step)

@@ -12,6 +12,7 @@ import weakref
 from dataclasses import dataclass
 from typing import Any
 
+from ditf.runtime.backends.gpu import Gpu, find_gpus
 from ditf.runtime.errors import InputError, MissingComponent
 
 logger = logging.getLogger(__name__)
@@ -20,7 +21,9 @@ TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """Compute capabilities that TensorRT-RTX builds for ahead of time."""
 
 PORTABLE = "portable"
-"""The target of an engine for all of `TARGETS`, which is compiled to the end on the GPU that runs it."""
+"""The target of an engine for all of `TARGETS` but sm_75, which is compiled to the end where it runs."""
+
+RTX = "tensorrt-rtx"
 
 
 @dataclass(frozen=True)
@@ -92,8 +95,19 @@ def choose_flavour(name: str) -> tuple[Flavour, Any]:
             return flavour, load_flavour(flavour.name)
         except MissingComponent as error:
             reasons.append(error.problem)
-    last = FLAVOURS["tensorrt-rtx"]
-    raise MissingComponent(f"nothing here builds engines ({'; '.join(reasons)})", last.install)
+    gpus = find_gpus()
+    helps = RTX if not gpus or any(map(has_rtx, gpus)) else "tensorrt"
+    raise MissingComponent(f"nothing here builds engines ({'; '.join(reasons)})", FLAVOURS[helps].install)
+
+
+def has_rtx(gpu: Gpu) -> bool:
+    """Whether TensorRT-RTX runs on a GPU.
+
+    It runs on the GPUs that it has targets for, by NVIDIA's documentation of version 1.7. Between them lie
+    Jetson's Orin (sm_87) and Thor (sm_110), and data-centre GPUs such as the H100 (sm_90), for which it has
+    none. GPUs newer than the last target are left to TensorRT-RTX to judge.
+    """
+    return gpu.target in TARGETS or gpu.capability > int(TARGETS[-1].removeprefix("sm_"))
 
 
 class Log:

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from ditf.runtime.backends import Probe
+from ditf.runtime.backends.device import Device
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.onnx_graph import ITEM_BYTES, Graph
 from ditf.runtime.errors import BundleError, MissingComponent
@@ -17,12 +18,19 @@ from ditf.runtime.errors import BundleError, MissingComponent
 logger = logging.getLogger(__name__)
 
 _INSTALL = "run: pip install 'ditf[onnxruntime]' (or 'ditf[onnxruntime-gpu]' for CUDA, never both)"
-_WANTED = ("CUDAExecutionProvider", "CPUExecutionProvider")
+_WANTED = _CUDA_PROVIDER, _CPU_PROVIDER = "CUDAExecutionProvider", "CPUExecutionProvider"
 _CPU = Path("/proc/cpuinfo")
 
 
 class OnnxRuntimeBackend:
-    """ONNX Runtime; see `ditf.runtime.backends.Backend`."""
+    """ONNX Runtime; see `ditf.runtime.backends.Backend`.
+
+    Args:
+        device: None for CUDA's first GPU if that provider loads, and the CPU otherwise.
+    """
+
+    def __init__(self, device: Device | None = None) -> None:
+        self._device = device
 
     def probe(self) -> Probe:
         """Find out whether ONNX Runtime imports, and which providers it was built with."""
@@ -37,28 +45,28 @@ class OnnxRuntimeBackend:
         """Every bundle is prepared: ONNX Runtime runs the bundle's own graphs."""
         return True
 
-    def ready(self, bundle: Bundle) -> None:
-        """Raise MissingComponent if ONNX Runtime does not import."""
-        found = self.probe()
-        if not found.available:
-            raise MissingComponent(f"backend onnxruntime does not open here: {found.detail}", found.fix)
-
     def open_session(self, bundle: Bundle, graph: str) -> OnnxRuntimeSession:
-        """Open a graph and its weights from the bytes that were verified."""
-        return OnnxRuntimeSession(bundle.read_graph(graph), bundle.may_round(graph))
+        """Open a graph and its weights from the bytes that were verified.
+
+        Raises:
+            MissingComponent: ONNX Runtime does not import, or has no CUDA for the device.
+            BundleError: ONNX Runtime refuses the graph.
+        """
+        return OnnxRuntimeSession(bundle.read_graph(graph), bundle.may_round(graph), self._device)
 
 
 class OnnxRuntimeSession:
     """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`.
 
     Args:
-        tf32: float32 products may round their factors to TF32 on a GPU.
+        device: where it runs; None for the first GPU if there is one, else the CPU.
+        tf32: float32 products may round their factors to TF32, which has 10 mantissa bits, on a GPU.
     """
 
     batches = ()
     device_seconds = device_bytes = None
 
-    def __init__(self, graph: Graph, tf32: bool = False) -> None:
+    def __init__(self, graph: Graph, tf32: bool = False, device: Device | None = None) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -77,8 +85,14 @@ class OnnxRuntimeSession:
         options.add_external_initializers(list(weights), list(weights.values()))
         available = onnxruntime.get_available_providers()
         wanted = [provider for provider in _WANTED if provider in available]
+        gpu = None if device is None else device.index
+        if device is not None and gpu is None:
+            wanted = [_CPU_PROVIDER]
+        elif gpu is not None and _CUDA_PROVIDER not in wanted:
+            raise _no_cuda(onnxruntime, "it was built without CUDA")
         # By default the CUDA provider rounds the factors of float32 products to 10 mantissa bits.
-        settings = [{"use_tf32": str(int(tf32))} if name == _WANTED[0] else {} for name in wanted]
+        cuda = {"use_tf32": str(int(tf32)), "device_id": str(gpu or 0)}
+        settings = [cuda if name == _CUDA_PROVIDER else {} for name in wanted]
         # It would make a quantised graph's products float ones.
         disabled = ["MatMulAddFusion"] if quantised else []
         try:
@@ -103,9 +117,13 @@ class OnnxRuntimeSession:
         used = session.get_providers()
         # ONNX Runtime only logs when a provider fails to load.
         lost = "".join(f" ({p} did not load)" for p in wanted if p not in used)
+        if gpu is not None and lost:
+            raise _no_cuda(onnxruntime, "its libraries did not load")
         if lost:
             logger.warning("onnxruntime runs on %s%s", used[0], lost)
-        self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}"
+        self.detail = f"onnxruntime {onnxruntime.__version__}, {used[0]}{lost}" + (
+            f", device {gpu}" if gpu else ""
+        )
         if dequantised:
             self.detail += ", int8 products in float32 because the CPU has no VNNI"
         self.inputs = {item.name: _known(item.shape) for item in session.get_inputs()}
@@ -149,6 +167,13 @@ def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
         array = np.frombuffer(content, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype)
     return values
+
+
+def _no_cuda(onnxruntime: Any, why: str) -> MissingComponent:
+    return MissingComponent(
+        f"onnxruntime {onnxruntime.__version__} does not run on CUDA: {why}",
+        "use --device cpu, or run: pip uninstall onnxruntime, then pip install 'ditf[onnxruntime-gpu]'",
+    )
 
 
 def _known(shape: list[int | str | None]) -> tuple[int | None, ...]:

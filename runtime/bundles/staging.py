@@ -15,13 +15,14 @@ from ditf.runtime.files.stage_folder import NEW, OLD, stage_folder, swap
 from ditf.runtime.files.writing import link_end, sync_folder, sync_tree
 from ditf.runtime.printable import valid_unicode
 
-ENGINE, PICTURES = "engine.json", "index.json"
+PICTURES = "index.json"
+RECORD, FEATURES_PLAN, MATCH_PLAN = "engine.json", "features.plan", "match.plan"
 _MARKS = {
     MANIFEST: {"schema", "layer", "opset", "files", "tolerances"},
     PICTURES: {"pictures"},
 }
 """{file name: the fields that show that the file is from ditf}."""
-ENGINE_FILES = {ENGINE, f"{ENGINE}.sig", "features.plan", "match.plan"}
+ENGINE_FILES = {RECORD, f"{RECORD}.sig", FEATURES_PLAN, MATCH_PLAN}
 """The names of all files that an engine's folder may hold."""
 
 
@@ -104,14 +105,14 @@ def check_space(target: Path, needed: int) -> None:
 
 def _check_marker(target: Path, place: Path, marker: str) -> None:
     if os.path.lexists(place) and not _replaceable(place, marker):
-        what = {MANIFEST: "is not a bundle", ENGINE: "holds more than an engine"}.get(marker)
+        what = {MANIFEST: "is not a bundle", RECORD: "holds more than an engine"}.get(marker)
         what = what or f"has no {marker} of ditf"
         raise InputError(f"{target} exists and {what}", "choose another place, or move it away")
 
 
 def _replaceable(place: Path, marker: str) -> bool:
     """Whether ditf wrote a folder. Other programs write a manifest.json too, so the fields are compared."""
-    if marker == ENGINE:  # a damaged record may be replaced too, inside a bundle
+    if marker == RECORD:  # a damaged record may be replaced too, inside a bundle
         return place.is_dir() and {path.name for path in place.iterdir()} <= ENGINE_FILES
     try:
         document = read_json(place / marker, LARGEST_MANIFEST)

@@ -112,9 +112,6 @@ class TritonGraphs:
     def prepared(self, bundle: Bundle) -> bool:
         return True
 
-    def ready(self, bundle: Bundle) -> None:
-        pass
-
     def open_session(self, bundle: Bundle, graph: str) -> Session:
         if graph == FEATURES:
             inputs = {name: shape for name, (_, shape) in graph_inputs(bundle).items()}

@@ -46,7 +46,7 @@ def test_a_repository(ditf, demo_bundle, tmp_path):
         (["--backend", "tensorrt", "--device", "cpu"], "engines need TensorRT and a GPU"),
         (["--target", "sm_87"], "has no tensorrt engine for sm_87: it has none"),
         (["--target", "orin"], "no compute capability"),
-        (["--device", "tpu"], "not gpu or cpu"),
+        (["--device", "tpu"], "device 'tpu' is not cpu, cuda or cuda:N; choose "),
         (["--max-batch", "4"], "this bundle's batch is 1; export it with --batch dynamic"),
         (["--name", "a/b"], "cannot be in a model's name"),
         (["--instances", "0"], "--instances"),

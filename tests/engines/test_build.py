@@ -13,10 +13,11 @@ from dataclasses import replace
 
 import pytest
 
-from ditf.engines.build import build, engine_key, prune, verify_plans
+from ditf.engines.build import build, engine_key
 from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.engines.network import LayerType, Network, audit
-from ditf.runtime.backends.engine_records import engine_folders, read_record
+from ditf.engines.pruning import prune
+from ditf.runtime.backends.engine_records import engine_folders, read_record, verify_plans
 from ditf.runtime.backends.flavour import FLAVOURS, TARGETS, choose_flavour, has, load_flavour
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, GateFailed, InputError, MissingComponent
@@ -126,9 +127,18 @@ def test_other_bundles(request, tmp_path, fixture, batch):
     assert record.batch == [[one[0], one[len(one) // 2], one[-1]] for one in batch or [(1,)]]
 
 
-@pytest.mark.parametrize("batch", [(4, 1), (1, 2), (0,), (1, 2, 3, 4)])
+def test_two_batches_get_a_profile_each(pixart_bundle, tmp_path):
+    bundle = Bundle.open(shutil.copytree(pixart_bundle, tmp_path / "bundle"))
+    said = []
+    assert make(bundle, batch=[(1, 4)], report=said.append).record.batch == [[1, 1, 1], [4, 4, 4]]
+    assert not any("--batch 1,8" in line for line in said)
+    assert make(bundle, batch=[(1, 2, 4)], report=said.append).record.batch == [[1, 2, 4]]
+    assert any("--batch 1,8" in line for line in said)
+
+
+@pytest.mark.parametrize("batch", [(4, 1), (1, 1), (0,), (0, 2), (1, 2, 3, 4)])
 def test_batches_that_are_none(pixart_bundle, batch):
-    with pytest.raises(InputError, match="neither one size nor smallest"):
+    with pytest.raises(InputError, match="neither one size, nor two sizes"):
         make(Bundle.open(pixart_bundle), batch=[batch])
 
 

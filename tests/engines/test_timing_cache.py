@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_written(config, path):
     assert "cannot be written" in cache.warning
 
 
-@pytest.mark.parametrize("home", ["", "relative", None])
+@pytest.mark.parametrize("home", ["relative", None])
 def test_without_a_home_folder_nothing_is_kept(monkeypatch, caplog, home):
     monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
     if home is None:

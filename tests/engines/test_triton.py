@@ -22,7 +22,14 @@ from ditf.engines.pbtxt import Enum, entries, pbtxt
 from ditf.engines.triton import bundle_models, check_name, write_models
 from ditf.engines.triton_config import Placement
 from ditf.engines.triton_plans import choose_plans
-from ditf.runtime.backends.engine_records import FEATURES_PLAN, MATCH_PLAN, RECORD, EngineRecord, sources
+from ditf.runtime.backends.engine_records import (
+    FEATURES_PLAN,
+    MATCH_PLAN,
+    RECORD,
+    SCHEMA,
+    EngineRecord,
+    sources,
+)
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.errors import BundleError, InputError
 from ditf.runtime.files import stage_folder
@@ -318,8 +325,8 @@ def with_engine(tmp_path, demo_bundle):
             (folder / name).write_bytes(b"")
         empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
         record = EngineRecord(
-            schema=1, key=key, flavour=flavour, version=version, target="", gpu=f"NVIDIA GPU {capability}",
-            driver=12060, onnx=sources(Bundle.open(copy)), batch=[[1, 1, 1]], options={},
+            schema=SCHEMA, key=key, flavour=flavour, version=version, target="",
+            gpu=f"NVIDIA GPU {capability}", driver=12060, onnx=sources(Bundle.open(copy)), batch=[[1, 1, 1]], options={},
             plans=dict.fromkeys(names, empty), seconds={}, peak_bytes=0,
             left_out={name: "why" for name in (FEATURES_PLAN, MATCH_PLAN) if name not in names},
         )  # fmt: skip

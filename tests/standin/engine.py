@@ -172,6 +172,9 @@ class Context:
         self._profile = 0 if engine.num_optimization_profiles == 1 else -1
         self._memory_asked = False
         self._kernels: set[str] = set()
+        self._compiling: set[str] = set()
+        self._runs = 0
+        self._graph: Any = None  # what the graph that the library captured holds; it keeps one for a context
         if not self._user_managed:
             self._own_scratch = self.world.memory.allocate(engine._largest_scratch(), engine.device)
             weakref.finalize(self, _release_memory, self.world, self._own_scratch)
@@ -281,14 +284,23 @@ class Context:
             return self._refuse(missing)
         if not self._compiled(engine, stream):
             return False
+        self._capture_by_itself(engine)
         stream.put(self._work(engine, dict(self._shapes), dict(self._addresses), self._scratch, stream))
         return True
 
-    @property
-    def _own_graphs(self) -> bool:
-        """Whether the library captures graphs by itself, so that nobody else may."""
+    def _capture_by_itself(self, engine: Engine) -> None:
+        """TensorRT-RTX's own graphs: from the second run on, and only of kernels that are no fallback."""
+        self._runs += 1
         strategy = None if self._config is None else self._config.graphs
-        return strategy is not None and strategy == self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE
+        if strategy is None or strategy != self.trt.CudaGraphStrategy.WHOLE_GRAPH_CAPTURE:
+            return
+        if self._runs == 1 or not self._kernels.issuperset(self._needed(engine)):
+            return
+        if "REQUIRE_USER_ALLOCATION" not in engine.built.flags:
+            return
+        graph = (dict(self._shapes), dict(self._addresses), self._scratch)
+        self.world.own_graphs["replayed" if graph == self._graph else "captured"] += 1
+        self._graph = graph
 
     def _missing(self, engine: Engine) -> str:
         if self._profile < 0:
@@ -320,6 +332,8 @@ class Context:
             if kernel in self._kernels or (cache is not None and kernel in cache.kernels):
                 self._kernels.add(kernel)
                 continue
+            if self._arrives_later(engine, kernel):
+                continue
             if stream.capture is not None:
                 self.world.fault(f"{kernel} was compiled during capture")
                 stream.capture.invalid = True
@@ -330,6 +344,13 @@ class Context:
                 cache.kernels.add(kernel)
         if stream.capture is not None and not self._specialised(engine):
             self.world.fault("a capture froze fallback kernels")
+        return True
+
+    def _arrives_later(self, engine: Engine, kernel: str) -> bool:
+        """Whether a kernel is compiled behind this run, and there at the next one."""
+        if self._specialised(engine) or kernel.endswith("fallback") or kernel in self._compiling:
+            return False
+        self._compiling.add(kernel)
         return True
 
     def _needed(self, engine: Engine) -> list[str]:

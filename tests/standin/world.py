@@ -65,6 +65,7 @@ class World:
         loggers: the different logger objects that were given to TensorRT.
         calls: how often each function was called.
         compilations: kernels compiled since the start, by what they were compiled for.
+        own_graphs: how often TensorRT-RTX "captured" or "replayed" a graph of its own.
     """
 
     models: list[DeviceModel] = field(default_factory=lambda: [DeviceModel()])
@@ -78,6 +79,7 @@ class World:
         self.loggers: list[Any] = []
         self.calls: Counter[str] = Counter()
         self.compilations: Counter[str] = Counter()
+        self.own_graphs: Counter[str] = Counter()
         self.streams: dict[int, Any] = {}
         self.events: dict[int, Any] = {}
         self.graphs: dict[int, Any] = {}

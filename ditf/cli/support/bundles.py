@@ -17,8 +17,8 @@ def open_bundle(path: Path) -> Bundle:
 
 
 def open_model(bundle: Bundle, backend: str, fit: str = "stretch") -> Model:
-    """Open a bundle's graphs on this machine, and print the backend; see `ditf.load`."""
-    model = Model(bundle, backend, fit)
+    """Open a bundle's graphs on the --device of the command line, and print the backend; see `ditf.load`."""
+    model = Model(bundle, backend, fit, state.device)
     say(f"{bundle.path} on {model.detail} ({model.reason})")
     return model
 

@@ -15,6 +15,7 @@ from ditf.calib.golden_parity import golden_result
 from ditf.calib.memory import available_bytes
 from ditf.calib.parity import Gate, feature_parity, gates
 from ditf.cli.support.output import show, table
+from ditf.cli.support.state import state
 from ditf.runtime.backends.engine_records import engine_folders
 from ditf.runtime.bundles.bundle import FEATURES, TRACE, Bundle
 from ditf.runtime.bundles.golden_file import Golden
@@ -121,7 +122,7 @@ def check_ladder(
     bundle: Bundle, golden: Golden, backend: str, limits: Mapping[str, float], findings: Findings
 ) -> None:
     """Print the parity of every rung; the first rung out of tolerance is a failure."""
-    rungs = ladder(bundle, golden, backend)
+    rungs = ladder(bundle, golden, backend, state.device)
     rows: list[tuple[str, ...]] = [("", *_COLUMNS, "", "")]
     rows.append(("the unmodified model, float32", *("reference" for _ in _COLUMNS), "", ""))
     for rung in rungs:

@@ -17,6 +17,7 @@ from ditf.cli.support.state import state
 from ditf.cli.support.typer_parameters import ExportFlags
 from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.backends import BACKENDS
+from ditf.runtime.backends.device import parse_device
 from ditf.runtime.printable import PrintableFormatter
 
 
@@ -36,6 +37,13 @@ def _set_quiet(value: bool) -> bool:
 
 def _set_signers(value: Optional[Path]) -> Optional[Path]:
     state.trust = replace(state.trust, signers=value)
+    return value
+
+
+def _set_device(value: Optional[str]) -> Optional[str]:
+    if value is not None:
+        parse_device(value)
+    state.device = value
     return value
 
 
@@ -109,6 +117,22 @@ HOST_CODE = _switch(
         ),
     ],
 )
+DEVICE = _switch(
+    "device",
+    None,
+    Annotated[
+        Optional[str],
+        typer.Option(
+            "--device",
+            metavar="cuda|cuda:N|cpu",
+            help="GPU that runs the graphs, as CUDA_VISIBLE_DEVICES numbers them, or the CPU (onnxruntime);"
+            " by default the first GPU that the backend can use.",
+            callback=_set_device,
+        ),
+    ],
+)
+RUNNING = (SIGNATURE, HOST_CODE, DEVICE)
+"""The switches of verbs that run a model."""
 _VERBOSITY = (
     _switch(
         "verbose",
@@ -140,7 +164,7 @@ def verb(
     A parameter of type `ExportOptions` becomes one flag for each field.
 
     Args:
-        switches: `SIGNATURE` and `HOST_CODE`, for verbs that open bundles or engines.
+        switches: `SIGNATURE` for verbs that open bundles, `RUNNING` for those that run them.
         takes: names of the fields of `ExportOptions` that become flags, with spaces between; all by default.
         helps: {field: help} where the declared help does not fit this verb.
     """

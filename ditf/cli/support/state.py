@@ -1,6 +1,8 @@
-"""The running command line, how much it prints, and which bundles it accepts."""
+"""The running command line: how much it prints, which bundles it accepts, and where models run."""
 
 from __future__ import annotations
+
+from typing import Optional
 
 from ditf.runtime.bundles.signing import ANYONE
 
@@ -14,6 +16,7 @@ class _State:
         self.verbose = False
         self.quiet = False
         self.trust = ANYONE
+        self.device: Optional[str] = None
 
 
 state = _State()

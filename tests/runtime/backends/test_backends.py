@@ -11,7 +11,7 @@ from ditf.runtime import backends
 from ditf.runtime.backends.cuda import Cuda
 from ditf.runtime.backends.flavour import Log, load_flavour
 from ditf.runtime.backends.gpu import Gpu, find_gpu
-from ditf.runtime.backends.onnxruntime import OnnxRuntimeSession, saturates
+from ditf.runtime.backends.onnxruntime import OnnxRuntimeBackend, OnnxRuntimeSession, saturates
 from ditf.runtime.backends.plan_loading import invalidity
 from ditf.runtime.bundles.bundle import MATCH, Bundle
 from ditf.runtime.bundles.onnx_graph import Graph
@@ -36,24 +36,24 @@ def test_every_entry_of_the_registry_can_be_probed():
 
 
 def test_auto_says_why(demo_bundle):
-    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle))
-    assert name == "onnxruntime"
-    assert backend is backends.load_backend("onnxruntime")
-    assert reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
+    opened = backends.open_features(Bundle.open(demo_bundle))
+    assert opened.name == "onnxruntime"
+    assert isinstance(opened.backend, OnnxRuntimeBackend)
+    assert opened.reason == "auto; no tensorrt engine in the bundle; no tensorrt-rtx engine in the bundle"
 
 
 @DRIVERLESS
 def test_auto_passes_over_an_engine_that_cannot_run(with_engine):
-    name, _, reason = backends.choose_backend(with_engine)
-    assert name == "onnxruntime"
-    assert "not tensorrt-rtx: no NVIDIA driver answers" in reason
+    opened = backends.open_features(with_engine)
+    assert opened.name == "onnxruntime"
+    assert "not tensorrt-rtx: no NVIDIA driver answers" in opened.reason
 
 
 @DRIVERLESS
 @pytest.mark.parametrize("name", ["tensorrt", RTX])
 def test_a_named_backend_without_a_driver(name, demo_bundle):
     with pytest.raises(MissingComponent, match="no NVIDIA driver answers") as caught:
-        backends.choose_backend(Bundle.open(demo_bundle), name)
+        backends.open_features(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 3
     assert "--backend onnxruntime" in caught.value.fix
     assert not backends.load_backend(name).probe().available
@@ -77,22 +77,23 @@ def test_without_cuda_python(monkeypatch):
 
 def test_an_engine_for_another_gpu_is_not_opened(with_engine, monkeypatch):
     """engine.json decides this; TensorRT-RTX only gives its version and deserialises nothing."""
-    monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda: Gpu("NVIDIA Other", "sm_120", 13000))
+    gpu = Gpu("NVIDIA Other", "sm_120", 13000, 70)
+    monkeypatch.setattr("ditf.runtime.backends.engine.find_gpu", lambda index: gpu)
     with pytest.raises(BundleError, match=r"built for sm_89, this GPU is NVIDIA Other sm_120") as caught:
-        backends.choose_backend(with_engine, RTX)
+        backends.open_features(with_engine, RTX)
     assert caught.value.fix == f"run: ditf build {with_engine.path} --backend tensorrt-rtx"
 
 
 def test_named_backend(demo_bundle):
-    name, backend, reason = backends.choose_backend(Bundle.open(demo_bundle), "onnxruntime")
-    assert (name, reason) == ("onnxruntime", "named")
-    assert "CPUExecutionProvider" in backend.probe().detail
+    opened = backends.open_features(Bundle.open(demo_bundle), "onnxruntime")
+    assert (opened.name, opened.reason) == ("onnxruntime", "named")
+    assert "CPUExecutionProvider" in opened.backend.probe().detail
 
 
 @pytest.mark.parametrize("name", ["", "onnx", "ONNXRuntime", "cuda"])
 def test_unknown_backend(name, demo_bundle):
     with pytest.raises(InputError, match="unknown backend") as caught:
-        backends.choose_backend(Bundle.open(demo_bundle), name)
+        backends.open_features(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 2
     assert "onnxruntime" in caught.value.fix
 
@@ -101,7 +102,7 @@ def test_unknown_backend(name, demo_bundle):
 def test_without_onnxruntime(monkeypatch, name, demo_bundle):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)  # what an import of a missing package meets
     with pytest.raises(MissingComponent, match="onnxruntime does not import") as caught:
-        backends.choose_backend(Bundle.open(demo_bundle), name)
+        backends.open_features(Bundle.open(demo_bundle), name)
     assert caught.value.exit_code == 3
     assert "pip install 'ditf[onnxruntime]'" in caught.value.fix
 

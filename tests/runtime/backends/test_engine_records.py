@@ -1,6 +1,8 @@
 from __future__ import annotations
 
+import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -8,13 +10,27 @@ from PIL import Image
 
 from ditf.cli.main import run
 from ditf.cli.support import bundles
-from ditf.runtime.backends.engine_records import PLANS, EngineRecord, choose_engine, sources
+from ditf.runtime.backends import flavour
+from ditf.runtime.backends.engine_records import (
+    PLANS,
+    SCHEMA,
+    EngineRecord,
+    build_command,
+    choose_engine,
+    sources,
+)
+from ditf.runtime.backends.flavour import RTX
 from ditf.runtime.backends.gpu import Gpu, version_text
 from ditf.runtime.bundles.bundle import Bundle
 from ditf.runtime.bundles.signing import Trust
-from ditf.runtime.errors import BundleError, InputError
+from ditf.runtime.errors import BundleError, InputError, MissingComponent
 
-ORIN = Gpu("NVIDIA Orin", "sm_87", 12060)
+ORIN = Gpu("NVIDIA Orin", "sm_87", 12060, 8, integrated=True)
+AGX_ORIN = replace(ORIN, multiprocessors=16)
+THOR = Gpu("NVIDIA Thor", "sm_110", 13000, 20, integrated=True)
+T4 = Gpu("Tesla T4", "sm_75", 13000, 40)
+RTX_4060 = Gpu("NVIDIA GeForce RTX 4060", "sm_89", 13000, 24)
+PORTABLE = {"target": "portable", "gpu": None, "driver": None}
 
 
 @pytest.fixture
@@ -26,7 +42,7 @@ def bundle(demo_bundle) -> Bundle:
 def record(bundle) -> EngineRecord:
     """The record of an engine that was built on an Orin."""
     return EngineRecord(
-        schema=1, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
+        schema=SCHEMA, key="k", flavour="tensorrt", version="10.13.3", target="", gpu=str(ORIN), driver=12060,
         onnx=sources(bundle), batch=[[1, 1, 1]], options={}, plans={}, left_out={}, seconds={}, peak_bytes=0,
     )  # fmt: skip
 
@@ -41,16 +57,21 @@ def test_it_fits_where_it_was_built(bundle, record):
     [
         (
             {},
-            Gpu("NVIDIA Thor", "sm_110", 13000),
+            THOR,
             "10.13.3",
-            "built on NVIDIA Orin sm_87, this GPU is NVIDIA Thor",
+            "built on NVIDIA Orin sm_87 8 SMs, this GPU is NVIDIA Thor sm_110 20 SMs",
         ),
+        ({}, AGX_ORIN, "10.13.3", "built on NVIDIA Orin sm_87 8 SMs, this GPU is NVIDIA Orin sm_87 16 SMs"),
         ({}, replace(ORIN, driver=12020), "10.13.3", "a driver of CUDA 12.6, here it is 12.2"),
         ({}, ORIN, "10.16.1", "built with tensorrt 10.13.3, installed is 10.16.1"),
         ({"options": {"version_compatible": True}}, ORIN, "10.3.0", "installed is 10.3.0"),
         ({"options": {"version_compatible": True}}, ORIN, "11.4.0", "installed is 11.4.0"),
-        ({"options": {"hardware_compatible": True}}, Gpu("T4", "sm_75", 13000), "10.13.3", "this GPU is T4"),
+        ({"options": {"hardware_compatible": True}}, T4, "10.13.3", "this GPU is Tesla T4"),
         ({"target": "sm_89", "gpu": None}, ORIN, "10.13.3", "built for sm_89, this GPU is NVIDIA Orin sm_87"),
+        (PORTABLE, T4, "10.13.3", "built for portable, which leaves out sm_75"),
+        (PORTABLE, ORIN, "10.13.3", "built for portable, which leaves out sm_87"),
+        (PORTABLE, THOR, "10.13.3", "built for portable, which leaves out sm_110"),
+        (PORTABLE, Gpu("NVIDIA H100", "sm_90", 13000, 132), "10.13.3", "which leaves out sm_90"),
         ({"onnx": {"features.onnx": "0"}}, ORIN, "10.13.3", "built from another features.onnx"),
     ],
 )
@@ -62,8 +83,9 @@ def test_what_differs_is_named(bundle, record, changes, gpu, version, why):
     ("changes", "gpu", "version"),
     [
         ({"options": {"version_compatible": True}}, ORIN, "10.16.1"),
-        ({"options": {"hardware_compatible": True}}, Gpu("NVIDIA A10", "sm_86", 12060), "10.13.3"),
-        ({"target": "portable", "gpu": None, "driver": None}, Gpu("any", "sm_120", 12000), "10.13.3"),
+        ({"options": {"hardware_compatible": True}}, Gpu("NVIDIA A10", "sm_86", 12060, 72), "10.13.3"),
+        *((PORTABLE, replace(RTX_4060, target=f"sm_{one}"), "10.13.3") for one in (80, 86, 89, 120, 121)),
+        (PORTABLE, replace(RTX_4060, target="sm_130"), "10.13.3"),  # a later one: TensorRT-RTX decides
         ({"target": "sm_87", "gpu": None, "driver": None}, ORIN, "10.13.3"),
     ],
 )
@@ -117,3 +139,60 @@ def test_the_flag_reaches_the_bundle(demo_bundle, flag, monkeypatch, capsys, tmp
     assert run(["match", str(demo_bundle), picture, picture, "--points", "1,1", *flag]) == 2
     assert "far enough" in capsys.readouterr().err
     assert opened == [bool(flag)]
+
+
+def test_an_engine_of_0_1_0_is_built_again(demo_bundle, tmp_path):
+    """engine.json as ditf 0.1.0 wrote it on an Orin: TF32 is in its plans, and it may be of another Orin."""
+    bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    key = "tensorrt-10.3.0-nvidia-orin-sm-87-b1-0f3a9c1e"
+    plans = {plan: {"bytes": 1, "sha256": "0" * 64} for plan in ("features.plan", "match.plan")}
+    old = {
+        "schema": 1, "key": key, "flavour": "tensorrt", "version": "10.3.0", "target": "",
+        "gpu": "NVIDIA Orin sm_87", "driver": 12060, "onnx": sources(bundle), "batch": [[1, 1, 1]],
+        "options": {
+            "target": None, "level": None, "workspace": None, "hardware_compatible": False,
+            "version_compatible": False, "strip_weights": False,
+        },
+        "plans": plans, "left_out": {}, "seconds": {"features.plan": 61.5, "match.plan": 9.2},
+        "peak_bytes": 1234567890,
+    }  # fmt: skip
+    folder = bundle.path / "engines" / key
+    folder.mkdir(parents=True)
+    (folder / "engine.json").write_text(json.dumps(old, indent=2) + "\n")
+    with pytest.raises(BundleError) as caught:
+        choose_engine(bundle, "tensorrt", ORIN, "10.3.0")
+    assert caught.value.problem.endswith(
+        f"{key} was built by ditf 0.1.0, whose plans round float32 products to TF32"
+    )
+    assert caught.value.fix == f"run: ditf build {bundle.path} --backend tensorrt"
+
+
+@pytest.mark.parametrize(
+    ("gpu", "arguments"),
+    [
+        (T4, "tensorrt-rtx --target sm_75"),
+        (RTX_4060, "tensorrt-rtx"),
+        (ORIN, "tensorrt"),
+        (THOR, "tensorrt"),
+        (Gpu("NVIDIA H100", "sm_90", 13000, 132), "tensorrt"),
+    ],
+)
+def test_the_command_builds_what_runs_there(bundle, record, gpu, arguments):
+    """What the command builds fits: no message says to build again what was just built."""
+    assert (
+        build_command(bundle, "tensorrt-rtx", gpu) == f"run: ditf build {bundle.path} --backend {arguments}"
+    )
+    library, _, target = arguments.partition(" --target ")
+    made = {"target": target or "portable", "gpu": None} if library == RTX else {"gpu": str(gpu)}
+    new = replace(record, flavour=library, driver=gpu.driver, **made)
+    assert new.misfit(bundle, gpu, record.version) == ""
+
+
+def test_no_jetson_is_told_to_use_rtx(monkeypatch):
+    monkeypatch.setattr(flavour, "find_gpus", lambda: (ORIN,))
+    monkeypatch.setitem(sys.modules, "tensorrt", None)
+    monkeypatch.setitem(sys.modules, "tensorrt_rtx", None)
+    with pytest.raises(MissingComponent, match="nothing here builds engines") as caught:
+        flavour.choose_flavour("auto")
+    assert "JetPack" in caught.value.fix
+    assert "rtx" not in caught.value.fix

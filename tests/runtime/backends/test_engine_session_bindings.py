@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from ditf.runtime.backends import load_backend
+from ditf.runtime.backends.cuda import OutOfDeviceMemory
 from ditf.runtime.backends.engine_records import IMAGE_SIDES, MATCH_PLAN_POINTS
 from ditf.runtime.backends.flavour import load_flavour
 from ditf.runtime.bundles.bundle import MATCH, Bundle
@@ -25,6 +26,7 @@ from tests.runtime.backends.engine_plans import (
     opened,
     registered,
 )
+from tests.standin.engine import log
 from tests.standin.fixtures import installed
 from tests.standin.world import DeviceModel, World
 
@@ -109,6 +111,32 @@ def test_no_context_standin():
         double(session)
 
 
+@pytest.mark.parametrize(
+    "words", ["Cuda Runtime (out of memory)", "OutOfMemory (Requested size was 8 bytes.)"]
+)
+def test_contexts_make_room_for_another_standin(words, monkeypatch):
+    with installed(World()) as world:
+        trt = load_flavour(RTX)
+        create = trt.ICudaEngine.create_execution_context
+
+        def crowded(engine, config):
+            if world.alive().count("execution context") < 2:
+                return create(engine, config)
+            log(world, trt, words)
+            return None
+
+        monkeypatch.setattr(trt.ICudaEngine, "create_execution_context", crowded)
+        with opened(match_plan()) as session:
+            for size in (3, 4, 5, 3):
+                multiply(session, size, size)
+            monkeypatch.setattr(
+                trt.ICudaEngine, "create_execution_context", lambda *_: log(world, trt, words)
+            )
+            with pytest.raises(OutOfDeviceMemory, match="gives no execution context"):
+                multiply(session, 6, 6)
+        assert not world.faults
+
+
 def test_tensorrt_captures_the_second_run_standin():
     with installed(World(), VERSION) as world, opened(match_plan(), FULL) as session:
         for _ in range(5):
@@ -119,11 +147,15 @@ def test_tensorrt_captures_the_second_run_standin():
 
 
 def test_tensorrt_rtx_captures_by_itself_standin():
-    """A capture of ours could hold the slow kernels that run while the fast ones are compiled."""
+    """A capture of ours could hold the slow kernels that run while the fast ones are compiled.
+
+    The library keeps one graph for a context. It captures again when the shapes or addresses of one change.
+    """
     with installed(World()) as world, opened(match_plan()) as session:
-        for _ in range(5):
-            multiply(session, 3, 4)
+        for size in (64, 3, 20) * 5:
+            multiply(session, size, size)
         assert world.calls["cudaStreamBeginCapture"] == 0
+        assert world.own_graphs == {"captured": 3, "replayed": 9}  # each of 5 runs but the first
         assert not world.faults
 
 

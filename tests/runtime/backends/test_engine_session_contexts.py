@@ -27,15 +27,27 @@ def kernels(tmp_path):
 
 
 def test_a_killed_process_has_not_compiled_in_vain_standin(kernels):
-    """The first session is not closed before the second one opens."""
+    """The first session is not closed before the second one opens. Its second run has the fast kernels."""
     with installed(World()) as world:
         killed = open_plan(match_plan(), kernels=kernels)
-        multiply(killed, 3, 4)
-        multiply(killed, 8, 8)
+        for size in (3, 8) * 2:
+            multiply(killed, size, size)
         compiled = dict(world.compilations)
+        assert len(compiled) == 3  # for any shape, and for each of both
         with opened(match_plan(), kernels=kernels) as session:
-            multiply(session, 3, 4)
-            multiply(session, 8, 8)
+            for size in (3, 8):
+                multiply(session, size, size)
+        assert dict(world.compilations) == compiled
+        killed.close()
+
+
+def test_eager_kernels_are_there_after_the_first_run_standin(kernels):
+    with installed(World()) as world:
+        killed = open_plan(features_plan(((1, 8),)), kernels=kernels)
+        double(killed, batch=3)
+        compiled = dict(world.compilations)
+        with opened(features_plan(((1, 8),)), kernels=kernels) as session:
+            double(session, batch=3)
         assert dict(world.compilations) == compiled
         killed.close()
 
@@ -45,9 +57,9 @@ def test_kernels_are_written_when_there_are_more_standin(kernels, monkeypatch):
     monkeypatch.setattr(engine_contexts, "write_cache", lambda path, content: written.append(content))
     with installed(World()):
         with opened(match_plan(), kernels=kernels) as session:
-            for size in (3, 3, 3, 8, 3, 8):
+            for size in (3, 3, 3, 3, 3, 8, 3, 8, 8):
                 multiply(session, size, size)
-        assert len(written) == 2
+        assert len(written) == 3  # for any shape, and for each of both
 
 
 def test_kernels_that_cannot_be_written_are_a_warning_standin(kernels, caplog):

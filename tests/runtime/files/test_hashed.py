@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import mmap
 import os
 from pathlib import Path
 
@@ -31,6 +32,10 @@ def test_what_is_read_and_copied_is_the_file(
     file.copy(folder / "copy")
     assert (folder / "copy").read_bytes() == content
     assert sha256(folder / "copy") == file.sha256
+    if size:
+        with file.mapped() as mapped:
+            assert isinstance(mapped, mmap.mmap)
+            assert mapped[:] == content
 
 
 @pytest.mark.parametrize(
@@ -47,11 +52,33 @@ def test_another_file_is_refused(tmp_path: Path, present: bytes | None, problem:
     if present is not None:
         path.write_bytes(present)
     file = listed(path, b"12345")
-    for use in (file.check, file.read, lambda: file.copy(tmp_path / "copy")):
+
+    def mapped() -> None:
+        with file.mapped():
+            pass
+
+    for use in (file.check, file.read, lambda: file.copy(tmp_path / "copy"), mapped):
         with pytest.raises(BundleError, match=problem) as caught:
             use()
         assert caught.value.fix == "copy it again"
         (tmp_path / "copy").unlink(missing_ok=True)
+
+
+def test_an_empty_file_cannot_be_mapped(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(BundleError, match="is empty"), listed(tmp_path / "file", b"").mapped():
+        pass
+
+
+def test_a_file_system_that_maps_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").write_bytes(b"12345")
+
+    def refuse(*args: object, **keywords: object) -> None:
+        raise OSError(19, "No such device")
+
+    monkeypatch.setattr("ditf.runtime.files.hashed.mmap.mmap", refuse)
+    with listed(tmp_path / "file", b"12345").mapped() as content:
+        assert content == b"12345"
 
 
 def test_sizes_alone(tmp_path: Path) -> None:

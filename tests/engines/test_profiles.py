@@ -1,0 +1,63 @@
+"""Scratch memory, rounding and advice, which need no compiler."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ditf.engines.compile import BuildOptions
+from ditf.engines.profiles import advice, features_options, limit_workspace
+from ditf.runtime.backends.flavour import load_flavour
+from ditf.runtime.backends.gpu import Gpu
+from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
+
+ORIN = Gpu("NVIDIA Orin", "sm_87", 12060, 8, integrated=True)
+L4 = Gpu("NVIDIA L4", "sm_89", 13000, 58)
+
+
+def test_scratch_memory_is_limited_where_gpu_and_cpu_share_theirs():
+    said = []
+    limited = limit_workspace(BuildOptions(), ORIN, said.append)
+    assert limited.workspace == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
+    assert len(said) == 1
+    for gpu, options in (
+        (L4, BuildOptions()),
+        (None, BuildOptions("sm_89")),
+        (ORIN, BuildOptions(workspace=5)),
+    ):
+        assert limit_workspace(options, gpu, said.append) == options
+    assert len(said) == 1
+
+
+def test_only_the_features_of_a_16_bit_bundle_may_round_to_tf32(
+    demo_bundle, demo_bundle_float32, bfloat16_bundle
+):
+    short, long = Bundle.open(demo_bundle), Bundle.open(demo_bundle_float32)
+    assert short.may_round(FEATURES)
+    assert Bundle.open(bfloat16_bundle).may_round(FEATURES)
+    assert not long.may_round(FEATURES)
+    assert not short.may_round(MATCH)
+    assert features_options(short, BuildOptions()).tf32
+    assert not features_options(long, BuildOptions()).tf32
+
+
+@pytest.mark.parametrize("tf32", [False, True])
+def test_the_builder_is_told(tf32):
+    """The flags that the real builder has after the options were set; TF32 is on in a new config."""
+    from ditf.engines.compile import _set_options
+    from ditf.runtime.backends.flavour import Log
+
+    trt = load_flavour("tensorrt-rtx")
+    config = trt.Builder(Log(trt).logger).create_builder_config()
+    assert config.get_flag(trt.BuilderFlag.TF32)
+    _set_options(trt, config, BuildOptions(tf32=tf32))
+    assert config.get_flag(trt.BuilderFlag.TF32) is tf32
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+
+
+def test_a_float32_bundle_is_told_that_its_attention_is_not_fused(demo_bundle, demo_bundle_float32):
+    trt = load_flavour("tensorrt-rtx")
+    assert list(advice(Bundle.open(demo_bundle), ((1, 1, 1),), trt)) == []
+    (line,) = advice(Bundle.open(demo_bundle_float32), ((3, 3, 3),), trt)
+    assert "fuses no float32 attention" in line
