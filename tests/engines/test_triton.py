@@ -326,7 +326,8 @@ def with_engine(tmp_path, demo_bundle):
         empty = {"bytes": 0, "sha256": "e3b0c44298fc1c149afbf4c8996fb92427ae41e4649b934ca495991b7852b855"}
         record = EngineRecord(
             schema=SCHEMA, key=key, flavour=flavour, version=version, target="",
-            gpu=f"NVIDIA GPU {capability}", driver=12060, onnx=sources(Bundle.open(copy)), batch=[[1, 1, 1]], options={},
+            gpu=f"NVIDIA GPU {capability}", driver=12060, onnx=sources(Bundle.open(copy)), batch=[[1, 1, 1]],
+            options={},
             plans=dict.fromkeys(names, empty), seconds={}, peak_bytes=0,
             left_out={name: "why" for name in (FEATURES_PLAN, MATCH_PLAN) if name not in names},
         )  # fmt: skip
