@@ -85,7 +85,7 @@ def build(
     """
     check_own(bundle)
     sizes = batch_profiles(bundle, batch)
-    target = _target(flavour, options)
+    target = check_target(flavour, options)
     gpu = find_gpu(device) if target == "" else None
     key = engine_key(bundle, flavour, trt.__version__, target, str(gpu or ""), sizes, options)
     folder = bundle.path / ENGINES_FOLDER / key
@@ -101,16 +101,19 @@ def build(
     bundle.verify(bundle.manifest.files)
     for line in advice(bundle, sizes, trt):
         report(line)
-    options = limit_workspace(options, gpu, report)
+    limited = limit_workspace(options, gpu)
+    if limited.workspace != options.workspace:
+        report(f"plans get at most {limited.workspace} bytes of the memory that GPU and CPU share")
     cache = None
     if not flavour.ahead and gpu is not None:
         path = cache_file("timing", flavour.name, trt.__version__, str(gpu))
         cache = None if path is None else TimingCache(path)
+    own = replace(options, workspace=None)  # --workspace is of features.plan
     with staged(folder, RECORD) as temporary:
         plans, left_out, seconds = {}, {}, {}
         for plan, onnx, profiles, given in (
-            (FEATURES_PLAN, FEATURES, features_profiles(bundle, sizes), features_options(bundle, options)),
-            (MATCH_PLAN, MATCH, [match_profile(bundle)], replace(options, workspace=None)),
+            (FEATURES_PLAN, FEATURES, features_profiles(bundle, sizes), features_options(bundle, limited)),
+            (MATCH_PLAN, MATCH, [match_profile(bundle)], limit_workspace(own, gpu)),
         ):
             if plan == MATCH_PLAN and target == _NO_FLOAT32_PRODUCTS:
                 left_out[plan] = f"{flavour.name} has no float32 products for {target}: numpy matches"
@@ -141,7 +144,7 @@ def build(
             driver=None if gpu is None else gpu.driver,
             onnx=sources(bundle),
             batch=[list(size) for size in sizes],
-            options=options.to_json(),
+            options=limited.to_json(),
             plans=plans,
             left_out=left_out,
             seconds=seconds,
@@ -170,8 +173,13 @@ def engine_key(
     return f"{flavour.name}-{version}-{where}-b{sizes}-{digest}"
 
 
-def _target(flavour: Flavour, options: BuildOptions) -> str:
-    """The checked target; "" means the GPU of this machine."""
+def check_target(flavour: Flavour, options: BuildOptions) -> str:
+    """The target of a build; "" means the GPU of this machine.
+
+    Raises:
+        InputError: the flavour has no such target, or an option does not go with it.
+        MissingComponent: the flavour needs a GPU, and there is none.
+    """
     if flavour.ahead:
         for name in _NOT_AHEAD:
             if getattr(options, name):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from ditf.engines.compile import BuildOptions, Say
+from ditf.engines.compile import BuildOptions
 from ditf.engines.network import Profile
 from ditf.runtime.backends.engine_records import IMAGE_SIDES, MATCH_PLAN_POINTS
 from ditf.runtime.backends.gpu import Gpu
@@ -17,7 +17,7 @@ from ditf.runtime.errors import InputError
 Profiles = tuple[tuple[int, int, int], ...]
 """(smallest, usual, largest) batch of each optimisation profile."""
 
-_SHARE_OF_SCRATCH = 4  # on a GPU that shares the CPU's memory, features.plan gets 1/4 of it
+_SHARE_OF_SCRATCH = 4  # on a GPU that shares the CPU's memory, a plan gets 1/4 of it
 
 
 def batch_profiles(bundle: Bundle, batch: Sequence[Sequence[int]]) -> Profiles:
@@ -87,21 +87,20 @@ def advice(bundle: Bundle, sizes: Profiles, trt: Any) -> Iterator[str]:
     """What would make the plans faster, as the builder's log shows (docs/engines.md)."""
     if bundle.manifest.precision == "float32":
         yield f"{trt.__name__} fuses no float32 attention: --precision fp16 is faster on a GPU"
-    if any(low != high for low, _, high in sizes):
+    if any(low == 1 < high for low, _, high in sizes):
         yield (
-            "one profile for several batches has kernels that fit none of them exactly: two sizes, as in"
-            " --batch 1,8, get a profile each"
+            "in a profile of its own, one image runs fewer kernels and takes less memory: --batch 1,8 makes a"
+            " profile for each of two sizes"
         )
 
 
-def limit_workspace(options: BuildOptions, gpu: Gpu | None, report: Say) -> BuildOptions:
-    """Limit the scratch memory on a GPU that shares the CPU's memory, unless the user did.
+def limit_workspace(options: BuildOptions, gpu: Gpu | None) -> BuildOptions:
+    """Limit the scratch memory of a plan on a GPU that shares the CPU's memory, unless the user did.
 
     TensorRT takes the whole of a GPU's memory as the limit. On a Jetson that is the memory of the machine. A
     kernel that needs most of it works in a build that runs alone, and fails in the robot.
     """
     if gpu is None or not gpu.integrated or options.workspace is not None:
         return options
-    limit = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // _SHARE_OF_SCRATCH
-    report(f"features.plan gets at most {limit / 1e9:.1f} GB of the memory that GPU and CPU share")
-    return replace(options, workspace=limit)
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return replace(options, workspace=memory // _SHARE_OF_SCRATCH)

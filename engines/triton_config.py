@@ -4,6 +4,8 @@ The fields are defined in triton-inference-server/common, protobuf/model_config.
 server's docs/user_guide/model_configuration.md. The backends' sources add rules:
     onnxruntime_backend, src/onnxruntime_utils.cc CompareDimsSupported: with max_batch_size the first
         dimension of *every* input is dynamic and left out of `dims`; without, `dims` is the graph's shape;
+    onnxruntime_backend, src/onnxruntime.cc: parameters of the accelerator "cuda" are options of ONNX
+        Runtime's CUDA provider (Triton 24.06 and newer);
     tensorrt_backend, src/model_state.cc: cc_model_filenames names the plans of several GPUs; `profile` is an
         index.
 """
@@ -107,6 +109,7 @@ def features_config(
         preferred = sorted({placement.usual_batch, placement.largest_batch} - {1})
         if files.platform == PLAN and preferred:
             config["dynamic_batching"]["preferred_batch_size"] = preferred
+    config |= _float32(files, placement, tf32=manifest.precision != "float32")
     config["instance_group"] = [_instances(placement, files.profile)]
     config["model_warmup"] = _features_warmup(config, inputs, placement)
     return config
@@ -131,6 +134,7 @@ def match_config(name: str, manifest: Manifest, files: Files, placement: Placeme
         "max_batch_size": 0,
         "input": [_tensor(*one) for one in listed],
         "output": [_tensor("points", "TYPE_FP32", (-1, 2)), _tensor("scores", "TYPE_FP32", (-1,))],
+        **_float32(files, placement, tf32=False),
         "instance_group": [_instances(placement, None if files.profile is None else 0)],
         "model_warmup": [
             {
@@ -182,6 +186,18 @@ def _graph(name: str, files: Files) -> Config:
     if files.by_capability:
         config["cc_model_filenames"] = entries(files.by_capability)
     return config
+
+
+def _float32(files: Files, placement: Placement, tf32: bool) -> Config:
+    """Tell ONNX Runtime's CUDA provider how to compute float32 products; of a plan it is part.
+
+    Args:
+        tf32: whether their factors may be rounded to TF32, which is the provider's default.
+    """
+    if files.platform != ONNX or not placement.gpu or tf32:
+        return {}
+    cuda = {"name": "cuda", "parameters": entries({"use_tf32": "0"})}
+    return {"optimization": {"execution_accelerators": {"gpu_execution_accelerator": [cuda]}}}
 
 
 def _instances(placement: Placement, profile: int | None) -> Config:

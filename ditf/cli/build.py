@@ -50,8 +50,9 @@ def build(
     batch: Annotated[
         Optional[list[str]],
         typer.Option(
-            metavar="N|MIN,USUAL,MAX",
-            help="Batch for a bundle of --batch dynamic; 1 by default. Repeat for several profiles.",
+            metavar="N|N,N|MIN,USUAL,MAX",
+            help="Batch for a bundle of --batch dynamic; 1 by default. Two sizes get a profile each; repeat"
+            " for more.",
         ),
     ] = None,
     level: Annotated[

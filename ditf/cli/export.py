@@ -7,13 +7,15 @@ from typing import Annotated, Optional
 
 import typer
 
-from ditf.cli.build import TargetOption, build_targets
+from ditf.cli.build import TargetOption, build_targets, parse_targets
 from ditf.cli.support.bundles import pca_text, vae_text
 from ditf.cli.support.exporter import needs_exporter
 from ditf.cli.support.options import JsonOption, verb
 from ditf.cli.support.output import bytes_text, show, tell, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import stages
+from ditf.engines.build import check_target
+from ditf.engines.compile import BuildOptions
 from ditf.export.planning.export_options import ExportOptions
 from ditf.runtime.backends.flavour import choose_flavour
 from ditf.runtime.bundles.bundle import Bundle
@@ -44,8 +46,10 @@ def export(
         check_output(options.output, options.inputs)
     if target is not None and not build:
         raise InputError("--target requires --build", "add --build")
-    if build:
-        choose_flavour("auto")  # fails now if there is no builder, not after the export
+    if build:  # what would fail after the export fails now
+        flavour, _ = choose_flavour("auto")
+        for one in parse_targets(target):
+            check_target(flavour, BuildOptions(target=one))
     with needs_exporter():
         from ditf.export.exporter import export_bundle, stage_count
         from ditf.export.planning.save_prompt import save_prompt

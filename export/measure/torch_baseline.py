@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 
 import numpy as np
 import torch
@@ -38,8 +38,8 @@ def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> I
     """Open the model that a bundle was exported from in PyTorch.
 
     It runs on the GPU if there is one, in float16 unless the bundle is float32. Else it runs on the CPU in
-    float32, the type that PyTorch is fastest in there. A bundle's LoRAs are left out: they change values and
-    no shapes, so the time is the same.
+    float32, the type that PyTorch is fastest in there. As in the bundle, float32 is not rounded to TF32. A
+    bundle's LoRAs are left out: they change values and no shapes, so the time is the same.
 
     Args:
         manifest: the bundle's.
@@ -53,7 +53,7 @@ def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> I
     gpu = torch.cuda.is_available()
     half = gpu and manifest.precision != "float32"
     device, dtype = ("cuda" if gpu else "cpu"), (torch.float16 if half else torch.float32)
-    with open_checkpoint(**options.opened) as checkpoint:
+    with _float32_convolutions(), open_checkpoint(**options.opened) as checkpoint:
         plan = make_plan(options, checkpoint)
         if plan.family.name != manifest.model["family"]:
             raise InputError(f"{options.model} is not the {manifest.model['family']} of this bundle")
@@ -78,3 +78,9 @@ def torch_baseline(manifest: Manifest, name: str, model: str | None = None) -> I
             "torch.float", "float"
         )
         yield TorchBaseline(reference, settings, detail)
+
+
+def _float32_convolutions() -> AbstractContextManager[None]:
+    """Keep cuDNN from rounding to TF32, which is its default. PyTorch's default for matrices is float32."""
+    cudnn = torch.backends.cudnn
+    return cudnn.flags(enabled=cudnn.enabled, benchmark=cudnn.benchmark, allow_tf32=False)

@@ -26,13 +26,16 @@ def cache_file(kind: str, *name: str) -> Optional[Path]:
 
     Returns:
         None, after a warning, if the user has no cache: there is no home folder and no XDG_CACHE_HOME.
+            A relative path in either counts as none, as the XDG specification wants.
     """
-    try:
-        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    except RuntimeError:  # neither HOME nor an entry in the list of users
-        root = Path()
+    root = Path(os.environ.get("XDG_CACHE_HOME", ""))
     if not root.is_absolute():
-        logger.warning("there is no home folder, so no %s are kept; set XDG_CACHE_HOME", kind)
+        try:
+            root = Path.home() / ".cache"
+        except RuntimeError:  # neither HOME nor an entry in the list of users
+            root = Path()
+    if not root.is_absolute():
+        logger.warning("there is no home folder, so the cache of %s is not kept; set XDG_CACHE_HOME", kind)
         return None
     plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(name))
     return root / "ditf" / kind / f"{plain}.cache"

@@ -112,6 +112,30 @@ def test_a_bundle_from_before_limits_by_backend(ditf, copy, tmp_path):
     assert "file_error" not in gates
 
 
+def test_match_graph_with_products_in_tf32(ditf, copy):
+    """GPUs round the factors of float32 products to 10 mantissa bits unless told otherwise: emulated here."""
+    model = onnx.load(str(copy / "match.onnx"))
+    nodes, split = [], onnx.numpy_helper.from_array(np.float32(2**13 + 1), "split")
+    for node in model.graph.node:
+        for index, name in enumerate(node.input if node.op_type == "MatMul" else ()):
+            rounded = f"{node.output[0]}.{index}"  # Veltkamp's splitting: x (2^13 + 1) - (x (2^13 + 1) - x)
+            nodes += [
+                onnx.helper.make_node("Mul", [name, "split"], [f"{rounded}.scaled"]),
+                onnx.helper.make_node("Sub", [f"{rounded}.scaled", name], [f"{rounded}.low"]),
+                onnx.helper.make_node("Sub", [f"{rounded}.scaled", f"{rounded}.low"], [rounded]),
+            ]
+            node.input[index] = rounded
+        nodes.append(node)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    model.graph.initializer.append(split)
+    onnx.save(model, str(copy / "match.onnx"))
+    sign(copy, "match.onnx")
+    done = ditf("check", copy)
+    assert done.returncode == 1
+    assert "match_graph_agrees" in done.stderr
+
+
 def test_an_output_that_is_a_thousandth_too_large(ditf, copy, tmp_path):
     """Which float16's own rounding nearly hides from every other metric."""
     from tests.cli.test_check_where import edit_weight

@@ -53,6 +53,7 @@ def test_the_first_command(ditf, tmp_path):
         (["--opset", "26"], 2, "choose 18..25"),
         (["--output", "/proc/bundle"], 2, "cannot be written"),
         (["--json", "absent/file.json"], 2, "is not a directory"),
+        (["--build", "--target", "sm_89,sm_99"], 2, "unknown target 'sm_99'"),
     ],
 )
 def test_errors_are_one_line(ditf, tmp_path, arguments, code, message):

@@ -3,31 +3,48 @@
 from __future__ import annotations
 
 import os
+import shutil
+from types import SimpleNamespace
 
 import pytest
 
-from ditf.engines.compile import BuildOptions
+from ditf.engines import build
+from ditf.engines.compile import BuildOptions, Compiled
 from ditf.engines.profiles import advice, features_options, limit_workspace
-from ditf.runtime.backends.flavour import load_flavour
+from ditf.runtime.backends.flavour import FLAVOURS, load_flavour
 from ditf.runtime.backends.gpu import Gpu
 from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
 
 ORIN = Gpu("NVIDIA Orin", "sm_87", 12060, 8, integrated=True)
+SHARE = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
 L4 = Gpu("NVIDIA L4", "sm_89", 13000, 58)
 
 
-def test_scratch_memory_is_limited_where_gpu_and_cpu_share_theirs():
-    said = []
-    limited = limit_workspace(BuildOptions(), ORIN, said.append)
-    assert limited.workspace == os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") // 4
-    assert len(said) == 1
-    for gpu, options in (
-        (L4, BuildOptions()),
-        (None, BuildOptions("sm_89")),
-        (ORIN, BuildOptions(workspace=5)),
-    ):
-        assert limit_workspace(options, gpu, said.append) == options
-    assert len(said) == 1
+@pytest.mark.parametrize(("asked", "features"), [(None, SHARE), (5, 5)])
+def test_scratch_memory_is_limited_where_gpu_and_cpu_share_theirs(
+    monkeypatch, demo_bundle, tmp_path, asked, features
+):
+    """With a GPU that is described and not there, and a compiler that only keeps its options."""
+    bundle = Bundle.open(shutil.copytree(demo_bundle, tmp_path / "bundle"))
+    given, said = [], []
+
+    def compiler(trt, graph, options, *rest):
+        given.append(options.workspace)
+        return Compiled(b"plan", ())
+
+    monkeypatch.setattr(build, "find_gpu", lambda index=0: ORIN)
+    monkeypatch.setattr(build, "compile_plan", compiler)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    flavour, trt = FLAVOURS["tensorrt"], SimpleNamespace(__name__="tensorrt", __version__="10.3.0")
+    made = build.build(bundle, flavour, trt, BuildOptions(workspace=asked), report=said.append)
+    assert given == [features, SHARE]
+    assert made.record.options["workspace"] == features
+    assert any("memory that GPU and CPU share" in line for line in said) == (asked is None)
+
+
+def test_scratch_memory_is_not_limited_elsewhere():
+    for gpu, options in ((L4, BuildOptions()), (None, BuildOptions("sm_89"))):
+        assert limit_workspace(options, gpu) == options
 
 
 def test_only_the_features_of_a_16_bit_bundle_may_round_to_tf32(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,35 @@ def test_without_a_home_folder_nothing_is_kept(monkeypatch, caplog, home):
         monkeypatch.setenv("HOME", home)
     assert cache_file("timing", "tensorrt") is None
     assert "no home folder" in caplog.text
+
+
+def test_a_relative_cache_folder_counts_as_none(monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", "cache")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert tmp_path / ".cache" in cache_file("timing", "tensorrt").parents
+
+
+@pytest.mark.parametrize("variable", ["XDG_CACHE_HOME", "HOME"])
+def test_a_cache_folder_that_is_a_file_is_a_warning(monkeypatch, tmp_path, config, variable):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    (tmp_path / "file").write_text("a file")
+    monkeypatch.setenv(variable, str(tmp_path / "file"))
+    cache = TimingCache(cache_file("timing", "tensorrt"))
+    cache.attach(config)
+    cache.keep(config)
+    assert "Not a directory" in cache.warning
+
+
+def test_a_full_disk_is_a_warning(monkeypatch, config, path):
+    def full(*arguments):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    cache = TimingCache(path)
+    cache.attach(config)
+    monkeypatch.setattr("ditf.runtime.files.user_cache.publish", full)
+    cache.keep(config)
+    assert "No space left on device" in cache.warning
+    assert not [one for one in path.parent.iterdir() if one.is_file()]
 
 
 def test_each_gpu_and_version_has_its_own(monkeypatch, tmp_path):

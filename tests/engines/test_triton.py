@@ -97,6 +97,25 @@ def test_every_model_answers_as_ditf_does(request, tmp_path, fixture, placement,
     server.close()
 
 
+@pytest.mark.parametrize(
+    ("fixture", "placement", "exact"),
+    [
+        ("demo_bundle", GPU, {"cat.match_graph"}),
+        ("demo_bundle_float32", GPU, {"cat.features", "cat.match_graph"}),
+        ("demo_bundle_float32", CPU, set()),
+    ],
+)
+def test_float32_products_are_not_rounded_to_tf32(request, fixture, placement, exact):
+    """ONNX Runtime's CUDA provider rounds unless it is told otherwise."""
+    bundle = Bundle.open(request.getfixturevalue(fixture))
+    found = {
+        model.name: (accelerator.name, dict(accelerator.parameters))
+        for model in bundle_models(bundle, "cat", placement, None)
+        for accelerator in _parsed(model.config).optimization.execution_accelerators.gpu_execution_accelerator
+    }
+    assert found == dict.fromkeys(exact, ("cuda", {"use_tf32": "0"}))
+
+
 def test_a_dynamic_batch(tmp_path, bank_bundle, pixart_bundle, demo_bundle):
     """Of a graph that takes images alone: with more inputs Triton cannot put requests together."""
     manifest = Bundle.open(demo_bundle).manifest

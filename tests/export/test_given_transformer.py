@@ -88,6 +88,8 @@ def test_the_model_is_found_again_to_time_it(bundle):
     """The baseline of `ditf bench` opens the file and its base, which the manifest names."""
     with torch_baseline(read_manifest(bundle), "eager") as baseline:
         found = baseline.features(golden_pair(SIZE)[0])
+        tf32 = torch.backends.cudnn.allow_tf32, torch.backends.cuda.matmul.allow_tf32
+    assert tf32 == (False, False)  # the bundle is float32
     assert feature_parity(found.transpose(1, 2, 0), features_of(bundle))["cosine_min"] > 0.999
 
 
