@@ -90,7 +90,7 @@ def test_what_fp16_would_do_is_said(ditf, tmp_path):
     assert "--fp16 makes exceptions:" in done.stdout
     assert re.search(r"transformer_blocks\.0\.ff\.net\.2: scaled by 2\*\*-\d; ", done.stdout)
     assert (
-        "  transformer_blocks.1.attn1: float32; query of transformer_blocks.1.attn1.to_q+to_k+to_v"
+        "  transformer_blocks.1.attn1: float32; weight of transformer_blocks.1.attn1.to_q+to_k+to_v"
         in done.stdout
     )
     assert json.loads((tmp_path / "j.json").read_text())["float16"] == done.stdout.splitlines()[-3:]

@@ -86,12 +86,13 @@ class Written:
 def mutations(written, model, column) -> Iterator[tuple[str, dict[str, np.ndarray]]]:
     """(name, initializers) of every mutation."""
     for block in BLOCKS[model]:
-        name = f"trunk.blocks.{block}.attention.project.linear"
-        weight, bias = written.values(f"{name}.weight"), written.values(f"{name}.bias")
-        size = len(bias) // 3 // HEADS[model]
-        order = np.arange(len(bias))
+        name = f"trunk.blocks.{block}.attention.project"
+        weight, bias = written.values(f"{name}.linear.weight"), written.values(f"{name}.query_bias")
+        size = weight.shape[1] // 3 // HEADS[model]
+        order = np.arange(weight.shape[1])
         order[: 2 * size] = np.roll(order[: 2 * size], size)
-        swapped = {f"{name}.weight": weight[:, order], f"{name}.bias": bias[order]}
+        bias[:, :2] = np.roll(bias[:, :2], 1, axis=1)
+        swapped = {f"{name}.linear.weight": weight[:, order], f"{name}.query_bias": bias}
         yield f"two query heads of block {block} swapped", swapped
         for linear in LINEARS:
             name = f"trunk.blocks.{block}.{linear}.weight"
@@ -126,6 +127,7 @@ def pixart_float32(tiny_pixart, tmp_path_factory):
 BELOW_ROUNDING = {
     "demo_bundle": {
         "a column of 0.attention.out.linear x 1.2",
+        "a weight of 0.attention.out.linear x 16",  # it no longer multiplies the value's bias
         "a weight of 4.feed_forward_out.linear x 16",
     },
     "demo_bundle_float32": {"a column of 0.attention.out.linear x 1.02"},

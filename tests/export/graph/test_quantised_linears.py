@@ -91,9 +91,12 @@ def test_linears_of_the_residual_are_not_quantised(checkpoint):
 
 
 def test_smoothing_saves_what_massive_channels_ruin(checkpoint, tmp_path):
-    """Massive values between the heads: one scale for the tensor leaves the others few steps."""
-    biases = {f"transformer_blocks.{i}.attn1.to_v": 300.0 for i in range(3)}
-    folder = planted(checkpoint("dit"), tmp_path / "planted", "transformer", biases)
+    """Massive values between the heads: one scale for the tensor leaves the others few steps.
+
+    Those of one stream of two, because a bias of all values is never between the heads.
+    """
+    biases = {f"transformer_blocks.{i}.attn.add_v_proj": 300.0 for i in range(3)}
+    folder = planted(checkpoint("sd3"), tmp_path / "planted", "transformer", biases)
     one = Measured(folder, "3")
     _, maxima = one.measure()
     naive = one.parity(Recipe(), replace(INT8, maxima=maxima, smooth=False))

@@ -171,7 +171,7 @@ PLANTED = [
     ("pixart", "2", "live", "transformer_blocks.1.attn2.to_q", 1e5, "float32"),
     ("pixart", "2", "bank", "transformer_blocks.1.attn2.to_k", 1e5, "float32"),
     ("pixart", "2", "bake", "transformer_blocks.1.attn2.to_out.0", 1e6, "scaled"),
-    ("sd3", "3", "bake", "transformer_blocks.1.attn.add_k_proj", 1e6, "float32"),
+    ("sd3", "3", "bake", "transformer_blocks.1.attn.add_k_proj", 1e5, "float32"),
     ("sd35", "3", "live", "transformer_blocks.1.ff_context.net.2", 1e6, "scaled"),
     ("flux", "4", "bake", "single_transformer_blocks.0.proj_out", 1e6, "scaled"),
     ("flux", "4", "bake", "single_transformer_blocks.0.proj_mlp", 1e5, "float32"),
