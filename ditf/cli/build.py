@@ -128,6 +128,8 @@ def _report(
             report = report_features(bundle, flavour, trt, one.record, settings, step)
         show(f"{report.plan} for {report.target}: {len(report.engine.layers)} kernels")
         show(table([("  " + kind, str(count)) for kind, count in report.kernels.items()]))
+        for stage, row in report.stages.items():
+            show(f"  {stage}: {row['kernels']} kernels, {bytes_text(row['bytes'])} moved")
         show(
             f"  {bytes_text(report.bytes_moved)} moved, {bytes_text(report.engine.activation_bytes)} of"
             f" activations, {bytes_text(report.engine.weight_bytes)} of weights"

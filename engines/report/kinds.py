@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import re
 
-from ditf.engines.report.layer_log import CompiledLayer
+from ditf.engines.report.layer_log import CompiledLayer, Tensor
 
 ATTENTION = "fused attention"
 PRODUCT = "product"
@@ -50,33 +50,43 @@ def kind_of(layer: CompiledLayer) -> str:
 
 
 def computes_in(layer: CompiledLayer) -> str:
-    """The type of what a product, a convolution or an attention multiplies."""
-    tensors = layer.inputs or layer.constants
-    return _LONG.get(tensors[0].dtype, tensors[0].dtype.lower()) if tensors else ""
+    """The type of what a product, a convolution or an attention multiplies.
+
+    The weight decides where there is one: a fused product also reads the residual that it is added to.
+    """
+    weight = _weight(layer)
+    factors = (weight,) if weight else layer.inputs or layer.constants
+    return _LONG.get(factors[0].dtype, factors[0].dtype.lower()) if factors else ""
 
 
 def operations(layer: CompiledLayer) -> int:
     """Operations of a product, convolution or attention, two for a multiply-add; 0 for other layers.
 
-    They follow from the numbers of elements: [M, K] x [K, N] -> [M, N] has K = sqrt(MK KN / MN).
+    A product of activations has no weight whose shape tells K. There the numbers of elements do:
+    [M, K] x [K, N] -> [M, N] has K = sqrt(MK KN / MN).
     """
-    kind = kind_of(layer)
+    kind, weight = kind_of(layer), _weight(layer)
+    if kind == PRODUCT and weight and layer.outputs and layer.outputs[0].shape[-1] in weight.shape[-2:]:
+        first, second = weight.shape[-2:]
+        inner = first if layer.outputs[0].shape[-1] == second else second
+        return 2 * _elements(layer.outputs[0].shape) * inner
     if kind == PRODUCT and layer.inputs and layer.outputs:
-        factors = [_elements(tensor.shape) for tensor in (*layer.inputs, *layer.constants)]
-        first = _elements(layer.inputs[0].shape)
-        factors.remove(first)
+        factors = sorted(_elements(tensor.shape) for tensor in (*layer.inputs, *layer.constants))
         result = _elements(layer.outputs[0].shape)
-        if not factors:
-            return 0
-        return int(2 * result * math.sqrt(first * max(factors) / result))
-    if kind == CONVOLUTION and layer.constants and layer.outputs:
-        filters = max(layer.constants, key=lambda tensor: _elements(tensor.shape)).shape
-        return 2 * _elements(layer.outputs[0].shape) * _elements(filters) // max(1, filters[0])
+        return int(2 * result * math.sqrt(math.prod(factors[-2:]) / result)) if len(factors) > 1 else 0
+    if kind == CONVOLUTION and weight and layer.outputs:
+        return 2 * _elements(layer.outputs[0].shape) * _elements(weight.shape[1:])
     if kind == ATTENTION and len(layer.inputs) >= 2 and layer.outputs:
         *heads, _, size = layer.outputs[0].shape  # of a head, as in the value
         query, key = (_elements(tensor.shape) for tensor in layer.inputs[:2])
         return 4 * query * key // _elements((*heads, size))
     return 0
+
+
+def _weight(layer: CompiledLayer) -> Tensor | None:
+    """The largest constant that is a matrix or a filter; biases and scales are [1, 1, N] or smaller."""
+    matrices = [one for one in layer.constants if len(one.shape) > 1 and math.prod(one.shape[:-1]) > 1]
+    return max(matrices, key=lambda one: _elements(one.shape), default=None)
 
 
 def _elements(shape: tuple[int, ...]) -> int:

@@ -13,6 +13,8 @@ from ditf.engines.report.layer_log import CompiledLayer, EngineLayers
 from ditf.runtime.errors import InputError
 
 _RATES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "int8"}
+_STAGES = {"encoder.": "VAE", "encoder/": "VAE", "condition.": "condition", "trunk.": "trunk"}
+"""{start of an ONNX node's name: stage}, in the order in which they run."""
 
 
 class Device(Protocol):
@@ -46,6 +48,16 @@ class Report:
         """Bytes that all layers read and write."""
         return sum(layer.read + layer.written for layer in self.engine.layers)
 
+    @property
+    def stages(self) -> dict[str, dict[str, int]]:
+        """{stage: kernels and bytes}; a kernel of two stages counts for the earlier one."""
+        found: dict[str, dict[str, int]] = {}
+        for layer in self.engine.layers:
+            row = found.setdefault(_stage(layer), {"kernels": 0, "bytes": 0})
+            row["kernels"] += 1
+            row["bytes"] += layer.read + layer.written
+        return found
+
     def least_seconds(self, device: Device) -> float:
         """The sum over layers of the longer of two times: that of the operations, and that of the bytes."""
         return sum(
@@ -71,6 +83,7 @@ class Report:
             "plan": self.plan,
             "target": self.target,
             "kernels": self.kernels,
+            "stages": self.stages,
             "bytes": self.bytes_moved,
             "activation_bytes": self.engine.activation_bytes,
             "weight_bytes": self.engine.weight_bytes,
@@ -92,6 +105,13 @@ class Report:
 def _label(layer: CompiledLayer) -> str:
     kind = kind_of(layer)
     return f"{computes_in(layer)} {kind}" if kind in (ATTENTION, PRODUCT, CONVOLUTION) else kind
+
+
+def _stage(layer: CompiledLayer) -> str:
+    for prefix, stage in _STAGES.items():
+        if any(source.startswith(prefix) for source in layer.sources):
+            return stage
+    return "other"
 
 
 def _rate(layer: CompiledLayer) -> str:

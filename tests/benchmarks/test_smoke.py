@@ -15,6 +15,7 @@ SCRIPTS = (
     "demo",
     "export_memory",
     "features",
+    "fusion",
     "int8",
     "matching",
     "pca",

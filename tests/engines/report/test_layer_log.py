@@ -116,6 +116,19 @@ def test_a_convolution_counts_its_filters():
     assert (layer.read, layer.written) == (4 * (3 * 96 * 96 + 128 * 3 * 64 + 1), 2 * 128 * 12 * 12)
 
 
+def test_a_product_that_adds_to_a_residual_computes_in_its_weights_type():
+    """The residual comes first among the inputs of TensorRT-RTX 1.7.1; it is no factor."""
+    layer = only(
+        "__myl_FcAddCastMulAdd_myl0_44",
+        "runtime_fusion",
+        [("z", "1,512,256", "Float"), ("x", "1,512,1024", "Half")],
+        [("gate", "1,1,256", "Float"), ("bias", "1,1,256", "Half"), ("w", "1,1024,256", "Half")],
+        [("y", "1,512,256", "Float")],
+    )
+    assert computes_in(layer) == "float16"
+    assert operations(layer) == 2 * 512 * 256 * 1024
+
+
 def test_a_dynamic_dimension_counts_as_the_usual_batch():
     found = read_layers([line("x", "kgen", [("x", "-1,8", "Half")])], batch=4)
     assert found.layers[0].inputs[0].shape == (4, 8)

@@ -34,6 +34,15 @@ def test_the_least_time_is_the_sum_of_the_layers():
     assert report.least_seconds(l4) == pytest.approx(2 * 2048**3 / 121e12 + 4 * (1 << 22) / 300e9)
 
 
+def test_stages_share_out_every_kernel_and_byte():
+    x = Tensor("x", (8,), "Half", 16)
+    sources = (("Sub", "encoder/Cast"), ("encoder.conv/Conv", "trunk.embedder/Conv"), ("trunk.a/MatMul",), ())
+    layers = tuple(CompiledLayer("p", "kgen", (x,), (), (), source) for source in sources)
+    report = Report("features.plan", "sm_89", EngineLayers(layers, 0, 0))
+    assert {name: row["kernels"] for name, row in report.stages.items()} == {"VAE": 2, "trunk": 1, "other": 1}
+    assert sum(row["bytes"] for row in report.stages.values()) == report.bytes_moved
+
+
 def test_a_device_without_a_rate_is_left_out():
     layer = CompiledLayer("p", "gemm", (Tensor("x", (8, 8), "Int8", 64),), (), (), ())
     found = Report("features.plan", "sm_89", EngineLayers((layer,), 0, 0)).least_ms(DEVICES)
