@@ -12,8 +12,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ditf.engines.compile import BuildOptions, Report, Step, compile_plan
+from ditf.engines.compile import BuildOptions, Say, Step, compile_plan
 from ditf.engines.network import LayerType, Profile, audit
+from ditf.engines.report.layer_log import read_layers
+from ditf.engines.report.summary import Report
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.backends.engine_records import (
     ENGINES_FOLDER,
@@ -61,7 +63,7 @@ def build(
     options: BuildOptions,
     batch: Sequence[Sequence[int]] = (),
     force: bool = False,
-    report: Report = lambda line: None,
+    report: Say = lambda line: None,
     step: Step = lambda phase, done, total: None,
     device: int = 0,
 ) -> Built:
@@ -100,11 +102,12 @@ def build(
     bundle.verify(bundle.manifest.files)
     cache = None
     if not flavour.ahead and gpu is not None:
-        cache = TimingCache(cache_file("timing", flavour.name, trt.__version__, str(gpu)))
+        path = cache_file("timing", flavour.name, trt.__version__, str(gpu))
+        cache = None if path is None else TimingCache(path)
     with staged(folder, RECORD) as temporary:
         plans, left_out, seconds = {}, {}, {}
         for plan, onnx, profiles, given in (
-            (FEATURES_PLAN, FEATURES, features_profiles(bundle, sizes), options),
+            (FEATURES_PLAN, FEATURES, features_profiles(bundle, sizes), _features_options(bundle, options)),
             (MATCH_PLAN, MATCH, [match_profile(bundle)], replace(options, workspace=None)),
         ):
             if plan == MATCH_PLAN and target == _NO_FLOAT32_PRODUCTS:
@@ -146,6 +149,44 @@ def build(
     if cache is not None and cache.warning:
         report(f"warning: {cache.warning}")
     return Built(folder, record, reused=False)
+
+
+def report_features(
+    bundle: Bundle,
+    flavour: Flavour,
+    trt: Any,
+    record: EngineRecord,
+    options: BuildOptions,
+    step: Step = lambda phase, done, total: None,
+) -> Report:
+    """Compile features.plan once more, with a detailed log, and report what became of the graph.
+
+    A dynamic batch is counted as the first profile's usual one.
+
+    Args:
+        record: of the engine.
+        options: with which it was built.
+        step: called with the progress of the compiler.
+
+    Raises:
+        InputError: the flavour's log is not one that can be read.
+        DitfError: see `build` and `read_layers`.
+    """
+    check_reportable(flavour)
+    batch = tuple((low, usual, high) for low, usual, high in record.batch)
+    graph, profiles = bundle.read_graph(FEATURES), features_profiles(bundle, batch)
+    given = _features_options(bundle, options)
+    compiled = compile_plan(trt, graph, given, profiles, step=step, details=True)
+    return Report(FEATURES_PLAN, record.target, read_layers(compiled.log, batch[0][1]))
+
+
+def check_reportable(flavour: Flavour) -> None:
+    """Raise an InputError for a flavour whose builder does not log the compiled layers in a known form."""
+    if not flavour.ahead:
+        raise InputError(
+            f"--report reads the log of tensorrt-rtx, not of {flavour.name}",
+            "use --backend tensorrt-rtx, which needs no GPU",
+        )
 
 
 def engine_key(
@@ -251,6 +292,10 @@ def _target(flavour: Flavour, options: BuildOptions) -> str:
             "build on the device, or ahead of time with --backend tensorrt-rtx --target",
         )
     return ""
+
+
+def _features_options(bundle: Bundle, options: BuildOptions) -> BuildOptions:
+    return replace(options, tf32=bundle.may_round(FEATURES))
 
 
 def features_profiles(bundle: Bundle, batch: Profiles) -> list[Profile]:

@@ -15,7 +15,7 @@ from ditf.runtime.backends.flavour import PORTABLE, TARGETS, has
 from ditf.runtime.bundles.onnx_graph import Graph
 from ditf.runtime.errors import BundleError, InputError, MissingComponent
 
-Report = Callable[[str], None]
+Say = Callable[[str], None]
 Step = Callable[[str, int, int], None]
 """Called with the compiler's phase, the steps done, and the number of steps."""
 
@@ -31,6 +31,8 @@ class BuildOptions:
         hardware_compatible: the plan runs on Ampere and newer GPUs.
         version_compatible: the plan runs on newer versions of TensorRT.
         strip_weights: the plan holds no weights and is refitted from the bundle when it is opened.
+        tf32: float32 products may round their factors to 10 mantissa bits, as the products of a 16-bit bundle
+            do anyway. TensorRT does so unless told otherwise.
     """
 
     target: str | None = None
@@ -39,20 +41,22 @@ class BuildOptions:
     hardware_compatible: bool = False
     version_compatible: bool = False
     strip_weights: bool = False
+    tf32: bool = False
 
     def to_json(self) -> dict[str, Any]:
-        """The options that were given, without the target."""
+        """The options that were given, without the target and what follows from the bundle."""
         given = asdict(self)
-        del given["target"]
+        del given["target"], given["tf32"]
         return {name: value for name, value in given.items() if value is not None and value is not False}
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """A plan's bytes, and the network it was compiled from."""
+    """A plan's bytes, the network it was compiled from, and, of a detailed build, the builder's log."""
 
     plan: bytes
     layers: tuple[LayerType, ...]
+    log: Sequence[str] = ()
 
 
 def compile_plan(
@@ -63,6 +67,7 @@ def compile_plan(
     check: Callable[[tuple[LayerType, ...]], None] = lambda layers: None,
     cache: TimingCache | None = None,
     step: Step = lambda phase, done, total: None,
+    details: bool = False,
 ) -> Compiled:
     """Parse a graph as a strongly typed network and compile it.
 
@@ -70,6 +75,7 @@ def compile_plan(
         profiles: ranges of dynamic inputs.
         check: called with the parsed network's layers before the long work starts.
         step: called with the progress of the compiler's outermost phase.
+        details: let the builder log what it compiled (`ditf.engines.report`).
 
     Raises:
         InputError: unknown target.
@@ -77,7 +83,7 @@ def compile_plan(
         BundleError: the parser or the compiler refuses the graph; the error holds their first message.
     """
     with _signals_kept() as arrived:
-        return _compile(trt, graph, options, profiles, check, cache, step, lambda: arrived)
+        return _compile(trt, graph, options, profiles, check, cache, step, lambda: arrived, details)
 
 
 def _compile(
@@ -89,18 +95,21 @@ def _compile(
     cache: TimingCache | None,
     step: Step,
     stop: Callable[[], object],
+    details: bool,
 ) -> Compiled:
     """See `compile_plan`.
 
     Args:
         stop: polled during the build; a true value cancels it.
     """
-    network = Network(trt, graph)
+    network = Network(trt, graph, details)
     layers = network.layers
     check(layers)
     config = network.builder.create_builder_config()
     _set_target(trt, config, options.target)
     _set_options(trt, config, options)
+    if details:
+        config.profiling_verbosity = trt.ProfilingVerbosity.DETAILED
     for profile in profiles:
         optimization_profile = network.builder.create_optimization_profile()
         for name, (smallest, usual, largest) in profile.items():
@@ -121,7 +130,7 @@ def _compile(
         )
     if cache is not None:
         cache.keep(config)
-    return Compiled(bytes(plan), layers)
+    return Compiled(bytes(plan), layers, network.log.messages)
 
 
 def _set_target(trt: Any, config: Any, target: str | None) -> None:
@@ -142,6 +151,10 @@ def _set_target(trt: Any, config: Any, target: str | None) -> None:
 
 
 def _set_options(trt: Any, config: Any, options: BuildOptions) -> None:
+    if not options.tf32:
+        config.clear_flag(trt.BuilderFlag.TF32)
+    if has(trt, "BuilderFlag.REQUIRE_USER_ALLOCATION"):  # TensorRT-RTX, which else may refuse stream capture
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     if options.level is not None:
         config.builder_optimization_level = options.level
     if options.workspace is not None:

@@ -42,14 +42,15 @@ class Network:
     Args:
         trt: `tensorrt` or `tensorrt_rtx`.
         graph: the graph with its weights; the network refers to the weights without copying them.
+        details: keep every message of the library in `log`.
 
     Raises:
         BundleError: the parser refuses the graph; the error holds its first message.
     """
 
-    def __init__(self, trt: Any, graph: Graph) -> None:
+    def __init__(self, trt: Any, graph: Graph, details: bool = False) -> None:
         self._graph = graph
-        self.log = Log(trt)
+        self.log = Log(trt, details)
         self.builder = trt.Builder(self.log.logger)
         self.network = self.builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
         parser = trt.OnnxParser(self.network, self.log.logger)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from ditf.runtime.errors import InputError
 from ditf.runtime.files.user_cache import read_cache, write_cache
 
 
@@ -19,7 +18,7 @@ class TimingCache:
         path: path of the file, which need not exist.
 
     Attributes:
-        warning: why the file could not be used, or ""; such a file is replaced.
+        warning: why the file could not be used or written, or "". One that could not be used is replaced.
     """
 
     def __init__(self, path: Path) -> None:
@@ -38,11 +37,7 @@ class TimingCache:
             config.set_timing_cache(self._cache, ignore_mismatch=False)
 
     def keep(self, config: Any) -> None:
-        """Write the timings of a build.
-
-        Raises:
-            InputError: the file cannot be written.
-        """
+        """Write the timings of a build. If that fails, `warning` says why: the plan is none the worse."""
         if self._refused:
             return  # the file is another user's
         learned = config.get_timing_cache()
@@ -53,10 +48,9 @@ class TimingCache:
         try:
             write_cache(self.path, bytes(learned.serialize()))
         except OSError as error:
-            raise InputError(
-                f"the timing cache {self.path} cannot be written ({error.strerror})",
-                "free some space, or set XDG_CACHE_HOME",
-            ) from error
+            self.warning = (
+                f"the timing cache {self.path} cannot be written ({error.strerror}); set XDG_CACHE_HOME"
+            )
 
     def _read(self, config: Any) -> Any:
         """The cache in the file, an empty cache where there is no file, None where the file is refused."""

@@ -23,13 +23,9 @@ def trtexec_lines(bundle: Bundle, batch: Sequence[tuple[int, int, int]] = ((1, 1
     Args:
         batch: smallest, usual and largest batch of each profile, for a bundle with a dynamic batch.
     """
-    plain = bundle.manifest.precision == "float32"
     return [
-        *(
-            _line(bundle, FEATURES, profile, tf32=not plain)
-            for profile in features_profiles(bundle, tuple(batch)) or [{}]
-        ),
-        _line(bundle, MATCH, match_profile(bundle), tf32=False),
+        *(_line(bundle, FEATURES, profile) for profile in features_profiles(bundle, tuple(batch)) or [{}]),
+        _line(bundle, MATCH, match_profile(bundle)),
     ]
 
 
@@ -47,10 +43,10 @@ def unread_opset(opset: int, version: str) -> str:
     )
 
 
-def _line(bundle: Bundle, graph: str, profile: Profile, tf32: bool) -> str:
+def _line(bundle: Bundle, graph: str, profile: Profile) -> str:
     plan = graph.replace(".onnx", ".plan")
     words = ["trtexec", f"--onnx={bundle.path / graph}", f"--saveEngine={plan}", "--stronglyTyped"]
-    words += [] if tf32 else ["--noTF32"]
+    words += [] if bundle.may_round(graph) else ["--noTF32"]
     for index, which in enumerate(("min", "opt", "max") if profile else ()):
         shapes = (f"{name}:{'x'.join(map(str, sizes[index]))}" for name, sizes in profile.items())
         words.append(f"--{which}Shapes={','.join(shapes)}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Any, Optional
 
 import typer
@@ -13,10 +14,11 @@ from ditf.cli.support.options import SIGNATURE, BundleArgument, JsonOption, verb
 from ditf.cli.support.output import bytes_text, say, show, table, write_json
 from ditf.cli.support.paths import check_writable
 from ditf.cli.support.progress import steps
-from ditf.engines.build import Built, prune
+from ditf.engines.build import Built, check_reportable, prune, report_features
 from ditf.engines.build import build as build_bundle
 from ditf.engines.compile import BuildOptions
 from ditf.engines.trtexec import unread_opset
+from ditf.export.estimate.devices import DEVICES
 from ditf.runtime.backends.cuda import open_cuda
 from ditf.runtime.backends.device import find_device
 from ditf.runtime.backends.engine_records import engine_folders, read_record, verify_plans
@@ -83,10 +85,19 @@ def build(
         ),
     ] = None,
     force: Annotated[bool, typer.Option("--force", help="Build again what exists.")] = False,
+    report: Annotated[
+        Optional[Path],
+        typer.Option(
+            metavar="FILE",
+            help="Write what the compiler made of features.onnx: kernels, bytes, the least time. JSON.",
+        ),
+    ] = None,
     json_file: JsonOption = None,
 ) -> None:
     """Build TensorRT engines of a bundle; engines that exist and fit are kept."""
-    check_writable(json_file, inputs=(bundle,))
+    check_writable(json_file, report, inputs=(bundle,))
+    if report is not None:
+        check_reportable(choose_flavour(backend)[0])
     opened = open_bundle(bundle)
     sizes = [_parse_batch(text) for text in batch or ()]
     options = {
@@ -97,7 +108,31 @@ def build(
         "strip_weights": strip_weights,
     }
     built = build_targets(opened, backend, target, sizes, options, force, device)
+    if report is not None:
+        _report(report, opened, backend, built, options)
     write_json(json_file, {"bundle": str(bundle), "engines": [_document(one) for one in built]})
+
+
+def _report(
+    path: Path, bundle: Bundle, backend: str, built: Sequence[Built], options: dict[str, Any]
+) -> None:
+    """Report on engines: a table for each on stdout, and everything in a file."""
+    flavour, trt = choose_flavour(backend)
+    documents = []
+    for one in built:
+        with steps() as step:
+            settings = BuildOptions(target=one.record.target, **options)
+            report = report_features(bundle, flavour, trt, one.record, settings, step)
+        show(f"{report.plan} for {report.target}: {len(report.engine.layers)} kernels")
+        show(table([("  " + kind, str(count)) for kind, count in report.kernels.items()]))
+        show(
+            f"  {bytes_text(report.bytes_moved)} moved, {bytes_text(report.engine.activation_bytes)} of"
+            f" activations, {bytes_text(report.engine.weight_bytes)} of weights"
+        )
+        least = report.least_ms(DEVICES)
+        show("  at least " + ", ".join(f"{ms:.3g} ms on {name}" for name, ms in least.items()))
+        documents.append({"key": one.record.key, **report.to_json(DEVICES)})
+    write_json(path, {"bundle": str(bundle.path), "plans": documents})
 
 
 def build_targets(
@@ -219,7 +254,10 @@ def parse_targets(text: Optional[str]) -> list[Optional[str]]:
     targets = list(dict.fromkeys(part.strip().lower() for part in text.split(",")))
     for target in targets:
         if target not in (*TARGETS, PORTABLE):
-            raise InputError(f"unknown target {target!r}", f"choose {', '.join((*TARGETS, PORTABLE))}")
+            raise InputError(
+                f"unknown target {target!r}",
+                f"choose {', '.join((*TARGETS, PORTABLE))}, or build on another GPU with --backend tensorrt",
+            )
     return list(targets)
 
 

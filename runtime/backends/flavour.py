@@ -5,12 +5,17 @@ Whether a version has a feature is looked up by name (`has`) and never concluded
 
 from __future__ import annotations
 
+import functools
 import importlib
+import logging
+import weakref
 from dataclasses import dataclass
 from typing import Any
 
 from ditf.runtime.backends.gpu import Gpu, find_gpus
 from ditf.runtime.errors import InputError, MissingComponent
+
+logger = logging.getLogger(__name__)
 
 TARGETS = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_120", "sm_121")
 """Compute capabilities that TensorRT-RTX builds for ahead of time."""
@@ -106,21 +111,54 @@ def has_rtx(gpu: Gpu) -> bool:
 
 
 class Log:
-    """A TensorRT logger that keeps the last error message instead of printing it."""
+    """What TensorRT says while this object is alive.
 
-    def __init__(self, trt: Any) -> None:
-        log = self
+    TensorRT keeps the first logger that it is given and ignores all others. So there is one for the process,
+    and every `Log` hears all of its messages. Those from INFO on go to Python's logging, where --verbose
+    shows them.
+
+    Args:
+        trt: `tensorrt` or `tensorrt_rtx`.
+        details: keep every message, those of severity VERBOSE too.
+
+    Attributes:
+        logger: what TensorRT's classes are given.
+        last: the last error, in one line.
+        messages: all messages, if `details` was asked for.
+    """
+
+    def __init__(self, trt: Any, details: bool = False) -> None:
         self.last = "no message"
+        self.messages: list[str] = []
+        self._details = details
+        self.logger, listeners = _process_logger(trt)
+        listeners.add(self)
 
-        class Logger(trt.ILogger):  # type: ignore[misc]
-            def __init__(self) -> None:
-                trt.ILogger.__init__(self)
+    def hear(self, error: bool, message: str) -> None:
+        """Take a message of the process's logger."""
+        if error:
+            self.last = " ".join(message.split())[:300]
+        if self._details:
+            self.messages.append(message)
 
-            def log(self, severity: Any, message: str) -> None:
-                if severity <= trt.ILogger.Severity.ERROR:
-                    log.last = message.split("\n")[0][:300]
 
-        self.logger = Logger()
+@functools.cache
+def _process_logger(trt: Any) -> tuple[Any, weakref.WeakSet[Log]]:
+    """The one logger of a library, and who hears it."""
+    listeners: weakref.WeakSet[Log] = weakref.WeakSet()
+    severities = trt.ILogger.Severity
+
+    class Logger(trt.ILogger):  # type: ignore[misc]
+        def __init__(self) -> None:
+            trt.ILogger.__init__(self)
+
+        def log(self, severity: Any, message: str) -> None:
+            if severity <= severities.INFO:
+                logger.info("%s: %s", severity.name, message)
+            for log in list(listeners):
+                log.hear(severity <= severities.ERROR, message)
+
+    return Logger(), listeners
 
 
 def has(module: Any, name: str) -> bool:

@@ -52,16 +52,20 @@ class OnnxRuntimeBackend:
             MissingComponent: ONNX Runtime does not import, or has no CUDA for the device.
             BundleError: ONNX Runtime refuses the graph.
         """
-        return OnnxRuntimeSession(bundle.read_graph(graph), self._device)
+        return OnnxRuntimeSession(bundle.read_graph(graph), bundle.may_round(graph), self._device)
 
 
 class OnnxRuntimeSession:
-    """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`."""
+    """A graph in ONNX Runtime; see `ditf.runtime.backends.Session`.
+
+    Args:
+        tf32: float32 products may round their factors to TF32 on a GPU.
+    """
 
     batches = ()
     device_seconds = device_bytes = None
 
-    def __init__(self, graph: Graph, device: Device | None = None) -> None:
+    def __init__(self, graph: Graph, tf32: bool = False, device: Device | None = None) -> None:
         try:
             import onnxruntime
         except ImportError as error:
@@ -85,11 +89,18 @@ class OnnxRuntimeSession:
             wanted = [_CPU_PROVIDER]
         elif gpu is not None and _CUDA_PROVIDER not in wanted:
             raise _no_cuda(onnxruntime, "it was built without CUDA")
+        # By default the CUDA provider rounds the factors of float32 products to 10 mantissa bits.
+        cuda = {"use_tf32": str(int(tf32)), "device_id": str(gpu or 0)}
+        settings = [cuda if name == _CUDA_PROVIDER else {} for name in wanted]
         # It would make a quantised graph's products float ones.
         disabled = ["MatMulAddFusion"] if quantised else []
         try:
             session = onnxruntime.InferenceSession(
-                graph.model, options, providers=_on(gpu, wanted), disabled_optimizers=disabled
+                graph.model,
+                options,
+                providers=wanted,
+                provider_options=settings,
+                disabled_optimizers=disabled,
             )
         except Exception as error:  # its exceptions share no base class
             if "NOT_IMPLEMENTED" in str(error):  # bfloat16 on a CPU
@@ -155,11 +166,6 @@ def _initializers(onnxruntime: Any, graph: Graph) -> dict[str, Any]:
         array = np.frombuffer(content, f"u{ITEM_BYTES[tensor.dtype]}").reshape(tensor.shape)
         values[name] = onnxruntime.OrtValue.ortvalue_from_numpy_with_onnx_type(array, tensor.dtype)
     return values
-
-
-def _on(gpu: int | None, wanted: list[str]) -> list[str | tuple[str, dict[str, Any]]]:
-    """The providers with their options."""
-    return [(name, {"device_id": gpu or 0}) if name == _CUDA_PROVIDER else name for name in wanted]
 
 
 def _no_cuda(onnxruntime: Any, why: str) -> MissingComponent:

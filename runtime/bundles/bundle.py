@@ -54,6 +54,14 @@ class Bundle:
         trust.check(path / MANIFEST, content)
         return cls(path, parse_manifest(path, content), trust)
 
+    def may_round(self, graph: str) -> bool:
+        """Whether a graph's float32 products may round their factors to TF32, which has 10 mantissa bits.
+
+        They may where the bundle's other products have no more bits. In match.onnx, and in a float32 bundle,
+        rounding would move most match positions.
+        """
+        return graph == FEATURES and self.manifest.precision != "float32"
+
     def verify(self, names: Iterable[str]) -> None:
         """Check files against the manifest's sizes and hashes.
 

@@ -6,6 +6,7 @@ root can have written it, and its folders are private to the user.
 
 from __future__ import annotations
 
+import logging
 import os
 import stat
 from pathlib import Path
@@ -15,12 +16,24 @@ from uuid import uuid4
 from ditf.runtime.files.reading import open_regular
 from ditf.runtime.files.writing import created, publish
 
+logger = logging.getLogger(__name__)
+
 _LARGEST = 1 << 30  # bytes
 
 
-def cache_file(kind: str, *name: str) -> Path:
-    """The path of a file in the user's cache; `kind` is "timing" or "kernels"."""
-    root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+def cache_file(kind: str, *name: str) -> Optional[Path]:
+    """The path of a file in the user's cache; `kind` is "timing" or "kernels".
+
+    Returns:
+        None, after a warning, if the user has no cache: there is no home folder and no XDG_CACHE_HOME.
+    """
+    try:
+        root = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:  # neither HOME nor an entry in the list of users
+        root = Path()
+    if not root.is_absolute():
+        logger.warning("there is no home folder, so no %s are kept; set XDG_CACHE_HOME", kind)
+        return None
     plain = "".join(c if c.isalnum() or c in ".-" else "_" for c in "-".join(name))
     return root / "ditf" / kind / f"{plain}.cache"
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from ditf.engines.timing_cache import TimingCache
 from ditf.runtime.backends.flavour import Log, load_flavour
-from ditf.runtime.errors import InputError
 from ditf.runtime.files.user_cache import cache_file, write_cache
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*TensorRT-RTX:DeprecationWarning")
@@ -75,8 +76,23 @@ def test_a_file_that_cannot_be_written(config, path):
     cache = TimingCache(path)
     cache.attach(config)
     path.parent.parent.write_text("a file")
-    with pytest.raises(InputError, match="cannot be written"):
-        cache.keep(config)
+    cache.keep(config)
+    assert "cannot be written" in cache.warning
+
+
+@pytest.mark.parametrize("home", ["relative", None])
+def test_without_a_home_folder_nothing_is_kept(monkeypatch, caplog, home):
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    if home is None:
+
+        def no_home():
+            raise RuntimeError("Could not determine home directory.")
+
+        monkeypatch.setattr(Path, "home", no_home)
+    else:
+        monkeypatch.setenv("HOME", home)
+    assert cache_file("timing", "tensorrt") is None
+    assert "no home folder" in caplog.text
 
 
 def test_each_gpu_and_version_has_its_own(monkeypatch, tmp_path):

@@ -160,3 +160,33 @@ def test_a_cpu_whose_int8_products_saturate_is_recognised(tmp_path, flags, wrong
     (tmp_path / "cpuinfo").write_text(f"model name\t: A CPU\nflags\t\t: {flags}\n")
     assert saturates(tmp_path / "cpuinfo") is wrong
     assert not saturates(tmp_path / "missing")
+
+
+def test_every_use_of_a_library_hears_its_own_errors():
+    """TensorRT keeps the first logger of a process, so the second parse error used to be "no message"."""
+    trt = load_flavour(RTX)
+    first = Log(trt)
+    runtime = trt.Runtime(first.logger)
+    for operator in ("NoSuchOperator", "AnotherOne"):
+        node = helper.make_node(operator, ["x"], ["y"])
+        tensors = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1]) for name in "xy"]
+        graph = helper.make_graph([node], "g", tensors[:1], tensors[1:])
+        opsets = [helper.make_opsetid("", 20)]
+        model = helper.make_model(graph, opset_imports=opsets, ir_version=10).SerializeToString()
+        log = Log(trt)
+        builder = trt.Builder(log.logger)
+        network = builder.create_network(1 << int(trt.NetworkDefinitionCreationFlag.STRONGLY_TYPED))
+        assert not trt.OnnxParser(network, log.logger).parse(model)
+        assert "Plugin not found" in log.last
+    assert log.logger is first.logger
+    del runtime
+
+
+def test_what_the_library_says_goes_to_pythons_logging(caplog):
+    trt = load_flavour(RTX)
+    log = Log(trt)
+    with caplog.at_level("INFO"):
+        log.logger.log(trt.ILogger.Severity.INFO, "built in 2 s")
+        log.logger.log(trt.ILogger.Severity.VERBOSE, "a detail")
+    assert [record.getMessage() for record in caplog.records] == ["INFO: built in 2 s"]
+    assert log.last == "no message"

@@ -13,7 +13,7 @@ import pytest
 
 from ditf import load
 from ditf.runtime.backends import engine_records, load_backend, open_features
-from ditf.runtime.backends.cuda import OutOfDeviceMemory
+from ditf.runtime.backends.cuda import OutOfDeviceMemory, open_cuda
 from ditf.runtime.backends.device import Device, find_device, parse_device
 from ditf.runtime.backends.engine import EngineBackend
 from ditf.runtime.backends.gpu import find_gpu, find_gpus
@@ -167,8 +167,8 @@ def test_onnx_runtime_is_told_the_device(monkeypatch, standin, demo_bundle):
     given = []
     real = onnxruntime.InferenceSession
 
-    def session(model, options, providers, **others):
-        given.append(providers)
+    def session(model, options, providers, provider_options, **others):
+        given.append(dict(zip(providers, provider_options, strict=True)))
         return real(model, options, providers=["CPUExecutionProvider"], **others)
 
     monkeypatch.setattr(
@@ -178,9 +178,8 @@ def test_onnx_runtime_is_told_the_device(monkeypatch, standin, demo_bundle):
     with pytest.raises(MissingComponent, match="its libraries did not load"):
         load_backend("onnxruntime", Device(1)).open_session(Bundle.open(demo_bundle), "match.onnx")
     load_backend("onnxruntime", Device(None)).open_session(Bundle.open(demo_bundle), "match.onnx")
-    (cuda, options), cpu = given[0]
-    assert (cuda, options["device_id"], cpu) == ("CUDAExecutionProvider", 1, "CPUExecutionProvider")
-    assert given[1] == ["CPUExecutionProvider"]
+    assert given[0]["CUDAExecutionProvider"]["device_id"] == "1"
+    assert given[1] == {"CPUExecutionProvider": {}}
 
 
 def test_engine_json_is_read_once_a_session_standin(standin, standin_bundle, monkeypatch):
@@ -261,3 +260,28 @@ def test_the_doctor_on_a_jetson_standin(ditf, demo_bundle, tmp_path):
     report = json.loads((tmp_path / "d.json").read_text())
     assert report["gpus"][0]["multiprocessors"] == 8
     assert report["trtexec"] == [line.strip() for line in done.stdout.splitlines() if "trtexec -" in line]
+
+
+def test_bindings_newer_than_a_jetsons_driver_standin():
+    """JetPack 6: the bindings that its driver takes are in cuda-python; cuda-bindings begins with 12.8."""
+    with installed(World([ORIN], driver=12060)) as world:
+        world.fail("cudaGetDeviceCount", "cudaErrorInsufficientDriver")
+        with pytest.raises(
+            MissingComponent, match=r"runs CUDA up to 12\.6, cuda-python is for a newer"
+        ) as caught:
+            open_cuda(0)
+    assert caught.value.exit_code == 3
+    assert caught.value.fix == (
+        "run: pip uninstall -y cuda-bindings cuda-python && pip install 'cuda-python<=12.6.99'"
+    )
+
+
+@pytest.mark.filterwarnings("ignore:.*TensorRT-RTX:DeprecationWarning")
+def test_build_warns_of_an_opset_that_tensorrt_10_may_not_read_standin(ditf, demo_bundle, tmp_path):
+    copy = shutil.copytree(demo_bundle, tmp_path / "bundle")
+    manifest = json.loads((copy / "manifest.json").read_text())
+    (copy / "manifest.json").write_text(json.dumps({**manifest, "opset": 22}))
+    with installed(World([ORIN]), FULL):
+        done = ditf("build", copy, "--backend", "tensorrt")
+    assert done.returncode == 0, done.stderr
+    assert "warning: this bundle has ONNX opset 22, and TensorRT 10.3.0 may not read" in done.stderr
