@@ -71,7 +71,6 @@ def machine(
         return
     full = FULL if request.param == "standin-full" else None
     with installed(World(), full) as world:
-        monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
         yield Machine(request.param, "tensorrt-rtx" if full is None else "tensorrt", world)
     assert world.faults == []
     assert world.alive() == []

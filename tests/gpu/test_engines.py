@@ -1,4 +1,4 @@
-"""Engines built by whichever TensorRT is installed, on a GPU and on the stand-in, against ONNX Runtime's CPU."""
+"""Engines of whichever TensorRT is installed, on a GPU and on the stand-in, against ONNX Runtime's CPU."""
 
 from __future__ import annotations
 

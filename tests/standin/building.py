@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import warnings
 from pathlib import Path
 from typing import Any
 
@@ -56,10 +55,6 @@ def building_classes(world: World, real: Any, module: Any, flavour: str) -> dict
             profile = real.Builder.create_optimization_profile(self)
             self._profiles.append(profile)
             return profile
-
-        def create_builder_config(self) -> Any:
-            config = real.Builder.create_builder_config(self)
-            return config if flavour == "tensorrt_rtx" else FullConfig(config)
 
         def build_serialized_network(self, network: Any, config: Any) -> Any:
             if world.refused("build_serialized_network"):
@@ -133,29 +128,6 @@ def building_classes(world: World, real: Any, module: Any, flavour: str) -> dict
 
     classes = (OnnxParser, Builder, Refitter, OnnxParserRefitter)
     return {one.__name__: one for one in classes}
-
-
-class FullConfig:
-    """The builder config of full TensorRT: that of TensorRT-RTX without its warnings of what is full's only."""
-
-    def __init__(self, config: Any) -> None:
-        object.__setattr__(self, "_config", config)
-
-    def __getattr__(self, name: str) -> Any:
-        value = getattr(self._config, name)
-        return _quietly(value) if callable(value) else value
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        setattr(self._config, name, value)
-
-
-def _quietly(function: Any) -> Any:
-    def call(*arguments: Any, **keywords: Any) -> Any:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore", DeprecationWarning)
-            return function(*arguments, **keywords)
-
-    return call
 
 
 def _inlined(path: Path) -> bytes:
