@@ -6,6 +6,7 @@ Enumerations are those of the real module, so names and numbers are real.
 from __future__ import annotations
 
 import importlib
+import inspect
 import threading
 import types
 from collections.abc import Callable
@@ -20,6 +21,7 @@ _ALLOWED_AFTER_STICKY = ("cudaGetLastError", "cudaPeekAtLastError", "cudaGetDevi
                          "cudaGetDeviceCount", "cudaGetErrorName", "cudaGetErrorString")  # fmt: skip
 _UNSAFE_IN_CAPTURE = (
     "cudaMalloc", "cudaFree", "cudaHostAlloc", "cudaMallocHost", "cudaFreeHost", "cudaHostRegister",
+    "cudaHostUnregister",
     "cudaMemcpy", "cudaMemset", "cudaDeviceSynchronize", "cudaEventSynchronize", "cudaEventQuery",
 )  # fmt: skip
 
@@ -103,6 +105,20 @@ class Api:
             self.world.fault(str(error))
             raise CudaFault("cudaErrorInvalidValue") from error
 
+    def cudaHostRegister(self, ptr: Any, size: int, flags: int) -> None:
+        if not int(ptr) or not size:
+            raise CudaFault("cudaErrorInvalidValue")
+        if self.world.host.holds(int(ptr), 1):
+            raise CudaFault("cudaErrorHostMemoryAlreadyRegistered")
+        self.world.host.register(int(ptr), size)
+
+    def cudaHostUnregister(self, ptr: Any) -> None:
+        try:
+            self.world.host.unregister(int(ptr))
+        except Illegal as error:
+            self.world.fault(str(error))
+            raise CudaFault("cudaErrorHostMemoryNotRegistered") from error
+
     def cudaMemcpy(self, dst: Any, src: Any, count: int, kind: Any) -> None:
         for stream in list(self.world.streams.values()):
             if stream.blocking:  # the legacy default stream does not wait for the others
@@ -117,7 +133,7 @@ class Api:
                     f"asynchronous copy of {count} bytes with host memory that is not page-locked"
                 )
                 raise CudaFault("cudaErrorInvalidValue")
-        queue.put(self._copy(int(dst), int(src), count, int(kind)))
+        queue.put(self._copy(int(dst), int(src), count, int(kind), pinned=True))
 
     def cudaMemset(self, devPtr: Any, value: int, count: int) -> None:
         def work() -> None:
@@ -131,7 +147,9 @@ class Api:
 
         self._stream(stream).put(work)
 
-    def _copy(self, target: int, source: int, count: int, kind: int) -> Callable[[], None]:
+    def _copy(
+        self, target: int, source: int, count: int, kind: int, pinned: bool = False
+    ) -> Callable[[], None]:
         memory = self.world.memory
         to_device, from_device = memory.owns(target), memory.owns(source)
         kinds = {(False, False): _HOST_TO_HOST, (True, False): _HOST_TO_DEVICE,
@@ -144,15 +162,17 @@ class Api:
         def work() -> None:
             if not count:
                 return
-            read = memory.view(source, count) if from_device else self._host(source, count)
-            write = memory.view(target, count) if to_device else self._host(target, count)
+            read = memory.view(source, count) if from_device else self._host(source, count, pinned)
+            write = memory.view(target, count) if to_device else self._host(target, count, pinned)
             write[...] = read
 
         return work
 
-    def _host(self, address: int, count: int) -> Any:
+    def _host(self, address: int, count: int, pinned: bool) -> Any:
         if not address:
             raise Illegal("copy with a null pointer")
+        if pinned and not self.world.host.holds(address, count):
+            raise Illegal(f"a copy of page-locked memory at {address:#x} that was freed before it ran")
         return host_view(address, count)
 
     # streams and events
@@ -329,33 +349,44 @@ def cuda_module(world: World) -> types.ModuleType:
     return module
 
 
+def _results(function: Any) -> int:
+    """How many results follow the error code; if the call fails, each is None."""
+    returned = function.__annotations__["return"]
+    return 0 if returned == "None" else returned.count(",") + 1
+
+
 def _checked(world: World, real: types.ModuleType, name: str, function: Any) -> Any:
     errors = real.cudaError_t
 
-    def call(*arguments: Any) -> tuple[Any, ...]:
+    signature = inspect.signature(function)
+    none = (None,) * _results(function)
+
+    def call(*arguments: Any, **keywords: Any) -> tuple[Any, ...]:
+        signature.bind(*arguments, **keywords)  # a TypeError, as of the real module
         failure = world.due(name)
         if failure is not None:
             if failure.exception is not None:
                 raise failure.exception
             world.remember(str(failure.error))
-            return getattr(errors, str(failure.error)), None
+            return getattr(errors, str(failure.error)), *none
         if world.sticky and name not in _ALLOWED_AFTER_STICKY:
-            return getattr(errors, world.sticky), None
+            return getattr(errors, world.sticky), *none
         with world.lock:
             capture = capturing(world) if name in _UNSAFE_IN_CAPTURE else None
             if capture is not None:
                 capture.invalid = True
                 world.fault(f"{name} during capture")
                 world.remember("cudaErrorStreamCaptureUnsupported")
-                return errors.cudaErrorStreamCaptureUnsupported, None
+                return errors.cudaErrorStreamCaptureUnsupported, *none
             try:
-                result = function(*arguments)
+                result = function(*arguments, **keywords)
             except CudaFault as fault:
                 if name != "cudaGetLastError":
                     world.remember(fault.error, fault.sticky)
-                return getattr(errors, fault.error), None
+                return getattr(errors, fault.error), *none
         values = result if isinstance(result, tuple) else () if result is None else (result,)
         return (errors.cudaSuccess, *values)
 
     call.__name__ = name
+    call.__signature__ = signature  # type: ignore[attr-defined]
     return call

@@ -30,10 +30,10 @@ class Runtime:
 
     world: World
     trt: Any
+    engine_host_code_allowed = False
 
     def __init__(self, logger: Any) -> None:
         self.logger = logger
-        self.engine_host_code_allowed = False
         note_logger(self.world, logger)
         self._key = alive(self.world, self, "runtime")
 
@@ -71,6 +71,9 @@ class Runtime:
 
 class Engine:
     """A deserialised plan; its weights take device memory until it is gone."""
+
+    num_io_tensors = 0
+    num_optimization_profiles = 1
 
     def __init__(
         self, runtime: Runtime, digest: str, model: bytes, built: registry.Built, address: int
@@ -285,8 +288,27 @@ class Context:
         if not self._compiled(engine, stream):
             return False
         self._capture_by_itself(engine)
+        landed = self._share_no_scratch(stream)
         stream.put(self._work(engine, dict(self._shapes), dict(self._addresses), self._scratch, stream))
+        if landed is not None:
+            stream.put(landed)
         return True
+
+    def _share_no_scratch(self, stream: Stream) -> Any:
+        """Runs of two streams may overlap, so that they must not have the same scratch memory.
+
+        Returns the work that ends the claim to it, to be queued behind the run; None if there is none.
+        """
+        address, size = self._scratch
+        if not address or stream.capture is not None:
+            return None
+        flying = self.world.scratch_in_flight
+        for other, start, nbytes in flying:
+            if other != stream.handle and start < address + size and address < start + nbytes:
+                self.world.fault("two runs in flight share scratch memory")
+        mine = (stream.handle, address, size)
+        flying.append(mine)
+        return lambda: flying.remove(mine)
 
     def _capture_by_itself(self, engine: Engine) -> None:
         """TensorRT-RTX's own graphs: from the second run on, and only of kernels that are no fallback."""

@@ -9,6 +9,8 @@ import json
 import os
 import shutil
 import sys
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -26,13 +28,18 @@ PATH = Path(__file__).parent / "path"
 def installed(world: World, full: str | None = None) -> Iterator[World]:
     """The stand-in in this process, for a while.
 
+    The user's cache is empty at first.
+
     Args:
         full: the version of full TensorRT that is installed as well; None for TensorRT-RTX alone.
     """
     from ditf.runtime.backends import cuda
     from tests.standin.install import library_loader, modules
 
-    with pytest.MonkeyPatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch, warnings.catch_warnings():
+        if full is not None:  # its builder's config is TensorRT-RTX's, which warns of what only full has
+            warnings.filterwarnings("ignore", ".*TensorRT-RTX", DeprecationWarning)
+        patch.setenv("XDG_CACHE_HOME", tempfile.mkdtemp(prefix="cache-", dir=registry.folder()))
         patch.setattr(ctypes, "CDLL", library_loader(world, ctypes.CDLL))
         for name, module in modules(world, full).items():
             patch.setitem(sys.modules, name, module)

@@ -124,6 +124,7 @@ class HostMemory:
 
     def __init__(self) -> None:
         self._blocks: dict[int, ctypes.Array[ctypes.c_char]] = {}
+        self._registered: dict[int, int] = {}  # memory of others: {address: bytes}
         self._freed: set[int] = set()
 
     def allocate(self, nbytes: int) -> int:
@@ -141,15 +142,22 @@ class HostMemory:
         del self._blocks[address]
         self._freed.add(address)
 
+    def register(self, address: int, nbytes: int) -> None:
+        self._registered[address] = nbytes
+
+    def unregister(self, address: int) -> None:
+        if address not in self._registered:
+            raise Illegal(f"{address:#x} on the host was not registered")
+        del self._registered[address]
+
     def holds(self, address: int, nbytes: int) -> bool:
         """Whether a range lies in one page-locked block."""
-        return any(
-            start <= address and address + nbytes <= start + len(block)
-            for start, block in self._blocks.items()
-        )
+        sizes = {start: len(block) for start, block in self._blocks.items()} | self._registered
+        return any(start <= address and address + nbytes <= start + size for start, size in sizes.items())
 
     def alive(self) -> list[str]:
-        return [f"{len(block)} bytes of page-locked memory" for block in self._blocks.values()]
+        found = [f"{len(block)} bytes of page-locked memory" for block in self._blocks.values()]
+        return found + [f"{size} bytes of registered memory" for size in self._registered.values()]
 
 
 def host_view(address: int, nbytes: int) -> np.ndarray:

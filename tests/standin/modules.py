@@ -69,19 +69,23 @@ def tensorrt_module(world: World, version: str | None = None) -> types.ModuleTyp
     for name in names:
         if hasattr(real, name):
             value = getattr(real, name)
-            setattr(module, name, _restricted(value, names[name]) if name == "IBuilderConfig" else value)
+            if name == "IBuilderConfig":
+                value = _restricted(value, names[name])
+            elif hasattr(value, "__members__") and names[name]:
+                value = types.SimpleNamespace(**{one: getattr(value, one, one) for one in names[name]})
+            setattr(module, name, value)
     module.__dict__["DataType"] = real.DataType  # of the values that the lists do not name
     module.__dict__["__version__"] = version
     _fill(module, world, real, names, "tensorrt")
     return module
 
 
-def api_names(version: str) -> dict[str, set[str]]:
-    """{class: its public names} of a version of full TensorRT."""
+def api_names(version: str, listed_as: str = "") -> dict[str, set[str]]:
+    """{class: its public names} of a version of full TensorRT, or of the list of another library."""
     listed = Path(__file__).parent.parent / "engines" / "api"
     like = "10.13.3.9" if version.startswith("10.3") else version
     found: dict[str, set[str]] = {}
-    for line in (listed / f"tensorrt-{like}.txt").read_text().splitlines():
+    for line in (listed / f"{listed_as or f'tensorrt-{like}'}.txt").read_text().splitlines():
         if line.startswith("#") or (version.startswith("10.3") and _newer(line)):
             continue
         head, _, rest = line.partition(".")

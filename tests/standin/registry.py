@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import tempfile
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,13 @@ def digest(plan: Any) -> str:
 def record(plan: bytes, model: bytes, built: Built) -> None:
     """Keep the graph of a plan, with its weights inside."""
     place = folder() / digest(plan)
-    place.mkdir(exist_ok=True)
-    (place / "graph.onnx").write_bytes(model)
-    (place / "built.json").write_text(json.dumps(asdict(built)))
+    with tempfile.TemporaryDirectory(dir=folder()) as made:  # another process may record the same plan
+        working = Path(made, "plan")
+        working.mkdir()
+        (working / "graph.onnx").write_bytes(model)
+        (working / "built.json").write_text(json.dumps(asdict(built)))
+        with suppress(OSError):  # it is there already
+            working.rename(place)
 
 
 def find(plan: Any) -> tuple[bytes, Built] | None:

@@ -85,6 +85,7 @@ class World:
         self.graphs: dict[int, Any] = {}
         self.executables: dict[int, Any] = {}
         self.engines: dict[int, str] = {}
+        self.scratch_in_flight: list[tuple[int, int, int]] = []  # (stream, address, bytes)
         self.sticky = ""
         self._last = "cudaSuccess"
         self._failures: list[Failure] = []

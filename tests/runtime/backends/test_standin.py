@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import inspect
+import re
 import threading
 from pathlib import Path
 
@@ -38,6 +40,22 @@ def test_every_function_is_one_of_the_real_module(cuda):
     for name in FUNCTIONS:
         assert callable(getattr(real, name)), name
     assert cuda.cudaError_t is real.cudaError_t
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+def test_functions_are_called_as_the_real_ones_and_return_as_many_results(cuda, breakable_standin, name):
+    """The real module documents its results; those of a call that failed are None."""
+    real = getattr(cuda.__standin__, name)
+    mine, other = (list(inspect.signature(one).parameters) for one in (getattr(cuda, name), real))
+    assert mine == other
+    with pytest.raises(TypeError):
+        getattr(cuda, name)(*[0] * (len(other) + 1))
+    _, _, returned = real.__doc__.partition("Returns\n-------\n")  # cudaMemcpy's says nothing
+    results = re.findall(r"^\w+ : ", returned.split("\n\n")[0], re.MULTILINE)
+    breakable_standin.fail(name, "cudaErrorUnknown")
+    error, *values = getattr(cuda, name)(*[0] * len(other))
+    assert error.name == "cudaErrorUnknown"
+    assert values == [None] * len(results)
 
 
 def test_the_host_cannot_read_device_memory(cuda, breakable_standin):
@@ -91,6 +109,29 @@ def test_asynchronous_copies_need_pinned_memory(cuda, breakable_standin):
     error = error_of(cuda, "cudaMemcpyAsync", address, host.ctypes.data, 64, DEFAULT, stream)
     assert error == "cudaErrorInvalidValue"
     assert "page-locked" in breakable_standin.faults[0]
+
+
+def test_page_locked_memory_is_not_freed_before_its_copy_ran(cuda, breakable_standin):
+    stream, address = call(cuda, "cudaStreamCreate"), call(cuda, "cudaMalloc", 64)
+    pinned = call(cuda, "cudaHostAlloc", 64, 0)
+    call(cuda, "cudaMemcpyAsync", address, pinned, 64, DEFAULT, stream)
+    call(cuda, "cudaFreeHost", pinned)
+    assert error_of(cuda, "cudaStreamSynchronize", stream) == "cudaErrorIllegalAddress"
+    assert "freed before it ran" in breakable_standin.faults[0]
+
+
+def test_registered_memory_is_page_locked_until_it_is_given_back(cuda, breakable_standin):
+    stream, address = call(cuda, "cudaStreamCreate"), call(cuda, "cudaMalloc", 64)
+    host = np.full(64, 5, np.uint8)
+    where = host.ctypes.data
+    call(cuda, "cudaHostRegister", where, 64, 0)
+    assert error_of(cuda, "cudaHostRegister", where, 64, 0) == "cudaErrorHostMemoryAlreadyRegistered"
+    call(cuda, "cudaMemcpyAsync", address, where, 64, TO_DEVICE, stream)
+    call(cuda, "cudaStreamSynchronize", stream)
+    assert "64 bytes of registered memory" in breakable_standin.alive()
+    call(cuda, "cudaHostUnregister", where)
+    assert error_of(cuda, "cudaHostUnregister", where) == "cudaErrorHostMemoryNotRegistered"
+    assert error_of(cuda, "cudaMemcpyAsync", address, where, 64, TO_DEVICE, stream) == "cudaErrorInvalidValue"
 
 
 @pytest.mark.parametrize("kind", ["cudaMalloc", "cudaHostAlloc"])
@@ -269,6 +310,19 @@ def test_a_cold_kernel_cannot_be_captured(engine):
     assert "compiled during capture" in engine.world.faults[0]
 
 
+def test_scratch_that_two_streams_use_is_recorded(engine):
+    engine.ready()
+    assert engine.run()
+    call(engine.cuda, "cudaStreamSynchronize", engine.stream)
+    first, engine.stream = engine.stream, call(engine.cuda, "cudaStreamCreateWithFlags", 1)
+    assert engine.run()
+    assert engine.world.faults == []
+    assert engine.context.execute_async_v3(int(first))
+    assert engine.world.faults == ["two runs in flight share scratch memory"]
+    for stream in (first, engine.stream):
+        call(engine.cuda, "cudaStreamSynchronize", stream)
+
+
 def test_scratch_is_scribbled_over(engine):
     engine.ready()
     address = engine.context.device_memory
@@ -316,6 +370,24 @@ def test_a_second_logger_is_noticed(engine):
     engine.runtime.deserialize_cuda_engine(b"nonsense")
     assert engine.logger.messages
     assert not other.messages
+
+
+@pytest.mark.parametrize("flavour", ["rtx", "10.3.0", "10.13.3.9", "11.4.0.106"])
+def test_classes_have_the_public_names_of_the_real_ones(standin_plans, flavour):
+    """Of those that tests/engines/api lists: what ditf asks for. Others raise AttributeError."""
+    from ditf.runtime.backends.flavour import has
+    from tests.standin.modules import api_names, rtx_module, tensorrt_module
+
+    trt = rtx_module(World()) if flavour == "rtx" else tensorrt_module(World(), flavour)
+    names = api_names(flavour, "tensorrt-rtx-1.7.1.116") if flavour == "rtx" else api_names(flavour)
+    lacking = [f"{cls}.{name}" for cls in names for name in names[cls] if not has(trt, f"{cls}.{name}")]
+    assert lacking == []
+    for cls in ("IExecutionContext", "ICudaEngine", "Runtime", "IRuntimeConfig", "BuilderFlag"):
+        asked = {
+            name for one in (api_names("10.3.0"), names, api_names("11.4.0.106")) for name in one.get(cls, ())
+        }
+        offered = {name for name in asked if has(trt, f"{cls}.{name}")}
+        assert offered <= names.get(cls, set()) or flavour == "rtx", cls
 
 
 @pytest.mark.parametrize("version", ["10.3.0", "10.13.3.9", "10.16.1.11", "11.4.0.106"])
