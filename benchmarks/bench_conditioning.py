@@ -162,10 +162,10 @@ GEOMETRIES = {
     "small": (  # to try the script
         pixart(
             "tiny PixArt",
-            layer=2,
+            layer=1,
             side=128,
             text=(12, 3),
-            num_layers=4,
+            num_layers=2,
             num_attention_heads=4,
             attention_head_dim=16,
             sample_size=16,
@@ -173,17 +173,17 @@ GEOMETRIES = {
         ),
         sd35(
             "tiny SD3.5",
-            layer=2,
+            layer=1,
             side=128,
             text=12,
-            num_layers=4,
+            num_layers=2,
             num_attention_heads=4,
             attention_head_dim=16,
             sample_size=16,
             joint_attention_dim=32,
             pooled_projection_dim=24,
             pos_embed_max_size=24,
-            dual_attention_layers=(0, 1),
+            dual_attention_layers=(0,),
         ),
     ),
 }

@@ -41,6 +41,8 @@ THREADS = 1
 INTERVAL = 0.02  # seconds from sample to sample
 PICTURE = ROOT / "docs" / "export-memory.png"
 CONFIG: dict[str, Any] = {"_class_name": CLASS, "guidance_embeds": True}  # FLUX.1's, by the class's defaults
+VAE_CHANNELS = (128, 256, 512, 512)  # FLUX.1's
+SMALL_VAE_CHANNELS = (32, 32, 32, 32)
 SMALL = {  # to try the script
     "num_attention_heads": 2,
     "attention_head_dim": 16,
@@ -50,7 +52,7 @@ SMALL = {  # to try the script
 }
 
 
-def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
+def write_checkpoint(folder: Path, config: dict[str, Any], vae_channels: tuple[int, ...]) -> int:
     """Write a random checkpoint in diffusers' layout; returns the bytes of its transformer."""
     transformer = folder / "transformer"
     transformer.mkdir(parents=True)
@@ -83,7 +85,7 @@ def write_checkpoint(folder: Path, config: dict[str, Any]) -> int:
     index_file.write_text(json.dumps({"metadata": {"total_size": total}, "weight_map": weight_map}))
     torch.manual_seed(0)
     AutoencoderKL(
-        block_out_channels=(128, 256, 512, 512),
+        block_out_channels=vae_channels,
         down_block_types=("DownEncoderBlock2D",) * 4,
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=2,
@@ -159,7 +161,9 @@ def export_command(checkpoint: Path, embeds: Path, layer: int, output: Path, *mo
     return [*command, *more]
 
 
-def measure(depth: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+def measure(
+    depth: str, folder: Path, config: dict[str, Any], vae_channels: tuple[int, ...]
+) -> dict[str, Any]:
     """Export a checkpoint of `depth` blocks, such as "2+4"."""
     doubles, singles = map(int, depth.split("+"))
     config = {**config, "num_layers": doubles, "num_single_layers": singles}
@@ -167,7 +171,7 @@ def measure(depth: str, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
     pictures.mkdir()
     Image.fromarray(procedural_images((128, 128))[0]).save(pictures / "one.png")
     say(f"{depth}: writing a checkpoint")
-    stored = write_checkpoint(checkpoint, config)
+    stored = write_checkpoint(checkpoint, config, vae_channels)
     write_embeddings(embeds, config)
     say(f"{depth}: {bytes_text(stored)}; exporting")
     layer = doubles + singles - 1
@@ -235,13 +239,14 @@ def main() -> None:
     )
     arguments = bench.parse(depths=["1+1"], append=False)
     config = {**CONFIG, **(SMALL if bench.smoke else {})}
+    vae_channels = SMALL_VAE_CHANNELS if bench.smoke else VAE_CHANNELS
     bench.start()
     runs: list[dict[str, Any]] = []
     if arguments.append and (RESULTS / f"{NAME}.json").exists():
         runs = json.loads((RESULTS / f"{NAME}.json").read_text())["runs"]
     for depth in arguments.depths:
         with tempfile.TemporaryDirectory(prefix="bench-export-", dir=arguments.folder) as folder:
-            run = measure(depth, Path(folder), config)
+            run = measure(depth, Path(folder), config, vae_channels)
         runs = sorted(
             [*(one for one in runs if one["depth"] != depth), run], key=lambda one: one["checkpoint"]
         )

@@ -94,7 +94,7 @@ class Geometry:
 
 GEOMETRIES = {
     "xl": Geometry(9, 28, 16, 72, 64, 4096, (128, 256, 512, 512)),  # PixArt-XL/2 at 512 px
-    "small": Geometry(2, 6, 4, 16, 16, 64, (32, 32, 64, 64)),  # to try the script
+    "small": Geometry(1, 2, 4, 16, 16, 64, (32, 32, 64, 64)),  # to try the script
 }
 BUNDLES = ("fp32", "fp16")
 PARTS = ("VAE", "transformer")

@@ -53,6 +53,7 @@ def main() -> None:
     bench = Bench(__doc__, THREADS, repeats=5)
     bench.parser.add_argument("--heads", type=int, default=16, help="of 72 channels: 16 is PixArt-XL's width")
     arguments = bench.parse(heads=1)
+    layer = 1 if bench.smoke else LAYER
     quieten_libraries()
     bench.start()
     torch.set_num_threads(THREADS)
@@ -60,15 +61,15 @@ def main() -> None:
     for planted in (True,) if bench.smoke else (False, True):
         say("planted" if planted else "nothing planted")
         with workplace() as folder:
-            cases.append(run(folder, arguments.heads, planted, arguments.repeats))
-    result = {"layer": LAYER, "side": SIDE, "patch": PATCH, "width": 72 * arguments.heads, "cases": cases}
+            cases.append(run(folder, arguments.heads, planted, arguments.repeats, layer))
+    result = {"layer": layer, "side": SIDE, "patch": PATCH, "width": 72 * arguments.heads, "cases": cases}
     bench.write("int8", result, rows(cases), {("precision.md", "int8"): rows(cases)})
 
 
-def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]:
+def run(folder: Path, heads: int, planted: bool, repeats: int, layer: int) -> dict[str, Any]:
     """Measure accuracy, bytes and time of every side of one checkpoint."""
-    write_checkpoint(folder, heads, planted)
-    options = ExportOptions(model=str(folder), layer=str(LAYER), precision="int8", timestep=(10,))
+    write_checkpoint(folder, heads, planted, layer)
+    options = ExportOptions(model=str(folder), layer=str(layer), precision="int8", timestep=(10,))
     plan = make_plan(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition={"class_labels": torch.tensor([1])})
     known = calibrated(plan, entry)
@@ -106,7 +107,7 @@ def run(folder: Path, heads: int, planted: bool, repeats: int) -> dict[str, Any]
     return {"planted": planted, "recipe": recipe.exceptions(), "timing": disturbance, "sides": found}
 
 
-def write_checkpoint(folder: Path, heads: int, planted: bool) -> None:
+def write_checkpoint(folder: Path, heads: int, planted: bool, layer: int = LAYER) -> None:
     """Save a DiT in pixels, with or without massive channels in norms and values."""
     torch.manual_seed(0)
     model = DiTTransformer2DModel(
@@ -114,7 +115,7 @@ def write_checkpoint(folder: Path, heads: int, planted: bool) -> None:
         attention_head_dim=72,
         in_channels=3,
         out_channels=3,
-        num_layers=LAYER + 1,
+        num_layers=layer + 1,
         sample_size=SIDE,
         patch_size=PATCH,
         num_embeds_ada_norm=1,

@@ -68,6 +68,7 @@ def main() -> None:
     bench.start()
     torch.set_num_threads(THREADS)
     pairs = photographs()
+    layer = 1 if bench.smoke else 4  # of the wide model
     with workplace() as temporary:
         folder = arguments.bundles or temporary
         say("the demo bundle")
@@ -77,8 +78,13 @@ def main() -> None:
         bases = other_bases(folder / "all", pairs)
         say("width 1152")
         if not (folder / "wide").is_dir():
-            write_checkpoint(folder / "wide", 1 if bench.smoke else HEADS, planted=False)
-        same = {"model": str(folder / "wide"), "layer": "4", "precision": "float16", "class_label": ("0",)}
+            write_checkpoint(folder / "wide", 1 if bench.smoke else HEADS, planted=False, layer=layer)
+        same = {
+            "model": str(folder / "wide"),
+            "layer": str(layer),
+            "precision": "float16",
+            "class_label": ("0",),
+        }
         wide = projected_bundles(folder / "wide-bundles", same, WIDE, pairs)
         say("matching")
         matching = match_times(temporary, folder / "wide-bundles" / "all", pairs, arguments.repeats)

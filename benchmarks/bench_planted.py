@@ -108,6 +108,7 @@ def main() -> None:
     bench = Bench(__doc__, threads=1)
     bench.parser.add_argument("--values", type=float, nargs="+", default=VALUES)
     arguments = bench.parse(values=VALUES[-1:])
+    size = (64, 64) if bench.smoke else SIZE
     quieten_libraries()
     bench.start()
     torch.set_num_threads(1)
@@ -116,16 +117,16 @@ def main() -> None:
         for place in (None, *PLACES)[: 2 if bench.smoke else None]:
             for value in arguments.values if place else (0.0,):
                 say(f"{place.label if place else 'nothing planted'} {value:g}")
-                cases.append(run(folder, place, value))
-    result = {"layer": LAYER, "size": SIZE, "cases": cases}
+                cases.append(run(folder, place, value, size))
+    result = {"layer": LAYER, "size": size, "cases": cases}
     bench.write("planted", result, rows(cases), {("precision.md", "planted"): rows(cases)})
 
 
-def run(folder: Path, place: Place | None, value: float) -> dict[str, Any]:
+def run(folder: Path, place: Place | None, value: float, size: tuple[int, int]) -> dict[str, Any]:
     """Measure one model: what was found, which recipe was chosen, and the accuracy of every side."""
     write_checkpoint(folder, place, value)
     options = ExportOptions(
-        model=str(folder), layer=str(LAYER), size=SIZE, prompt=("a cat",), precision="float16"
+        model=str(folder), layer=str(LAYER), size=size, prompt=("a cat",), precision="float16"
     )
     plan = plan_from_configs(options, Checkpoint(folder, str(folder)))
     entry = replace(plan.entries[0], condition=random_condition())

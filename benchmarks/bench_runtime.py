@@ -48,13 +48,14 @@ def compare() -> None:
 
     bench = Bench(__doc__, THREADS, repeats=5)
     repeats = bench.parse().repeats
+    warm_up = 0 if bench.smoke else 1  # rounds that are not counted
     quieten_libraries()
     bench.start()
     imports = [run("-c", IMPORT)["seconds"] for _ in range(2 * repeats + 1)][1:]
     sides: dict[str, list[dict[str, Any]]] = {"ditf": [], "torch": []}
     with workplace() as folder:
         export_bundle(ExportOptions(layer="9", output=folder / "bundle"))
-        for number in range(repeats + 1):
+        for number in range(1 - warm_up, repeats + 1):
             say(f"round {number} of {repeats}")
             for side, found in sides.items():
                 found.append(run(__file__, side, str(folder)))
@@ -62,7 +63,7 @@ def compare() -> None:
         say(f"{matches} matches")
         steady = run(__file__, "steady", str(folder), str(matches))
     medians = {
-        side: {key: statistics.median(one[key] for one in found[1:]) for key in found[0]}
+        side: {key: statistics.median(one[key] for one in found[warm_up:]) for key in found[0]}
         for side, found in sides.items()
     }
     ours, theirs = medians["ditf"], medians["torch"]

@@ -103,7 +103,7 @@ class Server:
 
 def main() -> None:
     """Measure, and write the result."""
-    from harness import Bench, say, workplace
+    from harness import Bench, in_child, say, workplace
 
     bench = Bench(__doc__, THREADS)
     bench.parser.add_argument("--requests", type=int, default=288, help="of a mode in a round")
@@ -115,15 +115,14 @@ def main() -> None:
     modes = dict(list(MODES.items())[-1:]) if bench.smoke else MODES
     with workplace() as folder:
         bundle = folder / "demo"
-        command = [sys.executable, "-m", "ditf", "export", "--layer", "9", "--fp16", "--batch", "dynamic"]
-        subprocess.run([*command, "-q", "-o", str(bundle)], check=True)
+        in_child(export, bundle)
         expected = expectations(bundle, 4 if bench.smoke else FRAMES)
         rounds: dict[str, list[dict[str, Any]]] = {mode: [] for mode in modes}
         for number in range(arguments.rounds):
             for mode, options in modes.items():
                 say(f"round {number + 1} of {arguments.rounds}: {mode}")
                 with serving(bundle, *options) as server:
-                    ask(server, expected, CLIENTS, FRAMES)
+                    ask(server, expected, CLIENTS, len(expected))
                     before = server.metrics()
                     found = ask(server, expected, CLIENTS, arguments.requests).summary()
                     after = server.metrics()
@@ -140,6 +139,14 @@ def main() -> None:
     result = {"rounds": rounds, "steady": steady, "overload": overload, "clients": CLIENTS, "frames": FRAMES}
     rows = table_of(result)
     bench.write("serve", result, rows, {("serving.md", "serve"): rows})
+
+
+def export(bundle: Path) -> None:
+    """Export the demo model."""
+    from ditf.export.exporter import export_bundle
+    from ditf.export.planning.export_options import ExportOptions
+
+    export_bundle(ExportOptions(layer="9", precision="float16", batch="dynamic", output=bundle))
 
 
 def table_of(result: dict[str, Any]) -> list[tuple[str, ...]]:

@@ -6,6 +6,7 @@ What imports torch is imported where it is used: pytest-xdist's controller reads
 from __future__ import annotations
 
 import functools
+import gc
 import io
 import os
 import shutil
@@ -40,13 +41,21 @@ settings.register_profile("the same examples in every run", derandomize=True)
 settings.load_profile("the same examples in every run")
 
 
+_modules_frozen = 0
+
+
 def pytest_runtest_setup() -> None:
-    """onnxscript parses the source of its 500 operators in every export: here once a process."""
+    """Do once a process what torch's exporter and the garbage collector would repeat in every export."""
+    global _modules_frozen
     for name, module in list(sys.modules.items()):
         if name.startswith("onnxscript._framework_apis.torch_"):
             operators = getattr(module, "get_torchlib_ops", None)
             if operators is not None and not hasattr(operators, "cache_info"):
-                module.get_torchlib_ops = functools.cache(operators)
+                module.get_torchlib_ops = functools.cache(operators)  # it parses the source of 500 operators
+    if len(sys.modules) > _modules_frozen + 500:  # torch or diffusers is new: 600,000 objects that stay
+        gc.collect()
+        gc.freeze()  # every collection would visit them, half a second each
+        _modules_frozen = len(sys.modules)
 
 
 @pytest.fixture(scope="session")

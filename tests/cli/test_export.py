@@ -20,13 +20,13 @@ FEED_FORWARD = "transformer_blocks.0.ff.net.2"
 
 
 def test_the_first_command(ditf, tmp_path):
-    done = ditf("export", "--layer", "9", "--fp16", "--size", "64x64", "--json", "export.json")
+    done = ditf("export", "--layer", "1", "--fp16", "--size", "64x64", "--json", "export.json")
     assert done.returncode == 0, done.stderr
-    assert "layer 9 = block.9 of 12" in done.stdout
+    assert "layer 1 = block.1 of 12" in done.stdout
     assert "[12/12" in done.stderr  # plain lines in a log
-    bundle = tmp_path / "bundles" / "demo-l9-fp16"
+    bundle = tmp_path / "bundles" / "demo-l1-fp16"
     manifest = json.loads((bundle / "manifest.json").read_text())
-    assert manifest["command"] == "ditf export --layer 9 --fp16 --size 64x64 --json export.json"
+    assert manifest["command"] == "ditf export --layer 1 --fp16 --size 64x64 --json export.json"
     report = json.loads((tmp_path / "export.json").read_text())
     assert report["ok"] is True
     assert report["schema"] == 1

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import pytest
+import torch
 
 import ditf
 from ditf.calib.debug.bisect import bisect
 from ditf.calib.debug.widened_graph import widen
 from ditf.calib.images import golden_pair
 from ditf.calib.parity import feature_parity, worst
+from ditf.export import exporter
+from ditf.export.bundle_graphs import match_onnx
 from ditf.export.checkpoints.layout import Checkpoint
 from ditf.export.exporter import export_bundle
 from ditf.export.graph.features import FeatureSettings
@@ -44,6 +47,12 @@ BUNDLES = [
     ("chroma", "single.1", "live", True, {"size": (80, 48)}),
     ("zimage", "layer.1", "live", True, {"size": (48, 80), "ensemble": 3}),
 ]
+
+
+@pytest.fixture(autouse=True)
+def one_matcher(monkeypatch):
+    """match.onnx depends on no family and is not run here: one serves all. Tracing it takes 2 seconds."""
+    monkeypatch.setattr(exporter, "match_onnx", lambda *_: match_onnx(8, (4, 4), torch.float32, 20))
 
 
 @pytest.mark.parametrize(("name", "layer", "mode", "fp16", "changes"), BUNDLES)

@@ -67,13 +67,13 @@ def test_the_default_layer_is_half_of_the_depth(tiny_pixart, tmp_path):
 
 def test_auto_discard_finds_the_planted_channels(checkpoint, tmp_path):
     options = ExportOptions(
-        model=str(checkpoint("untrained")), layer="9", size=(64, 64), timestep=10, output=tmp_path / "b"
+        model=str(checkpoint("untrained")), layer="2", size=(64, 64), timestep=10, output=tmp_path / "b"
     )
     bundle = export_bundle(options)
     assert read_manifest(bundle).discard["channels"] == sorted(UNTRAINED_MASSIVE)
     calibration = json.loads((bundle / "calibration.json").read_text())
-    assert len(calibration["layers"]) == 10
-    massive = calibration["layers"][9]["image"]["massive_channels"]
+    assert len(calibration["layers"]) == 3
+    massive = calibration["layers"][2]["image"]["massive_channels"]
     assert [entry["channel"] for entry in massive] == sorted(UNTRAINED_MASSIVE)
     assert all(entry["ratio"] > 10 for entry in massive)
 
@@ -84,29 +84,16 @@ def test_the_demo_model_grew_massive_channels(demo_bundle):
     assert [entry["channel"] for entry in massive] == read_manifest(demo_bundle).discard["channels"] != []
 
 
-def test_own_calibration_images(tmp_path):
-    folder = tmp_path / "images"
-    folder.mkdir()
-    Image.new("RGB", (300, 200), "red").save(folder / "a.png")
-    (folder / "notes.txt").write_text("not an image")
-    bundle = export_bundle(
-        ExportOptions(layer="1", size=(64, 64), calibration_images=folder, output=tmp_path / "b")
-    )
-    calibration = json.loads((bundle / "calibration.json").read_text())
-    assert calibration["layers"][1]["image"]["images"] == 1
-    assert calibration["images"]["source"] == str(folder)
-    assert calibration["images"]["names"] == ["a.png"]
-
-
-def test_calibration_images_are_read_once(tmp_path, monkeypatch):
+def test_own_calibration_images_are_read_once(tmp_path, monkeypatch):
     """Three stages use them: the blocks, the features and the ranges are measured on them."""
     folder = tmp_path / "images"
     folder.mkdir()
     for name in ("a", "b"):
-        Image.new("RGB", (30, 20), "red").save(folder / f"{name}.png")
+        Image.new("RGB", (300, 200), "red").save(folder / f"{name}.png")
+    (folder / "notes.txt").write_text("not an image")
     read = []
     monkeypatch.setattr(images, "open_image", lambda path: read.append(path.name) or open_image(path))
-    export_bundle(
+    bundle = export_bundle(
         ExportOptions(
             layer="1",
             size=(64, 64),
@@ -117,6 +104,10 @@ def test_calibration_images_are_read_once(tmp_path, monkeypatch):
         )
     )
     assert read == ["a.png", "b.png"]
+    calibration = json.loads((bundle / "calibration.json").read_text())
+    assert calibration["layers"][1]["image"]["images"] == 2
+    assert calibration["images"]["source"] == str(folder)
+    assert calibration["images"]["names"] == ["a.png", "b.png"]
 
 
 def test_the_seed_changes_the_noise_only(demo_bundle):
