@@ -126,7 +126,7 @@ def _report(
         with steps() as step:
             settings = BuildOptions(target=one.record.target, **options)
             report = report_features(bundle, flavour, trt, one.record, settings, step)
-        show(f"{report.plan} for {report.target}: {len(report.engine.layers)} kernels")
+        show(f"{report.plan} for {report.target}: {report.kernel_count} kernels")
         show(table([("  " + kind, str(count)) for kind, count in report.kernels.items()]))
         for stage, row in report.stages.items():
             show(f"  {stage}: {row['kernels']} kernels, {bytes_text(row['bytes'])} moved")

@@ -24,7 +24,7 @@ def report_features(
 ) -> Report:
     """Compile features.plan once more, with a detailed log, and report what became of the graph.
 
-    A dynamic batch is counted as the first profile's usual one.
+    For a dynamic batch it is compiled for the first profile's usual one alone, whose bytes are known.
 
     Args:
         record: of the engine.
@@ -36,11 +36,11 @@ def report_features(
         DitfError: see `build` and `read_layers`.
     """
     check_reportable(flavour)
-    batch = tuple((low, usual, high) for low, usual, high in record.batch)
-    graph, profiles = bundle.read_graph(FEATURES), features_profiles(bundle, batch)
+    usual = record.batch[0][1]
+    graph, profiles = bundle.read_graph(FEATURES), features_profiles(bundle, ((usual, usual, usual),))
     given = features_options(bundle, options)
     compiled = compile_plan(trt, graph, given, profiles, step=step, details=True)
-    return Report(FEATURES_PLAN, record.target, read_layers(compiled.log, batch[0][1]))
+    return Report(FEATURES_PLAN, record.target, read_layers(compiled.log))
 
 
 def check_reportable(flavour: Flavour) -> None:

@@ -16,6 +16,9 @@ CAST = "cast"
 SYNC = "synchronisation"
 SHAPE = "shape"
 
+NO_KERNELS = (SYNC, SHAPE)
+"""Kinds that launch nothing: waiting for another stream, and working out a dynamic shape on the host."""
+
 _OPERATIONS = re.compile(r"[A-Z][a-z]+")
 _PRODUCTS = {"Fc", "Matm", "Dot", "Gemm"}
 _MOVES = {"Move", "Tran", "Slic", "Conc", "Copy", "Repl", "Resh", "Shuf", "Gath"}
@@ -27,7 +30,7 @@ def kind_of(layer: CompiledLayer) -> str:
     """The kind of a layer. A generated kernel is named after its operations, which decide."""
     if layer.type in ("signal", "wait", "signal_wait", "barrier"):
         return SYNC
-    if layer.type.lower().startswith("shape"):
+    if layer.type.lower().startswith(("shape", "reshape")) or layer.name.startswith("cast_hvar"):
         return SHAPE
     if "mha" in layer.name or "fmha" in layer.name:
         return ATTENTION

@@ -88,26 +88,23 @@ class EngineLayers:
     weight_bytes: int
 
 
-def read_layers(messages: Sequence[str], batch: int = 1) -> EngineLayers:
+def read_layers(messages: Sequence[str]) -> EngineLayers:
     """Read the compiled layers from the messages of a build with detailed profiling.
 
-    Args:
-        batch: what a dynamic dimension is counted as.
+    A dynamic dimension counts as 1: it can be a product of several, which the log does not tell.
 
     Raises:
         DitfError: the log lists no layers, or in a form that is not known.
     """
     lines = [line for message in messages for line in message.split("\n")]
     totals = {match[1]: int(match[2]) for line in lines if (match := _TOTAL.match(line))}
-    layers = [
-        _layer(line, batch) for line in lines if "LayerType:" in line and line.lstrip().startswith("Name:")
-    ]
+    layers = [_layer(line) for line in lines if "LayerType:" in line and line.lstrip().startswith("Name:")]
     if not layers:
         raise DitfError("the builder's log lists no compiled layers", "leave --report out")
     return EngineLayers(tuple(layers), totals.get("Activation", 0), totals.get("Weights", 0))
 
 
-def _layer(line: str, batch: int) -> CompiledLayer:
+def _layer(line: str) -> CompiledLayer:
     match = _LAYER.match(line)
     if match is None:
         raise DitfError(
@@ -116,18 +113,18 @@ def _layer(line: str, batch: int) -> CompiledLayer:
     return CompiledLayer(
         match["name"],
         match["type"],
-        _tensors(match["inputs"], batch),
-        _tensors(match["constants"] or "", batch),
-        _tensors(match["outputs"], batch),
+        _tensors(match["inputs"]),
+        _tensors(match["constants"] or ""),
+        _tensors(match["outputs"]),
         tuple(_SOURCE.findall(line)),
     )
 
 
-def _tensors(text: str, batch: int) -> tuple[Tensor, ...]:
+def _tensors(text: str) -> tuple[Tensor, ...]:
     found = []
     for name, dimensions, dtype in _TENSOR.findall(text):
         sizes = (int(size) for size in dimensions.split(",") if size.strip())
-        shape = tuple(batch if size < 0 else size for size in sizes)
+        shape = tuple(abs(size) for size in sizes)
         if dtype not in _BYTES:
             raise DitfError(f"the builder's log has the unknown type {dtype}", "leave --report out")
         found.append(Tensor(name, shape, dtype, math.ceil(math.prod(shape) * _BYTES[dtype])))

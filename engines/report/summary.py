@@ -8,7 +8,15 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ditf.engines.report.kinds import ATTENTION, CONVOLUTION, PRODUCT, computes_in, kind_of, operations
+from ditf.engines.report.kinds import (
+    ATTENTION,
+    CONVOLUTION,
+    NO_KERNELS,
+    PRODUCT,
+    computes_in,
+    kind_of,
+    operations,
+)
 from ditf.engines.report.layer_log import CompiledLayer, EngineLayers
 from ditf.runtime.errors import InputError
 
@@ -44,6 +52,11 @@ class Report:
         return dict(sorted(Counter(_label(layer) for layer in self.engine.layers).items()))
 
     @property
+    def kernel_count(self) -> int:
+        """Number of layers that launch a kernel."""
+        return sum(kind_of(layer) not in NO_KERNELS for layer in self.engine.layers)
+
+    @property
     def bytes_moved(self) -> int:
         """Bytes that all layers read and write."""
         return sum(layer.read + layer.written for layer in self.engine.layers)
@@ -54,7 +67,7 @@ class Report:
         found: dict[str, dict[str, int]] = {}
         for layer in self.engine.layers:
             row = found.setdefault(_stage(layer), {"kernels": 0, "bytes": 0})
-            row["kernels"] += 1
+            row["kernels"] += kind_of(layer) not in NO_KERNELS
             row["bytes"] += layer.read + layer.written
         return found
 

@@ -153,7 +153,8 @@ def open_features(bundle: Bundle, name: str | Backend = "auto", device: str | No
         InputError: the name or the device is unknown, or the named backend does not run on the CPU.
         MissingComponent: there is no such device, or the named backend is not available here, or, with
             "auto", none is.
-        BundleError: the bundle has no engine that the named backend can run.
+        BundleError: the bundle has no engine that the named backend can run, or, with "auto", its own graphs
+            are damaged.
         DitfError: the GPU's memory is too small, or the GPU has failed.
     """
     if not isinstance(name, str):
@@ -183,6 +184,8 @@ def open_features(bundle: Bundle, name: str | Backend = "auto", device: str | No
             last = error
             continue
         return Opened(candidate, backend, session, "; ".join(["auto", *passed_over]))
+    if isinstance(last, BundleError):  # of ONNX Runtime, which runs the bundle's own graphs: they are damaged
+        raise last
     raise MissingComponent(f"no backend opens here ({'; '.join(passed_over)})", last.fix)
 
 

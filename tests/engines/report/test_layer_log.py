@@ -12,6 +12,7 @@ from ditf.engines.report.kinds import (
     CAST,
     CONVOLUTION,
     COPY,
+    NO_KERNELS,
     POINTWISE,
     PRODUCT,
     SHAPE,
@@ -129,9 +130,13 @@ def test_a_product_that_adds_to_a_residual_computes_in_its_weights_type():
     assert operations(layer) == 2 * 512 * 256 * 1024
 
 
-def test_a_dynamic_dimension_counts_as_the_usual_batch():
-    found = read_layers([line("x", "kgen", [("x", "-1,8", "Half")])], batch=4)
-    assert found.layers[0].inputs[0].shape == (4, 8)
+def test_a_dynamic_dimension_counts_as_one():
+    assert only("x", "kgen", [("x", "-1,8", "Half")]).inputs[0].shape == (1, 8)
+
+
+def test_what_works_out_a_dynamic_shape_launches_nothing():
+    for name, kind in (("__mye9_myl0_6", "reshape"), ("cast_hvar^9i64_myl0_7", "cast")):
+        assert kind_of(only(name, kind)) in NO_KERNELS
 
 
 @pytest.mark.parametrize(
