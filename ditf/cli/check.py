@@ -33,7 +33,9 @@ from ditf.runtime.errors import GateFailed, InputError, NoPlan
 from ditf.runtime.files.writing import replacing
 from ditf.runtime.matching.points import match_points
 
-_GRAPH_LIMIT = 0.98  # share of points on which match.onnx and the numpy matcher agree
+_GRAPH_LIMIT = 0.9
+"""Share of points on which match.onnx and the numpy matcher agree. Another order of summation moved 3 % of a
+random model's positions, and TF32 moves 55 % or more."""
 _GRAPH_SIDE = 1024
 """Side in px of the image that match.onnx is checked on. At a bundle's own size a cell has few pixels, and
 products with 10 mantissa bits (TF32) still find the right one. Here they miss it for most points."""

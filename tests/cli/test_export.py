@@ -165,7 +165,9 @@ def test_exceptions_are_printed_and_inspected(ditf, tmp_path):
     assert done.returncode == 0, done.stderr
     assert re.search(rf"recipe: .*{FEED_FORWARD} scaled by 2\*\*-\d", done.stderr)
     shown = ditf("inspect", "b").stdout
-    assert re.search(rf"{FEED_FORWARD} +scaled by 2\*\*-\d +(gated|emitted|scaled weight) of .* reaches 1e\+06", shown)
+    assert re.search(
+        rf"{FEED_FORWARD} +scaled by 2\*\*-\d +(gated|emitted|scaled weight) of .* reaches 1e\+06", shown
+    )
 
 
 def test_embeddings_go_from_one_machine_to_another(ditf, checkpoint, tmp_path):
