@@ -100,7 +100,7 @@ def test_a_bfloat16_bundle_on_a_cpu(ditf, bfloat16_bundle):
     """No kernel runs it here; its twin does."""
     done = ditf("check", bfloat16_bundle, "--ladder", "--bisect", "--ranges")
     assert done.returncode == 0, done.stderr
-    assert "not run: ONNX Runtime" in done.stdout
+    assert "ONNX Runtime" in done.stdout.partition("not run: ")[2]
     assert "features.onnx, bfloat16 arithmetic" in done.stdout
 
 
