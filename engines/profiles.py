@@ -39,7 +39,8 @@ def batch_profiles(bundle: Bundle, batch: Sequence[Sequence[int]]) -> Profiles:
         return ((own, own, own),)
     profiles = []
     for sizes in batch or ((1,),):
-        if list(sizes) != sorted(set(sizes)) or len(sizes) not in (1, 2, 3) or sizes[0] < 1:
+        twice = len(sizes) == 2 and sizes[0] == sizes[1]
+        if twice or list(sizes) != sorted(sizes) or len(sizes) not in (1, 2, 3) or sizes[0] < 1:
             raise InputError(
                 f"--batch {','.join(map(str, sizes))} is neither one size, nor two sizes, nor smallest, usual"
                 " and largest",

@@ -10,7 +10,7 @@ import pytest
 
 from ditf.engines import build
 from ditf.engines.compile import BuildOptions, Compiled
-from ditf.engines.profiles import advice, features_options, limit_workspace
+from ditf.engines.profiles import advice, batch_profiles, features_options, limit_workspace
 from ditf.runtime.backends.flavour import FLAVOURS, load_flavour
 from ditf.runtime.backends.gpu import Gpu
 from ditf.runtime.bundles.bundle import FEATURES, MATCH, Bundle
@@ -78,3 +78,10 @@ def test_a_float32_bundle_is_told_that_its_attention_is_not_fused(demo_bundle, d
     assert list(advice(Bundle.open(demo_bundle), ((1, 1, 1),), trt)) == []
     (line,) = advice(Bundle.open(demo_bundle_float32), ((3, 3, 3),), trt)
     assert "fuses no float32 attention" in line
+
+
+def test_the_usual_batch_may_be_the_smallest_or_the_largest(pixart_bundle):
+    bundle = Bundle.open(pixart_bundle)
+    assert batch_profiles(bundle, [(1, 1, 8)]) == ((1, 1, 8),)
+    assert batch_profiles(bundle, [(1, 8, 8)]) == ((1, 8, 8),)
+    assert batch_profiles(bundle, [(1, 8)]) == ((1, 1, 1), (8, 8, 8))
