@@ -71,8 +71,7 @@ def build(
     Args:
         bundle: the bundle, whose files are verified first.
         trt: the module of the flavour, `tensorrt` or `tensorrt_rtx`.
-        batch: for a bundle with a dynamic batch, one entry per profile: one size, or smallest, usual
-            and largest.
+        batch: for a bundle with a dynamic batch, what `batch_profiles` takes.
         force: build even if the engine is there.
         report: called with a line when a new piece of work starts.
         step: called with the progress of the compiler.

@@ -120,12 +120,12 @@ def _report(
     path: Path, bundle: Bundle, backend: str, built: Sequence[Built], options: dict[str, Any]
 ) -> None:
     """Report on engines: a table for each on stdout, and everything in a file."""
-    flavour, trt = choose_flavour(backend)
+    _, trt = choose_flavour(backend)
     documents = []
     for one in built:
         with steps() as step:
             settings = BuildOptions(target=one.record.target, **options)
-            report = report_features(bundle, flavour, trt, one.record, settings, step)
+            report = report_features(bundle, trt, one.record, settings, step)
         show(f"{report.plan} for {report.target}: {report.kernel_count} kernels")
         show(table([("  " + kind, str(count)) for kind, count in report.kernels.items()]))
         for stage, row in report.stages.items():

@@ -16,7 +16,6 @@ from ditf.runtime.errors import InputError
 
 def report_features(
     bundle: Bundle,
-    flavour: Flavour,
     trt: Any,
     record: EngineRecord,
     options: BuildOptions,
@@ -32,10 +31,8 @@ def report_features(
         step: called with the progress of the compiler.
 
     Raises:
-        InputError: the flavour's log is not one that can be read.
         DitfError: see `build` and `read_layers`.
     """
-    check_reportable(flavour)
     usual = record.batch[0][1]
     graph, profiles = bundle.read_graph(FEATURES), features_profiles(bundle, ((usual, usual, usual),))
     given = features_options(bundle, options)

@@ -38,16 +38,13 @@ def kind_of(layer: CompiledLayer) -> str:
         return CONVOLUTION
     if layer.type == "gemm":
         return PRODUCT
-    operations = _operations(layer)
-    if layer.type == "runtime_fusion" or operations & _PRODUCTS:
+    listed = _operations(layer)
+    kinds = set(listed)
+    if layer.type == "runtime_fusion" or kinds & _PRODUCTS:
         return PRODUCT
-    if operations == {"Cast"}:
+    if kinds == {"Cast"}:
         return CAST
-    if (
-        operations & _MOVES
-        and operations <= _MOVES | _BESIDE_A_MOVE
-        and _operations_list(layer).count("Mul") < 2
-    ):
+    if kinds & _MOVES and kinds <= _MOVES | _BESIDE_A_MOVE and listed.count("Mul") < 2:
         return COPY
     return COPY if layer.type in ("move", "copy", "reformat", "shuffle") else POINTWISE
 
@@ -96,10 +93,7 @@ def _elements(shape: tuple[int, ...]) -> int:
     return max(1, math.prod(shape))
 
 
-def _operations_list(layer: CompiledLayer) -> list[str]:
+def _operations(layer: CompiledLayer) -> list[str]:
+    """What a generated kernel does, in order, by its name; [] for other layers."""
     name = layer.name.removeprefix("__myl_").split("_")[0]
     return _OPERATIONS.findall(name) if layer.name.startswith("__myl_") else []
-
-
-def _operations(layer: CompiledLayer) -> set[str]:
-    return set(_operations_list(layer))

@@ -20,7 +20,7 @@ from ditf.engines.report.kinds import (
 from ditf.engines.report.layer_log import CompiledLayer, EngineLayers
 from ditf.runtime.errors import InputError
 
-_RATES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int8": "int8"}
+_RATED = ("float32", "float16", "bfloat16", "int8")  # types for which devices have a rate
 _STAGES = {"encoder.": "VAE", "encoder/": "VAE", "condition.": "condition", "trunk.": "trunk"}
 """{start of an ONNX node's name: stage}, in the order in which they run."""
 
@@ -128,4 +128,5 @@ def _stage(layer: CompiledLayer) -> str:
 
 
 def _rate(layer: CompiledLayer) -> str:
-    return _RATES.get(computes_in(layer), "float16")
+    dtype = computes_in(layer)
+    return dtype if dtype in _RATED else "float16"

@@ -129,7 +129,7 @@ class Cuda:
 
     def take(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> DeviceArray:
         """Make an array in device memory, reusing memory of its size that an earlier array gave back."""
-        nbytes = math.prod(shape) * dtype.itemsize
+        nbytes = array_bytes(shape, dtype)
         with self._lock:
             free = self._pool.get(nbytes)
             address = free.pop() if free else None
@@ -188,6 +188,11 @@ class Cuda:
         )
 
 
+def array_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
+    """The size of an array in bytes."""
+    return math.prod(shape) * dtype.itemsize
+
+
 class _Leased:
     """Device memory that returns to the pool when no array uses it any more."""
 
@@ -214,7 +219,7 @@ class DeviceArray:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
+        return array_bytes(self.shape, self.dtype)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -256,7 +261,7 @@ class Pinned:
 
     def array(self, shape: tuple[int, ...], dtype: np.dtype[Any]) -> np.ndarray:
         """The memory as an array. It overlaps the array that an earlier call returned."""
-        nbytes = math.prod(shape) * dtype.itemsize
+        nbytes = array_bytes(shape, dtype)
         if nbytes > self._nbytes:
             self.close()
             self.address = int(self._cuda("cudaHostAlloc", nbytes, 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -10,7 +9,7 @@ from typing import Any, Union
 
 import numpy as np
 
-from ditf.runtime.backends.cuda import Cuda, DeviceArray, Pinned
+from ditf.runtime.backends.cuda import Cuda, DeviceArray, Pinned, array_bytes
 
 Array = Union[np.ndarray, DeviceArray]
 Shapes = dict[str, tuple[int, ...]]
@@ -114,8 +113,3 @@ class EngineBuffers:
         self.version += 1
         if block.address:
             self._cuda.free(block.address)
-
-
-def array_bytes(shape: tuple[int, ...], dtype: np.dtype[Any]) -> int:
-    """The size of an array in bytes."""
-    return math.prod(shape) * dtype.itemsize

@@ -2,20 +2,15 @@
 
 from __future__ import annotations
 
-from ditf.engines.compile import BuildOptions, compile_plan
 from ditf.engines.report.kinds import ATTENTION, COPY, kind_of
 from ditf.engines.report.layer_log import read_layers
 from ditf.engines.report.summary import Report
-from ditf.runtime.backends.flavour import load_flavour
-from ditf.runtime.bundles.onnx_graph import Graph
+from tests.engines.rtx import build_engine
 
 
 def report_of(onnx, target, profile=None):
     """Compile a graph for a target and report what became of it."""
-    trt = load_flavour("tensorrt-rtx")
-    profiles = [profile] if profile else []
-    compiled = compile_plan(trt, Graph.read(onnx), BuildOptions(target), profiles, details=True)
-    return Report(onnx.name, target, read_layers(compiled.log))
+    return Report(onnx.name, target, read_layers(build_engine(onnx, target, profile, details=True).log))
 
 
 def unfused(report):

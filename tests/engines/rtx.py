@@ -13,8 +13,8 @@ def parsed_layers(onnx):
     return Network(load_flavour("tensorrt-rtx"), Graph.read(onnx)).layers
 
 
-def build_engine(onnx, target=None, profile=None):
-    """A plan and its layers, for a target or any."""
-    return compile_plan(
-        load_flavour("tensorrt-rtx"), Graph.read(onnx), BuildOptions(target), [profile] if profile else []
-    )
+def build_engine(onnx, target=None, profile=None, details=False):
+    """A plan and its layers, for a target or any; with details, the builder's log as well."""
+    trt = load_flavour("tensorrt-rtx")
+    profiles = [profile] if profile else []
+    return compile_plan(trt, Graph.read(onnx), BuildOptions(target), profiles, details=details)
